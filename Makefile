@@ -1,0 +1,52 @@
+# Every target makes the virtual environment when it is missing and reuses it otherwise.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-unit test-gpu bench lint up down lock clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help:  ## Show what can be made.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml infra/constraints.txt
+	@echo "Installing into $(VENV); the first time takes minutes."
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+		|| { echo "Python 3.11 or 3.12 is needed; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Run the main job on the sample corpus: download, embed, index, publish, search.
+	@$(BIN)/imagerag demo
+
+test: $(STAMP)  ## Run the unit and engine tests.
+	@$(BIN)/pytest -m "not gpu"
+
+test-unit: $(STAMP)  ## Run the tests that take seconds.
+	@$(BIN)/pytest -m "not engines and not gpu"
+
+test-gpu: $(STAMP)  ## Run the tests that need a GPU.
+	@$(BIN)/pytest -m gpu
+
+bench: $(STAMP)  ## Measure speed and memory against peers; writes the table that the README shows.
+	@$(BIN)/python -m tests.bench
+
+lint: $(STAMP)  ## Check style, types and formatting.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+up: $(STAMP)  ## Start the Prefect server and a worker for this folder's home; prints the UI's address.
+	@$(BIN)/imagerag up
+
+down:  ## Stop what `make up` started.
+	@test ! -x $(BIN)/imagerag || $(BIN)/imagerag down
+
+lock: $(STAMP)  ## Write the installed versions to infra/constraints.txt.
+	@{ sed -n '/^#/p' infra/constraints.txt; $(BIN)/pip freeze --exclude-editable | sed -E 's/(\+cpu| @ .*)$$//' | sort -f; } > infra/constraints.tmp
+	@mv infra/constraints.tmp infra/constraints.txt
+
+clean: down  ## Remove the virtual environment, the home with all its data, and caches.
+	rm -rf $(VENV) .imagerag .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,47 @@
+"""Let torchvision import next to a CPU build of torch.
+
+The wheels of torchvision on PyPI are built for CUDA. Beside a CPU-only torch their compiled operators do not load, and
+`import torchvision` (so open_clip, timm, parts of transformers) fails with "operator torchvision::nms does not exist".
+Declaring the two schemas is enough for everything that does not call them. The hook below does so when torchvision is
+first imported, and only where its compiled library does not load: a CUDA machine is untouched, and importing
+`imagerag` does not import torch.
+"""
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from types import ModuleType
+
+_NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+class _Hook(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "torchvision":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.origin is not None:
+            _declare_missing_operators(Path(spec.origin).parent / "_C.so")
+        return spec
+
+
+def _declare_missing_operators(library: Path) -> None:
+    import torch
+
+    try:
+        torch.ops.load_library(library)
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", _NMS)
+
+
+def install() -> None:
+    """Put the hook in place, once a process."""
+    if "torchvision" not in sys.modules and not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hook())

@@ -1,0 +1,86 @@
+"""The frozen records that pass between stages: references and counts, never data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """What a download left: every URL of the list has exactly one status."""
+
+    uri: str
+    """The shards folder."""
+    num_urls: int
+    """URLs that the corpus wants, all lists together."""
+    num_success: int
+    num_failed: int
+    reasons: Mapping[str, int]
+    """Failures by reason, as `corpus.guard.Reason` names them."""
+    num_fetched: int
+    """URLs tried by this call; the rest was settled before."""
+    num_removed: int
+    """URLs that the corpus wanted before this call and wants no more."""
+    num_bytes: int
+    """Size of the images fetched by this call, as stored."""
+    num_duplicates: int = 0
+    """Rows of the list that repeat an earlier row's URL and caption."""
+    duration_s: float = 0.0
+    machine_s: float = 0.0
+    """Seconds of worker time: the sum over workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """A table version that holds exactly the rows that the corpus wants."""
+
+    uri: str
+    table: str
+    version: int
+    num_rows: int
+    num_added: int
+    num_removed: int
+    num_duplicates: int
+    """URLs whose image and caption another URL brought already."""
+    encoder_id: str
+    encoder_digest: str
+    duration_s: float = 0.0
+    machine_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexBuild:
+    """An index over a table version, and how good it was found to be."""
+
+    uri: str
+    table: str
+    version: int
+    num_rows: int
+    kind: str
+    """`exact` (no index: below the size where one pays) or LanceDB's index type."""
+    recall_at_10: float
+    """Share of the ten exact nearest neighbours that the index finds; 1.0 for `exact`."""
+    num_unindexed_rows: int
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One condition for publishing, with what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """Which version readers see now, and why."""
+
+    uri: str
+    table: str
+    version: int
+    """The published version: the new one if `published`, else the one that stays."""
+    previous_version: int | None
+    published: bool
+    num_rows: int
+    checks: tuple[Check, ...] = field(default=())

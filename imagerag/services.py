@@ -1,0 +1,244 @@
+"""The engines that run beside a flow on one machine: a Prefect server and a worker, on loopback, one set a home.
+
+`up` starts them to stay, `prefect_server` lends one for the duration of a run. Either keeps its database, logs and
+process records under `home`, so that two homes on one machine never meet.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from imagerag.errors import UserError
+from imagerag.settings import Settings
+
+WORK_POOL = "imagerag"
+
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 10.0
+# Has the kernel end this process when its parent is killed, so that kill -9 leaves no server behind (Linux; 1 is
+# PR_SET_PDEATHSIG). It is done after the fork by the child itself, because Popen's hook for it is unsafe with threads.
+_DYING_WITH_PARENT = (
+    "-c",
+    "import ctypes, os, signal, sys; "
+    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """A process that this home started, known again by its process id and start time."""
+
+    name: str
+    pid: int
+    started: float
+    url: str
+
+    @property
+    def running(self) -> bool:
+        """Whether exactly this process still runs: a process id alone may have been given out again."""
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def prefect_environment(home: Path, api_url: str | None = None) -> dict[str, str]:
+    """Environment variables that give Prefect its place under `home`, and no telemetry."""
+    environment = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # Server start-up takes longer than Prefect's 20 s on a small, busy machine.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(_START_TIMEOUT_S)),
+    }
+    return environment | ({"PREFECT_API_URL": api_url} if api_url else {})
+
+
+@contextmanager
+def prefect_server(settings: Settings) -> Iterator[str]:
+    """Yield a Prefect server's API URL: of the settings', of `up`'s, else of one that ends with the block."""
+    if settings.prefect_api_url is not None:
+        yield settings.prefect_api_url
+        return
+    service = find(settings.home, "prefect-server")
+    if service is not None:
+        yield f"{service.url}/api"
+        return
+    service = _start_server(settings.home, stay=False)
+    try:
+        yield f"{service.url}/api"
+    finally:
+        _stop(service)
+
+
+def find(home: Path, name: str) -> Service | None:
+    """The running service `name` of this home, if there is one."""
+    try:
+        service = Service(**json.loads(_record(home, name).read_text()))
+    except FileNotFoundError:
+        return None
+    return service if service.running else None
+
+
+def up(home: Path, project: Path) -> tuple[Service, Service]:
+    """Start the Prefect server and a worker to stay, and deploy all flows; what runs already is left as it is.
+
+    Args:
+        home: Holds the engines' state.
+        project: The folder of the flows and of `infra/prefect.yaml`.
+
+    Raises:
+        UserError: if `project` has no `infra/prefect.yaml`.
+    """
+    deployments = project / "infra" / "prefect.yaml"
+    if not deployments.is_file():
+        raise UserError(f"the deployments are described in {deployments}, which does not exist; run from a checkout")
+    server = find(home, "prefect-server") or _start_server(home, stay=True)
+    environment = prefect_environment(home, f"{server.url}/api") | {
+        "IMAGERAG_HOME": str(home),
+        "IMAGERAG_PROJECT": str(project),
+    }
+    pool = ("work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
+    _prefect(pool, environment, project)
+    _prefect(("deploy", "--all", "--prefect-file", str(deployments)), environment, project)
+    worker = find(home, "prefect-worker")
+    if worker is None:
+        command = ("worker", "start", "--pool", WORK_POOL, "--type", "process")
+        worker = _start(home, "prefect-worker", command, environment, url=server.url, stay=True)
+    return server, worker
+
+
+def down(home: Path) -> list[Service]:
+    """Stop what `up` started, with everything below it; returns what was running."""
+    stopped = []
+    for name in ("prefect-worker", "prefect-server"):
+        service = find(home, name)
+        if service is not None:
+            _stop(service)
+            stopped.append(service)
+        _record(home, name).unlink(missing_ok=True)
+    return stopped
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP GET of `url` succeeds within seconds."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):  # noqa: S310 (the address of a configured server)
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _start_server(home: Path, *, stay: bool) -> Service:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    environment = prefect_environment(home, f"{url}/api") | {"PREFECT_UI_API_URL": f"{url}/api"}
+    command = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
+    service = _start(home, "prefect-server", command, environment, url=url, stay=stay)
+    _await_healthy(service, f"{url}/api/health", home)
+    return service
+
+
+def _start(
+    home: Path, name: str, command: tuple[str, ...], environment: Mapping[str, str], *, url: str, stay: bool
+) -> Service:
+    log = _log(home, name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, *([] if stay else _DYING_WITH_PARENT), "-m", "prefect", *command],
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    service = Service(name=name, pid=process.pid, started=psutil.Process(process.pid).create_time(), url=url)
+    if stay:
+        _write_record(home, service)
+    return service
+
+
+def _await_healthy(service: Service, health_url: str, home: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    log = _log(home, service.name)
+    while time.monotonic() < deadline:
+        if not service.running:
+            raise RuntimeError(f"{service.name} ended while starting; its log is {log}")
+        if answers(health_url):
+            return
+        time.sleep(0.2)
+    _stop(service)
+    raise RuntimeError(f"{service.name} did not answer within {_START_TIMEOUT_S:.0f} s; its log is {log}")
+
+
+def _stop(service: Service) -> None:
+    """End the service's process tree: ask first, then kill, because Prefect's workers were seen to outlive SIGTERM."""
+    try:
+        parent = psutil.Process(service.pid)
+    except psutil.NoSuchProcess:
+        return
+    tree = [*parent.children(recursive=True), parent]
+    for process in tree:
+        _signal(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(tree, timeout=_STOP_TIMEOUT_S)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=_STOP_TIMEOUT_S)
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def _prefect(command: tuple[str, ...], environment: Mapping[str, str], cwd: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", *command],
+        env=os.environ | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"`prefect {' '.join(command)}` failed:\n{result.stdout}{result.stderr}")
+
+
+def _record(home: Path, name: str) -> Path:
+    return home / "services" / f"{name}.json"
+
+
+def _log(home: Path, name: str) -> Path:
+    return home / "logs" / f"{name}.log"
+
+
+def _write_record(home: Path, service: Service) -> None:
+    path = _record(home, service.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(asdict(service)))
+    draft.replace(path)

@@ -1,0 +1,36 @@
+"""Engines that are started once for the whole session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imagerag.services import prefect_environment
+from imagerag.settings import Settings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engines_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home for the engines of this session; set before Prefect is first imported, which reads it then."""
+    home = tmp_path_factory.mktemp("engines")
+    os.environ.update(prefect_environment(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def ray_session(engines_home: Path) -> Iterator[None]:
+    """Ray on this machine, shared by every test that needs it."""
+    from imagerag.compute import ray_runtime
+
+    with ray_runtime(Settings(home=engines_home)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def prefect_api_url(engines_home: Path) -> Iterator[str]:
+    """A Prefect server, shared by every test that runs a flow."""
+    from imagerag.cli.run import prefect_session
+
+    with prefect_session(Settings(home=engines_home)) as api_url:
+        yield api_url

@@ -1,0 +1,60 @@
+"""The direction of imports: flows → tasks → imagerag, and each engine only where it belongs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Which modules may import a package. What is not listed may be imported anywhere.
+ALLOWED = {
+    "prefect": ("flows/", "tasks/", "imagerag/cli/"),
+    "flows": ("flows/", "imagerag/cli/"),
+    "tasks": ("flows/", "tasks/", "imagerag/cli/"),
+    "ray": ("imagerag/compute.py", "imagerag/corpus/download.py", "imagerag/embedding/job.py"),
+    "lance": ("imagerag/retrieval/",),
+    "lancedb": ("imagerag/retrieval/",),
+    "img2dataset": ("imagerag/corpus/",),
+    "typer": ("imagerag/cli/",),
+}
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module
+
+
+def _sources() -> list[Path]:
+    return [path for folder in ("flows", "tasks", "imagerag") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_only_its_own_modules_import(package: str) -> None:
+    importers = {
+        str(path.relative_to(ROOT))
+        for path in _sources()
+        if any(name == package or name.startswith(f"{package}.") for name in _imports(path))
+    }
+    assert importers, f"nothing imports {package}: the rule guards nothing"
+    assert {importer for importer in importers if not importer.startswith(ALLOWED[package])} == set()
+
+
+def test_files_stay_short() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in _sources()}
+    assert {path: length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from imagerag.cli import app; "
+        "print(sorted({'torch', 'ray', 'prefect', 'lancedb', 'open_clip', 'pydantic', 'pyarrow'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
