@@ -1,0 +1,158 @@
+"""The sample corpus as a web site on loopback: its drawings, and a fixed set of bad URLs among them."""
+
+import errno
+import hashlib
+import random
+import socket
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from imagerag.corpus.sample import Drawing, load_drawings
+from imagerag.corpus.sample.bad import bad_urls, send
+from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+HOST = "127.0.0.1"
+_ORDER_SEED = 2602_12640
+
+BAD_URLS = bad_urls()
+"""What the bad URLs are and how each must end. Every server answers with a set of its own, which begins anew."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are what the bad URLs are for."""
+
+
+class SampleServer:
+    """Serves while the block runs."""
+
+    def __init__(self, port: int = 0) -> None:
+        """Take a port of the loopback address, any free one by default.
+
+        Raises:
+            UserError: if it is taken.
+        """
+        self._closing = Event()
+        self._bad = {bad.path: bad for bad in bad_urls()}
+        self._drawings = {_path(drawing): drawing for drawing in load_drawings()}
+        try:
+            self._server = _Server((HOST, port), self._handler())
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise UserError(
+                f"the sample corpus needs port {port} of {HOST}, which another process listens on"
+            ) from error
+        self.url = f"http://{HOST}:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def url_list(self, limit: int | None = None) -> "pa.Table":
+        """Return url, caption, source and licence of all drawings and bad URLs, always in the same mixed order.
+
+        Args:
+            limit: how many drawings; a smaller list's are also in every larger one. The bad URLs are always there.
+        """
+        import pyarrow as pa
+
+        order = random.Random(_ORDER_SEED)  # noqa: S311 (an order, not a secret)
+        drawings = order.sample(list(self._drawings.items()), len(self._drawings))[:limit]
+        rows: list[dict[str, str | None]] = [
+            {"url": self.url + path, "caption": d.concept.name, "source": d.style.title, "licence": d.style.licence}
+            for path, d in drawings
+        ]
+        rows += [
+            {"url": self.url + bad.path, "caption": bad.caption, "source": "bad URLs", "licence": None}
+            for bad in self._bad.values()
+        ]
+        order.shuffle(rows)
+        return pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in rows[0]]))
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                drawing, bad = site._drawings.get(self.path), site._bad.get(self.path)
+                if drawing is not None:
+                    etag = f'"{hashlib.sha256(drawing.image).hexdigest()[:16]}"'
+                    send(self, drawing.image, "image/webp", ETag=etag, Cache_Control="max-age=86400")
+                elif bad is not None:
+                    bad.answer(self, site._closing)
+                else:
+                    send(self, b"no such drawing", "text/plain", HTTPStatus.NOT_FOUND)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Say nothing: thousands of requests are the normal case."""
+
+        return Handler
+
+
+def _path(drawing: Drawing) -> str:
+    return f"/{drawing.style.name}/{drawing.concept.codepoint}.webp"
+
+
+def remembered_port(home: Path) -> int:
+    """Return the port that this home's sample corpus is served on: a free one, and from then on the same.
+
+    The URLs stay the same that way, so that what was downloaded is known again.
+
+    Raises:
+        UserError: if another process listens on it now.
+    """
+    record = home / "sample" / "port"
+    if not record.exists():
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            _write(record, str(probe.getsockname()[1]).encode())
+    port = int(record.read_text())
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(
+                f"the sample corpus of this home is served on port {port} of {HOST}, which another process listens on: "
+                f"stop it (a second `imagerag sample serve`?), or delete {record} to move to another port"
+            ) from error
+    return port
+
+
+def write_url_list(server: SampleServer, home: Path, limit: int | None = None) -> Path:
+    """Write the server's list to the home's `sample/urls.parquet`, replacing it at once; return the path."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = home / "sample" / "urls.parquet"
+    sink = pa.BufferOutputStream()
+    pq.write_table(server.url_list(limit), sink)
+    _write(path, sink.getvalue().to_pybytes())
+    return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_bytes(content)
+    draft.replace(path)
