@@ -1,0 +1,48 @@
+"""How a download behaves."""
+
+from importlib.metadata import version
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class DownloadConfig(BaseModel):
+    """What may be fetched, how, and what is kept of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(
+        default=512, ge=16, le=4096, description="Longest side of a stored image in pixels; smaller images stay as is."
+    )
+    image_format: Literal["jpg", "webp", "png"] = Field(
+        default="jpg",
+        description="Format of stored images. A file that has it already, is small enough and opaque is kept as it is.",
+    )
+    timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        description="Seconds that one attempt at a URL may take, redirects and all.",
+    )
+    retries: int = Field(default=1, ge=0, le=10, description="Further attempts at a URL, at once, when one fails.")
+    thread_count: int = Field(default=64, ge=1, le=1024, description="URLs fetched at a time by one worker.")
+    shard_size: int = Field(default=1000, ge=1, le=10_000, description="URLs of one shard.")
+    max_bytes: int = Field(default=20 * 2**20, ge=1, le=2**30, description="Largest file, in bytes.")
+    max_pixels: int = Field(
+        default=50_000_000, ge=1, le=80_000_000, description="Largest image, in pixels, as its header states."
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Hosts that may have a private or loopback address, as `host` or `host:port`. "
+        "All other hosts must have public addresses.",
+    )
+    respect_opt_out: bool = Field(
+        default=True,
+        description="Leave out images whose server says noai, noimageai, noindex or noimageindex (X-Robots-Tag) "
+        "or reserves text and data mining (tdm-reservation: 1).",
+    )
+    user_agent: str = Field(
+        default=f"ImageRAGTurbo/{version('imagerag-turbo')}",
+        pattern=r"^[\x20-\x7e]+$",
+        description="How requests name themselves; an address where you can be reached is polite.",
+    )

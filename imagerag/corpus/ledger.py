@@ -1,0 +1,117 @@
+"""What became of every URL, derived from the finished shards and kept nowhere else."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from imagerag.corpus import shards
+from imagerag.corpus.guard import Reason, reason_of
+
+SCHEMA = pa.schema(
+    [
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("source", pa.string()),
+        ("licence", pa.string()),
+        ("status", pa.string()),  # "success" or "failed"
+        ("reason", pa.string()),  # a `Reason`; null for successes
+        ("error_message", pa.string()),
+        ("sha256", pa.string()),  # of the file as fetched; null for failures
+        ("expected_sha256", pa.string()),
+        ("width", pa.int32()),  # of the image as stored
+        ("height", pa.int32()),
+        ("shard", pa.int64()),
+        ("key", pa.string()),  # of the sample in its shard
+    ]
+)
+PAIR = ["url", "caption"]
+"""What identifies a row of a list."""
+
+
+def wanted_images(uri: str) -> pa.Table:
+    """The images that the corpus wants and has, in the order of its lists.
+
+    Columns url, caption, source, licence, sha256 (of the file as fetched), width, height (as stored), shard and key.
+    """
+    standing = read_standing(uri)
+    images = standing.filter(pc.equal(standing["status"], "success"))
+    return images.select(["url", "caption", "source", "licence", "sha256", "width", "height", "shard", "key"])
+
+
+def read_standing(uri: str) -> pa.Table:
+    """Every row that the corpus wants with what became of it, as `standing` gives it."""
+    return standing(shards.read_wanted(uri), read_ledger(uri), shards.read_takedowns(uri))
+
+
+def standing(wanted: pa.Table, ledger: pa.Table, takedowns: pa.Table) -> pa.Table:
+    """Join what is wanted with what became of it.
+
+    Columns as in `SCHEMA`, with `source` and `licence` as the list has them now; `wanted_sha256`, as the list has it;
+    and `row`, its place in the list, which is the order. `status` is null for what is not settled yet.
+    """
+    numbered = wanted.rename_columns({"sha256": "wanted_sha256"}).append_column("row", pa.array(np.arange(len(wanted))))
+    joined = numbered.join(ledger.drop_columns(["source", "licence"]), PAIR, join_type="left outer").sort_by("row")
+    return with_takedowns(joined, takedowns, "wanted_sha256")
+
+
+def read_ledger(uri: str) -> pa.Table:
+    """The latest attempt at every (url, caption) that was ever fetched; columns as in `SCHEMA`."""
+    attempts = read_attempts(uri)
+    latest = attempts.group_by(PAIR).aggregate([("shard", "max")]).rename_columns({"shard_max": "shard"})
+    if latest.num_rows < attempts.num_rows:
+        attempts = attempts.join(latest, [*PAIR, "shard"], join_type="left semi").select(SCHEMA.names)
+    return with_takedowns(attempts, shards.read_takedowns(uri))
+
+
+def read_attempts(uri: str) -> pa.Table:
+    """Every row of every finished shard, whatever was taken down since; columns as in `SCHEMA`."""
+    finished = shards.finished_shards(uri)
+    if not finished:
+        return SCHEMA.empty_table()
+    fs, root = shards.open_folder(uri)
+    paths = [f"{root}/{shards.shard_name(shard)}.parquet" for shard in finished]
+    stored = pa.schema([field for field in SCHEMA if field.name not in ("reason", "shard")])
+    rows = ds.dataset(paths, schema=stored, filesystem=fs, format="parquet").to_table()
+    rows = rows.append_column("shard", pc.divide(pc.cast(rows["key"], pa.int64()), 10**shards.ROW_DIGITS))
+    num_planned = {shard: stats["count"] for shard, stats in finished.items()}
+    dropped = _dropped_rows(uri, rows, num_planned)
+    return _with_reasons(pa.concat_tables([rows, *dropped], promote_options="default"))
+
+
+def with_takedowns(rows: pa.Table, takedowns: pa.Table, *hash_columns: str) -> pa.Table:
+    """Make every row failed whose URL or hash, as found or as in `hash_columns`, was taken down."""
+    if takedowns.num_rows == 0:
+        return rows
+    taken = pc.is_in(rows["url"], takedowns["url"].drop_null())
+    for column in ("sha256", *hash_columns):
+        taken = pc.or_(taken, pc.is_in(rows[column], takedowns["sha256"].drop_null()))
+    for column, value in (("status", "failed"), ("reason", str(Reason.TAKEN_DOWN)), ("error_message", None)):
+        values = pc.if_else(taken, pa.scalar(value, pa.string()), rows[column])
+        rows = rows.set_column(rows.column_names.index(column), column, values)
+    return rows
+
+
+def _dropped_rows(uri: str, rows: pa.Table, num_planned: dict[int, int]) -> list[pa.Table]:
+    """Rows that img2dataset was given and did not report: it drops a sample that it fails to write."""
+    counted = rows["shard"].value_counts().to_pylist()
+    num_reported = {count["values"]: count["counts"] for count in counted}
+    short = [shard for shard, count in num_planned.items() if num_reported.get(shard, 0) < count]
+    dropped = []
+    for shard, plan in shards.read_plans(uri, short).items():
+        absent = plan.join(rows.filter(pc.equal(rows["shard"], shard)).select(PAIR), PAIR, join_type="left anti")
+        absent = absent.append_column("shard", pa.repeat(pa.scalar(shard, pa.int64()), absent.num_rows))
+        message = f"{Reason.OTHER}: img2dataset dropped the sample"
+        dropped.append(absent.append_column("error_message", pa.repeat(message, absent.num_rows)))
+    return dropped
+
+
+def _with_reasons(rows: pa.Table) -> pa.Table:
+    """Reduce img2dataset's status to success or failed, and name the reason."""
+    succeeded = pc.fill_null(pc.equal(rows["status"], "success"), False)
+    status = pc.if_else(succeeded, "success", "failed")
+    messages = rows["error_message"].combine_chunks().dictionary_encode(null_encoding="encode")
+    reasons = pa.array([str(reason_of(message)) for message in messages.dictionary.to_pylist()], pa.string())
+    reason = pc.if_else(succeeded, pa.scalar(None, pa.string()), reasons.take(messages.indices))
+    rows = rows.set_column(rows.column_names.index("status"), "status", status).append_column("reason", reason)
+    return rows.select(SCHEMA.names).cast(SCHEMA)

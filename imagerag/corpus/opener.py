@@ -1,0 +1,270 @@
+"""The network side of the guard: an opener for `urllib` that cannot be led to an address that is not public.
+
+img2dataset fetches with `urllib.request.urlopen`, which uses the opener that is installed for the process. The one
+that `guarded_fetching` installs speaks http and https only, looks at every address before it connects to it, connects
+to that very address, and does the same for every redirect.
+"""
+
+import io
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from http import client
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from string import punctuation
+from typing import IO, Any
+from urllib import request as urllib_request
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urljoin, urlsplit
+from urllib.request import AbstractHTTPHandler, HTTPRedirectHandler, OpenerDirector, Request
+
+from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.guard import FetchError, Reason, is_public
+
+_PIECE = 64 * 1024  # bytes read at a time, so that a length claimed by the server allocates nothing
+_WEB_PORTS = (80, 443)
+
+Resolve = Callable[..., list[Any]]
+"""`socket.getaddrinfo`, or what a test puts in its place."""
+
+
+@contextmanager
+def guarded_fetching(config: DownloadConfig, resolve: Resolve = socket.getaddrinfo) -> Iterator[None]:
+    """Make `urllib.request.urlopen` safe in this process, for as long as the block runs.
+
+    Its errors are `FetchError`s. The `timeout` of a call, which is required, bounds the whole of it: connecting,
+    redirects, headers and body together; only looking up a name is left to the resolver's own limit. Proxies of the
+    environment are not used: a proxy looks up names itself, where nothing can be checked.
+    """
+    urllib_request.install_opener(guarded_opener(config, resolve))
+    try:
+        yield
+    finally:
+        urllib_request.install_opener(urllib_request.build_opener())
+
+
+def guarded_opener(config: DownloadConfig, resolve: Resolve = socket.getaddrinfo) -> OpenerDirector:
+    """The opener that `guarded_fetching` installs."""
+    opener = _Opener()
+    opener.add_handler(_GuardedHandler(config, resolve))
+    opener.add_handler(_Redirects())
+    opener.add_handler(urllib_request.HTTPErrorProcessor())
+    opener.add_handler(urllib_request.HTTPDefaultErrorHandler())
+    return opener
+
+
+class _Opener(OpenerDirector):
+    def open(self, *args: Any, **kwargs: Any) -> Any:
+        with _named_errors():
+            return super().open(*args, **kwargs)
+
+
+class _GuardedHandler(AbstractHTTPHandler):
+    def __init__(self, config: DownloadConfig, resolve: Resolve) -> None:
+        super().__init__()
+        self._config = config
+        self._allowed_hosts = frozenset(host.lower() for host in config.allowed_hosts)
+        self._resolve = resolve
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()
+
+    def http_request(self, request: Request) -> Request:
+        if not request.full_url.isascii():
+            request.full_url = quote(request.full_url, safe=punctuation)  # as browsers do
+        if "@" in (request.host or ""):
+            raise FetchError(Reason.INVALID_URL, "user name or password in the URL")
+        request.add_header("User-Agent", self._config.user_agent)
+        if not hasattr(request, "deadline"):
+            assert request.timeout is not None
+            _set_deadline(request, time.monotonic() + request.timeout)
+        return self.do_request_(request)
+
+    def http_open(self, request: Request) -> HTTPResponse:
+        return self.do_open(partial(_Connection, **self._guards(request)), request)
+
+    def https_open(self, request: Request) -> HTTPResponse:
+        return self.do_open(partial(_SecureConnection, context=self._tls, **self._guards(request)), request)
+
+    def unknown_open(self, request: Request) -> None:
+        raise FetchError(Reason.BLOCKED_SCHEME, repr(request.type))
+
+    def http_response(self, request: Request, response: HTTPResponse) -> HTTPResponse:
+        if self._config.respect_opt_out and response.headers.get("tdm-reservation", "").strip() == "1":
+            response.close()
+            raise FetchError(Reason.OPT_OUT, "tdm-reservation: 1")
+        return response
+
+    https_request = http_request
+    https_response = http_response
+
+    def _guards(self, request: Request) -> dict[str, Any]:
+        return {
+            "allowed_hosts": self._allowed_hosts,
+            "resolve": self._resolve,
+            "max_bytes": self._config.max_bytes,
+            "deadline": _deadline_of(request),
+        }
+
+
+class _Redirects(HTTPRedirectHandler):
+    max_redirections = 5
+
+    def http_error_302(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: client.HTTPMessage) -> Any:
+        scheme = urlsplit(urljoin(req.full_url, headers.get("location", ""))).scheme
+        if scheme not in ("http", "https"):
+            raise FetchError(Reason.BLOCKED_SCHEME, f"redirect to {scheme!r}")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+    def redirect_request(self, req: Request, *args: Any) -> Request | None:
+        request = super().redirect_request(req, *args)
+        if request is not None:
+            _set_deadline(request, _deadline_of(req))
+        return request
+
+
+class _Connection(HTTPConnection):
+    """Connects to the address that was checked, and to no other."""
+
+    def __init__(
+        self,
+        *args: Any,
+        allowed_hosts: frozenset[str],
+        resolve: Resolve,
+        max_bytes: int,
+        deadline: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._allowed_hosts = allowed_hosts
+        self._resolve = resolve
+        self._deadline = deadline
+        self._create_connection = self._dial  # what `connect` calls, with TLS and without
+        self.response_class = partial(_Response, max_bytes=max_bytes, deadline=deadline)  # type: ignore[assignment]
+
+    def _dial(self, destination: tuple[str, int], *_: Any) -> socket.socket:
+        host, port = destination
+        if not 0 < port < 2**16:
+            raise FetchError(Reason.INVALID_URL, f"port {port}")
+        # Looked up once: what is checked here is connected to, whatever the name means a moment later.
+        endpoints = self._resolve(host, port, type=socket.SOCK_STREAM)
+        if self._allowed_hosts.isdisjoint({host.lower(), f"{host.lower()}:{port}"}):
+            _check_public(host, port, [str(address[0]) for *_, address in endpoints])
+        failure: OSError = socket.gaierror(f"{host} has no address")
+        for family, kind, protocol, _, address in endpoints:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(_left(self._deadline))
+                sock.connect(address)
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                return sock
+        raise failure
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    """The same over TLS; the certificate is checked against the host's name."""
+
+    def _dial(self, destination: tuple[str, int], *_: Any) -> socket.socket:
+        sock = super()._dial(destination)
+        sock.settimeout(_left(self._deadline))  # for the handshake
+        return sock
+
+
+class _Response(HTTPResponse):
+    """A reply that has to be small enough and in time."""
+
+    def __init__(self, sock: socket.socket, *args: Any, max_bytes: int, deadline: float, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._max_bytes = max_bytes
+        self.fp = io.BufferedReader(_TimedReader(self.fp.detach(), sock, deadline))
+
+    def read(self, amt: int | None = None) -> bytes:
+        """The whole body, whatever `amt`."""
+        body = io.BytesIO()
+        with _named_errors():
+            while piece := super().read(_PIECE):
+                body.write(piece)
+                if body.tell() > self._max_bytes:
+                    self.close()
+                    raise FetchError(Reason.TOO_MANY_BYTES, f"more than {self._max_bytes} bytes")
+            if self.length:
+                raise client.IncompleteRead(body.getvalue(), self.length)
+        return body.getvalue()
+
+
+class _TimedReader(io.RawIOBase):
+    """Reads a socket until a deadline. A socket's own timeout starts anew with every packet."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
+        self._raw, self._sock, self._deadline = raw, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_left(self._deadline))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _check_public(host: str, port: int, addresses: list[str]) -> None:
+    if port < 1024 and port not in _WEB_PORTS:
+        raise FetchError(Reason.BLOCKED_ADDRESS, f"port {port} is not one of a web server")
+    for address in addresses:
+        if not is_public(address):
+            raise FetchError(Reason.BLOCKED_ADDRESS, f"{host} is at {address}, which is not public")
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def _set_deadline(request: Request, deadline: float) -> None:
+    request.deadline = deadline  # type: ignore[attr-defined]  # urllib keeps what it knows of redirects there too
+
+
+def _deadline_of(request: Request) -> float:
+    return float(request.deadline)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, client.HTTPException, ValueError) as error:
+        raise _named(error) from error
+
+
+def _named(error: Exception) -> FetchError:
+    if isinstance(error, URLError) and isinstance(error.reason, Exception):
+        error = error.reason
+    match error:
+        case HTTPError() if error.msg.startswith(HTTPRedirectHandler.inf_msg):
+            return FetchError(Reason.REDIRECT_LOOP, f"a circle, or more than {_Redirects.max_redirections} redirects")
+        case HTTPError():
+            return FetchError(Reason.HTTP_STATUS, str(error.code))
+        case TimeoutError():
+            return FetchError(Reason.TIMEOUT, str(error))
+        case socket.gaierror():
+            return FetchError(Reason.DNS_FAILURE, str(error))
+        case ssl.SSLError():
+            return FetchError(Reason.CONNECTION_FAILED, str(error))
+        case ValueError() | URLError() | client.InvalidURL():
+            return FetchError(Reason.INVALID_URL, str(error))
+        case _:
+            return FetchError(Reason.CONNECTION_FAILED, f"{type(error).__name__}: {error}")

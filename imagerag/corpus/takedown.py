@@ -1,0 +1,91 @@
+"""Images that a corpus must not hold: refused from then on, and removed from the shards that have them."""
+
+import io
+import tarfile
+from collections.abc import Collection
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imagerag.corpus import ledger, shards
+from imagerag.errors import UserError
+
+
+def take_down(uri: str, *, urls: Collection[str] = (), sha256s: Collection[str] = ()) -> int:
+    """Refuse images by URL or by the SHA-256 of their file for ever, and remove those that are there.
+
+    Returns:
+        The number of images removed from the shards.
+    """
+    with shards.locked(uri):
+        entries = pa.table(
+            {
+                "url": pa.array([*urls, *(None for _ in sha256s)], pa.string()),
+                "sha256": pa.array([*(None for _ in urls), *(sha256.lower() for sha256 in sha256s)], pa.string()),
+            }
+        )
+        known = shards.read_takedowns(uri)
+        shards.write_takedowns(uri, pa.concat_tables([known, entries]).group_by(["url", "sha256"]).aggregate([]))
+        return remove_taken_down(uri)
+
+
+def hashes_of(uri: str, urls: Collection[str]) -> list[str]:
+    """Return the SHA-256 of every image that these URLs ever brought.
+
+    Raises:
+        UserError: if one of them brought none.
+    """
+    fetched = ledger.read_attempts(uri)
+    fetched = fetched.filter(
+        pc.and_(pc.is_valid(fetched["sha256"]), pc.is_in(fetched["url"], pa.array(urls, pa.string())))
+    )
+    unknown = set(urls) - set(fetched["url"].to_pylist())
+    if unknown:
+        raise UserError(f"no image was ever fetched from {min(unknown)!r} into {uri}; nothing was taken down")
+    return pc.unique(fetched["sha256"]).to_pylist()  # type: ignore[no-any-return]
+
+
+def remove_taken_down(uri: str) -> int:
+    """Remove from the tars every sample that was taken down; the ledger keeps its URL, without the image.
+
+    The caller holds the corpus. Safe to repeat.
+
+    Returns:
+        The number of images removed.
+    """
+    takedowns = shards.read_takedowns(uri)
+    if takedowns.num_rows == 0:
+        return 0
+    _remove_unfinished_tars(uri)
+    attempts = ledger.read_attempts(uri)
+    fetched = attempts.filter(pc.equal(attempts["status"], "success"))
+    judged = ledger.with_takedowns(fetched, takedowns)
+    taken = judged.filter(pc.equal(judged["status"], "failed")).group_by("shard").aggregate([("key", "list")])
+    return sum(_remove_samples(uri, row["shard"], set(row["key_list"])) for row in taken.to_pylist())
+
+
+def _remove_unfinished_tars(uri: str) -> None:
+    fs, root = shards.open_folder(uri)
+    for shard in set(shards.planned_shards(uri)) - set(shards.finished_shards(uri)):
+        with shards.locked(uri, shard):
+            path = shards.shard_path(root, shard)
+            if not shards.is_finished(uri, shard) and fs.exists(path):
+                fs.rm_file(path)
+
+
+def _remove_samples(uri: str, shard: int, keys: set[str]) -> int:
+    """Write the tar anew without some samples, if any of them is in it; return how many were."""
+    fs, root = shards.open_folder(uri)
+    path = shards.shard_path(root, shard)
+    kept = io.BytesIO()
+    with fs.open(path, "rb") as file, tarfile.open(fileobj=file) as tar:
+        key_of = {member: member.name.partition(".")[0] for member in tar.getmembers()}
+        removed = keys.intersection(key_of.values())
+        if not removed:
+            return 0
+        with tarfile.open(fileobj=kept, mode="w") as smaller:
+            for member, key in key_of.items():
+                if key not in removed:
+                    smaller.addfile(member, tar.extractfile(member))
+    shards.put(fs, path, kept.getvalue())
+    return len(removed)

@@ -1,0 +1,310 @@
+import json
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from imagerag.artifacts import Download
+from imagerag.corpus import shards
+from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.download import download
+from imagerag.corpus.guard import Reason
+from imagerag.corpus.ledger import read_attempts, read_ledger, wanted_images
+from imagerag.corpus.sample.bad import bad_urls
+from imagerag.corpus.sample.server import SampleServer
+from imagerag.corpus.takedown import take_down
+from imagerag.corpus.url_list import SCHEMA, UrlList
+from imagerag.settings import Settings
+from tests.corpus.web import Web, picture
+
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session")]
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[Web]:
+    with Web() as server:
+        yield server
+
+
+class Corpus:
+    """A corpus in a folder, and how the tests download into it."""
+
+    def __init__(self, folder: Path, web: Web) -> None:
+        self.uri = str(folder / "shards")
+        self.folder = folder / "shards"
+        self._settings = Settings(home=folder)
+        self._config = {"allowed_hosts": (web.host,), "shard_size": 4, "thread_count": 4, "timeout_s": 5, "retries": 0}
+
+    def download(self, rows: list[dict[str, Any]], **options: Any) -> Download:
+        config = DownloadConfig.model_validate(self._config | options.pop("config", {}))
+        return download(urls(rows), uri=self.uri, config=config, settings=self._settings, **options)
+
+    def outcome(self) -> dict[str, str]:
+        """Status or reason of every URL, each of which has one row."""
+        rows = read_ledger(self.uri).to_pylist()
+        assert max(Counter((row["url"], row["caption"]) for row in rows).values()) == 1
+        return {row["url"].partition("/t")[2]: row["reason"] or row["status"] for row in rows}
+
+    def images(self) -> dict[str, bytes]:
+        """Image files in the tars, by key."""
+        found = {}
+        for path in sorted(self.folder.glob("*.tar")):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    if member.name.endswith(".jpg"):
+                        found[member.name.removesuffix(".jpg")] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        return found
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, web: Web) -> Corpus:
+    return Corpus(tmp_path, web)
+
+
+def urls(rows: list[dict[str, Any]]) -> UrlList:
+    table = pa.Table.from_pylist([{"source": "test", **row} for row in rows], schema=SCHEMA)
+    return UrlList(table=table, num_duplicates=1)
+
+
+def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
+    good = [{"url": web.serve(f"/ta{i}", picture(i)), "caption": f"picture {i}"} for i in range(9)]
+    big = {"url": web.serve("/tbig", picture(1, (600, 300))), "caption": "big", "licence": "MIT"}
+    bad = {
+        "gone": (web.serve("/tgone", b"", status=404), Reason.HTTP_STATUS),
+        "html": (web.serve("/thtml.png", b"<html>"), Reason.UNSUPPORTED_FORMAT),
+        "cut": (web.serve("/tcut", picture(2, (300, 300))[:-200]), Reason.CORRUPT_IMAGE),
+        "noai": (web.serve("/tnoai", picture(3), X_Robots_Tag="noai"), Reason.OPT_OUT),
+        "not us": (web.serve("/tus", picture(3), X_Robots_Tag="imageragturbo: noindex"), Reason.OPT_OUT),
+        "tdm": (web.serve("/ttdm", picture(3), tdm_reservation="1"), Reason.OPT_OUT),
+        "file": ("file:///etc/passwd/tfile", Reason.BLOCKED_SCHEME),
+        "no URL": ("nonsense/tword", Reason.BLOCKED_SCHEME),
+        "inside": (f"http://localhost:{web.port}/tinside", Reason.BLOCKED_ADDRESS),
+    }
+    rows = [*good, big, *({"url": url, "caption": caption} for caption, (url, _) in bad.items())]
+    heard = []
+    result = corpus.download(rows, on_progress=lambda done, total, note="": heard.append((done, total)))
+
+    assert corpus.outcome() == (
+        {f"a{i}": "success" for i in range(9)}
+        | {"big": "success"}
+        | {url.partition("/t")[2]: str(reason) for url, reason in bad.values()}
+    )
+    assert (result.num_urls, result.num_success, result.num_failed, result.num_fetched) == (19, 10, 9, 19)
+    assert result.reasons == dict(Counter(str(reason) for _, reason in bad.values()))
+    assert (result.num_removed, result.num_duplicates) == (0, 1)
+    assert (heard[0], heard[-1]) == ((0, 19), (19, 19))
+    assert result.machine_s > 0
+    images = corpus.images()
+    assert result.num_bytes == sum(map(len, images.values()))
+    wanted = wanted_images(corpus.uri).to_pylist()
+    assert [row["caption"] for row in wanted] == [*(f"picture {i}" for i in range(9)), "big"]
+    assert [images[row["key"]] for row in wanted[:9]] == [picture(i) for i in range(9)]
+    assert {key: wanted[9][key] for key in ("source", "licence", "width", "height")} == {
+        "source": "test",
+        "licence": "MIT",
+        "width": 512,
+        "height": 256,
+    }
+
+    before = web.requests.copy()
+    again = corpus.download(rows)
+    assert (again.num_fetched, again.num_success, again.reasons) == (0, 10, result.reasons)
+    assert web.requests == before
+
+
+def test_only_what_is_new_is_fetched_and_what_vanished_is_wanted_no_more(corpus: Corpus, web: Web) -> None:
+    rows = [{"url": web.serve(f"/tb{i}", picture(i)), "caption": f"picture {i}"} for i in range(5)]
+    corpus.download(rows[:3])
+    assert corpus.download(rows[3:4]).num_urls == 4
+    rows[0]["caption"] = "renamed"
+    rows[1]["licence"] = "MIT"
+    before = web.requests.copy()
+    result = corpus.download([rows[4], rows[0], rows[1]], mode="replace")
+    assert web.requests - before == Counter({"/tb0": 1, "/tb4": 1})
+    assert (result.num_urls, result.num_success, result.num_fetched, result.num_removed) == (3, 3, 2, 3)
+    wanted = [(row["caption"], row["licence"]) for row in wanted_images(corpus.uri).to_pylist()]
+    assert wanted == [("picture 4", None), ("renamed", None), ("picture 1", "MIT")]
+
+
+def test_failures_are_tried_again_when_asked_for(corpus: Corpus, web: Web) -> None:
+    rows = [{"url": web.serve(f"/tc{i}", picture(i), status=200 + 300 * (i % 2)), "caption": "c"} for i in range(6)]
+    assert corpus.download(rows).reasons == {"http_status": 3}
+    web.serve("/tc1", picture(1))
+    assert corpus.download(rows).num_fetched == 0
+    before = web.requests.copy()
+    result = corpus.download(rows, retry_failed=True)
+    assert web.requests - before == Counter({"/tc1": 1, "/tc3": 1, "/tc5": 1})
+    assert (result.num_success, result.num_failed, result.num_fetched) == (4, 2, 3)
+    assert corpus.outcome()["c1"] == "success"
+
+
+def test_a_url_has_to_bring_the_same_bytes_again(corpus: Corpus, web: Web) -> None:
+    same, changed = ({"url": web.serve(f"/td{i}", picture(i)), "caption": "before"} for i in range(2))
+    corpus.download([same, changed])
+    recorded = {row["url"]: row["sha256"] for row in wanted_images(corpus.uri).to_pylist()}
+    web.serve("/td1", picture(100))
+    renamed = [{"url": row["url"], "caption": "after"} for row in (same, changed)]
+    result = corpus.download(renamed, mode="replace")
+    assert (result.num_fetched, result.reasons) == (2, {"hash_mismatch": 1})
+    assert wanted_images(corpus.uri)["sha256"].to_pylist() == [recorded[same["url"]]]
+
+    assert corpus.download(renamed, retry_failed=True).reasons == {"hash_mismatch": 1}
+    web.serve("/td1", picture(1))
+    assert corpus.download(renamed, retry_failed=True).reasons == {}
+    assert set(wanted_images(corpus.uri)["sha256"].to_pylist()) == set(recorded.values())
+
+
+def test_the_sha256_of_the_list_counts_before_the_recorded_one(corpus: Corpus, web: Web) -> None:
+    row = {"url": web.serve("/te", picture(1)), "caption": "e"}
+    corpus.download([row])
+    other = corpus.download([{"url": web.serve("/te2", picture(2)), "caption": "other"}])
+    assert other.num_success == 2
+    sha256 = wanted_images(corpus.uri)["sha256"].to_pylist()[0]
+    row["sha256"] = sha256
+    result = corpus.download([row])
+    assert (result.num_fetched, result.reasons) == (1, {"hash_mismatch": 1})
+    assert corpus.download([row]).num_fetched == 0
+    web.serve("/te", picture(2))
+    assert corpus.download([row], retry_failed=True).num_success == 2
+
+
+def test_an_unfinished_download_continues(corpus: Corpus, web: Web) -> None:
+    rows = [{"url": web.serve(f"/tf{i}", picture(i)), "caption": f"{i}"} for i in range(12)]
+    corpus.download(rows)
+    whole = corpus.images()
+    marker = corpus.folder / "00000_stats.json"
+    marker.write_bytes(marker.read_bytes()[:50])  # killed while it was written
+    (corpus.folder / "00001_stats.json").unlink()  # killed just before
+    for name in ("00001.tar", "00001.parquet"):
+        (corpus.folder / name).write_bytes((corpus.folder / name).read_bytes()[:100])
+    assert set(corpus.outcome().values()) == {"success"}
+    assert len(corpus.outcome()) == 4
+
+    before = web.requests.copy()
+    result = corpus.download(rows)
+    assert web.requests - before == Counter({f"/tf{i}": 1 for i in range(8)})
+    assert (result.num_success, result.num_fetched) == (12, 8)
+    assert corpus.images() == whole
+    assert len(read_attempts(corpus.uri)) == 12
+
+
+def test_what_an_unfinished_shard_has_that_nobody_wants_any_more_is_not_fetched(corpus: Corpus, web: Web) -> None:
+    rows = [{"url": web.serve(f"/tg{i}", picture(i)), "caption": f"{i}"} for i in range(4)]
+    corpus.download(rows)
+    (corpus.folder / "00000_stats.json").unlink()
+    before = web.requests.copy()
+    assert corpus.download(rows[1:], mode="replace").num_success == 3
+    assert web.requests - before == Counter({f"/tg{i}": 1 for i in range(1, 4)})
+    assert corpus.download(rows).num_fetched == 1
+
+
+def test_a_sample_that_img2dataset_drops_still_has_its_row(corpus: Corpus, web: Web) -> None:
+    rows = [{"url": web.serve(f"/th{i}", picture(i)), "caption": f"{i}"} for i in range(3)]
+    corpus.download(rows)
+    table = pa.parquet.read_table(corpus.folder / "00000.parquet")
+    pa.parquet.write_table(table.slice(1), corpus.folder / "00000.parquet")
+    dropped = table["url"][0].as_py().partition("/t")[2]
+    assert corpus.outcome() == {"h0": "success", "h1": "success", "h2": "success"} | {dropped: "other"}
+    assert corpus.download(rows, retry_failed=True).num_success == 3
+
+
+def _kill_workers_at(path: str, web: Web, times: int) -> str:
+    """Serve a picture, but kill whoever asks for it the first `times` times."""
+    web.serve("/then", picture(1))
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if web.requests[path] <= times:
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("ray::_fetch"):
+                    process.kill()
+        else:
+            web.pages["/then"](handler)
+
+    web.pages[path] = answer
+    return web.url(path)
+
+
+def test_a_shard_whose_worker_is_killed_is_tried_again(corpus: Corpus, web: Web) -> None:
+    rows = [{"url": web.serve(f"/ti{i}", picture(i)), "caption": f"{i}"} for i in range(11)]
+    rows.append({"url": _kill_workers_at("/ti11", web, times=2), "caption": "11"})
+    notes = []
+    result = corpus.download(rows, on_progress=lambda done, total, note="": notes.append(note))
+    assert (result.num_success, result.num_fetched, result.reasons) == (12, 12, {})
+    assert any("lost its worker" in note for note in notes)
+    assert set(corpus.outcome()) == {f"i{i}" for i in range(12)}
+
+
+def test_a_shard_that_is_lost_each_time_is_counted_and_tried_by_the_next_run(corpus: Corpus, web: Web) -> None:
+    rows = [{"url": web.serve(f"/tj{i}", picture(i)), "caption": f"{i}"} for i in range(3)]
+    poison = {"url": _kill_workers_at("/tj3", web, times=4), "caption": "3"}
+    assert corpus.download(rows, config={"shard_size": 1}).num_success == 3
+    result = corpus.download([poison])
+    assert (result.num_success, result.reasons, result.num_fetched) == (3, {"lost": 1}, 0)
+    result = corpus.download([poison])
+    assert (result.num_success, result.reasons, result.num_fetched) == (4, {}, 1)
+
+
+def test_taken_down_images_leave_the_shards_and_stay_away(corpus: Corpus, web: Web) -> None:
+    rows = [{"url": web.serve(f"/tk{i}", picture(i)), "caption": f"{i}"} for i in range(4)]
+    corpus.download(rows)
+    by_url = {row["url"]: row for row in wanted_images(corpus.uri).to_pylist()}
+    first, second = by_url[rows[0]["url"]], by_url[rows[1]["url"]]
+    whole = corpus.images()
+    assert take_down(corpus.uri, urls=[first["url"]], sha256s=[second["sha256"].upper()]) == 2
+    assert take_down(corpus.uri, urls=[first["url"]]) == 0
+    assert corpus.images() == {key: image for key, image in whole.items() if key not in (first["key"], second["key"])}
+    assert [row["caption"] for row in wanted_images(corpus.uri).to_pylist()] == ["2", "3"]
+
+    before = web.requests.copy()
+    again = web.serve("/tk-again", picture(1))  # the bytes of the second, at another URL
+    rows += [{"url": again, "caption": "again"}, {"url": rows[0]["url"], "caption": "another caption"}]
+    result = corpus.download(rows, retry_failed=True)
+    assert web.requests - before == Counter({"/tk-again": 1})
+    assert (result.num_success, result.reasons) == (2, {"taken_down": 4})
+    assert sorted(corpus.images().values()) == sorted([picture(2), picture(3)])
+
+
+def test_a_hanging_server_does_not_hold_up_the_shard(corpus: Corpus, web: Web) -> None:
+    rows = [
+        {"url": web.serve_slowly(f"/tl{i}", b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.1), "caption": "l"} for i in range(4)
+    ]
+    started = time.monotonic()
+    assert corpus.download(rows, config={"timeout_s": 1}).reasons == {"timeout": 4}
+    assert time.monotonic() - started < 10
+
+
+def test_the_sample_corpus_with_all_its_bad_urls(corpus: Corpus) -> None:
+    with SampleServer() as server:
+        rows = server.url_list(limit=150).to_pylist()
+        config = {"allowed_hosts": (server.url.removeprefix("http://"),), "shard_size": 100, "timeout_s": 3}
+        result = corpus.download(rows, config=config)
+        expected = {f"{server.url}{bad.path}": bad.reason or "success" for bad in bad_urls()}
+        expected[f"{server.url}/bad/busy-once.png"] = "http_status"
+        found = {row["url"]: row["reason"] or row["status"] for row in read_attempts(corpus.uri).to_pylist()}
+        assert found == {row["url"]: expected.get(row["url"], "success") for row in rows}
+        assert result.num_fetched == len(rows) == len(read_attempts(corpus.uri))
+        assert result.num_failed == sum(reason != "success" for reason in expected.values())
+        again = corpus.download(rows, config=config, retry_failed=True)
+        assert (again.num_fetched, again.num_success) == (result.num_failed, result.num_success + 1)
+
+
+def test_the_marker_is_img2datasets(corpus: Corpus, web: Web) -> None:
+    corpus.download([{"url": web.serve("/tm", picture(1)), "caption": "a caption"}])
+    assert json.loads((corpus.folder / "00000_stats.json").read_bytes())["successes"] == 1
+    with tarfile.open(shards.shard_path(corpus.uri, 0)) as tar:
+        assert [name.partition(".")[2] for name in tar.getnames()] == ["jpg", "json", "txt"]
+    assert {path.name for path in corpus.folder.iterdir()} == {
+        "00000.tar",
+        "00000.parquet",
+        "00000_stats.json",
+        "plan",
+        "wanted.parquet",
+        "lock",
+    }

@@ -1,0 +1,90 @@
+import multiprocessing
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from imagerag.corpus import shards, url_list
+
+PLAN = pa.table({name: ["x", "y"] for name in shards.PLAN_SCHEMA.names})
+
+
+@pytest.fixture(params=["local", "memory"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "shards") if request.param == "local" else f"memory://{tmp_path}/shards"
+
+
+def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    fs, root = shards.open_folder(uri)
+    fs.makedirs(root, exist_ok=True)
+    return fs, root
+
+
+def test_an_empty_corpus(uri: str) -> None:
+    assert shards.finished_shards(uri) == {}
+    assert shards.planned_shards(uri) == []
+    assert not shards.is_finished(uri, 0)
+    assert shards.read_wanted(uri).schema == url_list.SCHEMA
+    assert shards.read_takedowns(uri).num_rows == 0
+
+
+def test_what_is_written_is_read_back(uri: str) -> None:
+    shards.write_plan(uri, 7, PLAN)
+    shards.write_plan(uri, 123_456, PLAN.slice(1))
+    assert shards.planned_shards(uri) == [7, 123_456]
+    assert shards.read_plans(uri, [123_456, 7]) == {123_456: PLAN.slice(1), 7: PLAN}
+    wanted = pa.table({name: ["x"] for name in url_list.SCHEMA.names})
+    shards.write_wanted(uri, wanted)
+    assert shards.read_wanted(uri) == wanted
+
+
+def test_only_a_whole_marker_counts(uri: str) -> None:
+    fs, root = filesystem(uri)
+    fs.pipe_file(f"{root}/00000_stats.json", b'{"count": 3}')
+    fs.pipe_file(f"{root}/00001_stats.json", b'{"count": 3, "succ')
+    fs.pipe_file(f"{root}/00002_stats.json", b"")
+    assert shards.finished_shards(uri) == {0: {"count": 3}}
+    assert [shards.is_finished(uri, shard) for shard in range(4)] == [True, False, False, False]
+
+
+def test_paths() -> None:
+    assert shards.shard_path("s3://bucket/shards/", 12) == "s3://bucket/shards/00012.tar"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    shards.put(LocalFileSystem(), str(path), b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space left"):
+            shards.put(LocalFileSystem(), str(path), b"new and longer")
+    assert path.read_bytes() == b"old"
+    shards.put(LocalFileSystem(), str(path), b"new")
+    assert path.read_bytes() == b"new"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def _hold(uri: str, holding: "multiprocessing.synchronize.Event") -> None:
+    with shards.locked(uri):
+        holding.set()
+        multiprocessing.Event().wait()
+
+
+def test_a_lock_is_waited_for_and_dies_with_its_process(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    holding = context.Event()
+    holder = context.Process(target=_hold, args=(str(tmp_path), holding), daemon=True)
+    holder.start()
+    assert holding.wait(30)
+    waited = []
+
+    def on_wait() -> None:
+        waited.append(True)
+        holder.kill()
+
+    with shards.locked(str(tmp_path), on_wait=on_wait):
+        assert waited == [True]
+    with shards.locked(str(tmp_path), on_wait=lambda: pytest.fail("the lock is free")):
+        pass

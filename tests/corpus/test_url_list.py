@@ -1,0 +1,196 @@
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imagerag.corpus.url_list import SCHEMA, UrlColumns, fold, read_url_list
+from imagerag.errors import UserError
+
+ROWS = [("https://Photos.example/a.jpg", "an apple"), ("http://user@b.example:8000/b", 'a "pear", green\nand round')]
+
+
+def write(folder: Path, name: str, content: bytes | pa.Table) -> str:
+    path = folder / name
+    if isinstance(content, pa.Table):
+        pq.write_table(content, path)
+    else:
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return str(path)
+
+
+def as_csv() -> bytes:
+    quoted = b'"a ""pear"", green\nand round"'
+    return b"url,caption\nhttps://Photos.example/a.jpg,an apple\nhttp://user@b.example:8000/b," + quoted + b"\n"
+
+
+def as_jsonl() -> bytes:
+    return b"\n\n".join(json.dumps({"url": url, "caption": caption, "other": 1}).encode() for url, caption in ROWS)
+
+
+def as_parquet() -> pa.Table:
+    return pa.table(
+        {"url": [url for url, _ in ROWS], "caption": [caption for _, caption in ROWS], "other": [[1], None]}
+    )
+
+
+def error_of(uri: str, columns: UrlColumns | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        read_url_list(uri, columns)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.parquet", as_parquet()),
+        ("list.csv", as_csv()),
+        ("list.csv.gz", as_csv()),
+        ("list.jsonl", as_jsonl()),
+        ("list.jsonl.gz", as_jsonl()),
+    ],
+)
+def test_formats(tmp_path: Path, name: str, content: bytes | pa.Table) -> None:
+    table = read_url_list(write(tmp_path, name, content)).table
+    assert table.schema == SCHEMA
+    assert table.to_pylist() == [
+        {"url": ROWS[0][0], "caption": ROWS[0][1], "source": "photos.example", "licence": None, "sha256": None},
+        {"url": ROWS[1][0], "caption": ROWS[1][1], "source": "b.example", "licence": None, "sha256": None},
+    ]
+
+
+def test_any_file_system() -> None:
+    with fsspec.open("memory://lists/list.csv", "wb") as file:
+        file.write(as_csv())
+    assert read_url_list("memory://lists/list.csv").table.num_rows == 2
+
+
+def test_usual_names_and_optional_columns(tmp_path: Path) -> None:
+    sha256 = "AB" * 32
+    content = (
+        f"TEXT,License,SHA256,URL,source\nan apple,MIT,{sha256},http://a.example/,mine\na pear,,,http://b.example/,\n"
+    )
+    apple, pear = read_url_list(write(tmp_path, "list.csv", content.encode())).table.to_pylist()
+    assert (apple["licence"], apple["sha256"], apple["source"]) == ("MIT", sha256.lower(), "mine")
+    assert (pear["licence"], pear["sha256"], pear["source"]) == (None, None, "b.example")
+
+
+def test_named_columns_come_before_guesses(tmp_path: Path) -> None:
+    uri = write(tmp_path, "list.csv", b"url,caption,big_url\nhttp://small.example,an apple,http://big.example\n")
+    assert read_url_list(uri, UrlColumns(url="big_url")).table["url"].to_pylist() == ["http://big.example"]
+
+
+def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path) -> None:
+    captions = ["2024", "2020-01-01", "null", "true"]
+    rows = [{"url": f"http://a.example/{caption}", "caption": caption} for caption in captions]
+    as_csv = "url,caption\n" + "".join(f"{row['url']},{row['caption']}\n" for row in rows)
+    as_jsonl = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, content in (("list.csv", as_csv), ("list.jsonl", as_jsonl)):
+        assert read_url_list(write(tmp_path, name, content.encode())).table["caption"].to_pylist() == captions
+
+
+def test_dictionary_encoded_columns(tmp_path: Path) -> None:
+    captions = pa.array(["an apple", "an apple"]).dictionary_encode()
+    uri = write(
+        tmp_path, "list.parquet", pa.table({"url": ["http://a.example/1", "http://a.example/2"], "text": captions})
+    )
+    assert read_url_list(uri).table["caption"].to_pylist() == ["an apple", "an apple"]
+
+
+def test_the_same_pair_is_folded_and_the_same_url_with_another_caption_is_not(tmp_path: Path) -> None:
+    uri = write(
+        tmp_path, "list.csv", b"url,text,license\nu://a,x,first\nu://a,y,\nu://a,x,second\nu://b,x,\nu://a,x,\n"
+    )
+    urls = read_url_list(uri)
+    assert urls.num_duplicates == 2
+    pairs = [(row["url"], row["caption"], row["licence"]) for row in urls.table.to_pylist()]
+    assert pairs == [("u://a", "x", "first"), ("u://a", "y", None), ("u://b", "x", None)]
+    assert fold(urls.table) is urls.table
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert error_of(f"{tmp_path}/no.csv") == f"there is no URL list at {tmp_path}/no.csv"
+
+
+def test_unknown_format_and_unknown_file_system() -> None:
+    assert "is a file named .parquet, .csv, .csv.gz, .jsonl, .jsonl.gz; got list.xlsx" in error_of("list.xlsx")
+    assert "nosuch://list.csv is not readable" in error_of("nosuch://list.csv")
+
+
+@pytest.mark.parametrize("name", ["list.parquet", "list.csv.gz", "list.jsonl.gz"])
+def test_a_file_of_another_format(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x00\x01 not what the name says")
+    assert f"{name} is not readable as the list that its name says" in error_of(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+def test_a_truncated_gzip_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(gzip.compress(as_csv() if "csv" in name else as_jsonl())[:-12])
+    assert "is not readable" in error_of(str(path))
+
+
+def test_no_caption_column(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, "list.csv", b"url,words\nu://a,x\n"))
+    assert (
+        "list.csv has no column that looks like 'caption': say which of its columns ['url', 'words'] it is" in message
+    )
+
+
+def test_named_column_is_not_there_or_twice(tmp_path: Path) -> None:
+    uri = write(tmp_path, "list.csv", b"url,text,text\nu://a,x,y\n")
+    assert "has 0 columns 'alt' instead of 1; it has ['url', 'text', 'text']" in error_of(
+        uri, UrlColumns(caption="alt")
+    )
+    assert "has 2 columns 'text' instead of 1" in error_of(uri)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.csv", b""),
+        ("list.csv", b"url,caption\n"),
+        ("list.jsonl", b""),
+        ("list.parquet", as_parquet().slice(0, 0)),
+    ],
+)
+def test_an_empty_list(tmp_path: Path, name: str, content: bytes | pa.Table) -> None:
+    message = error_of(write(tmp_path, name, content))
+    assert "has no rows" in message or "has no column that looks like 'url'" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("list.csv", b"url,text\nu://a,x\nu://b,\n", "list.csv, column 'text', row 2: '' is empty"),
+        ("list.csv", b"url,text\nu://a,x\n  ,x\n", "list.csv, column 'url', row 2: '  ' is empty"),
+        ("list.csv", b"url,text\nu://a b,x\n", "column 'url', row 1: 'u://a b' has a blank or control character"),
+        ("list.csv", b"url,text\nu://a\x07,x\n", "column 'url', row 1: 'u://a\\x07' has a blank or control"),
+        ("list.csv", "url,text\nu://a\u2003,x\n".encode(), "column 'url', row 1"),
+        ("list.csv", b"url,text\nu://a,x\nu://b\n", "list.csv: CSV parse error: row 2: Expected 2 columns, got 1"),
+        ("list.csv", b"url,text\nu://a,x\nu://b,\xff\n", "list.csv: In CSV column #1: row 2: CSV conversion error"),
+        ("list.csv", b"url,text,sha256\nu://a,x,abc\n", "column 'sha256', row 1: 'abc' is no SHA-256 in hex"),
+        ("list.jsonl", b'{"url":"u://a","alt":"x"}\n{"url":"u://b"}\n', "column 'alt', row 2: None is null"),
+        (
+            "list.jsonl",
+            b'{"url":"u://a","alt":"x"}\n\n{"url":"u://b","alt":7}\n',
+            "column 'alt', row 2: text is needed, got 7",
+        ),
+        ("list.jsonl", b'{"url":"u://a","alt":"x"}\n{"url":', "row 2 is no JSON"),
+        ("list.jsonl", b'{"url":"u://a","alt":"x"}\n["u://b","y"]', "row 2 is no JSON object: ['u://b', 'y']"),
+        ("list.parquet", pa.table({"url": ["u://a", None], "alt": ["x", "y"]}), "column 'url', row 2: None is null"),
+        (
+            "list.parquet",
+            pa.table({"url": ["u://a"], "alt": [7]}),
+            "column 'alt', row 1: text is needed, got 7 (the column is",
+        ),
+        ("list.parquet", pa.table({"url": ["u://a"], "alt": [None]}), "column 'alt', row 1: None is null"),
+    ],
+)
+def test_errors_name_file_column_and_row(tmp_path: Path, name: str, content: bytes | pa.Table, expected: str) -> None:
+    message = error_of(write(tmp_path, name, content))
+    assert expected in message
+    assert f"{tmp_path}/{name}" in message
