@@ -1,0 +1,56 @@
+"""What was taken down of a table and must not come back, however often its URL list is ingested."""
+
+from datetime import UTC, datetime
+from typing import Literal
+
+import lance
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imagerag.retrieval.store import Store
+
+Column = Literal["id", "url", "image_sha256"]
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("column", pa.string(), nullable=False),
+        pa.field("value", pa.string(), nullable=False),
+        pa.field("blocked_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+
+def block(store: Store, column: Column, values: list[str]) -> None:
+    """Add values that no row of the table may have in `column` from now on. Repeating it changes nothing."""
+    new = sorted(set(values) - set(blocked(store, column)))
+    if not new:
+        return
+    now = datetime.now(UTC)
+    rows = pa.table({"column": [column] * len(new), "value": new, "blocked_at": [now] * len(new)}, schema=_SCHEMA)
+    lists = _list_of(store)
+    lance.write_dataset(rows, lists.table_uri, mode="append" if lists.exists else "create")
+
+
+def blocked(store: Store, column: Column) -> list[str]:
+    """Return the values that no row may have in `column`."""
+    lists = _list_of(store)
+    if not lists.exists:
+        return []
+    values: list[str] = lists.dataset().to_table(columns=["value"], filter=f"column = '{column}'")["value"].to_pylist()
+    return values
+
+
+def is_blocked(store: Store, rows: pa.Table) -> pa.ChunkedArray:
+    """Return which rows must not be in the table. `rows` has the columns `id`, `url` and `image_sha256`."""
+    masks = [matches(rows, column, blocked(store, column)) for column in ("id", "url", "image_sha256")]
+    return pc.or_(pc.or_(masks[0], masks[1]), masks[2])
+
+
+def matches(rows: pa.Table, column: Column, values: list[str]) -> pa.ChunkedArray:
+    """Return which rows have one of the values in `column`."""
+    return pc.is_in(rows[column], pa.array(values, pa.string()))
+
+
+def _list_of(store: Store) -> Store:
+    # The dot keeps the name apart from every corpus.
+    return Store(store.uri, f"{store.name}.blocked")

@@ -1,0 +1,278 @@
+"""Which version readers see: a tag that moves after checks, moves back, and never points at half a version.
+
+The tag `published` is what readers open. Each published version also has a tag of its own, which keeps its files for a
+rollback. The steps of every operation are ordered so that one that was killed is finished by repeating it.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import pyarrow.compute as pc
+from lance import LanceDataset
+from pydantic import BaseModel, ConfigDict, Field
+
+from imagerag.artifacts import Check, IndexBuild, Publication
+from imagerag.errors import UserError
+from imagerag.retrieval.ann import read_record
+from imagerag.retrieval.blocklist import is_blocked
+from imagerag.retrieval.recall import to_numpy
+from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.retrieval.store import Store
+
+PUBLISHED = "published"
+_NORM_TOLERANCE = 1e-3
+
+
+class PublishConfig(BaseModel):
+    """What a version must pass to be published."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_shrink: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="The largest share of the published rows that a new version may lack.",
+    )
+    min_recall: float = Field(default=0.95, ge=0.0, le=1.0, description="The smallest recall@10 against exact search.")
+    keep: int = Field(
+        default=5, ge=1, le=100, description="How many publications are kept for a rollback, this one included."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryEntry:
+    """A publication that a rollback can return to."""
+
+    version: int
+    published_at: datetime
+    num_rows: int
+    recall_at_10: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexStatus:
+    """What readers see, and what they do not see yet."""
+
+    encoder: EncoderIdentity
+    published_version: int | None
+    num_rows: int
+    """Rows that readers see."""
+    kind: str | None
+    recall_at_10: float | None
+    newest_version: int
+    num_newest_rows: int
+    history: tuple[HistoryEntry, ...]
+    """The publications that are kept, newest first. Those above the published version were rolled back."""
+
+    @property
+    def unpublished_changes(self) -> bool:
+        """Whether the newest version is not the published one."""
+        return self.newest_version != self.published_version
+
+
+def published_version(store: Store) -> int | None:
+    """Return the version that readers see, if there is one.
+
+    Raises:
+        UserError: if there is no such table.
+    """
+    tag = store.dataset().tags.list().get(PUBLISHED)
+    return None if tag is None else int(tag["version"])
+
+
+def require_published(store: Store) -> int:
+    """Return the version that readers see.
+
+    Raises:
+        UserError: if there is no such table, or nothing of it was published.
+    """
+    version = published_version(store)
+    if version is None:
+        raise UserError(
+            f"nothing was published of table {store.name!r} in {store.uri} yet: `imagerag index publish` or "
+            "`imagerag ingest` does it"
+        )
+    return version
+
+
+def published_rows(store: Store) -> int:
+    """Return the number of rows that readers see; 0 if there is no table or nothing was published."""
+    version = published_version(store) if store.exists else None
+    return 0 if version is None else int(store.dataset(version).count_rows())
+
+
+def publish(store: Store, index: IndexBuild, config: PublishConfig) -> Publication:
+    """Let readers see the version that `index` was built on, if it passes its checks.
+
+    A version that is published already is not checked again. Older publications beyond `config.keep`, and all
+    versions that were never published, are deleted.
+
+    Raises:
+        UserError: if the version is gone.
+    """
+    assert (index.uri, index.table) == (store.uri, store.name), (index, store)
+    with store.writer_lock():
+        previous = published_version(store)
+        checks: tuple[Check, ...] = ()
+        if previous != index.version:
+            checks = _check(store, index, previous, config)
+        published = all(check.passed for check in checks)
+        if published:
+            _drop_tags(store, [version for version in _kept(store) if version > (previous or 0)])
+            move_tag(store, index.version)
+            _drop_tags(store, _kept(store)[: -config.keep])
+            store.clean_up()
+        return Publication(
+            uri=store.uri,
+            table=store.name,
+            version=index.version if published else previous or 0,
+            previous_version=previous,
+            published=published,
+            num_rows=published_rows(store),
+            checks=checks,
+        )
+
+
+def rollback(store: Store, to: int | None = None) -> Publication:
+    """Let readers see an earlier publication: the one before, or version `to`.
+
+    A version that was rolled back is not published again by itself; a rollback `to` it brings it back, until another
+    version is published.
+
+    Raises:
+        UserError: if there is nothing to return to, or `to` is not one of the publications that are kept.
+    """
+    with store.writer_lock():
+        current = require_published(store)
+        kept = _kept(store)
+        if to is None:
+            earlier = [version for version in kept if version < current]
+            if not earlier:
+                raise UserError(f"version {current} of table {store.name!r} is the oldest publication that is kept")
+            to = earlier[-1]
+        elif to not in kept:
+            raise UserError(
+                f"version {to} of table {store.name!r} is not a publication that is kept; these are: {kept}"
+            )
+        move_tag(store, to)
+        return Publication(
+            uri=store.uri,
+            table=store.name,
+            version=to,
+            previous_version=current,
+            published=True,
+            num_rows=published_rows(store),
+        )
+
+
+def status(store: Store) -> IndexStatus:
+    """Return what is published and what is not.
+
+    Raises:
+        UserError: if there is no such table.
+    """
+    newest = store.dataset()
+    version = published_version(store)
+    record = None if version is None else read_record(store.dataset(version))
+    return IndexStatus(
+        encoder=store.encoder,
+        published_version=version,
+        num_rows=published_rows(store),
+        kind=record.kind if record else None,
+        recall_at_10=record.recall_at_10 if record else None,
+        newest_version=int(newest.version),
+        num_newest_rows=int(newest.count_rows()),
+        history=tuple(_history_entry(store, kept) for kept in reversed(_kept(store))),
+    )
+
+
+def move_tag(store: Store, version: int) -> None:
+    """Let readers see `version` and keep it for a rollback."""
+    tags = store.dataset().tags
+    if PUBLISHED in tags.list():
+        tags.update(PUBLISHED, version)
+    else:
+        tags.create(PUBLISHED, version)
+    if _tag(version) not in tags.list():
+        tags.create(_tag(version), version)
+
+
+def drop_history(store: Store) -> None:
+    """Forget all publications but the published one, so that nobody can return to them."""
+    current = published_version(store)
+    _drop_tags(store, [version for version in _kept(store) if version != current])
+
+
+def check_rows(store: Store, dataset: LanceDataset, max_shrink: float) -> tuple[Check, ...]:
+    """Check the rows of a version, whatever its index is like."""
+    num_before = published_rows(store)
+    ids = dataset.to_table(columns=["id", "url", "image_sha256"])
+    num_repeated = len(ids) - len(pc.unique(ids["id"]))
+    num_bad = _count_bad_embeddings(dataset)
+    num_blocked = pc.sum(is_blocked(store, ids)).as_py() or 0
+    return (
+        Check(name="rows", passed=len(ids) > 0, detail=f"{len(ids)} rows"),
+        Check(name="unique ids", passed=num_repeated == 0, detail=f"{num_repeated} rows repeat another's id"),
+        Check(name="embeddings", passed=num_bad == 0, detail=f"{num_bad} rows have an embedding whose norm is not 1"),
+        Check(name="takedown", passed=num_blocked == 0, detail=f"{num_blocked} rows were taken down before"),
+        Check(
+            name="shrink",
+            passed=len(ids) >= (1 - max_shrink) * num_before,
+            detail=f"{len(ids)} rows after {num_before}; at most {max_shrink:.0%} may go",
+        ),
+    )
+
+
+def _check(store: Store, index: IndexBuild, previous: int | None, config: PublishConfig) -> tuple[Check, ...]:
+    if previous is not None and index.version < previous:
+        detail = f"version {index.version} is older than the published version {previous}"
+        return (Check(name="newer", passed=False, detail=detail),)
+    if index.version in _kept(store):
+        detail = f"version {index.version} was rolled back: `imagerag index rollback --to {index.version}` undoes that"
+        return (Check(name="newer", passed=False, detail=detail),)
+    return (
+        *check_rows(store, store.dataset(index.version), config.max_shrink),
+        Check(
+            name="recall@10",
+            passed=index.recall_at_10 >= config.min_recall,
+            detail=f"{index.recall_at_10:.3f} with {index.kind}; at least {config.min_recall} is wanted",
+        ),
+    )
+
+
+def _count_bad_embeddings(dataset: LanceDataset) -> int:
+    num_bad = 0
+    for batch in dataset.to_batches(columns=["text_embed", "image_embed"]):
+        norms = np.stack([np.linalg.norm(to_numpy(column), axis=1) for column in batch.columns])
+        # A NaN is not close to anything, so it counts as bad too.
+        num_bad += int((~(np.abs(norms - 1) < _NORM_TOLERANCE)).any(axis=0).sum())
+    return num_bad
+
+
+def _kept(store: Store) -> list[int]:
+    """The versions that were published and are kept, in ascending order."""
+    tags = store.dataset().tags.list()
+    return sorted(int(tag["version"]) for name, tag in tags.items() if name == _tag(int(tag["version"])))
+
+
+def _history_entry(store: Store, version: int) -> HistoryEntry:
+    dataset = store.dataset(version)
+    record = read_record(dataset)
+    assert record is not None, f"version {version} was published without an index"
+    return HistoryEntry(
+        version=version,
+        published_at=dataset.tags.list()[_tag(version)]["created_at"],
+        num_rows=int(dataset.count_rows()),
+        recall_at_10=record.recall_at_10,
+    )
+
+
+def _drop_tags(store: Store, versions: list[int]) -> None:
+    for version in versions:
+        store.dataset().tags.delete(_tag(version))
+
+
+def _tag(version: int) -> str:
+    return f"{PUBLISHED}-{version}"

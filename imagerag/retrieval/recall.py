@@ -1,0 +1,82 @@
+"""Recall of the vector indexes of a table against exact search on its own rows.
+
+A neighbour counts as found when its similarity reaches that of the tenth exact neighbour, so that rows with equal
+embeddings can stand in for each other (as in ann-benchmarks, https://github.com/erikbern/ann-benchmarks).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from lance import LanceDataset
+from lancedb.table import Table
+
+from imagerag.retrieval.ann import Embeds, nearest
+
+K = 10
+_TOLERANCE = 1e-5
+_BATCH_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Queries against one column, and the similarity that a neighbour of each must reach."""
+
+    column: str
+    embeds: Embeds
+    """(Q, D), L2-normalised."""
+    k: int
+    """`K`, plus one where a query is itself a row of the column: that row is found first and does not count."""
+    thresholds: npt.NDArray[np.float32]
+    """(Q,): the similarity of the last exact neighbour."""
+
+    def recall(self, table: Table, nprobes: int) -> float:
+        """Return the share of the `K` nearest neighbours that the index finds with `nprobes`."""
+        found = nearest(table, self.column, self.embeds, nprobes).limit(self.k).select(["_distance"]).to_arrow()
+        reached = 1 - found["_distance"].to_numpy() >= self.thresholds[found["query_index"].to_numpy()] - _TOLERANCE
+        num_queries = len(self.embeds)
+        return float((reached.sum() - num_queries * (self.k - K)) / (num_queries * K))
+
+
+def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
+    """Sample rows as queries and find their exact neighbours.
+
+    Captions are looked up among captions, images among images, and captions among images: the last are queries from
+    elsewhere than what the index was trained on, as in use. Reads every embedding once.
+    """
+    num_rows = dataset.count_rows()
+    assert num_rows > max(num_queries, K), num_rows
+    offsets = np.sort(np.random.default_rng(0).choice(num_rows, num_queries, replace=False))
+    rows = dataset.take(offsets, columns=["text_embed", "image_embed"])
+    text, image = to_numpy(rows["text_embed"]), to_numpy(rows["image_embed"])
+    queries = [("text_embed", text, K + 1), ("image_embed", image, K + 1), ("image_embed", text, K)]
+    # Similarities of the nearest rows so far: for each probe (k, Q).
+    best = [np.full((k, num_queries), -2, np.float32) for _, _, k in queries]
+    for batch in dataset.to_batches(columns=["text_embed", "image_embed"], batch_size=_BATCH_ROWS):
+        for i, (column, embeds, k) in enumerate(queries):
+            similarities = np.concatenate([best[i], to_numpy(batch[column]) @ embeds.T])
+            best[i] = np.partition(similarities, -k, axis=0)[-k:]
+    return [Probe(column, embeds, k, best[i].min(axis=0)) for i, (column, embeds, k) in enumerate(queries)]
+
+
+def fewest_probes(table: Table, probes: Sequence[Probe], num_partitions: int, target: float) -> tuple[int, float]:
+    """Return how many partitions a search must look into to reach the target, and the recall of the worst probe.
+
+    Where even all partitions do not reach it, that is the answer.
+    """
+    nprobes = min(20, num_partitions)
+    while True:
+        recall = min(probe.recall(table, nprobes) for probe in probes)
+        if recall >= target or nprobes == num_partitions:
+            return nprobes, recall
+        nprobes = min(2 * nprobes, num_partitions)
+
+
+def to_numpy(column: pa.FixedSizeListArray | pa.ChunkedArray) -> Embeds:
+    """Return a column of embeddings as (N, D), without a copy where it is one chunk."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    values: Embeds = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), column.type.list_size)

@@ -1,0 +1,70 @@
+"""What a row of the index is: its identity, its columns and the encoder that made its embeddings."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+_ENCODER_KEY = b"imagerag.encoder"
+_ID_BYTES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderIdentity:
+    """Which encoder made the embeddings of a table. Embeddings of two encoders can't be compared."""
+
+    id: str
+    """The encoder's name for people, for example `ViT-B-32/openai` or a folder."""
+    digest: str
+    """SHA-256 over everything that its embeddings depend on."""
+    dim: int
+    """Length of an embedding."""
+
+
+def row_id(image_sha256: str, caption: str) -> str:
+    """Return the identity of an image and caption pair, 40 hexadecimal digits.
+
+    The same pair is the same row wherever and whenever it was downloaded.
+    """
+    assert len(image_sha256) == 64, f"not a SHA-256 in hexadecimal: {image_sha256!r}"
+    digest = hashlib.blake2b(person=b"imagerag.row", digest_size=_ID_BYTES)
+    digest.update(image_sha256.encode())
+    digest.update(caption.encode())
+    return digest.hexdigest()
+
+
+def row_ids(image_sha256: pa.Array | pa.ChunkedArray, caption: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Return `row_id` of each pair of two string columns of equal length."""
+    pairs = zip(image_sha256.to_pylist(), caption.to_pylist(), strict=True)
+    return pa.array([row_id(image, text) for image, text in pairs], pa.string())
+
+
+def row_schema(encoder: EncoderIdentity) -> pa.Schema:
+    """Return the columns of a table that holds `encoder`'s rows, with the encoder in the schema's metadata.
+
+    `image` holds the encoded bytes, `image_sha256` their digest. `source` and `licence` are empty where unknown. The
+    embeddings have length one.
+    """
+    embedding = pa.list_(pa.float32(), encoder.dim)
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("image_sha256", pa.string(), nullable=False),
+            pa.field("url", pa.string(), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("licence", pa.string(), nullable=False),
+            pa.field("caption", pa.string(), nullable=False),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field("image", pa.large_binary(), nullable=False),
+            pa.field("text_embed", embedding, nullable=False),
+            pa.field("image_embed", embedding, nullable=False),
+        ],
+        metadata={_ENCODER_KEY: json.dumps(asdict(encoder)).encode()},
+    )
+
+
+def encoder_of(schema: pa.Schema) -> EncoderIdentity:
+    """Return the encoder that `row_schema` was called with."""
+    return EncoderIdentity(**json.loads(schema.metadata[_ENCODER_KEY]))

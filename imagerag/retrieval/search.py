@@ -1,0 +1,198 @@
+"""Search in the published version of a table: by caption, by image, by words, or by meaning and words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+from lancedb.query import MatchQuery
+from lancedb.rerankers import RRFReranker
+
+from imagerag.errors import UserError
+from imagerag.retrieval.ann import Embeds, nearest, read_record
+from imagerag.retrieval.publish import require_published
+from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.retrieval.store import Store
+
+By = Literal["caption", "image", "words", "hybrid"]
+"""What a query is compared with: captions' embeddings, images' embeddings, captions' words, or captions both ways."""
+
+MAX_K = 1_000
+_COLUMNS = ("id", "caption", "url", "source", "licence", "width", "height")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Only rows that have these values, where one is given."""
+
+    source: str | None = None
+    licence: str | None = None
+    url: str | None = None
+
+    def to_sql(self) -> str | None:
+        """Return the condition for LanceDB, which has no bound parameters; None if every row may be found."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        conditions = []
+        for column, value in values.items():
+            if value is None:
+                continue
+            if not isinstance(value, str):
+                raise UserError(f"the filter on {column} must be a text, got {value!r}")
+            quoted = value.replace("'", "''")
+            conditions.append(f"{column} = '{quoted}'")
+        return " AND ".join(conditions) or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """A row that a search found."""
+
+    id: str
+    caption: str
+    url: str
+    source: str
+    licence: str
+    width: int
+    height: int
+    score: float
+    """Cosine similarity for `caption` and `image`; BM25 (at least 0, not bounded) for `words`; for `hybrid` the sum of
+    1 / (60 + rank) over the ranks by meaning and by words. Higher is nearer; scores of two kinds can't be compared."""
+    image: bytes | None = None
+    """The encoded image, if it was asked for."""
+
+
+class Retriever:
+    """The published version of a table, opened for searching.
+
+    It stays on that version, whatever is published meanwhile, until `refresh` is called. A takedown deletes the files
+    of earlier versions: searches on one then fail until `refresh`.
+
+    Attributes:
+        encoder: the encoder that queries must be made with.
+        version: the table's version that is searched.
+        num_rows: how many rows it has.
+
+    Raises:
+        UserError: if there is no such table, nothing of it was published, or another encoder made its embeddings.
+    """
+
+    def __init__(self, uri: str, name: str, encoder: EncoderIdentity | None = None) -> None:
+        self._store = Store(uri, name)
+        self.refresh()
+        if encoder is not None:
+            self.check_encoder(encoder)
+
+    def refresh(self) -> None:
+        """Move to the version that is published now."""
+        self.encoder: EncoderIdentity = self._store.encoder
+        self.version: int = require_published(self._store)
+        dataset = self._store.dataset(self.version)
+        record = read_record(dataset)
+        assert record is not None, f"version {self.version} was published without an index"
+        self.num_rows: int = record.num_rows
+        self._nprobes = record.nprobes
+        self._table = lancedb.connect(self._store.uri).open_table(self._store.name)
+        self._table.checkout(self.version)
+
+    def check_encoder(self, encoder: EncoderIdentity) -> None:
+        """Make sure that queries of `encoder` can be compared with the rows.
+
+        Raises:
+            UserError: if another encoder made their embeddings; the message names both digests.
+        """
+        self._store.check_encoder(encoder)
+
+    def search(
+        self,
+        embeds: Embeds | None,
+        k: int,
+        *,
+        by: By = "caption",
+        texts: Sequence[str] | None = None,
+        filters: Filters = Filters(),
+        images: bool = False,
+    ) -> list[list[Neighbour]]:
+        """Return the `k` nearest rows of each query, the nearest first; all matching rows if they are fewer.
+
+        Args:
+            embeds: L2-normalised queries (Q, D) of the table's encoder; not used by `words`.
+            k: 1 to `MAX_K`.
+            by: what the queries are compared with.
+            texts: the Q queries as texts; used by `words` and `hybrid` only. They are words to find, in any order and
+                number, and have no operators.
+            filters: rows to look among.
+            images: whether to fetch the images too.
+
+        Raises:
+            UserError: if an argument breaks these rules.
+        """
+        if not 1 <= k <= MAX_K:
+            raise UserError(f"k must be 1 to {MAX_K}, got {k}")
+        if by not in get_args(By):
+            raise UserError(f"a search is by one of {get_args(By)}, got {by!r}")
+        columns = [*_COLUMNS, *(["image"] if images else [])]
+        where = filters.to_sql()
+        if by in ("caption", "image"):
+            return self._search_vectors(
+                self._check(embeds), k, "text_embed" if by == "caption" else "image_embed", columns, where
+            )
+        if texts is None:
+            raise UserError(f"a search by {by} needs the queries as texts")
+        if by == "words":
+            return [self._search_words(text, k, columns, where) for text in texts]
+        return [
+            self._search_hybrid(embed, text, k, columns, where)
+            for embed, text in zip(self._check(embeds), texts, strict=True)
+        ]
+
+    def _search_vectors(
+        self, embeds: Embeds, k: int, column: str, columns: list[str], where: str | None
+    ) -> list[list[Neighbour]]:
+        query = nearest(self._table, column, embeds, self._nprobes, where)
+        found = query.limit(k).select([*columns, "_distance"]).to_arrow()
+        neighbours: list[list[Neighbour]] = [[] for _ in embeds]
+        # LanceDB numbers the queries only where there are several.
+        queries = found["query_index"].to_pylist() if len(embeds) > 1 else [0] * len(found)
+        scores = 1 - found["_distance"].to_numpy()
+        for query_index, neighbour in zip(queries, _neighbours(found, columns, scores), strict=True):
+            neighbours[query_index].append(neighbour)
+        return neighbours
+
+    def _search_words(self, text: str, k: int, columns: list[str], where: str | None) -> list[Neighbour]:
+        found = self._match(text, where).limit(k).select([*columns, "_score"]).to_arrow()
+        return _neighbours(found, columns, found["_score"].to_numpy())
+
+    def _search_hybrid(
+        self, embed: Embeds, text: str, k: int, columns: list[str], where: str | None
+    ) -> list[Neighbour]:
+        # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
+        by_meaning = nearest(self._table, "text_embed", embed[None], self._nprobes, where).limit(k)
+        by_words = self._match(text, where).limit(k)
+        found = RRFReranker().rerank_hybrid(
+            text,
+            by_meaning.select([*columns, "_distance"]).with_row_id(True).to_arrow(),
+            by_words.select([*columns, "_score"]).with_row_id(True).to_arrow(),
+        )[:k]
+        return _neighbours(found, columns, found["_relevance_score"].to_numpy())
+
+    def _match(self, text: str, where: str | None) -> Any:
+        # As a text rather than a MatchQuery, LanceDB would be free to read operators in it.
+        query = self._table.search(MatchQuery(text, "caption"), query_type="fts")
+        return query if where is None else query.where(where, prefilter=True)
+
+    def _check(self, embeds: Embeds | None) -> Embeds:
+        dim = self.encoder.dim
+        if embeds is None:
+            raise UserError("a search by meaning needs the queries' embeddings")
+        if embeds.ndim != 2 or embeds.shape[1] != dim:
+            raise UserError(f"queries must have the shape (Q, {dim}) of the table's embeddings, got {embeds.shape}")
+        if not np.isfinite(embeds).all() or (np.linalg.norm(embeds, axis=1) == 0).any():
+            raise UserError("a query holds a NaN or an infinity, or is zero, and so has no neighbours")
+        return embeds.astype(np.float32, copy=False)
+
+
+def _neighbours(found: pa.Table, columns: list[str], scores: np.ndarray[Any, Any]) -> list[Neighbour]:
+    rows = found.select(columns).to_pylist()
+    return [Neighbour(**row, score=float(score)) for row, score in zip(rows, scores, strict=True)]

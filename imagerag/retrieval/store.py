@@ -1,0 +1,222 @@
+"""One LanceDB table of image and caption pairs: created, appended to, deleted from and cleaned up.
+
+Workers write fragments, which nobody sees; the driver commits them all at once. Every operation is one transaction or
+can be repeated, so a writer may die at any moment: the table is then as it was or as it should be.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+
+import fsspec
+import lance
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock, Timeout
+from lance import LanceDataset, LanceOperation
+from lance.fragment import FragmentMetadata, write_fragments
+
+from imagerag.errors import UserError
+from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
+
+logger = logging.getLogger(__name__)
+
+
+class CommitConflictError(RuntimeError):
+    """Another writer changed the table since it was read. Nothing was committed: read it again and recompute."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A table of a LanceDB database. It holds no open handle, so it can be pickled and sent to workers."""
+
+    uri: str
+    """The database: a folder or an object-store URI, whose credentials and endpoint come from `AWS_*` variables."""
+    name: str
+
+    @property
+    def table_uri(self) -> str:
+        """Where the table's files are."""
+        return f"{self.uri.rstrip('/')}/{self.name}.lance"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the table was created."""
+        return self._open() is not None
+
+    def dataset(self, version: int | None = None) -> LanceDataset:
+        """Open a version of the table, the newest by default.
+
+        Raises:
+            UserError: if there is no such table or no longer such a version.
+        """
+        dataset = self._open(version)
+        if dataset is not None:
+            return dataset
+        if version is not None and self.exists:
+            raise UserError(f"version {version} of table {self.name!r} in {self.uri} is gone: it was cleaned up")
+        raise UserError(
+            f"there is no table {self.name!r} in {self.uri}: `imagerag ingest` makes it from a list of image URLs"
+        )
+
+    def _open(self, version: int | None = None) -> LanceDataset | None:
+        try:
+            return lance.dataset(self.table_uri, version=version)
+        except ValueError as error:  # Lance has no exception of its own for this.
+            if "was not found" not in str(error):
+                raise
+            return None
+
+    @property
+    def encoder(self) -> EncoderIdentity:
+        """The encoder that made the table's embeddings."""
+        return encoder_of(self.dataset().schema)
+
+    @property
+    def version(self) -> int:
+        """The newest version, published or not."""
+        return int(self.dataset().version)
+
+    def count(self) -> int:
+        """Return the number of rows in the newest version."""
+        return int(self.dataset().count_rows())
+
+    def ids(self) -> pa.Array:
+        """Return the ids of all rows of the newest version, in no particular order."""
+        return self.dataset().to_table(columns=["id"])["id"].combine_chunks()
+
+    def create(self, encoder: EncoderIdentity) -> None:
+        """Make an empty table for `encoder`'s rows."""
+        if (folder := _local_folder(self.uri)) is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        lance.write_dataset(row_schema(encoder).empty_table(), self.table_uri, mode="create")
+
+    def open_or_create(self, encoder: EncoderIdentity) -> None:
+        """Make the table unless it is there.
+
+        Raises:
+            UserError: if the table holds another encoder's rows.
+        """
+        with self.writer_lock():
+            if not self.exists:
+                self.create(encoder)
+        self.check_encoder(encoder)
+
+    def check_encoder(self, encoder: EncoderIdentity) -> None:
+        """Make sure that embeddings of `encoder` can be compared with the table's.
+
+        Raises:
+            UserError: if another encoder made the table's embeddings.
+        """
+        own = self.encoder
+        if (own.digest, own.dim) != (encoder.digest, encoder.dim):
+            raise UserError(
+                f"a table holds one encoder's embeddings: {self.name!r} in {self.uri} was made with {own.id} "
+                f"(digest {own.digest}, {own.dim} dimensions), not with {encoder.id} (digest {encoder.digest}, "
+                f"{encoder.dim} dimensions). Use that encoder or another table name"
+            )
+
+    def write_fragments(self, rows: pa.Table) -> list[str]:
+        """Write rows to files that belong to no version yet, and return what `commit` needs to adopt them.
+
+        May run in any process. The driver must hold `writer_lock` until it has committed, because whoever holds the
+        lock may delete files that belong to no version.
+        """
+        schema = self.dataset().schema
+        fragments = write_fragments(rows.select(schema.names).cast(schema), self.table_uri, schema=schema)
+        return [json.dumps(fragment.to_json()) for fragment in fragments]
+
+    def commit(self, fragments: Sequence[str], read_version: int) -> int:
+        """Append fragments as one transaction and return the new version.
+
+        Raises:
+            CommitConflictError: if the table is no longer the one of `read_version`, the version in which the caller
+                looked which rows are missing. The rows of the fragments are then not in the table.
+        """
+        dataset = self.dataset()
+        if dataset.version != read_version:
+            raise CommitConflictError(
+                f"table {self.name!r} was read at version {read_version} and is now at {dataset.version}"
+            )
+        if not fragments:
+            return read_version
+        adopted = [FragmentMetadata.from_json(fragment) for fragment in fragments]
+        dataset = LanceDataset.commit(self.table_uri, LanceOperation.Append(adopted), read_version=read_version)
+        if dataset.version != read_version + 1:
+            # Lance sees no conflict between appends. Where no lock keeps writers apart, both may get here.
+            self._drop_fragments(dataset, adopted)
+            raise CommitConflictError(
+                f"table {self.name!r} was read at version {read_version} and another writer committed meanwhile"
+            )
+        return int(dataset.version)
+
+    def _drop_fragments(self, dataset: LanceDataset, fragments: Sequence[FragmentMetadata]) -> None:
+        paths = {file.path for fragment in fragments for file in fragment.files}
+        dropped = [f.fragment_id for f in dataset.get_fragments() if f.metadata.files[0].path in paths]
+        operation = LanceOperation.Delete([], dropped, "false")
+        LanceDataset.commit(self.table_uri, operation, read_version=dataset.version)
+
+    def delete(self, ids: pa.Array | Sequence[str]) -> int:
+        """Delete the rows with these ids in one transaction, and return how many there were.
+
+        Where there are none, no version is made. The bytes stay in the files until the table is compacted and its older
+        versions are removed.
+        """
+        own = self.ids()
+        doomed = own.filter(pc.is_in(own, pa.array(ids, pa.string())))
+        if len(doomed) > 0:
+            self.dataset().merge_insert("id").when_matched_delete().execute(pa.table({"id": pc.unique(doomed)}))
+        return len(doomed)
+
+    def clean_up(self) -> None:
+        """Delete the files of versions that are neither tagged nor the newest, and what killed writers left behind.
+
+        Call it under `writer_lock`. On an object store, where no lock keeps writers apart, left-over files are deleted
+        when they are seven days old.
+        """
+        self.dataset().cleanup_old_versions(
+            older_than=timedelta(0),
+            delete_unverified=_local_folder(self.uri) is not None,
+            error_if_tagged_old_versions=False,
+        )
+
+    @contextmanager
+    def writer_lock(self) -> Iterator[None]:
+        """Keep other writers of this table out: they wait, and the lock of a process that dies is freed.
+
+        The thread that holds it may take it again. An object store has no such lock: there `commit` finds the conflict.
+        """
+        folder = _local_folder(self.uri)
+        if folder is None:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{self.name}.lock", is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("table %s is being written by another process or thread; waiting for it", self.name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def list_stores(uri: str) -> list[Store]:
+    """Return the tables of a database, in the order of their names; none if there is no database."""
+    filesystem, folder = fsspec.url_to_fs(uri)
+    tables = filesystem.glob(f"{folder.rstrip('/')}/*.lance")
+    names = sorted(PurePosixPath(table).stem for table in tables)
+    # A name with a dot is not a corpus but belongs to one, such as the list of what was taken down.
+    return [Store(uri, name) for name in names if "." not in name]
+
+
+def _local_folder(uri: str) -> Path | None:
+    if uri.startswith("file://"):
+        return Path(uri.removeprefix("file://"))
+    return None if "://" in uri else Path(uri)

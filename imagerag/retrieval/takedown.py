@@ -1,0 +1,109 @@
+"""Takedown: rows leave every version of a table, their bytes leave every file, and they do not come back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from imagerag.errors import UserError
+from imagerag.retrieval.ann import read_record
+from imagerag.retrieval.blocklist import Column, block, blocked, matches
+from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.publish import PublishConfig, check_rows, drop_history, move_tag, published_version
+from imagerag.retrieval.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What a takedown removed."""
+
+    ids: tuple[str, ...]
+    urls: tuple[str, ...]
+    image_sha256s: tuple[str, ...]
+    version: int
+    """The table's version without the rows: the published one, if any was published before."""
+    published: bool
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows were removed."""
+        return len(self.ids)
+
+
+def remove(
+    store: Store, *, urls: Sequence[str] = (), ids: Sequence[str] = (), image_sha256s: Sequence[str] = ()
+) -> Removal:
+    """Take down every row with one of these URLs, ids or image hashes.
+
+    The values and the ids of the rows are blocked first, so that no later version with such a row is published. Then
+    the rows are deleted, the remaining ones are rewritten and indexed anew, readers are moved to the result, and all
+    earlier versions are deleted: **no rollback past a takedown is possible**, and readers that are still on an earlier
+    version must refresh. If it is killed, call it again with the same values.
+
+    On an object store, files that a killed writer left there may hold the bytes for up to seven days more.
+
+    Raises:
+        UserError: if no row of the newest or of any published version has one of the values.
+    """
+    wanted: dict[Column, list[str]] = {"id": list(ids), "url": list(urls), "image_sha256": list(image_sha256s)}
+    with store.writer_lock():
+        rows = find(store, urls=urls, ids=ids, image_sha256s=image_sha256s)
+        _restore_published_if_unhealthy(store)
+        for column, values in wanted.items():
+            block(store, column, values)
+        block(store, "id", rows["id"].to_pylist())
+        store.delete(rows["id"].combine_chunks())
+        record = read_record(store.dataset())
+        config = IndexConfig(**record.config) if record else IndexConfig()
+        version = build_index(store, config, from_scratch=True).version
+        published = published_version(store) is not None
+        if published:
+            move_tag(store, version)
+            drop_history(store)
+        store.clean_up()
+    return Removal(
+        ids=tuple(rows["id"].to_pylist()),
+        urls=tuple(rows["url"].to_pylist()),
+        image_sha256s=tuple(rows["image_sha256"].to_pylist()),
+        version=version,
+        published=published,
+    )
+
+
+def find(
+    store: Store, *, urls: Sequence[str] = (), ids: Sequence[str] = (), image_sha256s: Sequence[str] = ()
+) -> pa.Table:
+    """Return id, url and image_sha256 of the rows that `remove` takes down with the same values.
+
+    They are looked for in all versions that readers can get at, or soon may.
+
+    Raises:
+        UserError: if there is nothing to look for, or no such row has one of the values.
+    """
+    wanted: dict[Column, list[str]] = {"id": list(ids), "url": list(urls), "image_sha256": list(image_sha256s)}
+    if not any(wanted.values()):
+        raise UserError("name at least one URL, id or image hash to take down")
+    tagged = {int(tag["version"]) for tag in store.dataset().tags.list().values()}
+    versions = [store.dataset(version) for version in sorted(tagged | {store.version})]
+    rows = pa.concat_tables(version.to_table(columns=["id", "url", "image_sha256"]) for version in versions)
+    found = []
+    for column, values in wanted.items():
+        # A value that is blocked may have lost its rows to a takedown that was killed later on.
+        missing = set(values) - set(rows[column].to_pylist()) - set(blocked(store, column))
+        if missing:
+            raise UserError(f"no row of table {store.name!r} has the {column} {min(missing)!r}; nothing was taken down")
+        found.append(rows.filter(matches(rows, column, values)))
+    return pa.concat_tables(found).group_by(["id", "url", "image_sha256"]).aggregate([])
+
+
+def _restore_published_if_unhealthy(store: Store) -> None:
+    """Go back to the published rows if the newest, not yet published ones would fail their checks.
+
+    The takedown publishes what it leaves, and must not let unchecked rows through on that way.
+    """
+    version = published_version(store)
+    newest = store.dataset()
+    if version is None or version == newest.version:
+        return
+    if not all(check.passed for check in check_rows(store, newest, PublishConfig().max_shrink)):
+        store.dataset(version).restore()

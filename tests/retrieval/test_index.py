@@ -1,0 +1,156 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from imagerag.retrieval.ann import nearest, read_record
+from imagerag.retrieval.index import IndexConfig, build_index, open_table
+from imagerag.retrieval.recall import make_probes
+from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.retrieval.store import Store
+from tests.retrieval.rows import append, embeddings, fixed_size_lists, make_rows, unit
+
+LARGE = EncoderIdentity(id="encoder-64", digest="c" * 64, dim=64)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """20,000 rows of 64 dimensions, indexed."""
+    store = Store(str(tmp_path_factory.mktemp("large")), "large")
+    store.open_or_create(LARGE)
+    append(store, make_rows(0, 20_000, LARGE, image=[b"the same image"] * 20_000))
+    build_index(store, IndexConfig())
+    return store
+
+
+def vector_indexes(store: Store) -> dict[str, tuple[int, int]]:
+    """Column to rows indexed and number of indexes."""
+    table = open_table(store)
+    statistics = {index.columns[0]: table.index_stats(index.name) for index in table.list_indices()}
+    return {column: (found.num_indexed_rows, found.num_indices) for column, found in statistics.items()}
+
+
+def test_a_small_table_is_searched_exactly(store: Store) -> None:
+    append(store, make_rows(0, 50))
+    result = build_index(store, IndexConfig())
+    assert (result.kind, result.recall_at_10, result.num_rows) == ("exact", 1.0, 50)
+    assert result.version == store.version
+    assert vector_indexes(store) == {"caption": (50, 1)}
+
+
+def test_an_unchanged_table_is_not_indexed_again(store: Store) -> None:
+    append(store, make_rows(0, 50))
+    first, notes = build_index(store, IndexConfig()), []
+    again = build_index(store, IndexConfig(), lambda done, total, note="": notes.append((done, total, note)))
+    assert again.version == first.version == store.version
+    assert notes == [(4, 4, "unchanged")]
+
+
+def test_another_config_builds_again(store: Store) -> None:
+    append(store, make_rows(0, 1_200))
+    assert build_index(store, IndexConfig()).kind == "exact"
+    result = build_index(store, IndexConfig(exact_below=1_000))
+    assert (result.kind, result.version) == ("IVF_SQ", store.version)
+
+
+def test_an_empty_table_can_be_indexed(store: Store) -> None:
+    assert build_index(store, IndexConfig()).num_rows == 0
+
+
+def test_a_large_table_gets_an_index_for_each_embedding(large: Store) -> None:
+    record = read_record(large.dataset())
+    assert record is not None
+    assert (record.kind, record.num_rows, record.num_unindexed_rows) == ("IVF_SQ", 20_000, 0)
+    assert record.version == large.version
+    assert 0.98 <= record.recall_at_10 <= 1.0
+    assert record.nprobes < 141, "the index would be of no use"
+    assert vector_indexes(large) == dict.fromkeys(["caption", "text_embed", "image_embed"], (20_000, 1))
+
+
+@pytest.mark.parametrize("column", ["text_embed", "image_embed"])
+def test_measured_recall_holds_for_queries_that_are_no_rows(large: Store, column: str) -> None:
+    table, queries = open_table(large), embeddings(50_000, 50_100, 64, salt=column == "image_embed")
+    rows = np.stack(large.dataset().to_table(columns=[column])[column].to_numpy())
+    ids = large.ids().to_numpy(zero_copy_only=False)
+    record = read_record(large.dataset())
+    assert record is not None
+    found = nearest(table, column, queries, record.nprobes).limit(10).select(["id", "_distance"]).to_arrow()
+    exact = ids[np.argsort(-queries @ rows.T, axis=1)[:, :10]]
+    hits = sum(len(set(found["id"].to_pylist()[i * 10 : i * 10 + 10]) & set(exact[i])) for i in range(100))
+    assert hits / 1_000 >= 0.95
+    assert found["_distance"].to_numpy()[::10] == pytest.approx(1 - np.max(queries @ rows.T, axis=1), abs=1e-5)
+
+
+def test_a_narrow_filter_finds_all_its_rows(large: Store) -> None:
+    where = "caption LIKE 'picture number %777'"
+    query = nearest(open_table(large), "text_embed", embeddings(0, 1, 64), nprobes=1, where=where)
+    assert query.limit(30).select(["id", "_distance"]).to_arrow().num_rows == 20
+
+
+def test_recall_is_low_where_a_search_looks_into_too_little(large: Store) -> None:
+    """The measure must be able to say no."""
+    probes = make_probes(large.dataset(), 100)
+    table = open_table(large)
+    low, high = (min(probe.recall(table, nprobes) for probe in probes) for nprobes in (1, 141))
+    assert low < 0.9
+    assert high > 0.99
+
+
+def test_more_is_looked_into_where_neighbours_are_spread(tmp_path: Path) -> None:
+    """Vectors without any structure are the worst case of an index by partitions."""
+    store = Store(str(tmp_path), "images")
+    store.open_or_create(LARGE)
+    vectors = unit(np.random.default_rng(0).standard_normal((5_000, 64)))
+    column = fixed_size_lists(vectors)
+    append(store, make_rows(0, 5_000, LARGE, text_embed=column, image_embed=column))
+    result = build_index(store, IndexConfig())
+    record = read_record(store.dataset())
+    assert record is not None
+    assert record.nprobes > 20
+    assert result.recall_at_10 >= 0.95
+
+
+def test_new_rows_join_the_index(large: Store) -> None:
+    for start in (20_000, 20_100):
+        append(large, make_rows(start, start + 100, LARGE))
+        result = build_index(large, IndexConfig())
+        assert (result.num_rows, result.num_unindexed_rows) == (start + 100, 0)
+    record = read_record(large.dataset())
+    assert record is not None
+    assert record.num_trained_rows == 20_000
+    assert set(vector_indexes(large).values()) == {(20_200, 1)}
+
+
+def test_small_fragments_are_merged(store: Store) -> None:
+    for start in range(0, 50, 10):
+        append(store, make_rows(start, start + 10))
+    build_index(store, IndexConfig())
+    assert len(store.dataset().get_fragments()) == 1
+    assert store.count() == 50
+
+
+def test_partitions_are_trained_anew_when_the_table_has_grown(store: Store) -> None:
+    config = IndexConfig(exact_below=1_000)
+    for stop, trained in ((1_000, 1_000), (1_500, 1_000), (2_100, 2_100)):
+        append(store, make_rows(store.count(), stop))
+        build_index(store, config)
+        record = read_record(store.dataset())
+        assert record is not None
+        assert record.num_trained_rows == trained
+
+
+def test_a_table_that_shrank_loses_its_index(store: Store) -> None:
+    config = IndexConfig(exact_below=1_000)
+    append(store, make_rows(0, 1_100))
+    assert build_index(store, config).kind == "IVF_SQ"
+    store.delete(store.ids()[:200])
+    assert build_index(store, config).kind == "exact"
+    assert set(vector_indexes(store)) == {"caption"}
+
+
+def test_config_has_bounds() -> None:
+    with pytest.raises(ValidationError, match="exact_below"):
+        IndexConfig(exact_below=10)
+    with pytest.raises(ValidationError, match="target_recall"):
+        IndexConfig(target_recall=1.5)

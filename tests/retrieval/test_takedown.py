@@ -1,0 +1,145 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imagerag.errors import UserError
+from imagerag.retrieval.blocklist import block, blocked, is_blocked
+from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.publish import published_rows, published_version, rollback, status
+from imagerag.retrieval.search import Retriever
+from imagerag.retrieval.store import Store
+from imagerag.retrieval.takedown import remove
+from tests.retrieval.rows import DIM, append, embeddings, index_and_publish, make_rows
+
+SECRET = np.random.default_rng(3).bytes(3_000)
+"""An image's bytes, which no encoding makes shorter."""
+CAPTION = "xylographic"
+
+
+def files_with(store: Store, content: bytes) -> list[Path]:
+    files = [path for path in Path(store.uri).rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if content in path.read_bytes()]
+
+
+@pytest.fixture
+def history(store: Store) -> Store:
+    """Three publications, the secret row in each, and a killed writer's copy of it."""
+    secret = make_rows(0, 1, image=[SECRET], caption=[CAPTION])
+    append(store, secret)
+    for start in (1, 11, 21):
+        append(store, make_rows(start, start + 10))
+        index_and_publish(store)
+    store.write_fragments(secret)
+    return store
+
+
+def test_takedown_leaves_no_trace(history: Store) -> None:
+    assert files_with(history, SECRET)
+    assert files_with(history, CAPTION.encode())
+    (row,) = history.dataset().to_table(filter=f"caption = '{CAPTION}'").to_pylist()
+    embedding = np.array(row["image_embed"], np.float32).tobytes()
+    assert files_with(history, embedding)
+
+    removal = remove(history, urls=[row["url"]])
+
+    assert (removal.ids, removal.urls, removal.image_sha256s) == ((row["id"],), (row["url"],), (row["image_sha256"],))
+    assert (removal.num_rows, removal.version, removal.published) == (1, published_version(history), True)
+    for trace in (SECRET, CAPTION.encode(), embedding):
+        assert files_with(history, trace) == []
+    assert published_rows(history) == history.count() == 30
+
+
+def test_no_rollback_past_a_takedown(history: Store) -> None:
+    before = [entry.version for entry in status(history).history]
+    remove(history, ids=make_rows(5, 6)["id"].to_pylist())
+    assert [entry.version for entry in status(history).history] == [history.version]
+    for version in (None, *before):
+        with pytest.raises(UserError, match="publication that is kept"):
+            rollback(history, to=version)
+    assert len(history.dataset().versions()) == 1
+
+
+def test_takedown_by_image_removes_every_row_of_it(store: Store) -> None:
+    append(store, make_rows(0, 20))
+    append(store, make_rows(20, 22, image=[SECRET, SECRET]))
+    index_and_publish(store)
+    sha256 = make_rows(20, 21, image=[SECRET])["image_sha256"][0].as_py()
+    removal = remove(store, image_sha256s=[sha256])
+    assert removal.num_rows == 2
+    assert set(removal.urls) == {"https://example.org/20.png", "https://example.org/21.png"}
+    assert store.count() == 20
+
+
+def test_takedown_finds_rows_that_only_an_older_publication_holds(history: Store) -> None:
+    history.delete(make_rows(3, 4)["id"].combine_chunks())
+    removal = remove(history, urls=["https://example.org/3.png"])
+    assert removal.num_rows == 1
+    assert history.count() == 30
+
+
+def test_takedown_of_an_indexed_table(store: Store) -> None:
+    append(store, make_rows(0, 1_500))
+    index = build_index(store, IndexConfig(exact_below=1_000))
+    assert index.kind == "IVF_SQ"
+    index_and_publish(store)
+    remove(store, urls=["https://example.org/7.png"])
+    found = Retriever(store.uri, store.name).search(embeddings(0, 1_500, DIM)[7:8], 5)[0]
+    assert len(found) == 5
+    assert "picture number 7" not in {neighbour.caption for neighbour in found}
+
+
+def test_unknown_values_are_named(history: Store) -> None:
+    version = history.version
+    with pytest.raises(UserError, match=r"no row .* the url 'https://example.org/nope'; nothing was taken down"):
+        remove(history, urls=["https://example.org/1.png", "https://example.org/nope"])
+    with pytest.raises(UserError, match="at least one URL"):
+        remove(history)
+    assert history.version == version
+    assert blocked(history, "url") == []
+
+
+def test_a_takedown_can_be_repeated(history: Store) -> None:
+    """As after a kill at any of its steps: the first one blocks the values."""
+    url = "https://example.org/1.png"
+    assert remove(history, urls=[url]).num_rows == 1
+    assert remove(history, urls=[url]).num_rows == 0
+    assert published_rows(history) == 30
+
+
+def test_a_takedown_that_was_killed_midway_is_finished(history: Store) -> None:
+    (row,) = history.dataset().to_table(filter=f"caption = '{CAPTION}'").to_pylist()
+    block(history, "id", [row["id"]])
+    history.delete([row["id"]])
+    assert remove(history, ids=[row["id"]]).num_rows == 1
+    assert files_with(history, SECRET) == []
+
+
+def test_what_was_taken_down_is_not_published_again(history: Store) -> None:
+    rows = make_rows(4, 6)
+    remove(history, urls=["https://example.org/4.png"])
+    # The same image and caption from another place is the same row, by its id.
+    elsewhere = make_rows(4, 5, url=["https://example.org/copy.png"])
+    assert is_blocked(history, rows).to_pylist() == [True, False]
+    assert is_blocked(history, elsewhere).to_pylist() == [True]
+    append(history, elsewhere)
+    refused = index_and_publish(history)
+    assert [check.name for check in refused.checks if not check.passed] == ["takedown"]
+    assert published_rows(history) == 30
+
+
+def test_a_takedown_publishes_no_unchecked_rows(history: Store) -> None:
+    append(history, make_rows(40, 41, text_embed=[np.full(DIM, np.nan)]))
+    assert not index_and_publish(history).published
+    removal = remove(history, urls=["https://example.org/1.png"])
+    assert removal.num_rows == 1
+    assert published_rows(history) == 30
+    assert history.dataset().count_rows("url = 'https://example.org/40.png'") == 0
+
+
+def test_a_table_that_was_never_published_stays_so(store: Store) -> None:
+    append(store, make_rows(0, 5))
+    removal = remove(store, urls=["https://example.org/1.png"])
+    assert (removal.num_rows, removal.published) == (1, False)
+    assert (store.count(), published_version(store)) == (4, None)
