@@ -1,0 +1,333 @@
+"""Bring a table to what a corpus wants: embed and add what is missing, remove what is wanted no more.
+
+Ray Data streams the shards through workers that hold an encoder each. A worker writes its rows to files that belong to
+no version of the table yet and returns their description; the driver commits these every minute. So no image passes
+through the driver, a job that dies loses a minute, and the next one computes what is missing and goes on.
+"""
+
+import queue
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imagerag.artifacts import Embedded
+from imagerag.compute import start_ray
+from imagerag.corpus.ledger import wanted_images
+from imagerag.corpus.shards import shard_path
+from imagerag.embedding.config import EmbedConfig
+from imagerag.embedding.encoder import Dtype, UndecodableImageError, load_encoder
+from imagerag.embedding.spec import resolve
+from imagerag.errors import UserError
+from imagerag.progress import OnProgress, silent
+from imagerag.retrieval.schema import EncoderIdentity, row_ids
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+
+if TYPE_CHECKING:
+    import ray.data
+
+T = TypeVar("T")
+
+_COMPARED = ["id", "url", "source", "licence"]
+"""A row of the table is as the corpus wants it if these are."""
+_IMAGE_SUFFIXES = {".jpg", ".png", ".webp"}
+_BLOCK_ROWS = 64
+_BLOCK_BYTES = 16 * 2**20
+_IN_FLIGHT_BYTES = 512 * 2**20
+"""Images that wait for an encoder: what bounds memory, however many there are."""
+_WORKER_CORES = 8
+
+
+class StalledError(RuntimeError):
+    """The workers have finished nothing for too long."""
+
+
+class CorruptShardError(RuntimeError):
+    """A shard doesn't hold what it should."""
+
+
+def embed(
+    *,
+    shards_uri: str,
+    store: Store,
+    encoder: str,
+    config: EmbedConfig,
+    settings: Settings,
+    on_progress: OnProgress = silent,
+) -> Embedded:
+    """Make the table of `store` hold exactly the rows that the corpus in `shards_uri` wants.
+
+    Two URLs with the same image and caption are one row, the first one's. A row whose URL, source or licence changed
+    is removed and added again. Where nothing is missing, neither Ray nor the model is started.
+
+    Args:
+        encoder: see `load_encoder`.
+        on_progress: is told of added rows.
+
+    Raises:
+        UserError: if there is no such encoder, the table holds another encoder's rows, or there are fewer GPUs or
+            cores than `config` asks for.
+        CorruptShardError: if an image that the corpus has can't be read from its shard.
+        StalledError: if the workers hang. Calling again goes on where they stopped.
+    """
+    started = time.perf_counter()
+    identity = resolve(encoder).identity
+    images = wanted_images(shards_uri)
+    wanted = unique_rows(images)
+    with store.writer_lock():
+        store.open_or_create(identity)
+        missing, stale = compare(wanted, store.dataset().to_table(columns=_COMPARED))
+        num_removed = store.delete(stale) if len(stale) else 0
+        machine_s = 0.0
+        if missing.num_rows:
+            start_ray(settings)
+            batches = _start(missing, shards_uri, store, identity, config)
+            machine_s = _commit_all(batches, missing.num_rows, store, config, on_progress)
+        return Embedded(
+            uri=store.uri,
+            table=store.name,
+            version=store.version,
+            num_rows=store.count(),
+            num_added=missing.num_rows,
+            num_removed=num_removed,
+            num_duplicates=images.num_rows - wanted.num_rows,
+            encoder_id=identity.id,
+            encoder_digest=identity.digest,
+            duration_s=time.perf_counter() - started,
+            machine_s=machine_s,
+        )
+
+
+def unique_rows(images: pa.Table) -> pa.Table:
+    """Return `images` with their `id`, and only the first of those that are the same image and caption.
+
+    What is not known of the source or licence is empty.
+    """
+    rows = images.append_column("id", row_ids(images["sha256"], images["caption"]))
+    for name in ("source", "licence"):
+        rows = rows.set_column(rows.column_names.index(name), name, rows[name].fill_null(""))
+    first = _numbered(rows).group_by("id", use_threads=False).aggregate([("row", "min")])["row_min"]
+    return rows.take(first.sort())
+
+
+def compare(wanted: pa.Table, present: pa.Table) -> tuple[pa.Table, pa.Array]:
+    """Return the rows of `wanted` that are not in `present` as they should be, and the ids of `present` to remove."""
+    missing = _numbered(wanted).join(present, _COMPARED, join_type="left anti")["row"]
+    stale = present.join(wanted.select(_COMPARED), _COMPARED, join_type="left anti")["id"]
+    return wanted.take(missing.sort()), stale.combine_chunks()
+
+
+def _numbered(rows: pa.Table) -> pa.Table:
+    return rows.select(_COMPARED).append_column("row", pa.array(np.arange(rows.num_rows)))
+
+
+def read_images(rows: pa.Table, shards_uri: str) -> Iterator[pa.Table]:
+    """Yield `rows`, which are of one shard, in the shard's order and with their `image`, the file's bytes.
+
+    Raises:
+        CorruptShardError: if a row's image is not there.
+    """
+    (shard,) = rows["shard"].unique().to_pylist()
+    path = shard_path(shards_uri, shard)
+    index_of = {key: index for index, key in enumerate(rows["key"].to_pylist())}
+    images: dict[int, bytes] = {}
+
+    def block() -> pa.Table:
+        taken = rows.take(pa.array(images, pa.int64()))
+        return taken.append_column("image", pa.array(images.values(), pa.large_binary()))
+
+    with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            if name.suffix in _IMAGE_SUFFIXES and (index := index_of.pop(name.stem, None)) is not None:
+                content = tar.extractfile(member)
+                assert content is not None, f"{name} of {path} is no file"
+                images[index] = content.read()
+                if len(images) == _BLOCK_ROWS:
+                    yield block()
+                    images.clear()
+    if index_of:
+        raise CorruptShardError(f"{path} lacks {len(index_of)} images that its table lists, first {min(index_of)}")
+    yield block()
+
+
+class Worker:
+    """Holds an encoder in a process of its own, embeds rows and writes them."""
+
+    def __init__(
+        self,
+        *,
+        identity: EncoderIdentity,
+        store: Store,
+        device: str,
+        dtype: Dtype | None,
+        num_threads: int,
+        shards_uri: str,
+    ) -> None:
+        import torch
+
+        started = time.perf_counter()
+        torch.set_num_threads(num_threads)  # Ray starts workers with one
+        self._encoder = load_encoder(identity.id, device, dtype)
+        if self._encoder.identity.digest != identity.digest:
+            raise UserError(
+                f"the encoder {identity.id} must be the same on every machine; its digest is {identity.digest} where "
+                f"the job was started and {self._encoder.identity.digest} on a worker"
+            )
+        self._store = store
+        self._shards_uri = shards_uri
+        self._unreported_s = time.perf_counter() - started
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Return one row: the JSON of the `fragments` written, `num_rows` and `machine_s`."""
+        started = time.perf_counter()
+        captions = rows["caption"].combine_chunks().dictionary_encode()
+        text_embeds = self._encoder.encode_texts(captions.dictionary.to_pylist())[captions.indices.to_numpy()]
+        try:
+            image_embeds = self._encoder.encode_images(rows["image"].to_pylist())
+        except UndecodableImageError as error:
+            row = rows.slice(error.index, 1).to_pylist()[0]
+            raise CorruptShardError(
+                f"the image {row['key']} of {shard_path(self._shards_uri, row['shard'])} can't be decoded "
+                f"({error.reason}), though it was when it was downloaded"
+            ) from error
+        embedded = rows.rename_columns({"sha256": "image_sha256"})
+        for name, embeds in (("text_embed", text_embeds), ("image_embed", image_embeds)):
+            embedded = embedded.append_column(
+                name, pa.FixedSizeListArray.from_arrays(embeds.ravel(), self._encoder.identity.dim)
+            )
+        fragments = self._store.write_fragments(embedded)
+        machine_s, self._unreported_s = self._unreported_s + time.perf_counter() - started, 0.0
+        return pa.table({"fragments": [fragments], "num_rows": [rows.num_rows], "machine_s": [machine_s]})
+
+
+def _start(
+    missing: pa.Table, shards_uri: str, store: Store, identity: EncoderIdentity, config: EmbedConfig
+) -> "ray.data.Dataset":
+    """Return a dataset whose rows are what `Worker` returns, one a batch."""
+    import ray
+    from ray.data import ActorPoolStrategy, ExecutionResources
+
+    device, num_workers, num_threads = plan_workers(ray.nodes(), config)
+    dataset = ray.data.from_arrow([missing.filter(pc.equal(missing["shard"], s)) for s in missing["shard"].unique()])
+    dataset.context.enable_progress_bars = False
+    dataset.context.raise_original_map_exception = True
+    dataset.context.target_max_block_size = _BLOCK_BYTES
+    dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=_IN_FLIGHT_BYTES * num_workers
+    )
+    return dataset.map_batches(
+        read_images,
+        fn_kwargs={"shards_uri": shards_uri},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0,  # next to none, and the workers may have them all
+        concurrency=2 * num_workers,
+    ).map_batches(
+        Worker,
+        fn_constructor_kwargs={
+            "identity": identity,
+            "store": store,
+            "device": device,
+            "dtype": config.dtype,
+            "num_threads": num_threads,
+            "shards_uri": shards_uri,
+        },
+        batch_size=config.batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=num_workers),
+        **({"num_gpus": 1} if device == "cuda" else {"num_cpus": num_threads}),
+    )
+
+
+def plan_workers(nodes: list[dict[str, Any]], config: EmbedConfig) -> tuple[str, int, int]:
+    """Return the device, how many workers to start and the threads of each.
+
+    Raises:
+        UserError: if there are fewer GPUs or cores than workers asked for.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    num_gpus = int(sum(resources.get("GPU", 0) for resources in alive))
+    cores = [int(resources["CPU"]) for resources in alive if resources.get("CPU")]
+    device = config.device or ("cuda" if num_gpus else "cpu")
+    asked = config.num_workers or 1
+    unit, most = ("GPU", num_gpus) if device == "cuda" else ("core", sum(cores))
+    if asked > most:
+        raise UserError(f"every worker needs a {unit} of its own: Ray has {most}, and {asked} workers are asked for")
+    num_threads = min(_WORKER_CORES, *cores, max(1, sum(cores) // asked))
+    num_workers = num_gpus if device == "cuda" else sum(n // num_threads for n in cores)
+    return device, config.num_workers or num_workers, num_threads
+
+
+def _commit_all(
+    dataset: "ray.data.Dataset", num_rows: int, store: Store, config: EmbedConfig, on_progress: OnProgress
+) -> float:
+    """Commit everything that the workers write, and return their machine-seconds."""
+    version, num_done, machine_s = store.version, 0, 0.0
+    fragments: list[str] = []
+    last_commit = time.monotonic()
+    with closing(watched(dataset.iter_rows, config.stall_timeout_s)) as results:
+        for result in results:
+            fragments += result["fragments"]
+            num_done += result["num_rows"]
+            machine_s += result["machine_s"]
+            if time.monotonic() - last_commit >= config.commit_every_s:
+                version, fragments, last_commit = store.commit(fragments, version), [], time.monotonic()
+            on_progress(num_done, num_rows, "embedded")
+    store.commit(fragments, version)
+    assert num_done == num_rows, f"{num_done} rows were embedded instead of {num_rows}"
+    return machine_s
+
+
+def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T, None, None]:
+    """Yield what `iterate()` does, which runs in a thread of its own.
+
+    Ray was seen to wait for ever for a machine that had gone. A wait can't be interrupted, but left behind.
+
+    Raises:
+        StalledError: if there is nothing new for `timeout_s` seconds.
+    """
+    results: queue.Queue[T | BaseException | None] = queue.Queue()
+    stopped = threading.Event()
+
+    def run() -> None:
+        try:
+            for result in iterate():
+                results.put(result)
+                if stopped.is_set():
+                    return
+            results.put(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the other thread
+            results.put(_cause(error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while (result := results.get(timeout=timeout_s)) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    except queue.Empty:
+        raise StalledError(
+            f"no batch was finished for {timeout_s:.0f} s. What was committed is kept: run the same again to continue"
+        ) from None
+    finally:
+        stopped.set()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the exception that a worker raised, without what Ray wrapped it in.
+
+    It also has no traceback, which would keep Ray's workers alive for as long as the exception.
+    """
+    from ray.exceptions import RayTaskError
+
+    return (error.cause if isinstance(error, RayTaskError) else error).with_traceback(None)

@@ -1,0 +1,122 @@
+"""How an encoder is named, and the files on this machine that the name stands for."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagerag.embedding import tiny
+from imagerag.errors import UserError
+from imagerag.retrieval.schema import EncoderIdentity
+
+TINY = "tiny"
+_CONFIG = "open_clip_config.json"
+_WEIGHTS = "open_clip_model.safetensors"
+_FILES = ("*.json", "*.txt", "*.model", _WEIGHTS)
+"""What open_clip reads of a folder: configuration, tokenizer and weights."""
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_HUB = re.compile(r"hf-hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+_PRETRAINED = re.compile(r"(?P<name>[\w.-]+)/(?P<tag>[\w.-]+)")
+_FORMS = (
+    "`tiny`, an open_clip name and pretrained tag (`ViT-B-32/laion2b_s34b_b79k`), a hub id and commit "
+    "(`hf-hub:org/name@<40 hexadecimal digits>`) or a folder with open_clip_config.json and open_clip_model.safetensors"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFiles:
+    """What an encoder is made of. Nothing of it is loaded yet."""
+
+    identity: EncoderIdentity
+    folder: Path
+
+
+def check_spec(spec: str) -> str:
+    """Return `spec` if it has one of the forms that name an encoder. Reads no weights and no network.
+
+    Raises:
+        UserError: if it has not.
+    """
+    if spec.startswith("hf-hub:"):
+        if not _HUB.fullmatch(spec):
+            raise UserError(
+                "an encoder from the hub is pinned by a full commit, as in `hf-hub:org/name@<40 hexadecimal digits>`; "
+                f"got {spec!r}"
+            )
+    elif spec != TINY and not _is_folder(spec) and not _PRETRAINED.fullmatch(spec):
+        raise UserError(f"an encoder is {_FORMS}; got {spec!r}")
+    return spec
+
+
+def resolve(spec: str) -> EncoderFiles:
+    """Return the files of the encoder `spec`, after downloading them if they are on the hub and not cached.
+
+    Raises:
+        UserError: if there is no such encoder, or it has no safetensors weights.
+    """
+    check_spec(spec)
+    if spec == TINY:
+        folder = tiny.FOLDER
+        files = [folder / tiny.CONFIG_NAME, folder / tiny.WEIGHTS_NAME, *_select(tiny.text_folder(), "*.safetensors")]
+    else:
+        folder = _folder_of(spec)
+        _check_folder(folder)
+        files = _select(folder)
+    config = json.loads((folder / _CONFIG).read_text())
+    name = str(folder) if _is_folder(spec) else spec  # workers may start in another folder
+    identity = EncoderIdentity(id=name, digest=_digest(files), dim=config["model_cfg"]["embed_dim"])
+    return EncoderFiles(identity=identity, folder=folder)
+
+
+def _is_folder(spec: str) -> bool:
+    return spec.startswith(("/", ".", "~")) or (spec != "" and Path(spec).is_dir())
+
+
+def _folder_of(spec: str) -> Path:
+    if match := _HUB.fullmatch(spec):
+        return _snapshot(match["repo"], match["revision"])
+    if _is_folder(spec):
+        return Path(spec).expanduser().absolute()
+    return _pretrained(*spec.split("/"))
+
+
+def _pretrained(name: str, tag: str) -> Path:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not tags:
+        raise UserError(f"open_clip has no pretrained model named {name!r}, as asked for by {name + '/' + tag!r}")
+    if tag not in tags:
+        raise UserError(f"open_clip's model {name!r} has no pretrained tag {tag!r}; it has {', '.join(tags)}")
+    return _snapshot(open_clip.get_pretrained_cfg(name, tag)["hf_hub"].rpartition("/")[0], None)
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_FILES)))
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"the encoder folder {folder} does not exist")
+    if not (folder / _CONFIG).is_file():
+        raise UserError(f"an encoder folder has {_CONFIG}, in open_clip's format; {folder} has none")
+    if not (folder / _WEIGHTS).is_file():
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+        found = f"{pickled[0]}, a pickle, which can run code when it is loaded" if pickled else "none"
+        raise UserError(f"an encoder's weights are safetensors, in {_WEIGHTS}; {folder} has {found}")
+
+
+def _select(folder: Path, *more_patterns: str) -> list[Path]:
+    return sorted({path for pattern in (*_FILES, *more_patterns) for path in folder.glob(pattern)})
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

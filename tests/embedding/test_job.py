@@ -1,0 +1,257 @@
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from imagerag.artifacts import Embedded
+from imagerag.embedding.config import EmbedConfig
+from imagerag.embedding.encoder import load_encoder
+from imagerag.embedding.job import CorruptShardError, StalledError, compare, embed, plan_workers, unique_rows, watched
+from imagerag.embedding.spec import resolve
+from imagerag.errors import UserError
+from imagerag.progress import OnProgress, silent
+from imagerag.retrieval.schema import row_id
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+from tests.embedding.conftest import write_encoder
+from tests.embedding.shards import Sample, sample, want, write_shard
+
+
+class Corpus:
+    """A corpus of two shards with ten samples each, and the table that is made of it."""
+
+    def __init__(self, home: Path, encoder: Path) -> None:
+        self.uri = home / "shards"
+        self.store = Store(str(home / "index"), "test")
+        self.settings = Settings(home=home)
+        self.encoder = str(encoder)
+        self.samples = [sample(number) for number in range(20)]
+        for shard in range(2):
+            write_shard(self.uri, shard, self.samples[10 * shard : 10 * shard + 10])
+        want(self.uri, self.samples)
+
+    def embed(self, on_progress: OnProgress = silent, **config: Any) -> Embedded:
+        return embed(
+            shards_uri=str(self.uri),
+            store=self.store,
+            encoder=self.encoder,
+            config=EmbedConfig(device="cpu", **config),
+            settings=self.settings,
+            on_progress=on_progress,
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        return sorted(self.store.dataset().to_table().to_pylist(), key=lambda row: str(row["url"]))
+
+    def urls(self) -> list[str]:
+        return [row["url"] for row in self.rows()]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, encoder_folder: Path) -> Corpus:
+    return Corpus(tmp_path, encoder_folder)
+
+
+def counts(embedded: Embedded) -> tuple[int, int, int, int]:
+    return embedded.num_rows, embedded.num_added, embedded.num_removed, embedded.num_duplicates
+
+
+@pytest.mark.engines
+def test_shards_become_rows(corpus: Corpus, ray_session: None) -> None:
+    seen: list[tuple[int, int]] = []
+    embedded = corpus.embed(lambda done, total, note="": seen.append((done, total)), batch_size=8)
+    assert counts(embedded) == (20, 20, 0, 0)
+    assert embedded.version == corpus.store.version
+    assert embedded.machine_s > 0
+    assert seen[-1] == (20, 20)
+    encoder = load_encoder(corpus.encoder, "cpu")
+    assert embedded.encoder_digest == corpus.store.encoder.digest == encoder.identity.digest
+    rows = {row["url"]: row for row in corpus.rows()}
+    for entry in corpus.samples:
+        row = rows[entry.url]
+        assert (row["caption"], row["image"], row["source"]) == (entry.caption, entry.image, "test")
+        assert (row["licence"], row["width"], row["height"]) == ("", 48, 40)
+        assert row["id"] == row_id(row["image_sha256"], entry.caption)
+        np.testing.assert_allclose(row["image_embed"], encoder.encode_images([entry.image])[0], atol=1e-5)
+        np.testing.assert_allclose(row["text_embed"], encoder.encode_texts([entry.caption])[0], atol=1e-5)
+
+
+@pytest.mark.engines
+def test_only_what_changed_is_done(corpus: Corpus, ray_session: None) -> None:
+    first = corpus.embed()
+    added = [sample(number) for number in range(20, 25)]
+    write_shard(corpus.uri, 2, added)
+    moved = replace(corpus.samples[3], source="another")
+    want(corpus.uri, [*corpus.samples[:3], moved, *corpus.samples[5:], *added])
+    untouched = {row["url"]: row for row in corpus.rows()}
+    second = corpus.embed()
+    # One is wanted no more, and one is replaced because its source changed.
+    assert counts(second) == (24, 6, 2, 0)
+    assert second.version > first.version
+    rows = {row["url"]: row for row in corpus.rows()}
+    assert rows.keys() == {entry.url for entry in [*corpus.samples, *added]} - {corpus.samples[4].url}
+    assert rows[moved.url]["source"] == "another"
+    assert rows[corpus.samples[0].url] == untouched[corpus.samples[0].url]
+
+
+@pytest.mark.engines
+def test_the_same_pair_is_one_row(corpus: Corpus, ray_session: None) -> None:
+    again = sample(30, seed=0, caption=corpus.samples[0].caption)
+    other_caption = sample(31, seed=0)
+    write_shard(corpus.uri, 2, [again, other_caption])
+    want(corpus.uri, [*corpus.samples, again, other_caption])
+    assert counts(corpus.embed()) == (21, 21, 0, 1)
+    assert again.url not in corpus.urls()
+    # The first URL is gone, the image is still wanted under the second.
+    want(corpus.uri, [*corpus.samples[1:], again, other_caption])
+    assert counts(corpus.embed()) == (21, 1, 1, 0)
+    assert again.url in corpus.urls()
+
+
+@pytest.mark.engines
+def test_a_killed_worker_costs_nothing(corpus: Corpus, ray_session: None) -> None:
+    killed: list[int] = []
+
+    def kill(done: int, total: int, note: str = "") -> None:
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(p.info["cmdline"] or [])]
+        own = [p for p in workers if os.getpid() in {parent.pid for parent in p.parents()}]
+        if not killed and own:
+            killed.append(own[0].pid)
+            os.kill(own[0].pid, signal.SIGKILL)
+
+    assert counts(corpus.embed(kill, batch_size=2, commit_every_s=0)) == (20, 20, 0, 0)
+    assert killed
+    assert corpus.urls() == sorted(entry.url for entry in corpus.samples)
+
+
+@pytest.mark.engines
+def test_a_stopped_job_goes_on(corpus: Corpus, ray_session: None) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(done: int, total: int, note: str = "") -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        corpus.embed(stop, batch_size=4, commit_every_s=0)
+    assert corpus.store.count() == 4
+    assert counts(corpus.embed()) == (20, 16, 0, 0)
+    assert corpus.urls() == sorted(entry.url for entry in corpus.samples)
+
+
+@pytest.mark.engines
+def test_a_broken_shard_fails_loudly(corpus: Corpus, ray_session: None) -> None:
+    broken = Sample("https://example.org/broken.jpg", "broken", corpus.samples[0].image[:300])
+    write_shard(corpus.uri, 2, [sample(30), broken])
+    want(corpus.uri, [*corpus.samples, sample(30), broken])
+    with pytest.raises(CorruptShardError, match=f"image 000020001 of {corpus.uri}/00002.tar can't be decoded"):
+        corpus.embed()
+    write_shard(corpus.uri, 2, [sample(30), sample(31)], in_tar=[sample(30)])
+    want(corpus.uri, [*corpus.samples, sample(30), sample(31)])
+    with pytest.raises(CorruptShardError, match=r"00002.tar lacks 1 images that its table lists, first 000020001"):
+        corpus.embed()
+
+
+@pytest.mark.engines
+def test_no_work_starts_nothing(corpus: Corpus, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = corpus.embed()
+
+    def fail(*_: object) -> None:
+        raise AssertionError("no engine is needed")
+
+    monkeypatch.setattr("imagerag.embedding.job.start_ray", fail)
+    monkeypatch.setattr("open_clip.create_model", fail)
+    second = corpus.embed()
+    assert counts(second) == (20, 0, 0, 0)
+    assert second.version == first.version
+    want(corpus.uri, corpus.samples[:5])
+    assert counts(corpus.embed()) == (5, 0, 15, 0)
+
+
+def test_an_empty_corpus_makes_an_empty_table(tmp_path: Path, encoder_folder: Path) -> None:
+    corpus = Corpus(tmp_path, encoder_folder)
+    want(corpus.uri, [])
+    assert counts(corpus.embed()) == (0, 0, 0, 0)
+
+
+def test_encoders_are_not_mixed(corpus: Corpus, tmp_path: Path) -> None:
+    want(corpus.uri, [])
+    corpus.embed()
+    other = write_encoder(tmp_path / "other", seed=1)
+    digests = [resolve(encoder).identity.digest for encoder in (corpus.encoder, str(other))]
+    corpus.encoder = str(other)
+    with pytest.raises(UserError, match=f"{digests[0]}.*{digests[1]}"):
+        corpus.embed()
+
+
+def table(*rows: tuple[str, str, str | None]) -> pa.Table:
+    columns = ("sha256", "url", "source")
+    listed = [dict(zip(columns, row, strict=True)) | {"caption": "c", "licence": None} for row in rows]
+    strings = [(name, pa.string()) for name in ("sha256", "url", "source", "caption", "licence")]
+    return pa.Table.from_pylist(listed, schema=pa.schema(strings))
+
+
+def test_comparing_takes_the_first_and_sees_what_changed() -> None:
+    one, two, three = ("1" * 64, "2" * 64, "3" * 64)
+    wanted = unique_rows(table((one, "a", None), (two, "b", "x"), (one, "c", None)))
+    assert wanted["url"].to_pylist() == ["a", "b"]
+    assert wanted["source"].to_pylist() == ["", "x"]
+    present = unique_rows(table((one, "a", None), (two, "b", None), (three, "d", None)))
+    missing, stale = compare(wanted, present.select(["id", "url", "source", "licence"]))
+    assert missing.to_pylist() == wanted.slice(1).to_pylist()
+    assert set(stale.to_pylist()) == {row_id(two, "c"), row_id(three, "c")}
+    missing, stale = compare(wanted, wanted.select(["id", "url", "source", "licence"]))
+    assert (missing.num_rows, len(stale)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "config", "expected"),
+    [
+        ([{"CPU": 2}], {}, ("cpu", 1, 2)),
+        ([{"CPU": 2}], {"num_workers": 2}, ("cpu", 2, 1)),
+        ([{"CPU": 1}], {}, ("cpu", 1, 1)),
+        ([{}, {"CPU": 16}, {"CPU": 16}], {}, ("cpu", 4, 8)),
+        ([{"CPU": 4}] * 3, {}, ("cpu", 3, 4)),
+        ([{"CPU": 16, "GPU": 2}], {}, ("cuda", 2, 8)),
+        ([{"CPU": 16, "GPU": 2}], {"device": "cpu"}, ("cpu", 2, 8)),
+    ],
+)
+def test_workers_suit_the_machines(nodes: list[Any], config: dict[str, Any], expected: tuple[str, int, int]) -> None:
+    listed = [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {"CPU": 3}}]
+    assert plan_workers(listed, EmbedConfig(**config)) == expected
+
+
+def test_more_workers_than_the_machines_have_are_refused() -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 2}}]
+    with pytest.raises(UserError, match="needs a core of its own: Ray has 2, and 3 workers are asked for"):
+        plan_workers(nodes, EmbedConfig(num_workers=3))
+    with pytest.raises(UserError, match="needs a GPU of its own: Ray has 0, and 1 workers are asked for"):
+        plan_workers(nodes, EmbedConfig(device="cuda"))
+
+
+def test_a_stall_is_an_error() -> None:
+    def results() -> Iterator[int]:
+        yield 1
+        time.sleep(30)
+
+    iterator = watched(results, timeout_s=0.2)
+    assert next(iterator) == 1
+    with pytest.raises(StalledError, match=r"no batch was finished for 0 s.*run the same again to continue"):
+        next(iterator)
+
+
+def test_a_watched_error_is_raised() -> None:
+    def results() -> Iterator[int]:
+        yield 1
+        raise KeyError("fault")
+
+    with pytest.raises(KeyError, match="fault"):
+        list(watched(results, timeout_s=5))
