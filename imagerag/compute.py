@@ -1,15 +1,15 @@
-"""Ray: a cluster by address, or one on this machine for as long as it is needed."""
+"""Ray: a cluster by address, or one on this machine for as long as the process needs it."""
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from imagerag.settings import Settings
 
 _LOCAL_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
+    # By default Ray has its workers give way to everything else on the machine (niceness 15).
+    "RAY_worker_niceness": "0",
     # Ray listens on every interface where it takes itself for part of a cluster, which on Linux is always.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
@@ -21,12 +21,11 @@ _WORKER_ENV = {
 }
 
 
-@contextmanager
-def ray_runtime(settings: Settings) -> Iterator[None]:
-    """Make Ray usable inside the block.
+def start_ray(settings: Settings) -> None:
+    """Make Ray usable in this process, and leave it running for the next stage; it ends with the process.
 
     A Ray that is initialised already is used as it is. Otherwise this connects to `settings.ray_address`, or starts
-    Ray on this machine, on loopback and with free ports, and ends it with the block.
+    Ray on this machine, on loopback and with free ports.
     """
     if settings.ray_address is None:
         # Ray reads these when it is first imported.
@@ -34,11 +33,10 @@ def ray_runtime(settings: Settings) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
         return
     with warnings.catch_warnings():
         # Ray's processes are forked and at once replaced: Lance's warnings of what a fork may do don't apply.
-        warnings.filterwarnings("ignore", message=".*fork", module="lance|subprocess")
+        warnings.filterwarnings("ignore", message=".*fork")
         ray.init(
             address=settings.ray_address or "local",
             include_dashboard=False if settings.ray_address is None else None,
@@ -46,7 +44,3 @@ def ray_runtime(settings: Settings) -> Iterator[None]:
             log_to_driver=False,
             runtime_env={"env_vars": _WORKER_ENV},
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -21,10 +21,13 @@ def engines_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ray_session(engines_home: Path) -> Iterator[None]:
     """Ray on this machine, shared by every test that needs it."""
-    from imagerag.compute import ray_runtime
+    from imagerag.compute import start_ray
 
-    with ray_runtime(Settings(home=engines_home)):
-        yield
+    start_ray(Settings(home=engines_home))
+    import ray
+
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

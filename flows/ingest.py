@@ -1,0 +1,81 @@
+"""Ingest: a list of image URLs becomes a published, searchable index."""
+
+from typing import Literal
+
+from prefect import flow
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.url_list import UrlColumns
+from imagerag.embedding.config import EmbedConfig
+from imagerag.embedding.spec import check_spec
+from imagerag.retrieval.index import IndexConfig
+from imagerag.retrieval.publish import PublishConfig, published_rows
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings, check_name
+from tasks.download import download_images
+from tasks.embed import embed_images
+from tasks.index import index_rows
+from tasks.policy import hide_user_tracebacks
+from tasks.publish import publish_index
+from tasks.report import CorpusReport, write_report
+
+
+class CorpusParameters(BaseModel):
+    """What to index, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url_list: str = Field(description="Image URLs and captions: parquet, csv, csv.gz or jsonl, on any fsspec path.")
+    name: str = Field(default="images", description="Names the corpus: its shards folder and its table.")
+    columns: UrlColumns = Field(default=UrlColumns(), description="The list's columns; unset ones are guessed.")
+    encoder: str = Field(
+        default="tiny",
+        description="`tiny`, an open_clip name and tag (`ViT-B-32/openai`), `hf-hub:org/name@commit`, or a folder.",
+    )
+    retry_failed: bool = Field(default=False, description="Try again what failed in earlier runs.")
+    download: DownloadConfig = Field(default=DownloadConfig(), description="How images are fetched.")
+    embed: EmbedConfig = Field(default=EmbedConfig(), description="How images and captions are embedded.")
+    index: IndexConfig = Field(default=IndexConfig(), description="How the index is built.")
+    publish: PublishConfig = Field(default=PublishConfig(), description="What a version must pass to be published.")
+
+    _check_name = field_validator("name")(check_name)
+    _check_encoder = field_validator("encoder")(check_spec)
+
+
+class NotPublishedError(RuntimeError):
+    """The new version failed its checks: readers stay on the version that they see."""
+
+
+@flow(name="ingest")
+def ingest(parameters: CorpusParameters) -> CorpusReport:
+    """Add a list of image URLs to a corpus: download, embed, index, publish.
+
+    Run it again at any time: it continues what is unfinished and redoes nothing that is done.
+    """
+    return update_corpus(parameters, mode="add")
+
+
+def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"]) -> CorpusReport:
+    """Run the stages on a list that adds to the corpus, or that from now on is the corpus."""
+    hide_user_tracebacks()
+    rows_before = published_rows(Store(Settings().index_uri, parameters.name))
+    download = download_images(
+        parameters.url_list, parameters.columns, parameters.name, parameters.download, mode, parameters.retry_failed
+    )
+    embedded = embed_images(download, parameters.name, parameters.encoder, parameters.embed)
+    index = index_rows(embedded, parameters.index)
+    publication = publish_index(index, parameters.publish)
+    report = CorpusReport(
+        name=parameters.name,
+        rows_before=rows_before,
+        download=download,
+        embedded=embedded,
+        index=index,
+        publication=publication,
+    )
+    write_report(report)
+    if not publication.published:
+        failed = [f"{check.name}: {check.detail}" for check in publication.checks if not check.passed]
+        raise NotPublishedError(f"{parameters.name} is not published: {'; '.join(failed)}")
+    return report

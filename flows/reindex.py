@@ -1,0 +1,12 @@
+"""Re-index: the published index follows its list."""
+
+from prefect import flow
+
+from flows.ingest import CorpusParameters, update_corpus
+from tasks.report import CorpusReport
+
+
+@flow(name="reindex")
+def reindex(parameters: CorpusParameters) -> CorpusReport:
+    """Make a corpus exactly its list: fetch and embed what is new or changed, drop what is gone, touch nothing else."""
+    return update_corpus(parameters, mode="replace")

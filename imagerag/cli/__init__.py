@@ -1,0 +1,42 @@
+"""The command line: everything that a person does without the UI.
+
+This package is the composition root: the only part of `imagerag` that may import `flows`. Each command imports what it
+needs when it runs, so that `imagerag --help` answers at once.
+"""
+
+import sys
+
+import typer
+
+from imagerag.cli import corpus, demo, doctor, index, sample, search, services
+from imagerag.errors import UserError
+
+app = typer.Typer(
+    name="imagerag",
+    help="Index your images and generate with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo.demo)
+app.command("ingest")(
+    corpus.flow_command("ingest", "Add a list of image URLs to a corpus: download, embed, index, publish.")
+)
+app.command("reindex")(
+    corpus.flow_command("reindex", "Make a corpus exactly its list: fetch what is new, drop what is gone.")
+)
+app.command()(search.search)
+app.add_typer(index.app, name="index")
+app.add_typer(sample.app, name="sample")
+app.command()(services.up)
+app.command()(services.down)
+app.command()(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line; the user's mistakes end with one line and status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

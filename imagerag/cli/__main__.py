@@ -1,0 +1,5 @@
+"""`python -m imagerag.cli`."""
+
+from imagerag.cli import main
+
+main()

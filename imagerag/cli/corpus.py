@@ -1,0 +1,74 @@
+"""`imagerag ingest` and `imagerag reindex`: the flows, run here and now."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from imagerag.cli.run import run_flow
+
+if TYPE_CHECKING:
+    from tasks.report import CorpusReport
+
+UrlListArgument = Annotated[str, typer.Argument(help="Parquet, csv, csv.gz or jsonl; a path or any fsspec URI.")]
+NameOption = Annotated[
+    str | None, typer.Option(help="Names the corpus: its shards folder and its table; `images` if not given.")
+]
+EncoderOption = Annotated[
+    str | None, typer.Option(help="`tiny`, `ViT-H-14/laion2b_s32b_b79k`, `hf-hub:org/name@commit`, or a folder.")
+]
+UrlColumnOption = Annotated[str | None, typer.Option(help="The list's column of URLs; guessed if not given.")]
+CaptionColumnOption = Annotated[str | None, typer.Option(help="The list's column of captions; guessed if not given.")]
+AllowHostOption = Annotated[
+    list[str] | None, typer.Option(help="A host that may lie on loopback or in a private network; can be repeated.")
+]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try again what failed in earlier runs.")]
+ParametersOption = Annotated[
+    Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
+]
+
+
+def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable[..., None]:
+    """Make the command of a flow; both flows take the same parameters."""
+
+    def command(
+        url_list: UrlListArgument,
+        name: NameOption = None,
+        encoder: EncoderOption = None,
+        url_column: UrlColumnOption = None,
+        caption_column: CaptionColumnOption = None,
+        allow_host: AllowHostOption = None,
+        retry_failed: RetryOption = False,
+        parameters: ParametersOption = None,
+    ) -> None:
+        options: dict[str, Any] = {
+            "name": name,
+            "encoder": encoder,
+            "columns": {"url": url_column, "caption": caption_column},
+            "retry_failed": retry_failed or None,
+            "download": {"allowed_hosts": allow_host or None},
+        }
+        show_report(run_flow(flow, url_list, _given(options), parameters))
+
+    command.__doc__ = help_text
+    return command
+
+
+def show_report(report: "CorpusReport") -> None:
+    """Print what a run did."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"corpus {report.name}", show_header=False, title_justify="left")
+    for row in report.rows():
+        table.add_row(row["figure"], row["value"])
+    for reason, count in sorted(report.download.reasons.items()):
+        table.add_row(f"failed: {reason}", f"{count:,}")
+    Console().print(table)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given on the command line, and only those."""
+    nested = {key: _given(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+    return {key: value for key, value in nested.items() if value is not None}

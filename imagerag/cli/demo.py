@@ -1,0 +1,65 @@
+"""`imagerag demo`: the main job, on the sample corpus, with every engine real."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from imagerag.settings import Settings
+    from tasks.report import CorpusReport
+
+CORPUS = "sample"
+NEIGHBOURS = 6
+QUERIES = ("a slice of watermelon", "a happy puppy", "rainy day", "something to write with")
+
+
+def demo(
+    limit: Annotated[int | None, typer.Option(min=1, help="Ingest only so many images.")] = None,
+) -> None:
+    """Run the main job on the sample corpus: serve it, download, embed, index, publish and search."""
+    from imagerag.settings import Settings
+
+    settings = Settings()
+    typer.echo(f"Everything this makes is kept in {settings.home}. Run it again: what is done is skipped.\n")
+    typer.echo("1. Serve the sample corpus on loopback, as a web site would, bad URLs included; ingest its URL list.")
+    report = _ingest(settings, limit)
+
+    from imagerag.cli.corpus import show_report
+
+    show_report(report)
+    typer.echo("\n2. Search the published index.")
+    page = _search(settings)
+    typer.echo(f"\nPictures:   {page}")
+    typer.echo(f"Search:     .venv/bin/imagerag search 'a birthday party' --name {CORPUS} --html birthday.html")
+    typer.echo("Prefect UI: make up (this run is in its history)")
+
+
+def _ingest(settings: "Settings", limit: int | None) -> "CorpusReport":
+    from imagerag.cli.run import run_flow
+    from imagerag.corpus.sample.server import SampleServer, remembered_port, write_url_list
+
+    with SampleServer(port=remembered_port(settings.home)) as server:
+        url_list = write_url_list(server, settings.home, limit=limit)
+        options = {
+            "name": CORPUS,
+            # WebP, as the drawings are served, so that they are kept as they are.
+            "download": {"allowed_hosts": ["127.0.0.1"], "image_format": "webp", "timeout_s": 5, "shard_size": 500},
+        }
+        return run_flow("ingest", str(url_list), options)
+
+
+def _search(settings: "Settings") -> Path:
+    from imagerag.cli.search import Mode, open_index, print_neighbours, search_text
+    from imagerag.retrieval.page import Section, write_page
+    from imagerag.retrieval.search import Filters
+
+    retriever, encoder = open_index(settings, CORPUS)
+    sections = []
+    for query in QUERIES:
+        neighbours = search_text(retriever, encoder, query, NEIGHBOURS, Mode.CAPTION, Filters())
+        print_neighbours(query, neighbours)
+        sections.append(Section(query, neighbours))
+    page = settings.home / CORPUS / "search.html"
+    write_page(page, title="imagerag search: the sample corpus", sections=sections)
+    return page

@@ -1,0 +1,124 @@
+"""`imagerag doctor`: what is here, what is missing, and what to do about it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import typer
+
+from imagerag.errors import UserError
+
+PACKAGES = ("prefect", "ray", "torch", "torchvision", "img2dataset", "lancedb", "pylance", "open_clip_torch")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `remedy` says what to do where something is missing."""
+
+    what: str
+    seen: str
+    remedy: str = ""
+
+
+def doctor() -> None:
+    """Say what is installed, which engines answer, which models and indexes exist, and how to get what is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    sections: dict[str, Callable[[], Iterator[Finding]]] = {
+        "installed": _packages,
+        "engines": _engines,
+        "encoders and base models": _models,
+        "indexes": _indexes,
+    }
+    missing = 0
+    console = Console()
+    for title, findings in sections.items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for finding in findings():
+            missing += bool(finding.remedy)
+            table.add_row(finding.what, finding.seen, f"→ {finding.remedy}" if finding.remedy else "")
+        console.print(table)
+    console.print(f"{missing} thing(s) to see to, marked →." if missing else "All is well.")
+    if missing:
+        raise typer.Exit(1)
+
+
+def _packages() -> Iterator[Finding]:
+    yield Finding("python", f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores")
+    for package in PACKAGES:
+        try:
+            yield Finding(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(package, "missing", "make clean, then any make target installs it")
+    try:
+        importlib.metadata.version("dataclasses")
+        remedy = "pip uninstall dataclasses (it hides the standard library's from Prefect's temporary server)"
+        yield Finding("dataclasses", "a package from PyPI", remedy)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+
+
+def _engines() -> Iterator[Finding]:
+    from imagerag import services
+    from imagerag.settings import Settings
+
+    settings = Settings()
+    yield Finding("home", str(settings.home))
+    if settings.prefect_api_url is not None:
+        answers = services.answers(f"{settings.prefect_api_url}/health")
+        remedy = "" if answers else "start that server, or unset IMAGERAG_PREFECT_API_URL"
+        yield Finding("Prefect", f"{settings.prefect_api_url} {'answers' if answers else 'does not answer'}", remedy)
+    elif (server := services.find(settings.home, "prefect-server")) is not None:
+        yield Finding("Prefect", f"server at {server.url}, process {server.pid}")
+    else:
+        yield Finding("Prefect", "embedded: started for each run (`make up` starts one to stay, with the UI)")
+    yield Finding("Ray", settings.ray_address or "embedded: started on this machine for each run")
+    yield Finding("GPU", _gpu())
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none; everything runs on the CPU"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _models() -> Iterator[Finding]:
+    from imagerag.embedding.spec import resolve
+
+    try:
+        identity = resolve("tiny").identity
+        yield Finding("encoder tiny", f"{identity.dim} dimensions, digest {identity.digest[:12]}")
+    except UserError as error:
+        yield Finding("encoder tiny", "not usable", str(error))
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cached = sorted(repository.repo_id for repository in scan_cache_dir().repos if repository.repo_type == "model")
+    except CacheNotFound:
+        cached = []
+    yield Finding("models in the hub's cache", ", ".join(cached) or "none")
+
+
+def _indexes() -> Iterator[Finding]:
+    from imagerag.retrieval.publish import status
+    from imagerag.retrieval.store import list_stores
+    from imagerag.settings import Settings
+
+    stores = list_stores(Settings().index_uri)
+    if not stores:
+        yield Finding("index", "none yet", "imagerag ingest LIST, or `make demo` for the sample corpus")
+    for store in stores:
+        state = status(store)
+        if state.published_version is None:
+            yield Finding(
+                store.name, f"{state.num_rows:,} rows, not published", f"imagerag index status --name {store.name}"
+            )
+        else:
+            yield Finding(store.name, f"version {state.published_version}, {state.num_rows:,} rows, {state.encoder.id}")

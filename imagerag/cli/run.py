@@ -1,0 +1,101 @@
+"""Run a flow in this process, against the home's Prefect server."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+    from imagerag.settings import Settings
+    from tasks.report import CorpusReport
+
+
+def run_flow(
+    flow: Literal["ingest", "reindex"], url_list: str, options: Mapping[str, Any], parameters_file: Path | None = None
+) -> "CorpusReport":
+    """Check the parameters, then run a flow.
+
+    Args:
+        flow: Which one.
+        url_list: The list of image URLs.
+        options: Parameters that win over those in the file; nested ones are merged.
+        parameters_file: JSON of more parameters.
+
+    Raises:
+        UserError: if a parameter breaks its rule; nothing has been started then.
+    """
+    from imagerag.services import prefect_environment
+    from imagerag.settings import Settings
+
+    settings = Settings()
+    # Prefect reads its home when it is first imported.
+    os.environ.update(prefect_environment(settings.home))
+    import flows.ingest
+    import flows.reindex
+
+    values = _merge(_read_parameters(parameters_file), {"url_list": url_list, **options})
+    parameters = _validated(flows.ingest.CorpusParameters, values)
+    run = flows.ingest.ingest if flow == "ingest" else flows.reindex.reindex
+    with prefect_session(settings):
+        return run(parameters)
+
+
+@contextmanager
+def prefect_session(settings: "Settings") -> Iterator[str]:
+    """Have every flow inside the block report to the home's Prefect server; yields its API URL."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from imagerag.services import prefect_server
+
+    with prefect_server(settings) as api_url, temporary_settings({PREFECT_API_URL: api_url}):
+        try:
+            yield api_url
+        finally:
+            # What is still queued has to leave before the server does; else Prefect retries for a minute at exit.
+            APILogWorker.drain_all(timeout=10)
+            EventsWorker.drain_all(timeout=10)
+
+
+def _read_parameters(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--parameters has to be a readable JSON file; {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--parameters has to hold a JSON object; {path} holds {type(values).__name__}")
+    return values
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _validated(model: Any, values: Mapping[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise UserError("; ".join(map(_fault, error.errors()))) from error
+
+
+def _fault(error: "ErrorDetails") -> str:
+    """Say which parameter breaks which rule with which value."""
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return str(cause)
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}; got {error['input']!r}"

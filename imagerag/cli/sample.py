@@ -1,0 +1,31 @@
+"""`imagerag sample`: the sample corpus that ships with the package."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The sample corpus: emoji drawings in several styles.", no_args_is_help=True)
+
+
+@app.command()
+def serve(
+    port: Annotated[int | None, typer.Option(help="Of the loopback address; this home's own if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Serve a list of only so many good images.")] = None,
+) -> None:
+    """Serve the sample corpus over HTTP on loopback as a web site would, bad URLs included, until Ctrl-C."""
+    import signal
+
+    from imagerag.corpus.sample.server import HOST, SampleServer, remembered_port, write_url_list
+    from imagerag.settings import Settings
+
+    home = Settings().home
+    with SampleServer(remembered_port(home) if port is None else port) as server:
+        url_list = write_url_list(server, home, limit)
+        typer.echo(f"serving   {server.url}")
+        typer.echo(f"URL list  {url_list}")
+        typer.echo(f"ingest    imagerag ingest {url_list} --name sample --allow-host {HOST}")
+        typer.echo("Ctrl-C ends it.")
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            typer.echo("")

@@ -1,0 +1,104 @@
+"""`imagerag search`: neighbours of a text or an image in the published index."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    from imagerag.embedding.encoder import Encoder
+    from imagerag.retrieval.search import Filters, Neighbour, Retriever
+    from imagerag.settings import Settings
+
+
+class Mode(StrEnum):
+    """What a text is compared with."""
+
+    CAPTION = "caption"
+    IMAGE = "image"
+    WORDS = "words"
+    HYBRID = "hybrid"
+
+
+def search(
+    text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Look for images like this file.")] = None,
+    name: Annotated[str, typer.Option(help="The corpus.")] = "images",
+    k: Annotated[int, typer.Option(min=1, max=1000, help="How many neighbours.")] = 8,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="Compare a text with captions, with images, with captions' words, or both ways."),
+    ] = Mode.CAPTION,
+    source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Only rows under this licence.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page of pictures.")] = None,
+) -> None:
+    """Show the neighbours of a text or an image in the published index."""
+    from imagerag.retrieval.page import Section, write_page
+    from imagerag.retrieval.search import Filters
+    from imagerag.settings import Settings, check_name
+
+    if (text is None) == (image is None):
+        raise UserError("give either a text or --image FILE to look for")
+    retriever, encoder = open_index(Settings(), check_name(name))
+    filters = Filters(source=source, licence=licence)
+    if text is not None:
+        neighbours = search_text(retriever, encoder, text, k, mode, filters)
+    else:
+        assert image is not None
+        neighbours = search_image(retriever, encoder, image, k, filters)
+    title = text or str(image)
+    print_neighbours(title, neighbours)
+    if html is not None:
+        write_page(html, title=f"imagerag search: {name}", sections=[Section(title, neighbours)])
+        typer.echo(f"page: {html}")
+
+
+def open_index(settings: "Settings", name: str) -> "tuple[Retriever, Encoder]":
+    """Open the published index of a corpus, and the encoder that made it."""
+    from imagerag.embedding.encoder import load_encoder
+    from imagerag.retrieval.search import Retriever
+
+    retriever = Retriever(settings.index_uri, name)
+    encoder = load_encoder(retriever.encoder.id)
+    retriever.check_encoder(encoder.identity)
+    return retriever, encoder
+
+
+def search_text(
+    retriever: "Retriever", encoder: "Encoder", text: str, k: int, mode: Mode, filters: "Filters"
+) -> "list[Neighbour]":
+    """The `k` neighbours of a text, with their images."""
+    if not text.strip():
+        raise UserError("the text to look for is empty")
+    embeds = encoder.encode_texts([text])
+    return retriever.search(embeds, k, by=mode.value, texts=[text], filters=filters, images=True)[0]
+
+
+def search_image(
+    retriever: "Retriever", encoder: "Encoder", image: Path, k: int, filters: "Filters"
+) -> "list[Neighbour]":
+    """The `k` rows whose images are most like the one in a file, with their images."""
+    from imagerag.embedding.encoder import UndecodableImageError
+
+    try:
+        embeds = encoder.encode_images([image.read_bytes()])
+    except (OSError, UndecodableImageError) as error:
+        raise UserError(f"--image has to be a readable image file; {image}: {error}") from error
+    return retriever.search(embeds, k, by="image", filters=filters, images=True)[0]
+
+
+def print_neighbours(title: str, neighbours: "list[Neighbour]") -> None:
+    """Print neighbours as a table, the nearest first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("score", "caption", "source", "url"):
+        table.add_column(column, overflow="fold")
+    for neighbour in neighbours:
+        table.add_row(f"{neighbour.score:.3f}", neighbour.caption, neighbour.source, neighbour.url)
+    Console().print(table)

@@ -1,0 +1,45 @@
+"""URL list to webdataset shards."""
+
+from typing import Literal
+
+from prefect import get_run_logger
+
+from imagerag.artifacts import Download
+from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.download import download
+from imagerag.corpus.url_list import UrlColumns, read_url_list
+from imagerag.settings import Settings
+from tasks.policy import stage
+from tasks.progress import StageProgress
+
+
+@stage("download")
+def download_images(
+    url_list: str,
+    columns: UrlColumns,
+    name: str,
+    config: DownloadConfig,
+    mode: Literal["add", "replace"],
+    retry_failed: bool,
+) -> Download:
+    """Fetch what the corpus `name` wants and does not have."""
+    settings = Settings()
+    urls = read_url_list(url_list, columns)
+    with StageProgress("download", "URLs") as on_progress:
+        result = download(
+            urls,
+            uri=settings.shards_of(name),
+            config=config,
+            settings=settings,
+            mode=mode,
+            retry_failed=retry_failed,
+            on_progress=on_progress,
+        )
+    logger = get_run_logger()
+    if result.num_fetched == 0:
+        logger.info("nothing to download: all %s URLs were settled before", f"{result.num_urls:,}")
+    else:
+        logger.info(
+            "tried %s URLs; in all %s fine, %s failed", result.num_fetched, result.num_success, result.num_failed
+        )
+    return result

@@ -1,0 +1,32 @@
+"""Webdataset shards to table rows."""
+
+from prefect import get_run_logger
+
+from imagerag.artifacts import Download, Embedded
+from imagerag.embedding.config import EmbedConfig
+from imagerag.embedding.job import embed
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+from tasks.policy import stage
+from tasks.progress import StageProgress
+
+
+@stage("embed")
+def embed_images(download: Download, name: str, encoder: str, config: EmbedConfig) -> Embedded:
+    """Make the table `name` hold exactly the images that the corpus wants and has."""
+    settings = Settings()
+    with StageProgress("embed", "images") as on_progress:
+        result = embed(
+            shards_uri=download.uri,
+            store=Store(settings.index_uri, name),
+            encoder=encoder,
+            config=config,
+            settings=settings,
+            on_progress=on_progress,
+        )
+    logger = get_run_logger()
+    if result.num_added == 0 and result.num_removed == 0:
+        logger.info("nothing to embed: the table holds all %s rows", f"{result.num_rows:,}")
+    else:
+        logger.info("added %s rows, removed %s; now %s", result.num_added, result.num_removed, result.num_rows)
+    return result

@@ -1,0 +1,51 @@
+"""What every stage's task has in common."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+from imagerag.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DAY_S = 24 * 3600
+
+
+def stage(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function the Prefect task of one stage.
+
+    A retry continues what is unfinished, because every stage keeps its own markers; for the same reason Prefect's
+    cache, which would be a second memory, is off.
+    """
+    return task(
+        name=name,
+        retries=2,
+        retry_delay_seconds=[10, 60],
+        retry_condition_fn=_is_worth_retrying,
+        timeout_seconds=_DAY_S,
+        cache_policy=NO_CACHE,
+    )
+
+
+def _is_worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether another try can help: not where the user has to mend something."""
+    return not isinstance(state.data, UserError)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Log the user's mistake as what it is: a message."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, UserError):
+        record.msg, record.args, record.exc_info = str(error), (), None
+    return True
+
+
+def hide_user_tracebacks() -> None:
+    """Have the running flow log a `UserError` without its traceback."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_traceback)

@@ -1,0 +1,77 @@
+"""What a run did, as artifacts to look at in the Prefect UI."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from imagerag.artifacts import Download, Embedded, IndexBuild, Publication
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusReport:
+    """All that one run of `ingest` or `reindex` did."""
+
+    name: str
+    rows_before: int
+    download: Download
+    embedded: Embedded
+    index: IndexBuild
+    publication: Publication
+
+    @property
+    def machine_s(self) -> float:
+        """Cost of the run: worker seconds, plus the seconds of what runs in one process."""
+        return self.download.machine_s + self.embedded.machine_s + self.index.duration_s
+
+    def rows(self) -> list[dict[str, str]]:
+        """Figures and their values, in reading order."""
+        download, embedded, index, publication = self.download, self.embedded, self.index, self.publication
+        before = publication.previous_version
+        state = f"version {publication.version}" if publication.published else f"stays at {publication.version}"
+        figures = {
+            "URLs wanted": f"{download.num_urls:,} ({download.num_duplicates:,} repeated in the list)",
+            "downloaded now": f"{download.num_fetched:,} tried{_rate(download.num_fetched, download.duration_s)}",
+            "images": f"{download.num_success:,} fine, {download.num_failed:,} failed",
+            "embedded now": f"{embedded.num_added:,} added, {embedded.num_removed:,} removed"
+            f"{_rate(embedded.num_added, embedded.duration_s)}",
+            "rows, before and after": f"{self.rows_before:,} → {embedded.num_rows:,}",
+            "index": f"{index.kind}, recall@10 {index.recall_at_10:.3f}",
+            "published, before and after": f"{'nothing' if before is None else f'version {before}'} → {state}",
+            "cost": f"{self.machine_s:.1f} machine-seconds",
+        }
+        return [{"figure": figure, "value": value} for figure, value in figures.items()]
+
+    def markdown(self) -> str:
+        """The report as a page."""
+        lines = [f"# {self.name}", "", "| | |", "|---|---|"]
+        lines += [f"| {row['figure']} | {row['value']} |" for row in self.rows()]
+        lines += ["", "## Checks before publishing", "", "| check | | seen |", "|---|---|---|"]
+        checks = self.publication.checks
+        lines += [f"| {check.name} | {'pass' if check.passed else '**fail**'} | {check.detail} |" for check in checks]
+        if self.download.reasons:
+            lines += ["", "## Failed URLs by reason", "", "| reason | URLs |", "|---|---:|"]
+            lines += [f"| {reason} | {count:,} |" for reason, count in _by_count(self.download.reasons)]
+        return "\n".join(lines)
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def write_report(report: CorpusReport) -> None:
+    """Leave the report as a markdown artifact and the failures as a table artifact."""
+    key = report.name.replace("_", "-")
+    create_markdown_artifact(report.markdown(), key=f"corpus-{key}", description=f"What the run did to {report.name}")
+    create_table_artifact(
+        [{"reason": reason, "URLs": count} for reason, count in _by_count(report.download.reasons)],
+        key=f"failures-{key}",
+        description=f"Failed URLs of {report.name} by reason",
+    )
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _rate(count: int, duration_s: float) -> str:
+    return f", {count / duration_s:,.1f}/s" if count and duration_s else ""

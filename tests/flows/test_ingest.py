@@ -1,0 +1,119 @@
+"""`ingest` and `reindex` through a real Prefect server, on the sample corpus."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from flows.ingest import CorpusParameters, ingest
+from flows.reindex import reindex
+from imagerag.corpus.sample.server import BAD_URLS, SampleServer
+from imagerag.errors import UserError
+from imagerag.retrieval.publish import status
+from imagerag.retrieval.store import Store
+
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefect_api_url")]
+
+NUM_IMAGES = 120
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[SampleServer]:
+    with SampleServer() as server:
+        yield server
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IMAGERAG_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def _parameters(urls: pa.Table, folder: Path, **changes: Any) -> CorpusParameters:
+    path = folder / "urls.parquet"
+    pq.write_table(urls, path)
+    download = {"allowed_hosts": ["127.0.0.1"], "image_format": "webp", "timeout_s": 1, "retries": 1, "shard_size": 50}
+    return CorpusParameters(**{"url_list": str(path), "name": "flow", "download": download} | changes)
+
+
+def _artifacts(kind: str) -> list[Any]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
+
+    with get_client(sync_client=True) as client:
+        return client.read_artifacts(artifact_filter=ArtifactFilter(type=ArtifactFilterType(any_=[kind])))
+
+
+def _rows(home: Path) -> pa.Table:
+    store = Store(str(home / "index"), "flow")
+    return store.dataset(status(store).published_version).to_table(columns=["id", "url", "caption"]).sort_by("id")
+
+
+def test_ingest_publishes_every_good_image_and_a_second_run_does_nothing(
+    server: SampleServer, home: Path, tmp_path: Path
+) -> None:
+    urls = server.url_list(limit=NUM_IMAGES)
+    first = ingest(_parameters(urls, tmp_path))
+    failed = sum(bad.reason is not None for bad in BAD_URLS)
+    assert first.download.num_urls == urls.num_rows
+    assert first.download.num_failed == failed == sum(first.download.reasons.values())
+    assert first.download.num_success == urls.num_rows - failed
+    assert first.embedded.num_rows == first.download.num_success - first.embedded.num_duplicates
+    assert first.publication.published
+    assert first.machine_s > 0
+    assert _rows(home).num_rows == first.embedded.num_rows
+
+    second = ingest(_parameters(urls, tmp_path))
+    assert (second.download.num_fetched, second.embedded.num_added, second.embedded.num_removed) == (0, 0, 0)
+    assert second.publication.version == first.publication.version
+    assert status(Store(str(home / "index"), "flow")).newest_version == first.publication.version
+
+    assert {artifact.data for artifact in _artifacts("progress")} == {100.0}
+    pages = [artifact.data for artifact in _artifacts("markdown") if artifact.key == "corpus-flow"]
+    assert any(f"{first.embedded.num_rows:,}" in page and "recall@10" in page for page in pages)
+
+
+def test_reindex_touches_only_what_changed(server: SampleServer, home: Path, tmp_path: Path) -> None:
+    everything = server.url_list(limit=NUM_IMAGES)
+    good = everything.filter(pc.invert(pc.match_substring(everything["url"], "/bad/")))
+    before = ingest(_parameters(good.slice(5), tmp_path))
+    old = {row["url"]: row for row in _rows(home).to_pylist()}
+
+    kept = good.slice(0, good.num_rows - 7)
+    captions = kept["caption"].to_pylist()
+    captions[20] = 'it\'s a "new" caption'
+    changed = kept.set_column(kept.column_names.index("caption"), "caption", pa.array(captions))
+    after = reindex(_parameters(changed, tmp_path))
+    new = {row["url"]: row for row in _rows(home).to_pylist()}
+
+    assert after.download.num_fetched == 5 + 1
+    assert (after.embedded.num_added, after.embedded.num_removed) == (5 + 1, 7 + 1)
+    assert after.rows_before == before.embedded.num_rows
+    changed_url = changed["url"][20].as_py()
+    assert new[changed_url]["caption"] == captions[20]
+    assert new.keys() == set(changed["url"].to_pylist())
+    assert all(new[url] == row for url, row in old.items() if url in new and url != changed_url)
+
+
+def test_a_version_that_fails_its_checks_is_not_published(server: SampleServer, home: Path, tmp_path: Path) -> None:
+    urls = server.url_list(limit=NUM_IMAGES)
+    good = urls.filter(pc.invert(pc.match_substring(urls["url"], "/bad/")))
+    first = ingest(_parameters(good, tmp_path))
+    with pytest.raises(RuntimeError, match="not published"):
+        reindex(_parameters(good.slice(0, 10), tmp_path))
+    assert status(Store(str(home / "index"), "flow")).published_version == first.publication.version
+    assert _rows(home).num_rows == first.embedded.num_rows
+
+
+def test_the_users_mistake_fails_at_once_without_a_traceback(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "urls.csv").write_text("address,words\nhttp://a.example/1.png,a cat\n")
+    with pytest.raises(UserError, match="url"):
+        ingest(CorpusParameters(url_list=str(tmp_path / "urls.csv"), name="flow"))
+    assert not any(record.exc_info for record in caplog.records)
+    assert not home.exists() or not (home / "index").exists()
