@@ -1,0 +1,38 @@
+"""Benchmarks: what the main jobs cost beside what others build them from. `make bench` runs them all.
+
+Each bench is a module of its name with a function `run`. Its rows go to `results/`, and the README's table is made from
+there. Ours and the peer are always measured in one run on one machine, in turn; a figure is the median of its
+repetitions.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from tests.bench.harness import Row, Scale
+
+BENCHES = {
+    "download": "images a second, beside plain img2dataset",
+    "embed": "shards to committed rows at ViT-B/32 size, beside a bare open_clip loop on tensors",
+    "memory": "peak memory of embedding 50,000 images, beside 5,000",
+    "reindex": "time after 1 % of a list changed, beside a full ingest",
+    "search": "latency, recall and build time at 1k, 100k and 1M rows, beside faiss-cpu",
+}
+
+
+class Bench(Protocol):
+    """A module that measures one thing."""
+
+    def run(self, scale: Scale, folder: Path) -> list[Row]:
+        """Measure.
+
+        Args:
+            scale: `full` is what the README shows, `small` takes a minute or two and shows only that the bench works.
+            folder: Empty, for whatever the bench writes.
+        """
+
+
+def load_bench(name: str) -> Bench:
+    """Import the bench called `name`."""
+    assert name in BENCHES
+    return cast(Bench, import_module(f"{__name__}.{name}"))

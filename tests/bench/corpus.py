@@ -1,0 +1,80 @@
+"""Images to measure with: the sample corpus' drawings as files, behind a web server in a process of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imagerag.compute import start_ray
+from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.download import download
+from imagerag.corpus.sample import load_drawings
+from imagerag.corpus.url_list import read_url_list
+from imagerag.settings import Settings
+
+HOST = "127.0.0.1"
+
+
+def write_drawings(folder: Path) -> list[tuple[str, str]]:
+    """Write every drawing as a file; return file names and captions."""
+    folder.mkdir()
+    named = []
+    for drawing in load_drawings():
+        name = f"{drawing.style.name}-{drawing.concept.codepoint}.webp"
+        (folder / name).write_bytes(drawing.image)
+        named.append((name, f"{drawing.concept.name}, {drawing.style.title}"))
+    return named
+
+
+def write_url_list(path: Path, base_url: str, files: list[tuple[str, str]], copies: range) -> None:
+    """Write a parquet list of URLs and captions, no pair twice: copy `n` of a file differs in query and caption."""
+    numbered = [(*files[copy % len(files)], copy // len(files)) for copy in copies]
+    urls = [f"{base_url}/{name}?copy={number}" for name, _, number in numbered]
+    captions = [f"{caption}, copy {number}" for _, caption, number in numbered]
+    pq.write_table(pa.table({"url": urls, "caption": captions}), path)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Serve a folder's files over HTTP on loopback, from another process; yields the address."""
+    context = get_context("spawn")
+    port, child_end = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(folder, child_end), daemon=True)
+    process.start()
+    try:
+        yield f"http://{HOST}:{port.recv()}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def make_shards(url_lists: list[Path], home: Path, config: DownloadConfig) -> list[str]:
+    """Download lists, each to shards of its own under the list's name; return the URIs."""
+    settings = Settings(home=home)
+    uris = [settings.shards_of(url_list.stem) for url_list in url_lists]
+    start_ray(settings)
+    for url_list, uri in zip(url_lists, uris, strict=True):
+        result = download(read_url_list(str(url_list)), uri=uri, config=config, settings=settings)
+        assert result.num_failed == 0, f"the bench's own server failed: {result.reasons}"
+    return uris
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 1024  # the default of 5 makes clients wait a second for a second try
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _serve(folder: Path, port: Connection) -> None:
+    with _Server((HOST, 0), partial(_Handler, directory=str(folder))) as server:
+        port.send(server.server_port)
+        server.serve_forever()
