@@ -11,7 +11,7 @@ from PIL import Image
 from imagerag.corpus.sample import SPLITS, STYLES, Drawing, load_concepts, load_drawings
 from imagerag.corpus.sample.build import family_of, split_of
 
-ASSIGNMENT_SHA256 = "274b6e4d41a8c3cc031f1e6a5aac769c6dbca9a5f6222801f211228ad4553dc0"
+ASSIGNMENT_SHA256 = "a1201d4d915603750097c67f76a83797bd9e0c032170ccc14ef06c4ef72a7610"
 """Models were trained on this split: who changes it must train them again."""
 
 
@@ -33,7 +33,7 @@ def test_the_splits_have_their_shares() -> None:
 
 def test_every_concept_has_a_code_point_and_a_name_of_its_own() -> None:
     concepts = load_concepts()
-    assert len(concepts) == len({c.codepoint for c in concepts}) == len({c.name.lower() for c in concepts}) == 1636
+    assert len(concepts) == len({c.codepoint for c in concepts}) == len({c.name.lower() for c in concepts}) == 1632
     assert all(c.name.strip() and all(keyword.strip() for keyword in c.keywords) for c in concepts)
     assert not {c.group for c in concepts} & {"flags", "component"}
 
@@ -51,7 +51,8 @@ def test_a_family_lies_in_one_split_by_the_rule_of_the_build() -> None:
         ("one o'clock", "twelve-thirty"),
         ("keycap: 1", "keycap: 10"),
         ("full moon", "waning crescent moon", "new moon face"),
-        ("red heart", "light blue heart"),
+        ("red heart", "light blue heart", "heart suit"),
+        ("cat face", "grinning cat", "cat with wry smile"),
     ],
 )
 def test_variants_of_a_concept_are_one_family(variants: tuple[str, ...]) -> None:
@@ -65,8 +66,13 @@ def test_different_concepts_are_different_families() -> None:
 def test_every_style_draws_most_concepts(drawings: list[Drawing]) -> None:
     counts = Counter(drawing.style.name for drawing in drawings)
     assert counts.keys() == {style.name for style in STYLES}
-    assert counts["noto"] == counts["twemoji"] == len(load_concepts())
+    # A picture that a style uses twice stands for one concept only.
+    assert min(counts["noto"], counts["twemoji"]) > 0.98 * len(load_concepts())
     assert min(counts.values()) > 800
+
+
+def test_a_style_draws_no_two_concepts_alike(drawings: list[Drawing]) -> None:
+    assert max(Counter((drawing.style.name, drawing.image) for drawing in drawings).values()) == 1
 
 
 def test_every_drawing_is_a_small_picture_on_white(drawings: list[Drawing]) -> None:
