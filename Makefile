@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml infra/constraints.txt
 		|| { echo "Python 3.11 or 3.12 is needed; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	@# The backport that img2dataset asks for hides the standard library's module from Prefect's temporary server.
+	@$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes dataclasses
 	@touch $@
 
 demo: $(STAMP)  ## Run the main job on the sample corpus: download, embed, index, publish, search.

@@ -8,6 +8,8 @@ from imagerag.settings import Settings
 _LOCAL_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
+    # Ray's own errors reach Python; what its C++ side writes to the console beside them is for Ray's developers.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # By default Ray has its workers give way to everything else on the machine (niceness 15).
     "RAY_worker_niceness": "0",
     # Ray listens on every interface where it takes itself for part of a cluster, which on Linux is always.
@@ -44,3 +46,10 @@ def start_ray(settings: Settings) -> None:
             log_to_driver=False,
             runtime_env={"env_vars": _WORKER_ENV},
         )
+
+
+def stop_ray() -> None:
+    """End this process's Ray, or its connection to a cluster; `start_ray` begins anew."""
+    import ray
+
+    ray.shutdown()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tasks.report import CorpusReport
 
 CORPUS = "sample"
-NEIGHBOURS = 6
+NEIGHBOURS = 10
 QUERIES = ("a slice of watermelon", "a happy puppy", "rainy day", "something to write with")
 
 

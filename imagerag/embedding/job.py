@@ -5,14 +5,16 @@ no version of the table yet and returns their description; the driver commits th
 through the driver, a job that dies loses a minute, and the next one computes what is missing and goes on.
 """
 
+import logging
 import queue
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.artifacts import Embedded
-from imagerag.compute import start_ray
+from imagerag.compute import start_ray, stop_ray
 from imagerag.corpus.ledger import wanted_images
 from imagerag.corpus.shards import shard_path
 from imagerag.embedding.config import EmbedConfig
@@ -31,9 +33,6 @@ from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.schema import EncoderIdentity, row_ids
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-
-if TYPE_CHECKING:
-    import ray.data
 
 T = TypeVar("T")
 
@@ -90,8 +89,13 @@ def embed(
         machine_s = 0.0
         if missing.num_rows:
             start_ray(settings)
-            batches = _start(missing, shards_uri, store, identity, config)
-            machine_s = _commit_all(batches, missing.num_rows, store, config, on_progress)
+            batches = partial(_embedded_batches, missing, shards_uri, store, identity, config)
+            try:
+                machine_s = _commit_all(batches, missing.num_rows, store, config, on_progress)
+            except BaseException:
+                # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
+                stop_ray()
+                raise
         return Embedded(
             uri=store.uri,
             table=store.name,
@@ -210,12 +214,14 @@ class Worker:
         return pa.table({"fragments": [fragments], "num_rows": [rows.num_rows], "machine_s": [machine_s]})
 
 
-def _start(
+def _embedded_batches(
     missing: pa.Table, shards_uri: str, store: Store, identity: EncoderIdentity, config: EmbedConfig
-) -> "ray.data.Dataset":
-    """Return a dataset whose rows are what `Worker` returns, one a batch."""
+) -> Iterator[dict[str, Any]]:
+    """Yield what `Worker` returns, batch by batch."""
     import ray
-    from ray.data import ActorPoolStrategy, ExecutionResources
+    from ray.data import ActorPoolStrategy, ExecutionResources, TaskPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan and every finished execution
 
     device, num_workers, num_threads = plan_workers(ray.nodes(), config)
     dataset = ray.data.from_arrow([missing.filter(pc.equal(missing["shard"], s)) for s in missing["shard"].unique()])
@@ -225,14 +231,15 @@ def _start(
     dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=_IN_FLIGHT_BYTES * num_workers
     )
-    return dataset.map_batches(
+    images = dataset.map_batches(
         read_images,
         fn_kwargs={"shards_uri": shards_uri},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,  # next to none, and the workers may have them all
-        concurrency=2 * num_workers,
-    ).map_batches(
+        compute=TaskPoolStrategy(size=2 * num_workers),
+    )
+    batches = images.map_batches(
         Worker,
         fn_constructor_kwargs={
             "identity": identity,
@@ -247,6 +254,7 @@ def _start(
         compute=ActorPoolStrategy(size=num_workers),
         **({"num_gpus": 1} if device == "cuda" else {"num_cpus": num_threads}),
     )
+    yield from batches.iter_rows()
 
 
 def plan_workers(nodes: list[dict[str, Any]], config: EmbedConfig) -> tuple[str, int, int]:
@@ -269,13 +277,17 @@ def plan_workers(nodes: list[dict[str, Any]], config: EmbedConfig) -> tuple[str,
 
 
 def _commit_all(
-    dataset: "ray.data.Dataset", num_rows: int, store: Store, config: EmbedConfig, on_progress: OnProgress
+    batches: Callable[[], Iterable[dict[str, Any]]],
+    num_rows: int,
+    store: Store,
+    config: EmbedConfig,
+    on_progress: OnProgress,
 ) -> float:
     """Commit everything that the workers write, and return their machine-seconds."""
     version, num_done, machine_s = store.version, 0, 0.0
     fragments: list[str] = []
     last_commit = time.monotonic()
-    with closing(watched(dataset.iter_rows, config.stall_timeout_s)) as results:
+    with closing(watched(batches, config.stall_timeout_s)) as results:
         for result in results:
             fragments += result["fragments"]
             num_done += result["num_rows"]
@@ -300,14 +312,15 @@ def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T
     stopped = threading.Event()
 
     def run() -> None:
+        end: BaseException | None = None
         try:
             for result in iterate():
                 results.put(result)
                 if stopped.is_set():
-                    return
-            results.put(None)
+                    break
         except BaseException as error:  # noqa: BLE001 - it is raised in the other thread
-            results.put(_cause(error))
+            end = _cause(error)
+        results.put(end)
 
     threading.Thread(target=run, daemon=True).start()
     try:
@@ -324,10 +337,7 @@ def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the exception that a worker raised, without what Ray wrapped it in.
-
-    It also has no traceback, which would keep Ray's workers alive for as long as the exception.
-    """
+    """Return the exception that a worker raised, without what Ray wrapped it in and referred to in its traceback."""
     from ray.exceptions import RayTaskError
 
     return (error.cause if isinstance(error, RayTaskError) else error).with_traceback(None)
