@@ -78,8 +78,8 @@ class Publication:
 
     uri: str
     table: str
-    version: int
-    """The published version: the new one if `published`, else the one that stays."""
+    version: int | None
+    """The published version: the new one if `published`, else the one that stays, if there is one."""
     previous_version: int | None
     published: bool
     num_rows: int

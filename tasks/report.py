@@ -29,8 +29,8 @@ class CorpusReport:
     def rows(self) -> list[dict[str, str]]:
         """Figures and their values, in reading order."""
         download, embedded, index, publication = self.download, self.embedded, self.index, self.publication
-        before = publication.previous_version
-        state = f"version {publication.version}" if publication.published else f"stays at {publication.version}"
+        before, after = (_version(v) for v in (publication.previous_version, publication.version))
+        outcome = "" if publication.published else " (the new version failed its checks)"
         figures = {
             "URLs wanted": f"{download.num_urls:,} ({download.num_duplicates:,} repeated in the list)",
             "downloaded now": f"{download.num_fetched:,} tried{_rate(download.num_fetched, download.duration_s)}",
@@ -39,7 +39,7 @@ class CorpusReport:
             f"{_rate(embedded.num_added, embedded.duration_s)}",
             "rows, before and after": f"{self.rows_before:,} → {embedded.num_rows:,}",
             "index": f"{index.kind}, recall@10 {index.recall_at_10:.3f}",
-            "published, before and after": f"{'nothing' if before is None else f'version {before}'} → {state}",
+            "published, before and after": f"{before} → {after}{outcome}",
             "cost": f"{self.machine_s:.1f} machine-seconds",
         }
         return [{"figure": figure, "value": value} for figure, value in figures.items()]
@@ -71,6 +71,10 @@ def write_report(report: CorpusReport) -> None:
 
 def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _version(version: int | None) -> str:
+    return "nothing" if version is None else f"version {version}"
 
 
 def _rate(count: int, duration_s: float) -> str:

@@ -34,7 +34,8 @@ def run_flow(
     from imagerag.settings import Settings
 
     settings = Settings()
-    # Prefect reads its home when it is first imported.
+    # Prefect reads its home when it is first imported, and makes no folder above it.
+    settings.home.mkdir(parents=True, exist_ok=True)
     os.environ.update(prefect_environment(settings.home))
     import flows.ingest
     import flows.reindex

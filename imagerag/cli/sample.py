@@ -24,8 +24,8 @@ def serve(
         typer.echo(f"serving   {server.url}")
         typer.echo(f"URL list  {url_list}")
         typer.echo(f"ingest    imagerag ingest {url_list} --name sample --allow-host {HOST}")
-        typer.echo("Ctrl-C ends it.")
         try:
+            typer.echo("Ctrl-C ends it.")
             signal.pause()
         except KeyboardInterrupt:
             typer.echo("")

@@ -127,7 +127,7 @@ def publish(store: Store, index: IndexBuild, config: PublishConfig) -> Publicati
         return Publication(
             uri=store.uri,
             table=store.name,
-            version=index.version if published else previous or 0,
+            version=index.version if published else previous,
             previous_version=previous,
             published=published,
             num_rows=published_rows(store),
@@ -144,6 +144,7 @@ def rollback(store: Store, to: int | None = None) -> Publication:
     Raises:
         UserError: if there is nothing to return to, or `to` is not one of the publications that are kept.
     """
+    require_published(store)
     with store.writer_lock():
         current = require_published(store)
         kept = _kept(store)

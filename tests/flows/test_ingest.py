@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from flows.ingest import CorpusParameters, ingest
 from flows.reindex import reindex
+from imagerag.cli import app
 from imagerag.corpus.sample.server import BAD_URLS, SampleServer
 from imagerag.errors import UserError
 from imagerag.retrieval.publish import status
@@ -51,6 +53,11 @@ def _artifacts(kind: str) -> list[Any]:
 def _rows(home: Path) -> pa.Table:
     store = Store(str(home / "index"), "flow")
     return store.dataset(status(store).published_version).to_table(columns=["id", "url", "caption"]).sort_by("id")
+
+
+def _captions(home: Path) -> list[str]:
+    captions: list[str] = _rows(home)["caption"].to_pylist()
+    return captions
 
 
 def test_ingest_publishes_every_good_image_and_a_second_run_does_nothing(
@@ -97,6 +104,21 @@ def test_reindex_touches_only_what_changed(server: SampleServer, home: Path, tmp
     assert new[changed_url]["caption"] == captions[20]
     assert new.keys() == set(changed["url"].to_pylist())
     assert all(new[url] == row for url, row in old.items() if url in new and url != changed_url)
+
+
+def test_what_was_taken_down_does_not_come_back(server: SampleServer, home: Path, tmp_path: Path) -> None:
+    urls = server.url_list(limit=NUM_IMAGES)
+    before = ingest(_parameters(urls, tmp_path))
+    # The twin's row names the other URL, and a third URL brings the same image under another caption: the image goes.
+    remove = ["index", "remove", "--name", "flow", "--yes", "--url", f"{server.url}/bad/twin-b.png"]
+    result = CliRunner().invoke(app, remove)
+    assert result.exit_code == 0, result.output
+    after = ingest(_parameters(urls, tmp_path))
+    assert after.publication.published
+    assert after.download.reasons["taken_down"] == 3
+    assert after.download.num_fetched == 0
+    assert _rows(home).num_rows == after.embedded.num_rows == before.embedded.num_rows - 2
+    assert not {"one image under two URLs", "an image that comes at the second try"} & set(_captions(home))
 
 
 def test_a_version_that_fails_its_checks_is_not_published(server: SampleServer, home: Path, tmp_path: Path) -> None:

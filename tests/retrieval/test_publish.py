@@ -80,7 +80,7 @@ def test_bad_rows_are_not_published(store: Store, name: str, rows: pa.Table, det
 
 def test_an_empty_table_is_not_published(store: Store) -> None:
     refused = index_and_publish(store)
-    assert (refused.published, refused.version, refused.num_rows) == (False, 0, 0)
+    assert (refused.published, refused.version, refused.num_rows) == (False, None, 0)
     assert [check.name for check in failed(refused)] == ["rows"]
     assert published_version(store) is None
 
