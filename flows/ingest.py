@@ -9,6 +9,7 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.url_list import UrlColumns
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.spec import check_spec
+from imagerag.errors import UserError
 from imagerag.retrieval.index import IndexConfig
 from imagerag.retrieval.publish import PublishConfig, published_rows
 from imagerag.retrieval.store import Store
@@ -43,7 +44,7 @@ class CorpusParameters(BaseModel):
     _check_encoder = field_validator("encoder")(check_spec)
 
 
-class NotPublishedError(RuntimeError):
+class NotPublishedError(UserError):
     """The new version failed its checks: readers stay on the version that they see."""
 
 

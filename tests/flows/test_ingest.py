@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from flows.ingest import CorpusParameters, ingest
+from flows.ingest import CorpusParameters, NotPublishedError, ingest
 from flows.reindex import reindex
 from imagerag.cli import app
 from imagerag.corpus.sample.server import BAD_URLS, SampleServer
@@ -125,7 +125,7 @@ def test_a_version_that_fails_its_checks_is_not_published(server: SampleServer, 
     urls = server.url_list(limit=NUM_IMAGES)
     good = urls.filter(pc.invert(pc.match_substring(urls["url"], "/bad/")))
     first = ingest(_parameters(good, tmp_path))
-    with pytest.raises(RuntimeError, match="not published"):
+    with pytest.raises(NotPublishedError, match="shrink: 10 rows after"):
         reindex(_parameters(good.slice(0, 10), tmp_path))
     assert status(Store(str(home / "index"), "flow")).published_version == first.publication.version
     assert _rows(home).num_rows == first.embedded.num_rows
