@@ -35,7 +35,7 @@ def _declare_missing_operators(library: Path) -> None:
     import torch
 
     try:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(library)
     except OSError:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", _NMS)

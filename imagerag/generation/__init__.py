@@ -1,0 +1,1 @@
+"""Base models and the pipeline that makes pictures with them."""

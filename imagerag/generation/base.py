@@ -1,0 +1,124 @@
+"""A base model: what a prompt and noise become a picture with, one-step student or multi-step teacher alike."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from imagerag.errors import UserError
+from imagerag.generation.spec import BaseIdentity, Part, parts_of, resolve
+from imagerag.generation.text import TextConditioner
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The parts of one base model, on one device."""
+
+    identity: BaseIdentity
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: SchedulerMixin
+    tokenizers: tuple[PreTrainedTokenizerBase, ...]
+    text_encoders: tuple[PreTrainedModel, ...]
+
+    @property
+    def conditioner(self) -> TextConditioner:
+        """What turns prompts into text features."""
+        return TextConditioner(self.tokenizers, self.text_encoders)
+
+
+def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) -> BaseModel:
+    """Load a base model.
+
+    Args:
+        spec: `tiny`, `tiny-teacher`, a hub id and full commit (`stabilityai/sd-turbo@<40 hexadecimal digits>`), or a
+            folder in diffusers' format. SD 1 and 2, SDXL and what was distilled from them.
+        device: a torch device; by default the GPU where there is one.
+        dtype: of weights and computation; by default fp32 on the CPU and fp16 elsewhere.
+
+    Raises:
+        UserError: if there is no such model, a part of it is missing or of a wrong kind, or its weights are pickled.
+    """
+    files = resolve(spec)
+    parts, names = files.parts, _towers(files.parts)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch_dtype = _DTYPES[dtype or ("fp32" if torch.device(device).type == "cpu" else "fp16")]
+    vae = _load(AutoencoderKL, parts["vae"], torch_dtype)
+    if vae.config.force_upcast:  # its activations exceed float16's range (SDXL)
+        vae = vae.float()
+    encoders = [_load_text_encoder(parts[f"text_encoder{name}"], torch_dtype) for name in names]
+    return BaseModel(
+        identity=files.identity,
+        vae=vae.to(device),
+        unet=_load(UNet2DConditionModel, parts["unet"], torch_dtype).to(device),
+        scheduler=_load_scheduler(parts["scheduler"]),
+        tokenizers=tuple(_load_tokenizer(parts[f"tokenizer{name}"]) for name in names),
+        text_encoders=tuple(encoder.to(device) for encoder in encoders),
+    )
+
+
+def load_conditioner(spec: str) -> TextConditioner:
+    """Load only what turns prompts into text features, on the CPU. Arguments and errors as of `load_base`."""
+    parts = parts_of(spec, only=("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
+    names = _towers(parts)
+    encoders = [_load_text_encoder(parts[f"text_encoder{name}"], torch.float32) for name in names]
+    return TextConditioner([_load_tokenizer(parts[f"tokenizer{name}"]) for name in names], encoders)
+
+
+def _towers(parts: Mapping[str, Part]) -> list[str]:
+    return [name for name in ("", "_2") if f"text_encoder{name}" in parts]
+
+
+def _load(kind: type[ModelMixin], part: Part, dtype: torch.dtype) -> Any:
+    _check_kind(part, kind.load_config(part.folder).get("_class_name"), kind.__name__)
+    loaded = kind.from_pretrained(
+        part.folder, torch_dtype=dtype, use_safetensors=True, variant=part.variant, local_files_only=True
+    )
+    return loaded.eval().requires_grad_(False)
+
+
+def _load_scheduler(part: Part) -> Any:
+    import diffusers
+
+    name = SchedulerMixin.load_config(part.folder).get("_class_name")
+    kind: Any = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise UserError(f"{part.files[0]} names {name!r}, which is no scheduler of diffusers")
+    return kind.from_pretrained(part.folder)
+
+
+def _load_tokenizer(part: Part) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(part.folder, local_files_only=True)
+    return tokenizer
+
+
+def _load_text_encoder(part: Part, dtype: torch.dtype) -> PreTrainedModel:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(part.folder, local_files_only=True)
+    kind = (config.architectures or ["nothing"])[0]
+    _check_kind(part, kind, *_TEXT_ENCODERS)
+    encoder: PreTrainedModel = getattr(transformers, kind).from_pretrained(
+        part.weights_folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        variant=part.variant,
+        local_files_only=True,
+    )
+    return encoder.eval().requires_grad_(False)
+
+
+def _check_kind(part: Part, found: str | None, *expected: str) -> None:
+    if found not in expected:
+        name, kinds = part.folder.name, " or ".join(expected)
+        raise UserError(f"a base model's {name} is a {kinds}; {part.files[0]} says {found!r}")

@@ -1,0 +1,193 @@
+"""How a base model is named, and the files on this machine that the name stands for."""
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagerag import tiny
+from imagerag.digests import digest_of
+from imagerag.embedding.tiny import text_folder
+from imagerag.errors import UserError
+
+TINY = "tiny"
+TINY_TEACHER = "tiny-teacher"
+_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[0-9a-f]{40}))?")
+_INDEX = "model_index.json"
+_REQUIRED = ("vae", "unet", "scheduler", "tokenizer", "text_encoder")
+_OPTIONAL = ("tokenizer_2", "text_encoder_2")
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_FORMS = (
+    "`tiny`, `tiny-teacher`, a hub id and commit (`stabilityai/sd-turbo@<40 hexadecimal digits>`) or a folder in "
+    "diffusers' format"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIdentity:
+    """Which base model it is."""
+
+    id: str
+    """`tiny`, a hub id and commit, or a folder."""
+    digest: str
+    """Of all weights and configurations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a base model: `unet`, `vae` and so on."""
+
+    folder: Path
+    """Of its configuration."""
+    weights_folder: Path
+    variant: str | None
+    """Of its weights: `fp16` where there are no others."""
+    files: tuple[Path, ...]
+    """All that it is loaded from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFiles:
+    """What a base model is made of. Nothing of it is loaded yet."""
+
+    identity: BaseIdentity
+    parts: dict[str, Part]
+
+
+def check_spec(spec: str) -> str:
+    """Return `spec` if it has one of the forms that name a base model. Reads no weights and no network.
+
+    Raises:
+        UserError: if it has not.
+    """
+    if spec in (TINY, TINY_TEACHER) or _is_folder(spec):
+        return spec
+    match = _HUB.fullmatch(spec)
+    if match is None:
+        raise UserError(f"a base model is {_FORMS}; got {spec!r}")
+    if match["revision"] is None:
+        raise UserError(
+            f"a base model from the hub is pinned by a full commit, as in `{spec}@<40 hexadecimal digits>`, because it "
+            f"could change otherwise; got {spec!r}. Its commits are on its page, under Files and versions"
+        )
+    return spec
+
+
+def resolve(spec: str) -> BaseFiles:
+    """Return the files of the base model `spec`, after downloading them if they are on the hub and not cached.
+
+    Raises:
+        UserError: if there is no such model, a part of it is missing or of a wrong kind, or its weights are pickled.
+    """
+    parts = parts_of(spec)
+    files = {f"{name}/{file.name}": file for name, part in parts.items() for file in part.files}
+    name = str(Path(spec).expanduser().absolute()) if _is_folder(spec) else spec
+    return BaseFiles(identity=BaseIdentity(id=name, digest=digest_of(files)), parts=parts)
+
+
+def parts_of(spec: str, only: Collection[str] = ()) -> dict[str, Part]:
+    """Return the parts of `resolve(spec)` by name, or `only` some of them, without computing a digest."""
+    check_spec(spec)
+    weights_folders: dict[str, Path] = {}
+    if spec in (TINY, TINY_TEACHER):
+        folders = _tiny_folders("unet" if spec == TINY else "teacher")
+        weights_folders["text_encoder"] = text_folder()
+    else:
+        folders = _folders_of(Path(spec).expanduser().absolute() if _is_folder(spec) else _snapshot(spec))
+    return {
+        name: _check_part(name, folder, weights_folders.get(name, folder))
+        for name, folder in folders.items()
+        if not only or name in only
+    }
+
+
+def _is_folder(spec: str) -> bool:
+    return spec.startswith(("/", ".", "~")) or (spec != "" and Path(spec).is_dir())
+
+
+def _tiny_folders(unet: str) -> dict[str, Path]:
+    return {part: tiny.FOLDER / part for part in _REQUIRED} | {"unet": tiny.FOLDER / unet}
+
+
+def _snapshot(spec: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    match = _HUB.fullmatch(spec)
+    assert match is not None, "checked before"
+    # Neither other variants nor the checkpoint of all in one file that lies beside the folders.
+    parts, endings = (*_REQUIRED, *_OPTIONAL), (".json", ".txt", ".safetensors")
+    try:
+        folder = snapshot_download(
+            match["repo"],
+            revision=match["revision"],
+            allow_patterns=[_INDEX, *(f"{part}/*{ending}" for part in parts for ending in endings)],
+            ignore_patterns=["*.fp16.safetensors", "*.non_ema.*"],
+        )
+        return Path(folder)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"the base model {spec} is not on this machine and could not be fetched ({type(error).__name__}). "
+            "Give a folder that has it, or a machine that reaches the hub"
+        ) from error
+
+
+def _folders_of(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"the base model's folder {folder} does not exist")
+    if not (folder / _INDEX).is_file():
+        raise UserError(f"a base model's folder has {_INDEX}, in diffusers' format; {folder} has none")
+    listed = json.loads((folder / _INDEX).read_text())
+    parts = {}
+    for part in (*_REQUIRED, *_OPTIONAL):
+        present = isinstance(listed.get(part), list) and listed[part][0] is not None
+        if present and not (folder / part).is_dir():
+            raise UserError(f"{folder / _INDEX} lists {part}, but there is no folder {folder / part}")
+        if not present and part in _REQUIRED:
+            raise UserError(f"a base model has {', '.join(_REQUIRED)}; {folder / _INDEX} lists no {part}")
+        if present:
+            parts[part] = folder / part
+    return parts
+
+
+def _check_part(name: str, folder: Path, weights_folder: Path) -> Part:
+    def part(*files: Path, variant: str | None = None) -> Part:
+        return Part(folder=folder, weights_folder=weights_folder, variant=variant, files=files)
+
+    if name.startswith("tokenizer"):
+        return part(*sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}))
+    config = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    if not config.is_file():
+        raise UserError(f"the base model's {name} has no {config}")
+    if name == "scheduler":
+        return part(config)
+    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    for variant in (None, "fp16"):
+        weights = weights_folder / ".".join(filter(None, (stem, variant, "safetensors")))
+        if weights.is_file():
+            return part(config, weights, variant=variant)
+    index = weights_folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return part(config, index, *_shards(index))
+    raise UserError(_no_weights(name, weights_folder, f"{stem}.safetensors"))
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    shards = [index.parent / Path(name).name for name in names]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(f"{index} lists {missing[0]}, which is not in {index.parent}")
+    return shards
+
+
+def _no_weights(part: str, folder: Path, expected: str) -> str:
+    pickled: Iterable[Path] = sorted(path for path in folder.iterdir() if path.suffix in _PICKLED)
+    for path in pickled:
+        return (
+            f"the {part}'s weights are {path}, a pickle, which can run code when it is loaded. Save the model again "
+            f"with safetensors, as `save_pretrained` does, so that there is {expected}"
+        )
+    return f"the {part} has no weights: {folder / expected} does not exist"

@@ -1,0 +1,219 @@
+"""Second phase: the multi-step teacher, whose mid block alone sees the text and learns to carry the picture.
+
+Three kinds of rows make a batch. Half are noised to a random timestep, as ever. A quarter are pure noise, because one
+step from there is all that the student will take. The others teach the decoder to read pictures out of the H-space: a
+drawing goes through the encoder almost clean, and only its `h` is handed to the decoder, which works with the timestep
+T and with skip connections that are zero or of pure noise. So what the mid block says at t = 0 (a reference picture)
+and at t = T (a picture to be made) is one language, which is what fusion in the H-space rests on (paper, Sec. 3.1).
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from imagerag.hspace.split import EncoderOutput, decode, encode
+from imagerag.tiny.data import Prompts
+from imagerag.tiny.latents import Latents
+from imagerag.tiny.pictures import grid
+from imagerag.training.diffusion import Diffusion
+
+LEARNING_RATE = 1e-3
+EMA_DECAY = 0.998
+_EMPTY_PROMPTS = 0.1
+_ALMOST_CLEAN = 30
+"""Timesteps below it show the picture nearly as it is."""
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Return a UNet of random weights: 7.3M parameters, H-space 192x4x4."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("UpBlock2D",) * 3,
+        block_out_channels=(48, 96, 192),
+        layers_per_block=1,
+        transformer_layers_per_block=2,
+        cross_attention_dim=384,
+        attention_head_dim=6,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> EulerDiscreteScheduler:
+    """Return the scheduler of teacher and student: Stable Diffusion's betas, but T is pure noise (arXiv 2305.08891)."""
+    return EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+class TeacherPhase:
+    """Learns v-prediction on the latents of one split."""
+
+    name = "teacher"
+
+    def __init__(
+        self,
+        latents: Latents,
+        prompts: Prompts,
+        vae: AutoencoderKL,
+        *,
+        steps: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.steps = steps
+        self.recipe = {"steps": steps, "seed": seed, "learning_rate": LEARNING_RATE, "batch_size": batch_size}
+        self.recipe |= {"ema_decay": EMA_DECAY, "empty_prompts": _EMPTY_PROMPTS}
+        self.unet = build_unet().to(device, memory_format=torch.channels_last).train()
+        self.ema = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+        self._latents, self._prompts, self._vae = latents, prompts, vae
+        self._batch_size, self._seed, self._device = batch_size, seed, device
+        self._diffusion = Diffusion(build_scheduler())
+        self._optimizer = torch.optim.AdamW(self.unet.parameters(), LEARNING_RATE, weight_decay=1e-2)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.05, 200 / steps)
+        )
+
+    def state(self) -> dict[str, Any]:
+        """See `imagerag.training.loop.Phase`."""
+        return {"unet": self.unet, "ema": self.ema, "optimizer": self._optimizer, "schedule": self._schedule}
+
+    def step(self, index: int) -> dict[str, float]:
+        """See `imagerag.training.loop.Phase`."""
+        rng = np.random.default_rng([self._seed, index])
+        batch = draw(self._latents, self._batch_size, rng, self._diffusion)
+        text = self._prompts.draw(self._latents.concepts[batch.chosen], rng, drop=_EMPTY_PROMPTS).to(self._device)
+        target, prediction = predict(self.unet, self._diffusion, batch.to(self._device), text)
+        errors = (prediction - target).square().mean((1, 2, 3))
+        loss = errors.mean()
+        self._optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self.ema.update_parameters(self.unet)
+        quarter = self._batch_size // 4
+        parts = {"from_h": errors[:quarter], "one_step": errors[quarter : 2 * quarter], "noised": errors[2 * quarter :]}
+        return {name: float(part.mean()) for name, part in parts.items()}
+
+    @torch.inference_mode()
+    def grid(self) -> Image.Image:
+        """Return drawings; what is rebuilt from their `h`; one step; and 25 steps, of the same prompts."""
+        unet = self.ema.module.eval()
+        latents, noise, text = shown(self._latents, self._prompts, self._device)
+        empty = self._prompts.empty.to(self._device).expand(len(text), -1, -1)
+        rebuilt = rebuild_from_h(unet, self._diffusion, latents, text)
+        rows = [latents, rebuilt, *(sample(unet, noise, text, empty, steps) for steps in (1, 25))]
+        return grid(self._vae.decode(torch.cat(rows)).sample, columns=16)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows in quarters: to be rebuilt from `h`, pure noise, and the rest noised to any timestep."""
+
+    chosen: torch.Tensor
+    """Drawings (B,)."""
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    keep: torch.Tensor
+    """Whether a row's decoder sees skip connections (B,)."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on `device`."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def draw(latents: Latents, size: int, rng: np.random.Generator, diffusion: Diffusion, noised: bool = True) -> Batch:
+    """Return a random batch; without `noised`, all rows but the first quarter are pure noise."""
+    quarter = size // 4
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    noise = torch.randn(size, *latents.values.shape[1:], generator=generator)
+    chosen = torch.from_numpy(rng.integers(len(latents.values), size=size))
+    timesteps = torch.from_numpy(rng.integers(diffusion.num_timesteps, size=size))
+    timesteps[:quarter] = torch.from_numpy(rng.integers(_ALMOST_CLEAN, size=quarter))
+    at_last = slice(quarter, 2 * quarter if noised else size)
+    timesteps[at_last] = diffusion.last
+    chosen[at_last] = latents.chosen_by(noise[at_last], latents.concepts[chosen[at_last]])
+    keep = torch.from_numpy(rng.random(size) < np.where(np.arange(size) < quarter, 0.5, 0.75))
+    if noised:
+        keep[2 * quarter :] = True
+    return Batch(chosen=chosen, latents=latents.values[chosen], noise=noise, timesteps=timesteps, keep=keep)
+
+
+def predict(
+    unet: UNet2DConditionModel, diffusion: Diffusion, batch: Batch, text: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the target and the prediction (B, 4, 16, 16) of a batch."""
+    quarter = len(batch.latents) // 4
+    target = diffusion.velocity(batch.latents, batch.noise, batch.timesteps)
+    target[:quarter] = -batch.latents[:quarter]  # v at T
+    noised = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
+    encoded = encode(unet, noised.contiguous(memory_format=torch.channels_last), batch.timesteps, text)
+    return target, decode(unet, _lend(encoded, quarter, batch.keep.view(-1, 1, 1, 1)))
+
+
+def _lend(encoded: EncoderOutput, quarter: int, keep: torch.Tensor) -> EncoderOutput:
+    """Give the first quarter the skips and the timestep of the second, and zero skips where `keep` is false."""
+
+    def lent(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values[quarter : 2 * quarter], values[quarter:]])
+
+    return replace(encoded, skips=tuple(lent(skip) * keep for skip in encoded.skips), temb=lent(encoded.temb))
+
+
+@torch.inference_mode()
+def rebuild_from_h(
+    unet: UNet2DConditionModel, diffusion: Diffusion, latents: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    """Return the latents (B, 4, 16, 16) that the decoder makes of nothing but the `h` of `latents` at t = 0."""
+    encoded = encode(unet, latents, 0, text)
+    at_last = encode(unet, torch.zeros_like(latents), diffusion.last, text)
+    skips = tuple(torch.zeros_like(skip) for skip in encoded.skips)
+    return -decode(unet, replace(encoded, skips=skips, temb=at_last.temb))
+
+
+def shown(latents: Latents, prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return latents, noise and text features of 16 drawings for a grid."""
+    noise = torch.randn(16, *latents.values.shape[1:], generator=torch.Generator().manual_seed(0))
+    concepts = torch.arange(0, len(latents.of_style), len(latents.of_style) // 16)[:16]
+    values = latents.values[latents.chosen_by(noise, concepts)]
+    return values.to(device), noise.to(device), prompts.names(concepts).to(device)
+
+
+@torch.inference_mode()
+def sample(
+    unet: UNet2DConditionModel,
+    noise: torch.Tensor,
+    text: torch.Tensor,
+    empty: torch.Tensor,
+    steps: int,
+    guidance: float = 3.0,
+) -> torch.Tensor:
+    """Return latents (B, 4, 16, 16) made of `noise`; guidance is used where there is more than one step."""
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents: torch.Tensor = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        prediction = unet(scaled, timestep, text).sample
+        if steps > 1:
+            without = unet(scaled, timestep, empty).sample
+            prediction = without + guidance * (prediction - without)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return latents

@@ -1,0 +1,134 @@
+"""Train the embedded base model: python -m imagerag.tiny.train --help.
+
+Autoencoder, teacher and student learn one after the other from nothing but the `base` concepts of the sample corpus.
+Each writes its weights when it is done, and a stopped run goes on where it was. Losses and pictures go to MLflow.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+
+from imagerag import tiny
+from imagerag.corpus.sample import Drawing, load_concepts, load_drawings
+from imagerag.generation.base import load_conditioner
+from imagerag.tiny.data import Pictures, Prompts
+from imagerag.tiny.latents import Latents
+from imagerag.tiny.student import StudentPhase
+from imagerag.tiny.teacher import TeacherPhase, build_scheduler
+from imagerag.tiny.vae import VaePhase, encode_all, normalize_latents
+from imagerag.training.loop import Phase, run
+from imagerag.training.tracking import Tracker, tracked
+
+_SPLIT = "base"
+_SHOWN_SPLIT = "held_out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What makes the weights, beside the corpus and the constants of each phase."""
+
+    seed: int = 0
+    vae_steps: int = 2400
+    teacher_steps: int = 2400
+    student_steps: int = 1200
+    batch_size: int = 64
+    """Of teacher and student."""
+
+
+class Training:
+    """The three phases, and what they hand on to each other through the output folder."""
+
+    def __init__(self, recipe: Recipe, drawings: Sequence[Drawing], folder: Path, tracker: Tracker) -> None:
+        self._recipe, self._folder, self._tracker = recipe, folder, tracker
+        self._drawings = drawings
+        self._pictures = Pictures.of(drawings)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def run(self) -> None:
+        """Do what is not done yet."""
+        vae = self._finished("vae", AutoencoderKL, self._train_vae)
+        latents = Latents.of(encode_all(vae, self._pictures.pixels, self._device), self._pictures)
+        concepts = {concept.codepoint: concept for concept in load_concepts()}
+        prompts = Prompts([concepts[codepoint] for codepoint in self._pictures.codepoints], load_conditioner("tiny"))
+        common = {
+            "latents": latents,
+            "prompts": prompts,
+            "vae": vae,
+            "batch_size": self._recipe.batch_size,
+            "seed": self._recipe.seed,
+            "device": self._device,
+        }
+        teacher = self._finished("teacher", UNet2DConditionModel, lambda: self._train_teacher(common))
+        self._finished("unet", UNet2DConditionModel, lambda: self._train_student(teacher, common))
+        build_scheduler().save_pretrained(self._folder / "scheduler")
+        self._write_manifest()
+
+    def _finished(self, part: str, kind: type[ModelMixin], train: Callable[[], ModelMixin]) -> Any:
+        """Return a part as it is shipped, in float16, after training it where it is not done."""
+        folder = self._folder / part
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            train().eval().half().save_pretrained(partial)
+            partial.rename(folder)
+        return kind.from_pretrained(folder, torch_dtype=torch.float32).eval().to(self._device)
+
+    def _train_vae(self) -> ModelMixin:
+        shown = Pictures.of(load_drawings(splits=[_SHOWN_SPLIT])[::23][:32])
+        recipe = self._recipe
+        phase = VaePhase(self._pictures, shown, steps=recipe.vae_steps, seed=recipe.seed, device=self._device)
+        self._run(phase)
+        normalize_latents(phase.vae, encode_all(phase.vae.eval(), self._pictures.pixels, self._device))
+        return phase.vae
+
+    def _train_teacher(self, common: dict[str, Any]) -> ModelMixin:
+        phase = TeacherPhase(**common, steps=self._recipe.teacher_steps)
+        self._run(phase)
+        return phase.ema.module
+
+    def _train_student(self, teacher: UNet2DConditionModel, common: dict[str, Any]) -> ModelMixin:
+        student = UNet2DConditionModel.from_config(teacher.config)
+        student.load_state_dict(teacher.state_dict())
+        phase = StudentPhase(teacher, student, **common, steps=self._recipe.student_steps)
+        self._run(phase)
+        return phase.ema.module
+
+    def _run(self, phase: Phase) -> None:
+        run(phase, self._folder, self._tracker)
+
+    def _write_manifest(self) -> None:
+        manifest = {
+            "recipe": asdict(self._recipe),
+            "device": str(self._device),
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pillow")},
+            "styles": sorted({drawing.style.name for drawing in self._drawings}),
+            "num_drawings": len(self._drawings),
+            "code_points": sorted({drawing.concept.codepoint for drawing in self._drawings}),
+        }
+        (self._folder / tiny.MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Train the embedded base model on the sample corpus.")
+    parser.add_argument("--out", type=Path, default=tiny.FOLDER, help="where weights and manifest go: %(default)s")
+    parser.add_argument("--home", type=Path, default=Path(".imagerag"), help="where MLflow's store is: %(default)s")
+    for field in fields(Recipe):
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, type=type(field.default), default=field.default, help="%(default)s")
+    arguments = vars(parser.parse_args())
+    folder, home = arguments.pop("out"), arguments.pop("home")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, drawings = Recipe(**arguments), load_drawings(splits=[_SPLIT])
+    with tracked(home, "tiny", folder.name, asdict(recipe)) as tracker:
+        Training(recipe, drawings, folder, tracker).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Latent adversarial distillation: discriminator, losses and loop of both base and adapter."""

@@ -1,0 +1,86 @@
+"""The discriminator of latent adversarial distillation (LADD, arXiv 2403.12015): a frozen UNet encoder with heads."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from imagerag.hspace.split import encode
+from imagerag.training.diffusion import Diffusion
+
+_WIDTH = 64
+
+
+class Head(nn.Module):
+    """Judges one depth's features at every position, given the text."""
+
+    def __init__(self, channels: int, text_dim: int) -> None:
+        super().__init__()
+        # It starts with a convolution: GroupNorm's backward crashes on channels-last features that need no gradient
+        # (torch 2.13 on the CPU).
+        self.features = nn.Sequential(
+            spectral_norm(nn.Conv2d(channels, _WIDTH, 3, padding=1)),
+            nn.GroupNorm(8, _WIDTH),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1)),
+            nn.LeakyReLU(0.2),
+        )
+        self.realness = spectral_norm(nn.Conv2d(_WIDTH, 1, 1))
+        self.text = spectral_norm(nn.Linear(text_dim, _WIDTH))
+
+    def forward(self, features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, H * W) of features (B, C, H, W) and pooled text (B, D)."""
+        features = self.features(features)
+        agreement = (features * self.text(text)[:, :, None, None]).mean(1, keepdim=True)
+        logits: torch.Tensor = self.realness(features) + agreement
+        return logits.flatten(1)
+
+
+class Discriminator(nn.Module):
+    """Heads that learn, on the features of a teacher that does not."""
+
+    def __init__(self, teacher: UNet2DConditionModel, diffusion: Diffusion) -> None:
+        super().__init__()
+        # In a list, so that it is neither among the parameters nor in the state.
+        self._teacher = [teacher.eval().requires_grad_(False)]
+        self._diffusion = diffusion
+        channels: Sequence[int] = teacher.config.block_out_channels
+        self.heads = nn.ModuleList(Head(c, teacher.config.cross_attention_dim) for c in (*channels, channels[-1]))
+
+    def forward(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+    ) -> torch.Tensor:
+        """Return logits (B, N), N positions over all depths: high where latents look real.
+
+        Args:
+            latents: z_0 (B, C, H, W).
+            noise: of the same shape; `latents` are noised with it.
+            timesteps: (B,).
+            text: features (B, L, D).
+        """
+        noised = self._diffusion.add_noise(latents, noise, timesteps)
+        pooled = text.mean(1)
+        features = self._features(noised, timesteps, text)
+        return torch.cat([head(each, pooled) for head, each in zip(self.heads, features, strict=True)], dim=1)
+
+    def _features(self, noised: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> Iterable[torch.Tensor]:
+        teacher = self._teacher[0]
+        encoded = encode(teacher, noised, timesteps, text)
+        # A block's last output before its downsampler, so the deepest at every resolution.
+        skips, last = list(encoded.skips[1:]), len(teacher.down_blocks) - 1
+        for index, block in enumerate(teacher.down_blocks):
+            outputs, skips = skips[: len(block.resnets)], skips[len(block.resnets) + (index < last) :]
+            yield outputs[-1]
+        yield encoded.h
+
+
+def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Hinge loss of the discriminator's logits (arXiv 1705.02894)."""
+    return nn.functional.relu(1 - real).mean() + nn.functional.relu(1 + fake).mean()
+
+
+def generator_loss(fake: torch.Tensor) -> torch.Tensor:
+    """Hinge loss of the generator."""
+    return -fake.mean()

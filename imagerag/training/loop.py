@@ -1,0 +1,73 @@
+"""A training loop in one process that can be stopped at any moment and goes on where it was."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from imagerag.training.tracking import Tracker
+
+
+class Phase(Protocol):
+    """One model's training."""
+
+    name: str
+    steps: int
+    recipe: dict[str, Any]
+    """What makes the result: a checkpoint of another recipe is not continued."""
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that has a `state_dict`, by name."""
+
+    def step(self, index: int) -> dict[str, float]:
+        """Learn from batch `index`, which depends on nothing else, and return the losses."""
+
+    def grid(self) -> Image.Image:
+        """Return a picture of what the model can do now."""
+
+
+def run(phase: Phase, folder: Path, tracker: Tracker, *, checkpoint_every_s: float = 60.0, grids: int = 10) -> None:
+    """Train `phase` to its end, from its checkpoint in `folder` if there is one of the same recipe.
+
+    Raises:
+        FloatingPointError: if a loss is not finite.
+    """
+    path = folder / f"{phase.name}.checkpoint"
+    first = _resume(path, phase)
+    saved = time.monotonic()
+    with tqdm(range(first, phase.steps), desc=phase.name, initial=first, total=phase.steps, mininterval=10) as bar:
+        for index in bar:
+            losses = phase.step(index)
+            if not all(math.isfinite(value) for value in losses.values()):
+                raise FloatingPointError(f"step {index} of {phase.name}: {losses} with {phase.recipe}")
+            done = index + 1
+            if done % 25 == 0 or done == phase.steps:
+                bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
+                tracker.metrics({f"{phase.name}/{name}": value for name, value in losses.items()}, done)
+            if done % max(1, phase.steps // grids) == 0 or done == phase.steps:
+                tracker.image(f"{phase.name}/{done:06d}.png", phase.grid())
+            if time.monotonic() - saved > checkpoint_every_s or done == phase.steps:
+                _save(path, phase, done)
+                saved = time.monotonic()
+
+
+def _save(path: Path, phase: Phase, done: int) -> None:
+    partial = path.with_suffix(".partial")
+    state = {name: part.state_dict() for name, part in phase.state().items()}
+    torch.save({"recipe": phase.recipe, "done": done, "state": state}, partial)
+    partial.replace(path)
+
+
+def _resume(path: Path, phase: Phase) -> int:
+    if not path.exists():
+        return 0
+    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    if checkpoint["recipe"] != phase.recipe:
+        return 0
+    for name, part in phase.state().items():
+        part.load_state_dict(checkpoint["state"][name])
+    return int(checkpoint["done"])
