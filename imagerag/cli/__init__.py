@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from imagerag.cli import corpus, demo, doctor, index, sample, search, services
+from imagerag.cli import corpus, demo, doctor, generate, index, sample, search, services
 from imagerag.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("reindex")(
     corpus.flow_command("reindex", "Make a corpus exactly its list: fetch what is new, drop what is gone.")
 )
 app.command()(search.search)
+app.command()(generate.generate)
 app.add_typer(index.app, name="index")
 app.add_typer(sample.app, name="sample")
 app.command()(services.up)

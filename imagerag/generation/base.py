@@ -1,5 +1,6 @@
 """A base model: what a prompt and noise become a picture with, one-step student or multi-step teacher alike."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,9 +88,10 @@ def _load(kind: type[ModelMixin], part: Part, dtype: torch.dtype) -> Any:
 def _load_scheduler(part: Part) -> Any:
     import diffusers
 
-    name = SchedulerMixin.load_config(part.folder).get("_class_name")
+    name = json.loads(part.files[0].read_text()).get("_class_name")
     kind: Any = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not is_scheduler:
         raise UserError(f"{part.files[0]} names {name!r}, which is no scheduler of diffusers")
     return kind.from_pretrained(part.folder)
 

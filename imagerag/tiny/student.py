@@ -1,9 +1,11 @@
 """Third phase: the one-step student, distilled from the teacher by latent adversarial distillation.
 
-It starts as the teacher, which at T already says the picture that the noise and the text make most likely, though
-blurred. A quarter of each batch goes on teaching the decoder to read the H-space (see `teacher`).
+It starts as the teacher, learns to hit the drawing that belongs to noise and text as well as one step can, which leaves
+it blurred, and then to please the discriminator, which makes it sharp. A quarter of each batch goes on teaching the
+decoder to read the H-space (see `teacher`).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,14 @@ from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import Discriminator
 from imagerag.training.ladd import Ladd, LossWeights
 
-LEARNING_RATE = 2e-4
+LEARNING_RATE = 8e-4
 HEADS_LEARNING_RATE = 5e-4
 WEIGHTS = LossWeights(adversarial=0.3, distillation=2.5)
+ADVERSARIAL_SHARE = 0.45
+"""Of all steps, the last ones: a discriminator has little to teach to what is not even near, and takes its time."""
 _MAX_TIMESTEP = 600
-_BETAS = (0.0, 0.99)
+_BETAS = (0.5, 0.99)
+_HEADS_BETAS = (0.0, 0.99)
 
 
 class StudentPhase:
@@ -52,6 +57,7 @@ class StudentPhase:
         self.recipe = {"steps": steps, "seed": seed, "learning_rate": LEARNING_RATE, "batch_size": batch_size}
         self.recipe |= {"heads_learning_rate": HEADS_LEARNING_RATE, "adversarial": WEIGHTS.adversarial}
         self.recipe |= {"distillation": WEIGHTS.distillation, "ema_decay": EMA_DECAY}
+        self.recipe |= {"adversarial_share": ADVERSARIAL_SHARE}
         self.unet = student.to(device, memory_format=torch.channels_last).train()
         self.ema = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
         self._latents, self._prompts, self._vae = latents, prompts, vae
@@ -59,10 +65,11 @@ class StudentPhase:
         self._diffusion = Diffusion(build_scheduler())
         teacher.to(device, memory_format=torch.channels_last)
         self._discriminator = Discriminator(teacher, self._diffusion).to(device).train()
-        self._ladd = Ladd(self._discriminator, self._diffusion, WEIGHTS, max_timestep=_MAX_TIMESTEP)
+        self._ladd = Ladd(self._discriminator, self._diffusion, max_timestep=_MAX_TIMESTEP)
+        self._adversarial_from = round(steps * (1 - ADVERSARIAL_SHARE))
         self._optimizer = torch.optim.AdamW(self.unet.parameters(), LEARNING_RATE, betas=_BETAS, weight_decay=1e-2)
         self._heads_optimizer = torch.optim.AdamW(
-            self._discriminator.parameters(), HEADS_LEARNING_RATE, betas=_BETAS, weight_decay=0.0
+            self._discriminator.parameters(), HEADS_LEARNING_RATE, betas=_HEADS_BETAS, weight_decay=0.0
         )
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.05, 100 / steps), cycle_momentum=False
@@ -89,12 +96,10 @@ class StudentPhase:
         fake, real, text = -prediction[quarter:], batch.latents[quarter:], text[quarter:]  # v at T
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
 
-        heads_loss = self._ladd.of_discriminator(fake, real, text, generator)
-        self._heads_optimizer.zero_grad()
-        heads_loss.backward()
-        self._heads_optimizer.step()
-
-        loss, terms = self._ladd.of_generator(fake, real, text, generator)
+        weights, terms = replace(WEIGHTS, adversarial=0.0), {}
+        if index >= self._adversarial_from:
+            weights, terms = WEIGHTS, {"discriminator": self._judge(fake, real, text, generator)}
+        loss, of_generator = self._ladd.of_generator(fake, real, text, generator, weights)
         from_h = F.mse_loss(prediction[:quarter], target[:quarter])
         self._optimizer.zero_grad()
         (loss + from_h).backward()
@@ -102,7 +107,15 @@ class StudentPhase:
         self._optimizer.step()
         self._schedule.step()
         self.ema.update_parameters(self.unet)
-        return terms | {"discriminator": float(heads_loss.detach()), "from_h": float(from_h.detach())}
+        return terms | of_generator | {"from_h": float(from_h.detach())}
+
+    def _judge(self, fake: torch.Tensor, real: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> float:
+        """Have the discriminator learn, and return its loss."""
+        loss = self._ladd.of_discriminator(fake, real, text, generator)
+        self._heads_optimizer.zero_grad()
+        loss.backward()
+        self._heads_optimizer.step()
+        return float(loss.detach())
 
     @torch.inference_mode()
     def grid(self) -> Image.Image:

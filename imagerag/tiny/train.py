@@ -36,8 +36,8 @@ class Recipe:
 
     seed: int = 0
     vae_steps: int = 2400
-    teacher_steps: int = 2400
-    student_steps: int = 1200
+    teacher_steps: int = 2100
+    student_steps: int = 1600
     batch_size: int = 64
     """Of teacher and student."""
 

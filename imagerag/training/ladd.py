@@ -24,13 +24,11 @@ class Ladd:
         self,
         discriminator: Discriminator,
         diffusion: Diffusion,
-        weights: LossWeights,
         *,
         max_timestep: int | None = None,
     ) -> None:
         """Args: max_timestep: latents are judged noised to a timestep below it; by default any of all."""
         self.discriminator = discriminator
-        self._weights = weights
         self._max_timestep = max_timestep or diffusion.num_timesteps
 
     def of_discriminator(
@@ -43,18 +41,23 @@ class Ladd:
         return discriminator_loss(*logits.chunk(2))
 
     def of_generator(
-        self, fake: torch.Tensor, real: torch.Tensor, text: torch.Tensor, generator: torch.Generator
+        self,
+        fake: torch.Tensor,
+        real: torch.Tensor,
+        text: torch.Tensor,
+        generator: torch.Generator,
+        weights: LossWeights,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the generator's loss and its terms, before their weights."""
         terms: dict[str, torch.Tensor] = {}
-        if self._weights.adversarial:
+        if weights.adversarial:
             noise, timesteps = self._noising(fake, generator)
             self.discriminator.requires_grad_(False)
             terms["adversarial"] = generator_loss(self.discriminator(fake, noise, timesteps, text))
             self.discriminator.requires_grad_(True)
-        if self._weights.distillation:
+        if weights.distillation:
             terms["distillation"] = F.smooth_l1_loss(fake, real)
-        loss = sum((getattr(self._weights, name) * term for name, term in terms.items()), torch.zeros(()))
+        loss = sum((getattr(weights, name) * term for name, term in terms.items()), torch.zeros(()))
         return loss, {name: float(term.detach()) for name, term in terms.items()}
 
     def _noising(self, latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,93 @@
+"""`imagerag generate`: pictures of prompts."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    from imagerag.generation.batch import Generated
+
+_MAX_ROWS_IN_SHEET = 64
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to make pictures of.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    base: Annotated[
+        str,
+        typer.Option(help="`tiny`, `tiny-teacher`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
+    ] = "tiny",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="1 for a student, 25 to 50 for a teacher.")] = 1,
+    guidance: Annotated[
+        float, typer.Option(min=0, help="Classifier-free guidance; 1 and less mean none. A teacher needs some.")
+    ] = 0.0,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures of each prompt.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed; the same seed gives the same picture.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder to write to: all in grid.png, and each by itself.")] = Path(
+        "generated"
+    ),
+) -> None:
+    """Make pictures of prompts with a base model."""
+    wanted = _read_prompts(prompts or [], prompt_file)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is a folder; {out} is a file")
+    from imagerag.generation.spec import check_spec
+
+    check_spec(base)
+    from tqdm import tqdm
+
+    from imagerag.generation.base import load_base
+    from imagerag.generation.batch import file_name
+    from imagerag.generation.batch import generate as generate_pictures
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+
+    loaded = load_base(base)
+    pipeline = ImageRAGTurboPipeline.from_base(loaded)
+    pipeline.set_progress_bar_config(disable=True)
+    out.mkdir(parents=True, exist_ok=True)
+    made: list[Generated] = []
+    all_seeds = range(seed, seed + seeds)
+    pictures = generate_pictures(pipeline, wanted, all_seeds, steps=steps, guidance_scale=guidance)
+    with tqdm(pictures, total=len(wanted) * seeds, unit=" pictures", disable=None) as bar:
+        for number, picture in enumerate(bar):
+            about = {"base": base, "digest": loaded.identity.digest, "steps": steps, "guidance": guidance}
+            _save(picture, about, out / file_name(number, picture))
+            if number < _MAX_ROWS_IN_SHEET * seeds:
+                made.append(picture)
+    _save_sheet(made, seeds, out / "grid.png")
+    left_out = "" if len(wanted) <= _MAX_ROWS_IN_SHEET else f" (the first {_MAX_ROWS_IN_SHEET} prompts)"
+    typer.echo(f"{len(wanted) * seeds} pictures in {out}, all in {out / 'grid.png'}{left_out}")
+
+
+def _read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
+    if prompt_file is not None:
+        try:
+            lines = prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file has to be a readable text file; {prompt_file}: {error}") from error
+        prompts = [*prompts, *(line.strip() for line in lines if line.strip())]
+    if not prompts:
+        raise UserError("give at least one prompt, or a --prompt-file with some")
+    if any(not prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty")
+    return prompts
+
+
+def _save(picture: "Generated", about: dict[str, object], path: Path) -> None:
+    """Write a picture with what made it as text in the file."""
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_text("imagerag", json.dumps({"prompt": picture.prompt, "seed": picture.seed} | about))
+    picture.image.save(path, pnginfo=text)
+
+
+def _save_sheet(made: "list[Generated]", columns: int, path: Path) -> None:
+    from imagerag.generation.sheet import sheet
+
+    rows = [made[start : start + columns] for start in range(0, len(made), columns)]
+    sheet([(row[0].prompt, [picture.image for picture in row]) for row in rows]).save(path)

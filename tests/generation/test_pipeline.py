@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from imagerag.errors import UserError
+from imagerag.generation.base import load_base
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(bases: dict[str, Path]) -> ImageRAGTurboPipeline:
+    made = ImageRAGTurboPipeline.from_base(load_base(str(bases["sd-turbo"]), device="cpu"))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_same_seed_is_the_same_picture(pipeline: ImageRAGTurboPipeline) -> None:
+    one, same, other = (pipeline("a fox", generator=_of(seed), output_type="pt").images for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other, atol=0.01)
+
+
+def test_a_batch_is_its_pictures(pipeline: ImageRAGTurboPipeline) -> None:
+    prompts = ["a fox", "a lion"]
+    batch = pipeline(
+        prompts, num_images_per_prompt=2, generator=[_of(seed) for seed in range(4)], output_type="pt"
+    ).images
+    for number, picture in enumerate(batch):
+        alone = pipeline(prompts[number // 2], generator=_of(number), output_type="pt").images[0]
+        assert torch.allclose(alone, picture, atol=1e-5)
+
+
+def test_it_tells_of_every_step_and_makes_what_is_asked_for(pipeline: ImageRAGTurboPipeline) -> None:
+    steps: list[int] = []
+    latents = pipeline(
+        "a fox",
+        num_inference_steps=3,
+        output_type="latent",
+        callback_on_step_end=lambda index, _, __: steps.append(index),
+    ).images
+    assert steps == [0, 1, 2]
+    assert latents.shape == (1, 4, 8, 8)
+    assert pipeline("a fox").images[0].size == (16, 16)
+    assert pipeline("a fox", output_type="np").images.shape == (1, 16, 16, 3)
+    noise = torch.randn(1, 4, 8, 8, generator=_of(0))
+    given = pipeline("a fox", latents=noise, output_type="pt").images
+    assert torch.equal(given, pipeline("a fox", generator=_of(0), output_type="pt").images)
+
+
+@pytest.mark.parametrize("name", ["sd-turbo", "sdxl-turbo"])
+def test_it_is_saved_and_loaded(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    first = ImageRAGTurboPipeline.from_base(load_base(str(bases[name]), device="cpu"))
+    first.save_pretrained(tmp_path / "saved")
+    again = ImageRAGTurboPipeline.from_pretrained(tmp_path / "saved")
+    pictures = [each("a fox", generator=_of(0), output_type="pt").images for each in (first, again)]
+    assert torch.allclose(*pictures, atol=1e-5)
+    assert load_base(str(tmp_path / "saved"), device="cpu").unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "at least one prompt"),
+        ({"prompt": "a", "num_inference_steps": 0}, "between 1 and 1000; got 0"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1 picture of a prompt can be made; got 0"),
+        ({"prompt": "a", "generator": [torch.Generator()] * 2}, "one for each of the 1 pictures; got 2"),
+    ],
+)
+def test_arguments_are_checked(pipeline: ImageRAGTurboPipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline(**arguments)
