@@ -28,8 +28,8 @@ class IndexRecord:
     num_rows: int
     num_trained_rows: int
     """Rows when the partitions were trained; 0 for `exact`."""
-    nprobes: int
-    """Partitions that a search looks into; 0 for `exact`."""
+    nprobes: dict[str, int]
+    """Partitions that a search by a column looks into; nothing for `exact`."""
     recall_at_10: float
     num_unindexed_rows: int
     config: dict[str, Any]
@@ -49,14 +49,14 @@ def write_record(dataset: LanceDataset, record: IndexRecord) -> None:
 
 
 def nearest(
-    table: Table, column: str, embeds: Embeds, nprobes: int, where: str | None = None
+    table: Table, column: str, embeds: Embeds, nprobes: int | None, where: str | None = None
 ) -> LanceVectorQueryBuilder:
     """Return a query for the neighbours of `embeds` (Q, D) by cosine distance, among the rows of a condition.
 
     The distances that it finds are those of the stored vectors, not of the index's quantised ones.
     """
     query = table.search(embeds, vector_column_name=column).distance_type("cosine")
-    if nprobes:
+    if nprobes is not None:
         query = query.nprobes(nprobes).refine_factor(_REFINE_FACTOR)
     if where is not None:
         # Without a maximum, the search goes on to further partitions where too few rows in these meet the condition.

@@ -105,7 +105,8 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
         store.dataset().optimize.optimize_indices(num_indices_to_merge=1)
         table.checkout_latest()
     on_progress(3, _NUM_STEPS, f"indexed {num_rows} rows: {kind}")
-    nprobes, recall = 0, 1.0
+    nprobes: dict[str, int] = {}
+    recall = 1.0
     dataset = store.dataset()
     if kind != EXACT:
         probes = make_probes(dataset, _NUM_QUERIES)

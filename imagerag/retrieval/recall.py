@@ -6,6 +6,7 @@ embeddings can stand in for each other (as in ann-benchmarks, https://github.com
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from imagerag.retrieval.ann import Embeds, nearest
 K = 10
 _TOLERANCE = 1e-5
 _BATCH_ROWS = 8192
+_FEWEST_PROBES = 4
+_GROWTH = 1.5
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,25 @@ def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
     return [Probe(column, embeds, k, best[i].min(axis=0)) for i, (column, embeds, k) in enumerate(queries)]
 
 
-def fewest_probes(table: Table, probes: Sequence[Probe], num_partitions: int, target: float) -> tuple[int, float]:
-    """Return how many partitions a search must look into to reach the target, and the recall of the worst probe.
+def fewest_probes(
+    table: Table, probes: Sequence[Probe], num_partitions: int, target: float
+) -> tuple[dict[str, int], float]:
+    """Return how many partitions a search by each column must look into to reach the target, and the worst recall.
 
-    Where even all partitions do not reach it, that is the answer.
+    A column's worst probe decides. Where even all partitions do not reach the target, they are the answer.
     """
-    nprobes = min(20, num_partitions)
-    while True:
-        recall = min(probe.recall(table, nprobes) for probe in probes)
-        if recall >= target or nprobes == num_partitions:
-            return nprobes, recall
-        nprobes = min(2 * nprobes, num_partitions)
+    nprobes: dict[str, int] = {}
+    worst = 1.0
+    for column in dict.fromkeys(probe.column for probe in probes):
+        own = [probe for probe in probes if probe.column == column]
+        nprobes[column] = min(_FEWEST_PROBES, num_partitions)
+        while True:
+            recall = min(probe.recall(table, nprobes[column]) for probe in own)
+            if recall >= target or nprobes[column] == num_partitions:
+                break
+            nprobes[column] = min(ceil(_GROWTH * nprobes[column]), num_partitions)
+        worst = min(worst, recall)
+    return nprobes, worst
 
 
 def to_numpy(column: pa.FixedSizeListArray | pa.ChunkedArray) -> Embeds:

@@ -150,7 +150,7 @@ class Retriever:
     def _search_vectors(
         self, embeds: Embeds, k: int, column: str, columns: list[str], where: str | None
     ) -> list[list[Neighbour]]:
-        query = nearest(self._table, column, embeds, self._nprobes, where)
+        query = nearest(self._table, column, embeds, self._nprobes.get(column), where)
         found = query.limit(k).select([*columns, "_distance"]).to_arrow()
         neighbours: list[list[Neighbour]] = [[] for _ in embeds]
         # LanceDB numbers the queries only where there are several.
@@ -168,7 +168,8 @@ class Retriever:
         self, embed: Embeds, text: str, k: int, columns: list[str], where: str | None
     ) -> list[Neighbour]:
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
-        by_meaning = nearest(self._table, "text_embed", embed[None], self._nprobes, where).limit(k)
+        nprobes = self._nprobes.get("text_embed")
+        by_meaning = nearest(self._table, "text_embed", embed[None], nprobes, where).limit(k)
         by_words = self._match(text, where).limit(k)
         found = RRFReranker().rerank_hybrid(
             text,

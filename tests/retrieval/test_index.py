@@ -64,7 +64,7 @@ def test_a_large_table_gets_an_index_for_each_embedding(large: Store) -> None:
     assert (record.kind, record.num_rows, record.num_unindexed_rows) == ("IVF_SQ", 20_000, 0)
     assert record.version == large.version
     assert 0.98 <= record.recall_at_10 <= 1.0
-    assert record.nprobes < 141, "the index would be of no use"
+    assert max(record.nprobes.values()) < 141, "the index would be of no use"
     assert vector_indexes(large) == dict.fromkeys(["caption", "text_embed", "image_embed"], (20_000, 1))
 
 
@@ -75,7 +75,7 @@ def test_measured_recall_holds_for_queries_that_are_no_rows(large: Store, column
     ids = large.ids().to_numpy(zero_copy_only=False)
     record = read_record(large.dataset())
     assert record is not None
-    found = nearest(table, column, queries, record.nprobes).limit(10).select(["id", "_distance"]).to_arrow()
+    found = nearest(table, column, queries, record.nprobes[column]).limit(10).select(["id", "_distance"]).to_arrow()
     exact = ids[np.argsort(-queries @ rows.T, axis=1)[:, :10]]
     hits = sum(len(set(found["id"].to_pylist()[i * 10 : i * 10 + 10]) & set(exact[i])) for i in range(100))
     assert hits / 1_000 >= 0.95
@@ -107,7 +107,7 @@ def test_more_is_looked_into_where_neighbours_are_spread(tmp_path: Path) -> None
     result = build_index(store, IndexConfig())
     record = read_record(store.dataset())
     assert record is not None
-    assert record.nprobes > 20
+    assert min(record.nprobes.values()) > 20
     assert result.recall_at_10 >= 0.95
 
 
