@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from imagerag.cli import corpus, demo, doctor, generate, index, sample, search, services
+from imagerag.cli import corpus, demo, doctor, generate, index, sample, search, services, tiny
 from imagerag.errors import UserError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("reindex")(
 )
 app.command()(search.search)
 app.command()(generate.generate)
+app.add_typer(tiny.app, name="tiny")
 app.add_typer(index.app, name="index")
 app.add_typer(sample.app, name="sample")
 app.command()(services.up)

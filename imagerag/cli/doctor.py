@@ -11,7 +11,19 @@ import typer
 
 from imagerag.errors import UserError
 
-PACKAGES = ("prefect", "ray", "torch", "torchvision", "img2dataset", "lancedb", "pylance", "open_clip_torch")
+PACKAGES = (
+    "prefect",
+    "ray",
+    "torch",
+    "torchvision",
+    "diffusers",
+    "peft",
+    "img2dataset",
+    "lancedb",
+    "pylance",
+    "open_clip_torch",
+    "mlflow",
+)
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,19 @@ def _gpu() -> str:
 
 
 def _models() -> Iterator[Finding]:
-    from imagerag.embedding.spec import resolve
+    from imagerag.embedding import spec as encoders
+    from imagerag.generation import spec as bases
 
     try:
-        identity = resolve("tiny").identity
+        identity = encoders.resolve("tiny").identity
         yield Finding("encoder tiny", f"{identity.dim} dimensions, digest {identity.digest[:12]}")
     except UserError as error:
         yield Finding("encoder tiny", "not usable", str(error))
+    for name in (bases.TINY, bases.TINY_TEACHER):
+        try:
+            yield Finding(f"base model {name}", f"digest {bases.resolve(name).identity.digest[:12]}")
+        except UserError as error:
+            yield Finding(f"base model {name}", "not usable", str(error))
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 

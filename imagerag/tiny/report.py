@@ -5,15 +5,16 @@ Everything is measured on concepts of two splits: `base`, which it was trained o
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from imagerag.corpus.sample import Concept, load_drawings
+from imagerag.corpus.sample import Concept, Drawing, load_drawings
 from imagerag.embedding.encoder import load_encoder
 from imagerag.evaluation.distances import Distances, measure_distances
 from imagerag.evaluation.features import load_feature_network
@@ -173,7 +174,7 @@ class _Measurer:
             distances=measure_distances(features, real),
             clip_score=estimate(self._clip.scores(features, self._names[concepts])),
             recognised=estimate(self._judge.recognised(features, concepts, self._of(split))),
-            identified=self._identified(pixels, concepts),
+            identified=identified(pipeline.vae, made, [self._concepts[c] for c in concepts], self._drawings),
             pictures_per_s=len(made) / seconds,
         )
         return row, made
@@ -198,13 +199,6 @@ class _Measurer:
         text = base.conditioner.encode([self._drawings[index].concept.name for index in chosen]).embeds
         return hspace.measure(base.unet, latents, text)
 
-    def _identified(self, pixels: torch.Tensor, concepts: np.ndarray) -> Estimate:
-        """Return how often a picture's latent is nearer to a drawing of its concept than to any of 95 others."""
-        vae = self._base("tiny").vae
-        made, real = (encode_all(vae, each, _CPU).flatten(1).numpy() for each in (pixels, self._pictures.pixels))
-        distances = (made**2).sum(1)[:, None] - 2 * made @ real.T + (real**2).sum(1)
-        return estimate(is_nearest(-distances, self._judge.concepts, concepts, concepts, _NUM_IDENTIFIED))
-
     def _base(self, spec: str) -> BaseModel:
         if spec not in self._bases:
             self._bases[spec] = load_base(spec, "cpu")
@@ -212,6 +206,19 @@ class _Measurer:
 
     def _of(self, split: str) -> list[int]:
         return [number for number, concept in enumerate(self._concepts) if concept.split == split]
+
+
+def identified(
+    vae: AutoencoderKL, made: Sequence[Generated], concepts: Sequence[Concept], drawings: Sequence[Drawing]
+) -> Estimate:
+    """Return how often a picture's latent is nearer to a drawing of its concept than to any of 95 other concepts."""
+    pictures = Pictures.of(drawings)
+    numbers = {codepoint: number for number, codepoint in enumerate(pictures.codepoints)}
+    wanted = np.array([numbers[concept.codepoint] for concept in concepts])
+    pixels = torch.stack([_to_tensor(picture) for picture in made])
+    latents, real = (encode_all(vae, each, _CPU).flatten(1).numpy() for each in (pixels, pictures.pixels))
+    distances = (latents**2).sum(1)[:, None] - 2 * latents @ real.T + (real**2).sum(1)
+    return estimate(is_nearest(-distances, pictures.concepts.numpy(), wanted, wanted, _NUM_IDENTIFIED))
 
 
 def _to_tensor(picture: Generated) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Recipe:
     seed: int = 0
     vae_steps: int = 2400
     teacher_steps: int = 2100
-    student_steps: int = 1600
+    student_steps: int = 2000
     batch_size: int = 64
     """Of teacher and student."""
 

@@ -85,7 +85,7 @@ class VaePhase:
         return grid(torch.stack([pixels, rebuilt], 1).flatten(0, 1), columns=16)
 
 
-def to_input(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_input(pixels: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Return bytes (B, 3, H, W) as the autoencoder's input, -1 to 1."""
     return (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 

@@ -1,0 +1,48 @@
+"""`imagerag tiny`: the base model that ships with the package."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imagerag.errors import UserError
+
+app = typer.Typer(help="The base model that ships with the package.", no_args_is_help=True)
+_BEGIN, _END = "<!-- tiny:begin -->", "<!-- tiny:end -->"
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="The folder to write to: report.md, report.json and grids.")] = Path(
+        "report"
+    ),
+    pictures: Annotated[int, typer.Option(min=120, help="How many of each model and split.")] = 498,
+    readme: Annotated[
+        Path | None, typer.Option(help="A text whose part between the marks is replaced as well.")
+    ] = None,
+) -> None:
+    """Measure the shipped teacher and student, on concepts of their training and on held-out ones."""
+    text = None if readme is None else _read(readme)
+    from imagerag.tiny.report import make_report
+
+    tables = make_report(out, pictures).markdown()
+    typer.echo(tables)
+    typer.echo(f"in {out}, with a grid of each model and split")
+    if readme is not None and text is not None:
+        before, after = text.split(_BEGIN)[0], text.split(_END)[1]
+        readme.write_text(f"{before}{_BEGIN}\n{tables}{_END}{after}", encoding="utf-8")
+
+
+def _read(readme: Path) -> str:
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--readme has to be a readable text; {readme}: {error}") from error
+    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
+        raise UserError(f"--readme has to have one {_BEGIN} and one {_END}; {readme} has not")
+    return text

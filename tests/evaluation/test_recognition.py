@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+
+from imagerag.corpus.sample import load_concepts, load_drawings
+from imagerag.embedding.encoder import load_encoder
+from imagerag.evaluation.distances import measure_distances
+from imagerag.evaluation.features import load_feature_network
+from imagerag.evaluation.intervals import estimate
+from imagerag.evaluation.recognition import ClipJudge, Judge, is_nearest
+from imagerag.tiny.data import Pictures
+from imagerag.tiny.vae import to_input
+
+STYLES = ("noto", "twemoji")
+
+
+@pytest.fixture(scope="module")
+def judged() -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Features and concepts of held-out drawings in two styles, and the concepts' names."""
+    drawings = load_drawings(styles=STYLES, splits=["held_out"])
+    pictures = Pictures.of(drawings)
+    names = {concept.codepoint: concept.name for concept in load_concepts()}
+    features = load_feature_network()([to_input(pictures.pixels, "cpu")])
+    return features, pictures.concepts.numpy(), [names[codepoint] for codepoint in pictures.codepoints]
+
+
+def test_real_drawings_are_recognised_by_the_other_style(judged: tuple[np.ndarray, np.ndarray, list[str]]) -> None:
+    """Measured: 0.51 where chance is 0.01."""
+    features, concepts, _ = judged
+    rows = np.arange(len(features))
+    judge = Judge.of(features, concepts)
+    found = judge.recognised(features[rows], concepts[rows], range(concepts.max() + 1), itself=rows)
+    assert found.mean() > 0.45
+    wrong = np.roll(concepts[rows], 83)  # far from it in Unicode, so unlike it
+    assert judge.recognised(features[rows], wrong, range(concepts.max() + 1), itself=rows).mean() < 0.05
+
+
+def test_the_clip_score_prefers_the_right_name(judged: tuple[np.ndarray, np.ndarray, list[str]]) -> None:
+    """On concepts that its map was not fitted to."""
+    features, concepts, names = judged
+    sentences = load_encoder("tiny", "cpu").encode_texts(names)[concepts]
+    fitted = concepts % 2 == 0
+    judge = ClipJudge.fit(features[fitted], sentences[fitted])
+    right = judge.scores(features[~fitted], sentences[~fitted])
+    wrong = judge.scores(features[~fitted], np.roll(sentences[~fitted], 7, axis=0))
+    assert estimate(right - wrong).low > 0.01
+
+
+def test_noise_is_far_from_drawings(judged: tuple[np.ndarray, np.ndarray, list[str]]) -> None:
+    features, _, _ = judged
+    shuffled = np.random.default_rng(0).permutation(features)
+    one, other = np.array_split(shuffled, 2)
+    near = measure_distances(one, other)
+    noise = torch.rand(len(one), 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    far = measure_distances(load_feature_network()([noise]), other)
+    assert abs(near.kernel) < 3 * near.kernel_deviation
+    assert far.kernel > 10 * near.kernel_deviation
+    assert far.frechet > 2 * near.frechet
+
+
+def test_nearest_of_the_names() -> None:
+    similarities = np.array([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
+    drawn, concepts = np.array([0, 1, 2]), np.array([0, 1, 2])
+    assert is_nearest(similarities, drawn, concepts, [0, 1, 2], num_names=3).tolist() == [True, False, False]
+
+
+def test_an_interval_holds_the_mean() -> None:
+    """Of 200 samples, 95 % intervals miss the true mean in about 10."""
+    rng = np.random.default_rng(0)
+    intervals = [estimate(rng.normal(1, 1, 50)) for _ in range(200)]
+    missed = sum(not interval.low <= 1 <= interval.high for interval in intervals)
+    assert 3 <= missed <= 25
+    constant = estimate([1.0, 1.0])
+    assert (constant.low, constant.high, constant.num) == (1, 1, 2)

@@ -1,0 +1,70 @@
+"""The whole recipe, with a few drawings and steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from imagerag.corpus.sample import Drawing, load_drawings
+from imagerag.tiny.latents import Latents
+from imagerag.tiny.train import Recipe, Training
+from tests.training.test_loop import Kept as _Kept
+
+RECIPE = Recipe(vae_steps=3, teacher_steps=4, student_steps=4, batch_size=8)
+PARTS = ["vae", "teacher", "unet"]
+
+
+class Kept(_Kept):
+    def metrics(self, values: object, step: int) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def drawings() -> list[Drawing]:
+    return load_drawings(styles=["noto", "twemoji"], splits=["base"])[::60]
+
+
+def _weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {part: load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in PARTS}
+
+
+def test_it_makes_all_parts_and_a_killed_run_goes_on(
+    drawings: list[Drawing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    kept = Kept()
+    Training(RECIPE, drawings, whole, kept).run()
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert set(manifest["code_points"]) == {drawing.concept.codepoint for drawing in drawings}
+    assert manifest["recipe"]["student_steps"] == 4
+    assert {name.split("/")[0] for name in kept.images} == {"vae", "teacher", "student"}
+    expected = _weights(whole)
+    assert expected["unet"].keys() == expected["teacher"].keys()
+    assert all(value.dtype == torch.float16 for value in expected["unet"].values())
+    assert any(not torch.equal(expected["unet"][name], value) for name, value in expected["teacher"].items())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_train_student", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            Training(RECIPE, drawings, killed, Kept()).run()
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_train_vae", lambda *_: pytest.fail("done already"))
+        patched.setattr(Training, "_train_teacher", lambda *_: pytest.fail("done already"))
+        Training(RECIPE, drawings, killed, Kept()).run()
+    for part, weights in _weights(killed).items():
+        assert all(torch.equal(value, expected[part][name]) for name, value in weights.items()), part
+
+
+def test_the_noise_chooses_among_a_concepts_drawings_evenly() -> None:
+    latents = Latents(torch.zeros(6, 4, 16, 16), torch.zeros(6, dtype=torch.long), torch.arange(6).view(1, 6))
+    noise = torch.randn(6000, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    counts = latents.chosen_by(noise, torch.zeros(6000, dtype=torch.long)).bincount(minlength=6)
+    assert counts.min() > 900
+    assert counts.max() < 1100
+    lacking = Latents(latents.values, latents.concepts, torch.tensor([[0, -1, 2, -1, -1, 5]]))
+    chosen = lacking.chosen_by(noise, torch.zeros(6000, dtype=torch.long))
+    assert set(chosen.tolist()) == {0, 2, 5}
