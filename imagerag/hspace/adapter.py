@@ -1,0 +1,93 @@
+"""The adapter: what references add to the target's H-space by cross-attention (paper, Sec. 3.3)."""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
+
+
+def gate(similarities: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return lambda of each reference: its similarity, cut to 0 to 1, and 0 where it is under the threshold.
+
+    Args:
+        similarities: cosines (B, K) of the prompt's and the references' text features.
+        threshold: references less similar than this have no effect at all.
+    """
+    return torch.where(similarities >= threshold, similarities.clamp(0, 1), 0.0)
+
+
+class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """`h = h_target + dh`, `dh = W_O softmax(Q K^T / sqrt(d)) (lambda V)`; Q is the target's, K and V the references'.
+
+    Beyond the paper: the keys and values of all references are in one attention, each value weighted by its reference's
+    own lambda, which for one reference is the paper's formula; and the output projection starts at zero, so that
+    training starts at the base model. 34M parameters for SD 2.1.
+    """
+
+    @register_to_config
+    def __init__(self, channels: int = 1280, inner_dim: int | None = None, num_heads: int = 8) -> None:
+        """Make an adapter that changes nothing.
+
+        Args:
+            channels: of the H-space.
+            inner_dim: of queries, keys and values; by default twice the channels.
+            num_heads: of the attention.
+
+        Raises:
+            ValueError: if the dimensions can't be divided.
+        """
+        super().__init__()
+        inner_dim = inner_dim or 2 * channels
+        if inner_dim % num_heads or channels % 4:
+            raise ValueError(
+                f"inner_dim must be divisible by num_heads and channels by 4; got {inner_dim}, {num_heads}, {channels}"
+            )
+        self.norm_target = nn.LayerNorm(channels)
+        self.norm_reference = nn.LayerNorm(channels)
+        self.to_q = nn.Linear(channels, inner_dim, bias=False)
+        self.to_k = nn.Linear(channels, inner_dim, bias=False)
+        self.to_v = nn.Sequential(
+            nn.Linear(channels, 5 * channels), nn.GELU(), nn.Linear(5 * channels, inner_dim, bias=False)
+        )
+        self.to_out = nn.Linear(inner_dim, channels, bias=False)
+        nn.init.zeros_(self.to_out.weight)
+
+    def forward(
+        self, h_target: torch.Tensor, h_references: torch.Tensor, weights: torch.Tensor, scale: float = 1.0
+    ) -> torch.Tensor:
+        """Return the fused features (B, C, H, W).
+
+        Args:
+            h_target: (B, C, H, W).
+            h_references: (B, K, C, H, W).
+            weights: lambda (B, K); what has 0 is as if it were not there. A row without any other is its target, bit
+                for bit.
+            scale: of what is added; 0 is the target, bit for bit.
+        """
+        if scale == 0 or h_references.shape[1] == 0:
+            return h_target
+        size, channels, height, width = h_target.shape
+        positions = self._positions(height, width, h_target)
+        target = self.norm_target(h_target.flatten(2).transpose(1, 2))
+        references = self.norm_reference(h_references.flatten(3).transpose(2, 3))  # (B, K, H * W, C)
+        query = self.to_q(target + positions)
+        key = self.to_k(references + positions).flatten(1, 2)
+        value = (self.to_v(references) * weights.to(references.dtype)[:, :, None, None]).flatten(1, 2)
+        present = weights > 0
+        # A row without references attends to everything, so that no softmax is over nothing; it is put right below.
+        seen = torch.where(present.any(1, keepdim=True), present, True).repeat_interleave(height * width, dim=1)
+        attended = F.scaled_dot_product_attention(
+            self._heads(query), self._heads(key), self._heads(value), attn_mask=seen[:, None, None, :]
+        )
+        added = self.to_out(attended.transpose(1, 2).flatten(2))
+        fused = h_target + scale * added.transpose(1, 2).reshape(size, channels, height, width).to(h_target.dtype)
+        return torch.where(present.any(1).view(-1, 1, 1, 1), fused, h_target)
+
+    def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)
+
+    def _positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        embedding = get_2d_sincos_pos_embed(self.config.channels, (height, width), device=like.device, output_type="pt")
+        return embedding.to(like.dtype)

@@ -1,0 +1,37 @@
+"""Training-free fusion: spherical interpolation in the H-space (paper, Sec. 3.2)."""
+
+import torch
+
+_PARALLEL = 1e-4
+"""Below this sine of the angle, the quotients of sines are no numbers to rely on."""
+
+
+def slerp(h_target: torch.Tensor, h_reference: torch.Tensor, w: float) -> torch.Tensor:
+    """Return `sin((1-w) omega)/sin(omega) h_reference + sin(w omega)/sin(omega) h_target`, omega the angle of both.
+
+    Where the angle is 0 or pi, so that there is no one way from one to the other, interpolate linearly.
+
+    Args:
+        h_target: (B, C, H, W).
+        h_reference: of the same shape.
+        w: 0 to 1; 1 is the target itself, bit for bit.
+
+    Raises:
+        ValueError: if `w` is not in 0 to 1, or the shapes differ.
+    """
+    if not 0 <= w <= 1:
+        raise ValueError(f"the weight of the target in slerp must be between 0 and 1; got {w}")
+    if h_target.shape != h_reference.shape:
+        raise ValueError(f"slerp needs two of one shape; got {tuple(h_target.shape)} and {tuple(h_reference.shape)}")
+    if w == 1:
+        return h_target
+    target, reference = h_target.float().flatten(1), h_reference.float().flatten(1)
+    cosine = torch.nn.functional.cosine_similarity(target, reference, dim=1).clamp(-1, 1)
+    omega = torch.arccos(cosine).unsqueeze(1)
+    sine = torch.sin(omega)
+    parallel = sine < _PARALLEL
+    sine = torch.where(parallel, 1.0, sine)
+    of_reference = torch.where(parallel, 1 - w, torch.sin((1 - w) * omega) / sine)
+    of_target = torch.where(parallel, w, torch.sin(w * omega) / sine)
+    fused = of_reference * reference + of_target * target
+    return fused.to(h_target.dtype).view_as(h_target)
