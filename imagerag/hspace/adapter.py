@@ -26,7 +26,7 @@ class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
     training starts at the base model. 34M parameters for SD 2.1.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, channels: int = 1280, inner_dim: int | None = None, num_heads: int = 8) -> None:
         """Make an adapter that changes nothing.
 
@@ -86,8 +86,11 @@ class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return torch.where(present.any(1).view(-1, 1, 1, 1), fused, h_target)
 
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)
+        heads: torch.Tensor = tokens.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)
+        return heads
 
     def _positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        embedding = get_2d_sincos_pos_embed(self.config.channels, (height, width), device=like.device, output_type="pt")
+        embedding: torch.Tensor = get_2d_sincos_pos_embed(
+            self.config.channels, (height, width), device=like.device, output_type="pt"
+        )
         return embedding.to(like.dtype)
