@@ -24,7 +24,8 @@ demo: $(STAMP)  ## Run the main job on the sample corpus: download, embed, index
 	@$(BIN)/imagerag demo
 
 test: $(STAMP)  ## Run the unit and engine tests.
-	@$(BIN)/pytest -m "not gpu"
+	@# Two at a time: much of an engine test is waiting. By file, and the long ones early.
+	@$(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-unit: $(STAMP)  ## Run the tests that take seconds.
 	@$(BIN)/pytest -m "not engines and not gpu"
