@@ -1,4 +1,4 @@
-"""Third phase: the one-step student, distilled from the teacher by latent adversarial distillation.
+"""Fifth phase: the one-step student, distilled from the teacher by latent adversarial distillation.
 
 It starts as the teacher, learns to hit the drawing that belongs to noise and text as well as one step can, which leaves
 it blurred, and then to please the discriminator, which makes it sharp. A quarter of each batch goes on teaching the
@@ -23,10 +23,10 @@ from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import Discriminator
 from imagerag.training.ladd import Ladd, LossWeights
 
-LEARNING_RATE = 8e-4
+LEARNING_RATE = 4e-4
 HEADS_LEARNING_RATE = 5e-4
 WEIGHTS = LossWeights(adversarial=0.3, distillation=2.5)
-ADVERSARIAL_SHARE = 0.45
+ADVERSARIAL_SHARE = 0.6
 """Of all steps, the last ones: a discriminator has little to teach to what is not even near, and takes its time."""
 _MAX_TIMESTEP = 600
 _BETAS = (0.5, 0.99)

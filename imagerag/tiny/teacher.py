@@ -1,4 +1,4 @@
-"""Second phase: the multi-step teacher, whose mid block alone sees the text and learns to carry the picture.
+"""Second and fourth phase: the multi-step teacher, whose mid block alone sees the text and learns to carry the picture.
 
 Three kinds of rows make a batch. Half are noised to a random timestep, as ever. A quarter are pure noise, because one
 step from there is all that the student will take. The others teach the decoder to read pictures out of the H-space: a
@@ -22,7 +22,6 @@ from imagerag.tiny.latents import Latents
 from imagerag.tiny.pictures import grid
 from imagerag.training.diffusion import Diffusion
 
-LEARNING_RATE = 1e-3
 EMA_DECAY = 0.998
 _EMPTY_PROMPTS = 0.1
 _ALMOST_CLEAN = 30
@@ -62,31 +61,31 @@ def build_scheduler() -> EulerDiscreteScheduler:
 class TeacherPhase:
     """Learns v-prediction on the latents of one split."""
 
-    name = "teacher"
-
     def __init__(
         self,
+        name: str,
+        unet: UNet2DConditionModel,
         latents: Latents,
         prompts: Prompts,
         vae: AutoencoderKL,
         *,
         steps: int,
+        learning_rate: float,
         batch_size: int,
         seed: int,
         device: torch.device,
     ) -> None:
-        torch.manual_seed(seed)
-        self.steps = steps
-        self.recipe = {"steps": steps, "seed": seed, "learning_rate": LEARNING_RATE, "batch_size": batch_size}
+        self.name, self.steps = name, steps
+        self.recipe = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "batch_size": batch_size}
         self.recipe |= {"ema_decay": EMA_DECAY, "empty_prompts": _EMPTY_PROMPTS}
-        self.unet = build_unet().to(device, memory_format=torch.channels_last).train()
+        self.unet = unet.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
         self.ema = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
         self._latents, self._prompts, self._vae = latents, prompts, vae
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._diffusion = Diffusion(build_scheduler())
-        self._optimizer = torch.optim.AdamW(self.unet.parameters(), LEARNING_RATE, weight_decay=1e-2)
+        self._optimizer = torch.optim.AdamW(self.unet.parameters(), learning_rate, weight_decay=1e-2)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.05, 200 / steps)
+            self._optimizer, learning_rate, total_steps=steps, pct_start=min(0.05, 200 / steps)
         )
 
     def state(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Train the embedded base model: python -m imagerag.tiny.train --help.
 
-Autoencoder, teacher and student learn one after the other from nothing but the `base` concepts of the sample corpus.
-Each writes its weights when it is done, and a stopped run goes on where it was. Losses and pictures go to MLflow.
+Five phases follow each other, on nothing but the `base` concepts of the sample corpus: the autoencoder; a UNet whose
+decoder reads pictures out of the H-space; the text's part in it; the teacher; the student. A stopped run goes on where
+it was. Losses and pictures go to MLflow.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from imagerag.corpus.sample import Drawing, load_concepts, load_drawings
 from imagerag.generation.base import load_conditioner
 from imagerag.tiny.data import Pictures, Prompts
 from imagerag.tiny.latents import Latents
+from imagerag.tiny.prior import PriorPhase
 from imagerag.tiny.student import StudentPhase
-from imagerag.tiny.teacher import TeacherPhase, build_scheduler
+from imagerag.tiny.teacher import TeacherPhase, build_scheduler, build_unet
 from imagerag.tiny.vae import VaePhase, encode_all, normalize_latents
 from imagerag.training.loop import Phase, run
 from imagerag.training.tracking import Tracker, tracked
@@ -36,14 +38,16 @@ class Recipe:
 
     seed: int = 0
     vae_steps: int = 2400
-    teacher_steps: int = 2100
-    student_steps: int = 2000
+    hspace_steps: int = 2100
+    prior_steps: int = 2400
+    teacher_steps: int = 1500
+    student_steps: int = 1500
     batch_size: int = 64
-    """Of teacher and student."""
+    """Of all but the autoencoder and the text's part."""
 
 
 class Training:
-    """The three phases, and what they hand on to each other through the output folder."""
+    """The phases, and what they hand on to each other through the output folder."""
 
     def __init__(self, recipe: Recipe, drawings: Sequence[Drawing], folder: Path, tracker: Tracker) -> None:
         self._recipe, self._folder, self._tracker = recipe, folder, tracker
@@ -88,14 +92,18 @@ class Training:
         return phase.vae
 
     def _train_teacher(self, common: dict[str, Any]) -> ModelMixin:
-        phase = TeacherPhase(**common, steps=self._recipe.teacher_steps)
-        self._run(phase)
-        return phase.ema.module
+        torch.manual_seed(self._recipe.seed)
+        hspace = TeacherPhase("hspace", build_unet(), **common, steps=self._recipe.hspace_steps, learning_rate=1e-3)
+        self._run(hspace)
+        without_size = {name: value for name, value in common.items() if name != "batch_size"}
+        prior = PriorPhase(_copy(hspace.ema.module), **without_size, steps=self._recipe.prior_steps)
+        self._run(prior)
+        teacher = TeacherPhase("teacher", prior.unet, **common, steps=self._recipe.teacher_steps, learning_rate=4e-4)
+        self._run(teacher)
+        return teacher.ema.module
 
     def _train_student(self, teacher: UNet2DConditionModel, common: dict[str, Any]) -> ModelMixin:
-        student = UNet2DConditionModel.from_config(teacher.config)
-        student.load_state_dict(teacher.state_dict())
-        phase = StudentPhase(teacher, student, **common, steps=self._recipe.student_steps)
+        phase = StudentPhase(teacher, _copy(teacher), **common, steps=self._recipe.student_steps)
         self._run(phase)
         return phase.ema.module
 
@@ -112,6 +120,12 @@ class Training:
             "code_points": sorted({drawing.concept.codepoint for drawing in self._drawings}),
         }
         (self._folder / tiny.MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    copy = UNet2DConditionModel.from_config(unet.config)
+    copy.load_state_dict(unet.state_dict())
+    return copy
 
 
 def main() -> None:

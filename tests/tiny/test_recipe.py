@@ -12,7 +12,7 @@ from imagerag.tiny.latents import Latents
 from imagerag.tiny.train import Recipe, Training
 from tests.training.test_loop import Kept as _Kept
 
-RECIPE = Recipe(vae_steps=3, teacher_steps=4, student_steps=4, batch_size=8)
+RECIPE = Recipe(vae_steps=3, hspace_steps=4, prior_steps=4, teacher_steps=4, student_steps=4, batch_size=8)
 PARTS = ["vae", "teacher", "unet"]
 
 
@@ -33,6 +33,7 @@ def _weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 def test_it_makes_all_parts_and_a_killed_run_goes_on(
     drawings: list[Drawing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("imagerag.tiny.prior._NUM_NOISES", 32)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
@@ -41,7 +42,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     manifest = json.loads((whole / "manifest.json").read_text())
     assert set(manifest["code_points"]) == {drawing.concept.codepoint for drawing in drawings}
     assert manifest["recipe"]["student_steps"] == 4
-    assert {name.split("/")[0] for name in kept.images} == {"vae", "teacher", "student"}
+    assert {name.split("/")[0] for name in kept.images} == {"vae", "hspace", "prior", "teacher", "student"}
     expected = _weights(whole)
     assert expected["unet"].keys() == expected["teacher"].keys()
     assert all(value.dtype == torch.float16 for value in expected["unet"].values())
