@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch is first imported: tests run two at a time, and threads that wait for each other's core only burn it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from imagerag.services import prefect_environment

@@ -30,7 +30,11 @@ class Phase(Protocol):
         """Return a picture of what the model can do now."""
 
 
-def run(phase: Phase, folder: Path, tracker: Tracker, *, checkpoint_every_s: float = 60.0, grids: int = 10) -> None:
+_GRIDS = 10
+"""Pictures of what a model can do, over its whole training."""
+
+
+def run(phase: Phase, folder: Path, tracker: Tracker, *, checkpoint_every_s: float = 60.0) -> None:
     """Train `phase` to its end, from its checkpoint in `folder` if there is one of the same recipe.
 
     Raises:
@@ -48,7 +52,7 @@ def run(phase: Phase, folder: Path, tracker: Tracker, *, checkpoint_every_s: flo
             if done % 25 == 0 or done == phase.steps:
                 bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
                 tracker.metrics({f"{phase.name}/{name}": value for name, value in losses.items()}, done)
-            if done % max(1, phase.steps // grids) == 0 or done == phase.steps:
+            if done % max(1, phase.steps // _GRIDS) == 0 or done == phase.steps:
                 tracker.image(f"{phase.name}/{done:06d}.png", phase.grid())
             if time.monotonic() - saved > checkpoint_every_s or done == phase.steps:
                 _save(path, phase, done)

@@ -34,6 +34,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     drawings: list[Drawing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("imagerag.tiny.prior._NUM_NOISES", 32)
+    monkeypatch.setattr("imagerag.training.loop._GRIDS", 1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
