@@ -1,16 +1,17 @@
 """A base model: what a prompt and noise become a picture with, one-step student or multi-step teacher alike."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imagerag.errors import UserError
-from imagerag.generation.spec import BaseIdentity, Part, parts_of, resolve
+from imagerag.generation.spec import BaseIdentity, Part, parts_of, read_json, resolve
 from imagerag.generation.text import TextConditioner
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -78,17 +79,18 @@ def _towers(parts: Mapping[str, Part]) -> list[str]:
 
 
 def _load(kind: type[ModelMixin], part: Part, dtype: torch.dtype) -> Any:
-    _check_kind(part, kind.load_config(part.folder).get("_class_name"), kind.__name__)
-    loaded = kind.from_pretrained(
-        part.folder, torch_dtype=dtype, use_safetensors=True, variant=part.variant, local_files_only=True
-    )
+    _check_kind(part, read_json(part.files[0]).get("_class_name"), kind.__name__)
+    with _readable(part):
+        loaded = kind.from_pretrained(
+            part.folder, torch_dtype=dtype, use_safetensors=True, variant=part.variant, local_files_only=True
+        )
     return loaded.eval().requires_grad_(False)
 
 
 def _load_scheduler(part: Part) -> Any:
     import diffusers
 
-    name = json.loads(part.files[0].read_text()).get("_class_name")
+    name = read_json(part.files[0]).get("_class_name")
     kind: Any = getattr(diffusers, str(name), None)
     is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
     if not is_scheduler:
@@ -106,18 +108,29 @@ def _load_tokenizer(part: Part) -> PreTrainedTokenizerBase:
 def _load_text_encoder(part: Part, dtype: torch.dtype) -> PreTrainedModel:
     import transformers
 
+    read_json(part.files[0])
     config = transformers.AutoConfig.from_pretrained(part.folder, local_files_only=True)
     kind = (config.architectures or ["nothing"])[0]
     _check_kind(part, kind, *_TEXT_ENCODERS)
-    encoder: PreTrainedModel = getattr(transformers, kind).from_pretrained(
-        part.weights_folder,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        variant=part.variant,
-        local_files_only=True,
-    )
+    with _readable(part):
+        encoder: PreTrainedModel = getattr(transformers, kind).from_pretrained(
+            part.weights_folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=part.variant,
+            local_files_only=True,
+        )
     return encoder.eval().requires_grad_(False)
+
+
+@contextmanager
+def _readable(part: Part) -> Iterator[None]:
+    """Name the part whose weights are cut off or do not fit their configuration."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the weights in {part.weights_folder} can't be loaded: {error}") from error
 
 
 def _check_kind(part: Part, found: str | None, *expected: str) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from imagerag import tiny
 from imagerag.digests import digest_of
@@ -92,7 +93,7 @@ def parts_of(spec: str, only: Collection[str] = ()) -> dict[str, Part]:
     check_spec(spec)
     weights_folders: dict[str, Path] = {}
     if spec in (TINY, TINY_TEACHER):
-        folders = _tiny_folders("unet" if spec == TINY else "teacher")
+        folders = _tiny_folders("unet" if spec == TINY else "teacher", only)
         weights_folders["text_encoder"] = text_folder()
     else:
         folders = _folders_of(Path(spec).expanduser().absolute() if _is_folder(spec) else _snapshot(spec))
@@ -103,11 +104,30 @@ def parts_of(spec: str, only: Collection[str] = ()) -> dict[str, Part]:
     }
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a configuration file of a base model says.
+
+    Raises:
+        UserError: if it is no JSON.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} has to be JSON: {error}") from error
+    return content
+
+
 def _is_folder(spec: str) -> bool:
     return spec.startswith(("/", ".", "~")) or (spec != "" and Path(spec).is_dir())
 
 
-def _tiny_folders(unet: str) -> dict[str, Path]:
+def _tiny_folders(unet: str, only: Collection[str]) -> dict[str, Path]:
+    # Its training needs the text encoder before there are weights.
+    if not only and not (tiny.FOLDER / tiny.MANIFEST_NAME).is_file():
+        raise UserError(
+            "the weights of `tiny` do not ship with the package yet: train them by `python -m imagerag.tiny.train` "
+            "(hours on two cores), or name another base model"
+        )
     return {part: tiny.FOLDER / part for part in _REQUIRED} | {"unet": tiny.FOLDER / unet}
 
 
@@ -139,7 +159,7 @@ def _folders_of(folder: Path) -> dict[str, Path]:
         raise UserError(f"the base model's folder {folder} does not exist")
     if not (folder / _INDEX).is_file():
         raise UserError(f"a base model's folder has {_INDEX}, in diffusers' format; {folder} has none")
-    listed = json.loads((folder / _INDEX).read_text())
+    listed = read_json(folder / _INDEX)
     parts = {}
     for part in (*_REQUIRED, *_OPTIONAL):
         present = isinstance(listed.get(part), list) and listed[part][0] is not None
@@ -175,7 +195,7 @@ def _check_part(name: str, folder: Path, weights_folder: Path) -> Part:
 
 
 def _shards(index: Path) -> list[Path]:
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(read_json(index)["weight_map"].values()))
     shards = [index.parent / Path(name).name for name in names]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:

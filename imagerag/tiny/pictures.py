@@ -6,10 +6,9 @@ from PIL import Image
 _GAP = 2
 
 
-def grid(pixels: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:
+def grid(pixels: torch.Tensor, columns: int) -> Image.Image:
     """Return pictures (N, 3, H, W), -1 to 1, beside and under each other."""
     from torchvision.utils import make_grid
 
     sheet = make_grid(pixels.float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=columns, padding=_GAP, pad_value=0.8)
-    image = Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    return Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())

@@ -24,6 +24,7 @@ from imagerag.generation.base import BaseModel, load_base
 from imagerag.generation.batch import Generated, generate
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.generation.sheet import sheet
+from imagerag.generation.spec import resolve
 from imagerag.tiny import hspace
 from imagerag.tiny.data import Pictures
 from imagerag.tiny.vae import encode_all, to_input
@@ -102,6 +103,8 @@ def make_report(folder: Path, num_prompts: int = 498) -> Report:
     Args:
         num_prompts: pictures of each model and split; the concepts of a split take turns.
     """
+    for model in MODELS:
+        resolve(model.base)
     folder.mkdir(parents=True, exist_ok=True)
     measurer = _Measurer(num_prompts)
     rows = []

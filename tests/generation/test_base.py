@@ -145,6 +145,24 @@ def test_what_is_wrong_with_a_folder_is_named(
         load_base(str(copy), device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("model_index.json", r"model_index.json has to be JSON"),
+        ("vae/config.json", r"vae/config.json has to be JSON"),
+        ("text_encoder/config.json", r"text_encoder/config.json has to be JSON"),
+        ("scheduler/scheduler_config.json", r"scheduler_config.json has to be JSON"),
+        ("unet/diffusion_pytorch_model.safetensors", r"the weights in .*/copy/unet can't be loaded"),
+        ("text_encoder/model.safetensors", r"the weights in .*/copy/text_encoder can't be loaded"),
+    ],
+)
+def test_a_file_that_was_cut_off_is_named(bases: dict[str, Path], tmp_path: Path, path: str, message: str) -> None:
+    copy = shutil.copytree(bases["sd-turbo"], tmp_path / "copy")
+    (copy / path).write_bytes((copy / path).read_bytes()[:100])
+    with pytest.raises(UserError, match=message):
+        load_base(str(copy), device="cpu")
+
+
 def test_a_missing_shard_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(bases["sharded"], tmp_path / "copy")
     shard = sorted((copy / "unet").glob("*-of-*.safetensors"))[1]
