@@ -1,13 +1,11 @@
 """What the embedded base model learns from: the drawings of one split as pixels, and their prompts as text features."""
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
 from imagerag.corpus.sample import STYLES, Concept, Drawing
 from imagerag.generation.text import TextConditioner
@@ -35,17 +33,11 @@ class Pictures:
         numbers = {codepoint: number for number, codepoint in enumerate(codepoints)}
         styles = {style.name: number for number, style in enumerate(STYLES)}
         return cls(
-            pixels=torch.stack([to_pixels(drawing.image) for drawing in drawings]),
+            pixels=torch.stack([torch.from_numpy(drawing.pixels()) for drawing in drawings]),
             concepts=torch.tensor([numbers[drawing.concept.codepoint] for drawing in drawings]),
             styles=torch.tensor([styles[drawing.style.name] for drawing in drawings]),
             codepoints=codepoints,
         )
-
-
-def to_pixels(image: bytes) -> torch.Tensor:
-    """Return an image file's pixels (3, H, W), bytes."""
-    pixels: torch.Tensor = torch.from_numpy(np.array(Image.open(io.BytesIO(image)).convert("RGB")))
-    return pixels.permute(2, 0, 1).contiguous()
 
 
 def prompts_of(concept: Concept) -> tuple[str, ...]:

@@ -5,10 +5,15 @@ claims about generalisation rest on it. `data/ATTRIBUTION.md` names authors and 
 """
 
 import csv
+import io
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPLITS = ("base", "adapter", "held_out")
 """`base` trains the base model and the encoder, `adapter` only the adapter, `held_out` nothing at all."""
@@ -58,6 +63,13 @@ class Drawing:
     style: Style
     image: bytes
     """WebP, 64x64 pixels, RGB."""
+
+    def pixels(self) -> "np.ndarray":
+        """Return the image as bytes (3, 64, 64)."""
+        import numpy as np
+        from PIL import Image
+
+        return np.ascontiguousarray(np.asarray(Image.open(io.BytesIO(self.image)).convert("RGB")).transpose(2, 0, 1))
 
 
 @cache

@@ -7,7 +7,6 @@ that was stopped, the batches are the same.
 """
 
 import argparse
-import io
 import json
 import logging
 import math
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from open_clip.loss import ClipLoss
-from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
@@ -74,7 +72,7 @@ class Samples:
         self._drawings: dict[str, list[torch.Tensor]] = defaultdict(list)
         texts: dict[str, tuple[str, ...]] = {}
         for drawing in drawings:
-            self._drawings[drawing.concept.codepoint].append(_pixels(drawing.image))
+            self._drawings[drawing.concept.codepoint].append(torch.from_numpy(drawing.pixels()))
             texts[drawing.concept.codepoint] = (drawing.concept.name, *drawing.concept.keywords)
         self.codepoints = sorted(self._drawings)
         features = _text_features(model, sorted({text for group in texts.values() for text in group}))
@@ -100,11 +98,6 @@ class Samples:
         if len(features) == 1 or rng.random() >= self._recipe.keyword_share:
             return features[0]
         return F.normalize(features[0] + rng.random() * features[rng.integers(1, len(features))], dim=0)
-
-
-def _pixels(image: bytes) -> torch.Tensor:
-    pixels: torch.Tensor = torch.from_numpy(np.array(Image.open(io.BytesIO(image)).convert("RGB")))
-    return pixels.permute(2, 0, 1)
 
 
 def _text_features(model: "open_clip.CustomTextCLIP", texts: list[str]) -> dict[str, torch.Tensor]:
