@@ -48,6 +48,21 @@ class Embedded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CachedFeatures:
+    """A table version of which every row has its features for a base model."""
+
+    uri: str
+    table: str
+    version: int
+    num_rows: int
+    num_added: int
+    base_id: str
+    features_digest: str
+    duration_s: float = 0.0
+    machine_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexBuild:
     """An index over a table version, and how good it was found to be."""
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 from imagerag.embedding import spec as specs
 from imagerag.embedding import tiny
 from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.workers import Dtype
 
 if TYPE_CHECKING:
     import open_clip
     import torch
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
 Embeddings = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 

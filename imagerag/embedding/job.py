@@ -6,15 +6,13 @@ through the driver, a job that dies loses a minute, and the next one computes wh
 """
 
 import logging
-import queue
 import tarfile
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -26,15 +24,14 @@ from imagerag.compute import start_ray, stop_ray
 from imagerag.corpus.ledger import wanted_images
 from imagerag.corpus.shards import shard_path
 from imagerag.embedding.config import EmbedConfig
-from imagerag.embedding.encoder import Dtype, UndecodableImageError, load_encoder
+from imagerag.embedding.encoder import UndecodableImageError, load_encoder
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.schema import EncoderIdentity, row_ids
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-
-T = TypeVar("T")
+from imagerag.workers import Dtype, plan_workers, resources_of, watched
 
 _COMPARED = ["id", "url", "source", "licence"]
 """A row of the table is as the corpus wants it if these are."""
@@ -43,11 +40,6 @@ _BLOCK_ROWS = 64
 _BLOCK_BYTES = 16 * 2**20
 _IN_FLIGHT_BYTES = 512 * 2**20
 """Images that wait for an encoder: what bounds memory, however many there are."""
-_WORKER_CORES = 8
-
-
-class StalledError(RuntimeError):
-    """The workers have finished nothing for too long."""
 
 
 class CorruptShardError(RuntimeError):
@@ -252,28 +244,9 @@ def _embedded_batches(
         batch_size=config.batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=num_workers),
-        **({"num_gpus": 1} if device == "cuda" else {"num_cpus": num_threads}),
+        **resources_of(device, num_threads),
     )
     yield from batches.iter_rows()
-
-
-def plan_workers(nodes: list[dict[str, Any]], config: EmbedConfig) -> tuple[str, int, int]:
-    """Return the device, how many workers to start and the threads of each.
-
-    Raises:
-        UserError: if there are fewer GPUs or cores than workers asked for.
-    """
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    num_gpus = int(sum(resources.get("GPU", 0) for resources in alive))
-    cores = [int(resources["CPU"]) for resources in alive if resources.get("CPU")]
-    device = config.device or ("cuda" if num_gpus else "cpu")
-    asked = config.num_workers or 1
-    unit, most = ("GPU", num_gpus) if device == "cuda" else ("core", sum(cores))
-    if asked > most:
-        raise UserError(f"every worker needs a {unit} of its own: Ray has {most}, and {asked} workers are asked for")
-    num_threads = min(_WORKER_CORES, *cores, max(1, sum(cores) // asked))
-    num_workers = num_gpus if device == "cuda" else sum(n // num_threads for n in cores)
-    return device, config.num_workers or num_workers, num_threads
 
 
 def _commit_all(
@@ -298,46 +271,3 @@ def _commit_all(
     store.commit(fragments, version)
     assert num_done == num_rows, f"{num_done} rows were embedded instead of {num_rows}"
     return machine_s
-
-
-def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T, None, None]:
-    """Yield what `iterate()` does, which runs in a thread of its own.
-
-    Ray was seen to wait for ever for a machine that had gone. A wait can't be interrupted, but left behind.
-
-    Raises:
-        StalledError: if there is nothing new for `timeout_s` seconds.
-    """
-    results: queue.Queue[T | BaseException | None] = queue.Queue()
-    stopped = threading.Event()
-
-    def run() -> None:
-        end: BaseException | None = None
-        try:
-            for result in iterate():
-                results.put(result)
-                if stopped.is_set():
-                    break
-        except BaseException as error:  # noqa: BLE001 - it is raised in the other thread
-            end = _cause(error)
-        results.put(end)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        while (result := results.get(timeout=timeout_s)) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-    except queue.Empty:
-        raise StalledError(
-            f"no batch was finished for {timeout_s:.0f} s. What was committed is kept: run the same again to continue"
-        ) from None
-    finally:
-        stopped.set()
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the exception that a worker raised, without what Ray wrapped it in and referred to in its traceback."""
-    from ray.exceptions import RayTaskError
-
-    return (error.cause if isinstance(error, RayTaskError) else error).with_traceback(None)

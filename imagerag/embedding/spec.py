@@ -31,6 +31,8 @@ class EncoderFiles:
 
     identity: EncoderIdentity
     folder: Path
+    text_tower: Path | None = None
+    """Weights of the text tower alone, in Hugging Face's format, if they are a file of their own."""
 
 
 def check_spec(spec: str) -> str:
@@ -57,8 +59,9 @@ def resolve(spec: str) -> EncoderFiles:
         UserError: if there is no such encoder, or it has no safetensors weights.
     """
     check_spec(spec)
+    text_tower = None
     if spec == TINY:
-        folder = tiny.FOLDER
+        folder, text_tower = tiny.FOLDER, tiny.text_folder() / "model.safetensors"
         files = [folder / tiny.CONFIG_NAME, folder / tiny.WEIGHTS_NAME, *_select(tiny.text_folder(), "*.safetensors")]
     else:
         folder = _folder_of(spec)
@@ -67,7 +70,7 @@ def resolve(spec: str) -> EncoderFiles:
     config = json.loads((folder / _CONFIG).read_text())
     name = str(folder) if _is_folder(spec) else spec  # workers may start in another folder
     identity = EncoderIdentity(id=name, digest=_digest(files), dim=config["model_cfg"]["embed_dim"])
-    return EncoderFiles(identity=identity, folder=folder)
+    return EncoderFiles(identity=identity, folder=folder, text_tower=text_tower)
 
 
 def _is_folder(spec: str) -> bool:

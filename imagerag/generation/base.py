@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from imagerag.errors import UserError
 from imagerag.generation.spec import BaseIdentity, Part, parts_of, read_json, resolve
 from imagerag.generation.text import TextConditioner
+from imagerag.workers import Dtype
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
 

@@ -1,30 +1,54 @@
-"""One-step text-to-image generation as a diffusers pipeline (paper, Sec. 3.1)."""
+"""ImageRAGTurbo as a diffusers pipeline: prompts, references of an index, one step (paper, Sec. 3)."""
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imagerag.errors import UserError
+from imagerag.generation.arguments import Given, check_fusion, check_given, check_prompts, check_sampling
 from imagerag.generation.base import BaseModel
+from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
+from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import Condition, TextConditioner, unet_arguments
+from imagerag.hspace.adapter import HSpaceAdapter, gate
+from imagerag.hspace.features import encode_references, feature_identity
+from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SecondHalf, SlerpFusion
+from imagerag.hspace.split import decode, encode
+from imagerag.retrieval.ann import Embeds
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Is told after each step: its number, its timestep and the latents (N, C, H, W)."""
-MAX_STEPS = 1000
+_DEFAULT_REFERENCES = {"adapter": 4, "slerp": 1}
+
+
+@dataclass
+class ImageRAGTurboOutput(BaseOutput):  # type: ignore[misc]
+    """Pictures, and where they come from."""
+
+    images: Any
+    """As `output_type` says."""
+    references: list[tuple[Reference, ...]]
+    """What each picture was given of the index, the best first."""
 
 
 class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Pictures of prompts by any base model: one step of a student, or many of a teacher with guidance."""
+    """Pictures of prompts by a base model, which is shown what an index has of them.
+
+    Any base model works: one step of a student, or many of a teacher with guidance.
+    """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
-    _optional_components = ["tokenizer_2", "text_encoder_2"]  # noqa: RUF012 - diffusers reads it from the class
+    _optional_components = ["tokenizer_2", "text_encoder_2", "adapter"]  # noqa: RUF012 - read from the class
 
     def __init__(
         self,
@@ -35,7 +59,23 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         text_encoder: PreTrainedModel,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         text_encoder_2: PreTrainedModel | None = None,
+        adapter: HSpaceAdapter | None = None,
+        base_id: str | None = None,
+        base_digest: str | None = None,
+        index_uri: str | None = None,
+        index_name: str | None = None,
+        similarity_threshold: float = 0.0,
     ) -> None:
+        """Make a pipeline of its parts; `from_base` and `from_pretrained` are easier.
+
+        Args:
+            adapter: fuses references; without one there is slerp.
+            base_id: the base model's name for people.
+            base_digest: which base model it is, and so whose cached features it can use.
+            index_uri: the LanceDB database with the index that references come from.
+            index_name: its corpus.
+            similarity_threshold: references whose caption is less similar to the prompt have no effect.
+        """
         super().__init__()
         self.register_modules(
             vae=vae,
@@ -45,12 +85,21 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             text_encoder=text_encoder,
             tokenizer_2=tokenizer_2,
             text_encoder_2=text_encoder_2,
+            adapter=adapter,
+        )
+        self.register_to_config(
+            base_id=base_id,
+            base_digest=base_digest,
+            index_uri=index_uri,
+            index_name=index_name,
+            similarity_threshold=similarity_threshold,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._index: ReferenceIndex | None = None
 
     @classmethod
-    def from_base(cls, base: BaseModel) -> Self:
+    def from_base(cls, base: BaseModel, adapter: HSpaceAdapter | None = None) -> Self:
         """Return the pipeline of a loaded base model."""
         second = dict(
             zip(("tokenizer_2", "text_encoder_2"), (*base.tokenizers[1:], *base.text_encoders[1:]), strict=False)
@@ -61,14 +110,49 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             scheduler=base.scheduler,
             tokenizer=base.tokenizers[0],
             text_encoder=base.text_encoders[0],
+            adapter=adapter,
+            base_id=base.identity.id,
+            base_digest=base.identity.digest,
             **second,
         )
+
+    def use_index(self, uri: str, name: str) -> Self:
+        """Take references from the published index of a corpus, opened now.
+
+        Raises:
+            UserError: if there is none, or it is empty.
+        """
+        self.register_to_config(index_uri=uri, index_name=name)
+        self._index = None
+        assert self.index is not None, (uri, name)
+        return self
+
+    @property
+    def index(self) -> ReferenceIndex | None:
+        """Where references come from, if there is an index."""
+        if self._index is None and self.config.index_name is not None:
+            if self.config.base_digest is None:
+                raise UserError("a pipeline that isn't told its base_digest can't use an index's cached features")
+            base = BaseIdentity(id=self.config.base_id or "unnamed", digest=self.config.base_digest)
+            identity = feature_identity(base, self.unet.config)
+            self._index = ReferenceIndex(self.config.index_uri, self.config.index_name, identity, self.text_encoder)
+        return self._index
 
     @torch.inference_mode()
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
+        num_references: int | None = None,
+        fusion: FusionName | None = None,
+        w: float = 0.8,
+        adapter_scale: float = 1.0,
+        similarity_threshold: float | None = None,
+        compose: bool = False,
+        reference_ids: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        reference_images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        reference_captions: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        strict: bool = False,
         num_inference_steps: int = 1,
         guidance_scale: float = 0.0,
         num_images_per_prompt: int = 1,
@@ -76,11 +160,21 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: OnStep | None = None,
-    ) -> StableDiffusionPipelineOutput:
+    ) -> ImageRAGTurboOutput:
         """Make pictures.
 
         Args:
             prompt: one, or a batch of them.
+            num_references: how many rows of the index each prompt is given; by default 4 for the adapter, 1 for slerp.
+            fusion: how they are fused; by default by the adapter if there is one, else by slerp if there is an index.
+            w: of slerp: 1 is the base model, 0 the reference.
+            adapter_scale: of what the adapter adds; 0 is the base model.
+            similarity_threshold: instead of the pipeline's own.
+            compose: whether to look for each thing that a prompt names by itself.
+            reference_ids: rows of the index to use instead of a search, the same for all prompts or a list for each.
+            reference_images: pictures to use instead of a search, likewise.
+            reference_captions: what they show.
+            strict: whether references without cached features are an error, rather than computed now with a warning.
             num_inference_steps: of the scheduler; 1 for a student.
             guidance_scale: of classifier-free guidance; 1 and less mean none, which costs half. A student that was
                 distilled with guidance as an input (LCM) is given it as that.
@@ -91,46 +185,137 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             callback_on_step_end: is told of each step.
 
         Raises:
-            UserError: if an argument is out of its bounds.
+            UserError: if an argument is out of its bounds, or references can't be had.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        _check(prompts, num_inference_steps, num_images_per_prompt, generator)
-        device, dtype = self._execution_device, self.unet.dtype
+        check_prompts(prompts)
+        check_sampling(len(prompts), num_inference_steps, num_images_per_prompt, generator)
+        given = check_given(len(prompts), reference_ids, reference_images, reference_captions)
+        fusion = fusion or self._default_fusion(given)
+        num_references = _DEFAULT_REFERENCES.get(fusion, 0) if num_references is None else num_references
+        threshold = self.config.similarity_threshold if similarity_threshold is None else similarity_threshold
+        check_fusion(
+            fusion, has_adapter=self.adapter is not None, num_references=num_references, w=w, threshold=threshold
+        )
+
+        condition = self._conditioner.encode(prompts)  # tau(p_tgt)
+        references = None
+        if fusion != "none" and (num_references or given.any):
+            found = self._find_references(prompts, condition, given, num_references, compose, strict)
+            references = found.repeat_interleave(num_images_per_prompt)
+        fuse = None if references is None else self._fusion(references, fusion, w, adapter_scale, threshold)
+
+        latents = self._sample(
+            self._noise(len(prompts) * num_images_per_prompt, generator, latents),  # z_T
+            condition.repeat_interleave(num_images_per_prompt),
+            fuse,
+            num_inference_steps,
+            guidance_scale,
+            generator,
+            callback_on_step_end,
+        )
+        used: list[tuple[Reference, ...]] = [()] * len(latents)
+        if references is not None and fuse is not None:
+            used = references.used(fuse.shares)
+        return ImageRAGTurboOutput(images=self._decode(latents, output_type), references=used)
+
+    def _sample(
+        self,
+        latents: torch.Tensor,
+        condition: Condition,
+        fuse: Fusion | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        on_step: OnStep | None,
+    ) -> torch.Tensor:
+        """Return clean latents `z_0` of noise `z_T`."""
         guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-        condition = self._encode(prompts, num_images_per_prompt, guided)
-        side = self.unet.config.sample_size
-        size = len(prompts) * num_images_per_prompt
-        if latents is None:
-            shape = (size, self.unet.config.in_channels, side, side)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        pixels = side * self.vae_scale_factor
+        if guided:
+            condition = self._conditioner.encode_empty(len(condition.embeds)).followed_by(condition)
+            fuse = None if fuse is None else SecondHalf(fuse)
+        pixels = self.unet.config.sample_size * self.vae_scale_factor
         arguments = unet_arguments(self.unet, condition, side=pixels, guidance_scale=guidance_scale)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        latents = latents * self.scheduler.init_noise_sigma
         steps = self._step_arguments(generator)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             sample = self.scheduler.scale_model_input(torch.cat([latents] * (1 + guided)), timestep)
-            prediction = self.unet(sample, timestep, **arguments).sample
+            prediction = self._predict(sample, timestep, arguments, fuse)
             if guided:
                 without, with_text = prediction.chunk(2)
                 prediction = without + guidance_scale * (with_text - without)
             stepped = self.scheduler.step(prediction, timestep, latents, **steps)
             latents = stepped.prev_sample
-            if callback_on_step_end is not None:
-                callback_on_step_end(index, timestep, latents)
+            if on_step is not None:
+                on_step(index, timestep, latents)
         # LCM's scheduler hands on noised latents, and the clean ones beside them.
-        latents = getattr(stepped, "denoised", latents)
-        return StableDiffusionPipelineOutput(images=self._decode(latents, output_type), nsfw_content_detected=None)
+        return getattr(stepped, "denoised", latents)
 
-    def _encode(self, prompts: list[str], num_images_per_prompt: int, guided: bool) -> Condition:
+    def _predict(
+        self, sample: torch.Tensor, timestep: torch.Tensor, arguments: dict[str, Any], fuse: Fusion | None
+    ) -> torch.Tensor:
+        """Return the UNet's prediction: `D(F(h_tgt, h_retr), skips_tgt)`, where `h_tgt = E(z_t, t, tau(p_tgt))`."""
+        target = encode(self.unet, sample, timestep, **arguments)
+        h = target.h if fuse is None else fuse(target.h)
+        return decode(self.unet, replace(target, h=h))
+
+    def _fusion(
+        self, references: References, fusion: FusionName, w: float, adapter_scale: float, threshold: float
+    ) -> Fusion:
+        """Return `F`, with all that it needs on the device."""
+        device, dtype = self._execution_device, self.unet.dtype
+        h_references = references.features.to(device, dtype)
+        weights = gate(references.similarities, threshold).to(device)  # lambda
+        if fusion == "adapter":
+            return AdapterFusion(self.adapter, h_references, weights, adapter_scale)
+        return SlerpFusion(h_references, weights, w)
+
+    def _default_fusion(self, given: Given) -> FusionName:
+        if not given.any and self.config.index_name is None:
+            return "none"
+        return "slerp" if self.adapter is None else "adapter"
+
+    def _find_references(
+        self, prompts: list[str], condition: Condition, given: Given, k: int, compose: bool, strict: bool
+    ) -> References:
+        """Return what is nearest to each prompt, or what was given."""
+
+        def encode_texts(texts: Sequence[str]) -> Embeds | None:
+            own = condition if list(texts) == prompts else self._conditioner.encode(texts)
+            return None if own.sentences is None else own.sentences.float().cpu().numpy()
+
+        def encode_images(images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
+            return encode_references(self.vae, self.unet, self._conditioner, images, captions)
+
+        if given.images is not None and given.captions is not None:
+            embed = encode_texts if self.index is None else partial(self.index.encode, encode_texts=encode_texts)
+            return given_references(prompts, given.images, given.captions, embed, encode_images)
+        if self.index is None:
+            raise UserError("references come from an index: give the pipeline one with use_index, or reference_images")
+        if given.ids is not None:
+            rows = self.index.fetch(given.ids, prompts, encode_texts)
+        else:
+            rows = self.index.search(prompts, encode_texts, k, compose=compose)
+        return References.of(rows, self.index.features_of(rows, encode_images, strict=strict))
+
+    @property
+    def _conditioner(self) -> TextConditioner:
         towers = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
         tokenizers, encoders = zip(*((t, e) for t, e in towers if e is not None), strict=True)
-        conditioner = TextConditioner(tokenizers, encoders)
-        condition = conditioner.encode(prompts).repeat_interleave(num_images_per_prompt)
-        if not guided:
-            return condition
-        return conditioner.encode_empty(len(condition.embeds)).followed_by(condition)
+        return TextConditioner(tokenizers, encoders)
+
+    def _noise(
+        self, size: int, generator: torch.Generator | list[torch.Generator] | None, latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        side = self.unet.config.sample_size
+        shape = (size, self.unet.config.in_channels, side, side)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise UserError(f"latents have the shape {shape} for these prompts; got {tuple(latents.shape)}")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        return latents.to(self._execution_device, self.unet.dtype)
 
     def _step_arguments(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -142,20 +327,3 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         pixels = self.vae.decode(scaled, return_dict=False)[0]
         return self.image_processor.postprocess(pixels, output_type=output_type)
-
-
-def _check(
-    prompts: Sequence[str],
-    num_inference_steps: int,
-    num_images_per_prompt: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> None:
-    if not prompts:
-        raise UserError("at least one prompt is needed")
-    if not 1 <= num_inference_steps <= MAX_STEPS:
-        raise UserError(f"the number of steps must be between 1 and {MAX_STEPS}; got {num_inference_steps}")
-    if num_images_per_prompt < 1:
-        raise UserError(f"at least 1 picture of a prompt can be made; got {num_images_per_prompt}")
-    size = len(prompts) * num_images_per_prompt
-    if isinstance(generator, list) and len(generator) != size:
-        raise UserError(f"a list of generators has one for each of the {size} pictures; got {len(generator)}")

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -17,6 +19,9 @@ class Condition:
     """A feature for each token (B, L, D): the UNet's `encoder_hidden_states`."""
     pooled: torch.Tensor | None
     """A feature for each prompt (B, D), where there are two text encoders (SDXL): the UNet's `text_embeds`."""
+    sentences: torch.Tensor | None = None
+    """A feature for each prompt (B, D) to compare it with others by cosine, of length one, where the text encoder was
+    trained for that: sentence-transformers. A UNet doesn't see it, so what is made of a condition lacks it."""
 
     def repeat_interleave(self, times: int) -> "Condition":
         """Return each prompt's features `times` times, one after the other."""
@@ -38,10 +43,13 @@ class TextConditioner:
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Return the features of `prompts`; what exceeds the tokenizer's length is cut off."""
-        outputs = [self._run(tokenizer, encoder, prompts) for tokenizer, encoder in self._towers]
+        outputs, masks = zip(*(self._run(*tower, prompts) for tower in self._towers), strict=True)
         if len(outputs) == 1:
             # An inference tensor can't take part in training, a clone can.
-            return Condition(embeds=outputs[0].last_hidden_state.clone(), pooled=None)
+            embeds = outputs[0].last_hidden_state.clone()
+            is_sentence_encoder = self._towers[0][1].config.model_type == "bert"
+            sentences = _mean(embeds, masks[0]) if is_sentence_encoder and masks[0] is not None else None
+            return Condition(embeds, pooled=None, sentences=sentences)
         embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return Condition(embeds=embeds, pooled=outputs[-1].text_embeds)
 
@@ -52,7 +60,9 @@ class TextConditioner:
             return empty
         return Condition(torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled))
 
-    def _run(self, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts: Sequence[str]) -> Any:
+    def _run(
+        self, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts: Sequence[str]
+    ) -> tuple[Any, torch.Tensor | None]:
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
@@ -61,7 +71,22 @@ class TextConditioner:
             return_tensors="pt",
         ).to(encoder.device)
         mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-        return encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=len(self._towers) > 1)
+        return encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=len(self._towers) > 1), mask
+
+
+def is_text_tower(encoder: PreTrainedModel, weights: Path) -> bool:
+    """Whether a text encoder's weights are all in this file of safetensors, whatever else is."""
+    own = encoder.state_dict()
+    with safe_open(weights, "pt") as file:
+        if not own.keys() <= set(file.keys()):
+            return False
+        return all(torch.equal(file.get_tensor(name).to(each.device, each.dtype), each) for name, each in own.items())
+
+
+def _mean(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean token (B, D) of each prompt, of length one, as sentence-transformers pool."""
+    weights = mask.unsqueeze(-1).to(embeds.dtype)
+    return torch.nn.functional.normalize((embeds * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
 
 
 def unet_arguments(

@@ -26,8 +26,9 @@ EXACT_BELOW = 5_000
 """Exact search took 10 ms at 5,000 rows of 384 dimensions and 23 ms at 10,000; IVF_SQ took 7 ms at both."""
 
 _EMBEDDINGS = ("text_embed", "image_embed")
-_FRAGMENT_ROWS = 16_384
-"""Fragments below this are merged. It bounds what a small update rewrites, images included."""
+_FRAGMENT_ROWS = 2_048
+"""Fragments below this are merged. It bounds what a small update rewrites, images and features included, and is what a
+worker of the features job has in hand."""
 _NUM_QUERIES = 100
 _MAX_GROWTH = 2
 """Partitions are trained anew when the table has grown by this factor; up to then, new rows join the old partitions."""

@@ -1,7 +1,7 @@
 """Search in the published version of a table: by caption, by image, by words, or by meaning and words."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import lancedb
@@ -12,7 +12,9 @@ from lancedb.rerankers import RRFReranker
 
 from imagerag.errors import UserError
 from imagerag.retrieval.ann import Embeds, nearest, read_record
+from imagerag.retrieval.features import FeatureIdentity, Features, require_cached, to_features
 from imagerag.retrieval.publish import require_published
+from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store
 
@@ -59,8 +61,12 @@ class Neighbour:
     score: float
     """Cosine similarity for `caption` and `image`; BM25 (at least 0, not bounded) for `words`; for `hybrid` the sum of
     1 / (60 + rank) over the ranks by meaning and by words. Higher is nearer; scores of two kinds can't be compared."""
+    similarity: float | None = None
+    """Cosine of the caption's embedding and the query's; unknown for `image` and `words`."""
     image: bytes | None = None
     """The encoded image, if it was asked for."""
+    features: Features | None = field(default=None, compare=False, repr=False)
+    """Cached features (C, H, W), if they were asked for and the row has some."""
 
 
 class Retriever:
@@ -89,6 +95,7 @@ class Retriever:
         self.encoder: EncoderIdentity = self._store.encoder
         self.version: int = require_published(self._store)
         dataset = self._store.dataset(self.version)
+        self._schema = dataset.schema
         record = read_record(dataset)
         assert record is not None, f"version {self.version} was published without an index"
         self.num_rows: int = record.num_rows
@@ -113,6 +120,7 @@ class Retriever:
         texts: Sequence[str] | None = None,
         filters: Filters = Filters(),
         images: bool = False,
+        features: FeatureIdentity | None = None,
     ) -> list[list[Neighbour]]:
         """Return the `k` nearest rows of each query, the nearest first; all matching rows if they are fewer.
 
@@ -124,59 +132,88 @@ class Retriever:
                 number, and have no operators.
             filters: rows to look among.
             images: whether to fetch the images too.
+            features: whose cached features to fetch too.
 
         Raises:
-            UserError: if an argument breaks these rules.
+            UserError: if an argument breaks these rules, or the index has no such features.
         """
         if not 1 <= k <= MAX_K:
             raise UserError(f"k must be 1 to {MAX_K}, got {k}")
         if by not in get_args(By):
             raise UserError(f"a search is by one of {get_args(By)}, got {by!r}")
-        columns = [*_COLUMNS, *(["image"] if images else [])]
-        where = filters.to_sql()
+        if features is not None:
+            require_cached(self._schema, features)
+        wanted = _Wanted(k, filters.to_sql(), images, features)
         if by in ("caption", "image"):
-            return self._search_vectors(
-                self._check(embeds), k, "text_embed" if by == "caption" else "image_embed", columns, where
-            )
+            return self._search_vectors(self._check(embeds), "text_embed" if by == "caption" else "image_embed", wanted)
         if texts is None:
             raise UserError(f"a search by {by} needs the queries as texts")
         if by == "words":
-            return [self._search_words(text, k, columns, where) for text in texts]
-        return [
-            self._search_hybrid(embed, text, k, columns, where)
-            for embed, text in zip(self._check(embeds), texts, strict=True)
-        ]
+            return [self._search_words(text, wanted) for text in texts]
+        pairs = zip(self._check(embeds), texts, strict=True)
+        return [self._search_hybrid(embed, text, wanted) for embed, text in pairs]
 
-    def _search_vectors(
-        self, embeds: Embeds, k: int, column: str, columns: list[str], where: str | None
-    ) -> list[list[Neighbour]]:
-        query = nearest(self._table, column, embeds, self._nprobes.get(column), where)
-        found = query.limit(k).select([*columns, "_distance"]).to_arrow()
+    def fetch(
+        self,
+        ids: Sequence[str],
+        embed: Embeds | None = None,
+        *,
+        images: bool = False,
+        features: FeatureIdentity | None = None,
+    ) -> list[Neighbour]:
+        """Return the rows with these ids, in this order.
+
+        Args:
+            ids: of rows of the version that is searched.
+            embed: a query (D,) to compare their captions with; their score is the cosine then, else 0.
+            images: whether to fetch the images too.
+            features: whose cached features to fetch too.
+
+        Raises:
+            UserError: if there is no such row, or the index has no such features.
+        """
+        if features is not None:
+            require_cached(self._schema, features)
+        wanted = _Wanted(len(ids), None, images, features)
+        quoted = ", ".join("'" + each.replace("'", "''") + "'" for each in ids)
+        query = self._table.search().where(f"id IN ({quoted})").limit(len(ids))
+        found = query.select([*wanted.columns, "text_embed"]).to_arrow()
+        similarities = None if embed is None else to_numpy(found["text_embed"]) @ self._check(embed[None])[0]
+        scores = np.zeros(found.num_rows) if similarities is None else similarities
+        by_id = {each.id: each for each in _neighbours(found, wanted, scores, similarities)}
+        unknown = [each for each in ids if each not in by_id]
+        if unknown:
+            raise UserError(f"the index {self._store.name!r} has no row with the id {unknown[0]!r}")
+        return [by_id[each] for each in ids]
+
+    def _search_vectors(self, embeds: Embeds, column: str, wanted: "_Wanted") -> list[list[Neighbour]]:
+        query = nearest(self._table, column, embeds, self._nprobes.get(column), wanted.where)
+        found = query.limit(wanted.k).select([*wanted.columns, "_distance"]).to_arrow()
         neighbours: list[list[Neighbour]] = [[] for _ in embeds]
         # LanceDB numbers the queries only where there are several.
         queries = found["query_index"].to_pylist() if len(embeds) > 1 else [0] * len(found)
         scores = 1 - found["_distance"].to_numpy()
-        for query_index, neighbour in zip(queries, _neighbours(found, columns, scores), strict=True):
+        similarities = scores if column == "text_embed" else None
+        for query_index, neighbour in zip(queries, _neighbours(found, wanted, scores, similarities), strict=True):
             neighbours[query_index].append(neighbour)
         return neighbours
 
-    def _search_words(self, text: str, k: int, columns: list[str], where: str | None) -> list[Neighbour]:
-        found = self._match(text, where).limit(k).select([*columns, "_score"]).to_arrow()
-        return _neighbours(found, columns, found["_score"].to_numpy())
+    def _search_words(self, text: str, wanted: "_Wanted") -> list[Neighbour]:
+        found = self._match(text, wanted.where).limit(wanted.k).select([*wanted.columns, "_score"]).to_arrow()
+        return _neighbours(found, wanted, found["_score"].to_numpy())
 
-    def _search_hybrid(
-        self, embed: Embeds, text: str, k: int, columns: list[str], where: str | None
-    ) -> list[Neighbour]:
+    def _search_hybrid(self, embed: Embeds, text: str, wanted: "_Wanted") -> list[Neighbour]:
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
         nprobes = self._nprobes.get("text_embed")
-        by_meaning = nearest(self._table, "text_embed", embed[None], nprobes, where).limit(k)
-        by_words = self._match(text, where).limit(k)
+        by_meaning = nearest(self._table, "text_embed", embed[None], nprobes, wanted.where).limit(wanted.k)
+        by_words = self._match(text, wanted.where).limit(wanted.k)
+        columns = [*wanted.columns, "text_embed"]
         found = RRFReranker().rerank_hybrid(
             text,
             by_meaning.select([*columns, "_distance"]).with_row_id(True).to_arrow(),
             by_words.select([*columns, "_score"]).with_row_id(True).to_arrow(),
-        )[:k]
-        return _neighbours(found, columns, found["_relevance_score"].to_numpy())
+        )[: wanted.k]
+        return _neighbours(found, wanted, found["_relevance_score"].to_numpy(), to_numpy(found["text_embed"]) @ embed)
 
     def _match(self, text: str, where: str | None) -> Any:
         # As a text rather than a MatchQuery, LanceDB would be free to read operators in it.
@@ -194,6 +231,35 @@ class Retriever:
         return embeds.astype(np.float32, copy=False)
 
 
-def _neighbours(found: pa.Table, columns: list[str], scores: np.ndarray[Any, Any]) -> list[Neighbour]:
-    rows = found.select(columns).to_pylist()
-    return [Neighbour(**row, score=float(score)) for row, score in zip(rows, scores, strict=True)]
+@dataclass(frozen=True)
+class _Wanted:
+    k: int
+    where: str | None
+    images: bool
+    features: FeatureIdentity | None
+
+    @property
+    def columns(self) -> list[str]:
+        return [
+            *_COLUMNS,
+            *(["image"] if self.images else []),
+            *([self.features.column] if self.features is not None else []),
+        ]
+
+
+Scores = np.ndarray[Any, Any]
+
+
+def _neighbours(
+    found: pa.Table, wanted: _Wanted, scores: Scores, similarities: Scores | None = None
+) -> list[Neighbour]:
+    num_rows = found.num_rows
+    identity = wanted.features
+    # Not by way of Python's numbers: they are many.
+    features = [None] * num_rows if identity is None else list(to_features(found[identity.column], identity))
+    rows = found.select([*_COLUMNS, *(["image"] if wanted.images else [])]).to_pylist()
+    near = [None] * num_rows if similarities is None else similarities.tolist()
+    return [
+        Neighbour(**row, score=score, similarity=similarity, features=own)
+        for row, score, similarity, own in zip(rows, scores.tolist(), near, features, strict=True)
+    ]

@@ -126,7 +126,8 @@ class Store:
         May run in any process. The driver must hold `writer_lock` until it has committed, because whoever holds the
         lock may delete files that belong to no version.
         """
-        schema = self.dataset().schema
+        # Cached features are computed later, by base models that this writer doesn't know.
+        schema = pa.schema([field for field in self.dataset().schema if field.nullable is False])
         fragments = write_fragments(rows.select(schema.names).cast(schema), self.table_uri, schema=schema)
         return [json.dumps(fragment.to_json()) for fragment in fragments]
 

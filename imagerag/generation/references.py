@@ -1,0 +1,230 @@
+"""References of a prompt: which rows of the index, how near they are, and their cached features."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from imagerag.embedding.spec import resolve
+from imagerag.errors import UserError
+from imagerag.generation.text import is_text_tower
+from imagerag.retrieval.ann import Embeds
+from imagerag.retrieval.compose import merge, split_phrases
+from imagerag.retrieval.features import FeatureIdentity, Features
+from imagerag.retrieval.search import Neighbour, Retriever
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedModel
+
+    from imagerag.embedding.encoder import Encoder
+
+EncodeTexts = Callable[[Sequence[str]], Embeds | None]
+"""Texts to the base model's own sentence features (N, D), L2-normalised, where it has some."""
+EncodeReferences = Callable[[Sequence["Image.Image"], Sequence[str]], torch.Tensor]
+"""Pictures and captions to `h_retr` (N, C, H, W)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Where a picture comes from: one row of the index that it was given."""
+
+    id: str
+    """Of the row; empty where the reference was given as a picture."""
+    caption: str
+    url: str
+    source: str
+    licence: str
+    similarity: float
+    """Cosine of the caption's and the prompt's text features."""
+    weight: float
+    """Lambda: how much of it was used; 0 where the gate was shut."""
+
+
+@dataclass(frozen=True)
+class References:
+    """References of a batch of B prompts, K each; what a prompt lacks is filled up with zeros."""
+
+    rows: tuple[tuple[Neighbour, ...], ...]
+    features: torch.Tensor
+    """`h_retr` (B, K, C, H, W)."""
+    similarities: torch.Tensor
+    """(B, K); -1 where there is none."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Neighbour]], h: Sequence[Sequence[torch.Tensor]]) -> "References":
+        """Return the references of each prompt, with features (C, H, W) of each row."""
+        most, shape = max(map(len, rows)), next(each.shape for own in h for each in own)
+        features = torch.zeros(len(rows), most, *shape)
+        similarities = torch.full((len(rows), most), -1.0)
+        for number, (own_rows, own) in enumerate(zip(rows, h, strict=True)):
+            for position, (row, each) in enumerate(zip(own_rows, own, strict=True)):
+                features[number, position] = each
+                similarities[number, position] = -1.0 if row.similarity is None else row.similarity
+        return cls(tuple(map(tuple, rows)), features, similarities)
+
+    def repeat_interleave(self, times: int) -> "References":
+        """Return each prompt's references `times` times, one after the other."""
+        return References(
+            tuple(row for row in self.rows for _ in range(times)),
+            self.features.repeat_interleave(times, dim=0),
+            self.similarities.repeat_interleave(times, dim=0),
+        )
+
+    def used(self, weights: torch.Tensor) -> list[tuple[Reference, ...]]:
+        """Return what each picture was given, with lambda (B, K)."""
+        return [
+            tuple(
+                Reference(
+                    id=row.id,
+                    caption=row.caption,
+                    url=row.url,
+                    source=row.source,
+                    licence=row.licence,
+                    similarity=row.similarity or 0.0,
+                    weight=weight,
+                )
+                for row, weight in zip(rows, own, strict=False)
+            )
+            for rows, own in zip(self.rows, weights.tolist(), strict=True)
+        ]
+
+
+class ReferenceIndex:
+    """The published index of a corpus, searched by prompts, with the features of one base model.
+
+    Raises:
+        UserError: if nothing is published, or the index is empty.
+    """
+
+    def __init__(self, uri: str, name: str, identity: FeatureIdentity, text_encoder: "PreTrainedModel") -> None:
+        """Open the index. `text_encoder` is the base model's, which may be the index's own as well."""
+        self.identity = identity
+        self._retriever = Retriever(uri, name)
+        if self._retriever.num_rows == 0:
+            raise UserError(f"the index {name!r} is empty: nothing can be retrieved")
+        self._name = name
+        self._text_encoder = text_encoder
+
+    @property
+    def version(self) -> int:
+        """The version of the index that is searched."""
+        return self._retriever.version
+
+    @cached_property
+    def shares_encoder(self) -> bool:
+        """Whether the base model's text encoder is the one that made the index, so that prompts are encoded once."""
+        files = resolve(self._retriever.encoder.id)
+        return files.text_tower is not None and is_text_tower(self._text_encoder, files.text_tower)
+
+    def search(
+        self, prompts: Sequence[str], encode_texts: EncodeTexts, k: int, *, compose: bool
+    ) -> list[list[Neighbour]]:
+        """Return the `k` nearest rows of each prompt, with their features where the index has some.
+
+        Args:
+            encode_texts: the base model's, used where it `shares_encoder`.
+            k: how many.
+            compose: whether to search for each thing that a prompt names.
+
+        Raises:
+            UserError: if there are fewer rows than `k`, or the index has no features of this base model.
+        """
+        if k > self._retriever.num_rows:
+            raise UserError(
+                f"num_references can't be more than the index has rows: {k} of {self._retriever.num_rows} in "
+                f"{self._name!r}"
+            )
+        phrases = [[prompt, *(split_phrases(prompt) if compose else [])] for prompt in prompts]
+        queries = [phrase for own in phrases for phrase in own]
+        embeds = self.encode(queries, encode_texts)
+        found = iter(self._retriever.search(embeds, k, by="hybrid", texts=queries, features=self.identity))
+        rankings = [[next(found) for _ in own] for own in phrases]
+        return [own[0] if len(own) == 1 else merge(own, k) for own in rankings]
+
+    def fetch(
+        self, ids: Sequence[Sequence[str]], prompts: Sequence[str], encode_texts: EncodeTexts
+    ) -> list[list[Neighbour]]:
+        """Return the rows with these ids for each prompt. Errors as of `Retriever.fetch`."""
+        embeds = self.encode(prompts, encode_texts)
+        return [self._retriever.fetch(own, e, features=self.identity) for own, e in zip(ids, embeds, strict=True)]
+
+    def encode(self, texts: Sequence[str], encode_texts: EncodeTexts) -> Embeds:
+        """Return texts as the index's encoder sees them (N, D)."""
+        own = encode_texts(texts) if self.shares_encoder else None
+        return self._encoder.encode_texts(list(texts)) if own is None else own
+
+    def features_of(
+        self, rows: Sequence[Sequence[Neighbour]], encode_references: EncodeReferences, *, strict: bool
+    ) -> list[list[torch.Tensor]]:
+        """Return `h_retr` (C, H, W) of each row; what the cache lacks is computed now, with a warning.
+
+        Raises:
+            UserError: if `strict` and some are missing, or some hold a NaN.
+        """
+        missing = list({row.id for own in rows for row in own if row.features is None})
+        computed: dict[str, torch.Tensor] = {}
+        if missing:
+            what = f"{len(missing)} of the references have no cached features for {self.identity.base} yet"
+            if strict:
+                raise UserError(f"{what}: `imagerag features --name {self._name}` makes them")
+            warnings.warn(f"{what}; they are computed now", stacklevel=3)
+            computed = self._compute(missing, encode_references)
+        return [[_checked(row, computed) for row in own] for own in rows]
+
+    def _compute(self, ids: Sequence[str], encode_references: EncodeReferences) -> dict[str, torch.Tensor]:
+        from imagerag.hspace.features import open_images
+
+        found = self._retriever.fetch(ids, images=True)
+        h = encode_references(open_images([row.image or b"" for row in found]), [row.caption for row in found])
+        return {row.id: own.to("cpu", torch.float16) for row, own in zip(found, h, strict=True)}
+
+    @cached_property
+    def _encoder(self) -> "Encoder":
+        from imagerag.embedding.encoder import load_encoder
+
+        encoder = load_encoder(self._retriever.encoder.id)
+        self._retriever.check_encoder(encoder.identity)
+        return encoder
+
+
+def given_references(
+    prompts: Sequence[str],
+    images: Sequence[Sequence["Image.Image"]],
+    captions: Sequence[Sequence[str]],
+    encode_texts: EncodeTexts,
+    encode_references: EncodeReferences,
+) -> References:
+    """Return the references that the caller chose as pictures.
+
+    Their similarity is that of caption and prompt, or 1 where nothing can tell: who gives a picture wants it used.
+    """
+    targets = encode_texts(list(prompts))
+    rows, h = [], []
+    for number, (own_images, own_captions) in enumerate(zip(images, captions, strict=True)):
+        own = encode_texts(list(own_captions))
+        near = [1.0] * len(own_captions) if own is None or targets is None else (own @ targets[number]).tolist()
+        rows.append(
+            [
+                Neighbour(
+                    id="", caption=caption, url="", source="given", licence="",
+                    width=image.width, height=image.height, score=similarity, similarity=similarity,
+                )
+                for image, caption, similarity in zip(own_images, own_captions, near, strict=True)
+            ]
+        )  # fmt: skip
+        h.append(list(encode_references(own_images, own_captions)))
+    return References.of(rows, h)
+
+
+def _checked(row: Neighbour, computed: dict[str, torch.Tensor]) -> torch.Tensor:
+    features: Features | None = row.features
+    if features is None:
+        return computed[row.id]
+    if not np.isfinite(features).all():
+        raise UserError(f"the cached features of row {row.id} ({row.caption!r}) hold a NaN or an infinity")
+    return torch.from_numpy(features.copy())

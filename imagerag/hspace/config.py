@@ -1,0 +1,18 @@
+"""How cached features are made."""
+
+from pydantic import Field, field_validator
+
+from imagerag.generation.spec import check_spec
+from imagerag.workers import WorkersConfig
+
+
+class FeaturesConfig(WorkersConfig):
+    """What is not set adapts to the machines that Ray knows."""
+
+    base: str = Field(
+        default="tiny",
+        description="The base model: `tiny`, a hub id and commit (`org/name@<commit>`), or a diffusers folder.",
+    )
+    batch_size: int = Field(default=32, ge=1, le=1_024, description="Pictures that a worker encodes at a time.")
+
+    _check_base = field_validator("base")(check_spec)

@@ -1,0 +1,74 @@
+"""The retrieval branch: a reference picture and its caption to `h_retr` (paper, Sec. 3.1)."""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image, ImageOps
+
+from imagerag.embedding.encoder import to_rgb
+from imagerag.errors import UserError
+from imagerag.generation.spec import BaseIdentity
+from imagerag.generation.text import TextConditioner, unet_arguments
+from imagerag.hspace.split import encode
+from imagerag.retrieval.features import FeatureIdentity, Features
+
+_VERSION = 1
+"""Of what `encode_references` does: another one makes other features."""
+
+
+def feature_identity(identity: BaseIdentity, unet_config: Mapping[str, Any]) -> FeatureIdentity:
+    """Return what tells the features of this base model, at its own resolution, from all others."""
+    side, channels = unet_config["sample_size"], unet_config["block_out_channels"]
+    digest = hashlib.sha256(f"{_VERSION}\0{identity.digest}\0{side}".encode()).hexdigest()
+    deepest = -(-side // 2 ** (len(channels) - 1))
+    return FeatureIdentity(base=identity.id, digest=digest, shape=(channels[-1], deepest, deepest))
+
+
+@torch.inference_mode()
+def encode_references(
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    conditioner: TextConditioner,
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+) -> torch.Tensor:
+    """Return `h_retr` (N, C, H, W): the UNet encoder's output for the clean latents of `images` at t = 0.
+
+    The middle square of each picture is what the base model sees, on white where it is transparent.
+    """
+    side = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    pixels = torch.from_numpy(np.stack([_pixels(image, side) for image in images])).to(vae.device, vae.dtype)
+    latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    arguments = unet_arguments(unet, conditioner.encode(captions), side=side)
+    return encode(unet, latents.to(unet.dtype), 0, **arguments).h
+
+
+def to_cache(h: torch.Tensor) -> Features:
+    """Return features as they are cached, float16 on the host.
+
+    Raises:
+        UserError: if one of them is no number, or beyond float16's range.
+    """
+    cached: Features = h.to("cpu", torch.float16).numpy()
+    if not np.isfinite(cached).all():
+        raise UserError(
+            "the base model's features hold a NaN, an infinity or a number beyond 65,504, and can't be cached: "
+            "its weights are damaged, or it needs dtype fp32"
+        )
+    return cached
+
+
+def open_images(images: Sequence[bytes]) -> list[Image.Image]:
+    """Return encoded images as pictures."""
+    return [Image.open(io.BytesIO(image)) for image in images]
+
+
+def _pixels(image: Image.Image, side: int) -> np.ndarray:
+    """Return the middle square (3, side, side), -1 to 1."""
+    fitted = ImageOps.fit(to_rgb(image), (side, side), Image.Resampling.BICUBIC)
+    return (np.asarray(fitted, np.float32) / 127.5 - 1).transpose(2, 0, 1)

@@ -1,0 +1,92 @@
+"""How references are fused into the target's H-space: two ways, and none."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from imagerag.hspace.adapter import HSpaceAdapter
+from imagerag.hspace.slerp import slerp
+
+FusionName = Literal["adapter", "slerp", "none"]
+
+
+class Fusion(Protocol):
+    """What a step does with `h_target` (B, C, H, W)."""
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """How much of each reference is used (B, K)."""
+        ...
+
+    def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
+        """Return `h`, of the same shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterFusion:
+    """`h = h_target + scale * dh`, with `dh` by cross-attention to all references (paper, Sec. 3.3)."""
+
+    adapter: HSpaceAdapter
+    h_references: torch.Tensor
+    """(B, K, C, H, W)."""
+    weights: torch.Tensor
+    """Lambda (B, K)."""
+    scale: float
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """Lambda."""
+        return self.weights
+
+    def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
+        """Return the fused features."""
+        fused: torch.Tensor = self.adapter(h_target, self.h_references, self.weights, self.scale)
+        return fused
+
+
+@dataclass(frozen=True)
+class SlerpFusion:
+    """`h = slerp(h_target, h_reference; w)` (paper, Sec. 3.2).
+
+    Beyond the paper: of several references, `h_reference` is the mean, weighted by lambda. A target without any stays
+    as it is, bit for bit.
+    """
+
+    h_references: torch.Tensor
+    weights: torch.Tensor
+    w: float
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """The part of `1 - w` that is each reference's."""
+        return (1 - self.w) * self._parts
+
+    def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
+        """Return the fused features."""
+        parts = self._parts[:, :, None, None, None].to(self.h_references.dtype)
+        fused = slerp(h_target, (parts * self.h_references).sum(1), self.w)
+        return torch.where((self.weights > 0).any(1).view(-1, 1, 1, 1), fused, h_target)
+
+    @property
+    def _parts(self) -> torch.Tensor:
+        smallest = torch.finfo(self.weights.dtype).tiny
+        return self.weights / self.weights.sum(1, keepdim=True).clamp(min=smallest)
+
+
+@dataclass(frozen=True)
+class SecondHalf:
+    """A fusion for the half of the batch that has text, where guidance doubles it."""
+
+    fusion: Fusion
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """Of the half that has text."""
+        return self.fusion.shares
+
+    def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
+        """Return the fused features."""
+        without, with_text = h_target.chunk(2)
+        return torch.cat([without, self.fusion(with_text)])

@@ -1,0 +1,177 @@
+"""The cached-features job: `h_retr` of every row of a table that has none for a base model yet.
+
+Ray Data hands fragments of the table to workers that hold a base model each. A worker writes a fragment's features to a
+file that belongs to no version yet; the driver commits it as soon as it is there. So no feature passes through the
+driver, a job that dies loses what its workers had in hand, and the next one computes what is missing.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from imagerag.artifacts import CachedFeatures
+from imagerag.compute import start_ray, stop_ray
+from imagerag.errors import UserError
+from imagerag.generation.spec import BaseFiles, read_json, resolve
+from imagerag.hspace.config import FeaturesConfig
+from imagerag.progress import OnProgress, silent
+from imagerag.retrieval import features
+from imagerag.retrieval.features import FeatureIdentity, Features
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+from imagerag.workers import Dtype, plan_workers, resources_of, watched
+
+_LOG_LEVEL_OF_RAY = logging.ERROR  # it tells of every plan and every finished execution
+
+
+def cache_features(
+    store: Store, config: FeaturesConfig, settings: Settings, on_progress: OnProgress = silent
+) -> CachedFeatures:
+    """Give every row of the newest version its features for `config.base`.
+
+    Rows that have them are left alone. Where none is missing, neither Ray nor the model is started.
+
+    Args:
+        on_progress: is told of rows.
+
+    Raises:
+        UserError: if there is no such table or base model, its features can't be cached, or there are fewer GPUs or
+            cores than `config` asks for.
+        StalledError: if the workers hang. Calling again goes on where they stopped.
+    """
+    started = time.perf_counter()
+    identity = identity_of(resolve(config.base))
+    with store.writer_lock():
+        version = features.prepare(store, identity)
+        fragments = features.missing(store.dataset(version), identity)
+        num_missing, machine_s = sum(fragments.values()), 0.0
+        if fragments:
+            start_ray(settings)
+            batches = partial(_filled, fragments, store, version, identity, config)
+            try:
+                machine_s = _commit_all(batches, num_missing, store, version, config, on_progress)
+            except BaseException:
+                # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
+                stop_ray()
+                raise
+        return CachedFeatures(
+            uri=store.uri,
+            table=store.name,
+            version=store.version,
+            num_rows=store.count(),
+            num_added=num_missing,
+            base_id=identity.base,
+            features_digest=identity.digest,
+            duration_s=time.perf_counter() - started,
+            machine_s=machine_s,
+        )
+
+
+def identity_of(files: BaseFiles) -> FeatureIdentity:
+    """Return which features a base model makes, without loading it."""
+    from imagerag.hspace.features import feature_identity
+
+    return feature_identity(files.identity, read_json(files.parts["unet"].files[0]))
+
+
+class Worker:
+    """Holds a base model in a process of its own, and fills fragments."""
+
+    def __init__(
+        self,
+        *,
+        identity: FeatureIdentity,
+        store: Store,
+        version: int,
+        device: str,
+        dtype: Dtype | None,
+        num_threads: int,
+        batch_size: int,
+    ) -> None:
+        import torch
+
+        from imagerag.generation.base import load_base
+        from imagerag.hspace.features import feature_identity
+
+        started = time.perf_counter()
+        torch.set_num_threads(num_threads)  # Ray starts workers with one
+        self._base = load_base(identity.base, device, dtype)
+        own = feature_identity(self._base.identity, self._base.unet.config)
+        if own.digest != identity.digest:
+            raise UserError(
+                f"the base model {identity.base} must be the same on every machine; its features' digest is "
+                f"{identity.digest} where the job was started and {own.digest} on a worker"
+            )
+        self._store, self._identity, self._version, self._batch_size = store, identity, version, batch_size
+        self._unreported_s = time.perf_counter() - started
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Return, for the one `fragment`, what was `filled`, its `num_rows` and the `machine_s` that it took."""
+        started = time.perf_counter()
+        (fragment,) = batch["fragment"].to_pylist()
+        filled = features.fill(self._store, self._identity, self._version, fragment, self._compute, self._batch_size)
+        machine_s, self._unreported_s = self._unreported_s + time.perf_counter() - started, 0.0
+        return pa.table({"filled": [filled], "num_rows": batch["num_rows"], "machine_s": [machine_s]})
+
+    def _compute(self, images: list[bytes], captions: list[str]) -> Features:
+        from imagerag.hspace.features import encode_references, open_images, to_cache
+
+        base = self._base
+        return to_cache(encode_references(base.vae, base.unet, base.conditioner, open_images(images), captions))
+
+
+def _filled(
+    fragments: dict[int, int], store: Store, version: int, identity: FeatureIdentity, config: FeaturesConfig
+) -> Iterator[dict[str, Any]]:
+    """Yield what `Worker` returns, fragment by fragment."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(_LOG_LEVEL_OF_RAY)
+    device, num_workers, num_threads = plan_workers(ray.nodes(), config)
+    rows = [{"fragment": fragment, "num_rows": count} for fragment, count in fragments.items()]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset.context.enable_progress_bars = False
+    dataset.context.raise_original_map_exception = True
+    filled = dataset.map_batches(
+        Worker,
+        fn_constructor_kwargs={
+            "identity": identity,
+            "store": store,
+            "version": version,
+            "device": device,
+            "dtype": config.dtype,
+            "num_threads": num_threads,
+            "batch_size": config.batch_size,
+        },
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=min(num_workers, len(rows))),
+        **resources_of(device, num_threads),
+    )
+    yield from filled.iter_rows()
+
+
+def _commit_all(
+    batches: Callable[[], Iterable[dict[str, Any]]],
+    num_rows: int,
+    store: Store,
+    version: int,
+    config: FeaturesConfig,
+    on_progress: OnProgress,
+) -> float:
+    """Commit every fragment that the workers fill, and return their machine-seconds."""
+    num_done, machine_s = 0, 0.0
+    with closing(watched(batches, config.stall_timeout_s)) as results:
+        for result in results:
+            features.commit(store, result["filled"], version)
+            num_done += result["num_rows"]
+            machine_s += result["machine_s"]
+            on_progress(num_done, num_rows, "encoded")
+    assert num_done == num_rows, f"{num_done} rows were encoded instead of {num_rows}"
+    return machine_s

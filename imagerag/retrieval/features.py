@@ -1,0 +1,143 @@
+"""Cached features: a column of the table that holds what a base model makes of each row, beside the row.
+
+One column belongs to one base model at one resolution, which its name and metadata tell by a digest. A row without a
+value has not been computed yet. Because it is a column, takedown, rollback and publishing need no rules of their own.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from lance import LanceDataset, LanceOperation
+from lance.fragment import FragmentMetadata
+
+from imagerag.errors import UserError
+from imagerag.retrieval.store import CommitConflictError, Store
+
+Features = npt.NDArray[np.float16]
+Compute = Callable[[list[bytes], list[str]], Features]
+"""Encoded images and their captions to features (N, C, H, W)."""
+
+_PREFIX = "h_retr_"
+_KEY = b"imagerag.features"
+_DIGITS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureIdentity:
+    """What made the features of a column. Features of two can't take each other's place."""
+
+    base: str
+    """The base model's name for people."""
+    digest: str
+    """SHA-256 over all that the features depend on: the base model and the resolution."""
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+
+    @property
+    def column(self) -> str:
+        """The column's name."""
+        return f"{_PREFIX}{self.digest[:_DIGITS]}"
+
+    def to_field(self) -> pa.Field:
+        """Return the column."""
+        return pa.field(
+            self.column, pa.list_(pa.float16(), prod(self.shape)), metadata={_KEY: json.dumps(asdict(self)).encode()}
+        )
+
+
+def is_feature(field: pa.Field) -> bool:
+    """Whether a column holds cached features."""
+    return bool(field.name.startswith(_PREFIX))
+
+
+def cached_features(schema: pa.Schema) -> list[FeatureIdentity]:
+    """Return whose features the columns of a table are for."""
+    found = [json.loads(field.metadata[_KEY]) for field in schema if is_feature(field)]
+    return [FeatureIdentity(**each | {"shape": tuple(each["shape"])}) for each in found]
+
+
+def require_cached(schema: pa.Schema, identity: FeatureIdentity) -> None:
+    """Make sure that a table has a column for `identity`.
+
+    Raises:
+        UserError: if it has none; the message names the digests that it has some for.
+    """
+    cached = cached_features(schema)
+    if identity.digest in (each.digest for each in cached):
+        return
+    there = ", ".join(f"{each.base} (digest {each.digest})" for each in cached) or "no base model"
+    raise UserError(
+        f"the index has cached features for {there}, and none for {identity.base} (digest {identity.digest}): "
+        "`imagerag features` makes them"
+    )
+
+
+def prepare(store: Store, identity: FeatureIdentity) -> int:
+    """Make sure that the table has the column, and return the newest version. Call it under `writer_lock`."""
+    dataset = store.dataset()
+    if identity.column not in dataset.schema.names:
+        dataset.add_columns(pa.schema([identity.to_field()]))
+    return store.version
+
+
+def missing(dataset: LanceDataset, identity: FeatureIdentity) -> dict[int, int]:
+    """Return how many rows have no features yet in each fragment where there are some."""
+    counts = {f.fragment_id: f.count_rows(f"{identity.column} IS NULL") for f in dataset.get_fragments()}
+    return {fragment: count for fragment, count in counts.items() if count}
+
+
+def fill(
+    store: Store, identity: FeatureIdentity, version: int, fragment: int, compute: Compute, batch_size: int
+) -> str:
+    """Compute what is missing in one fragment, write it to a file that belongs to no version yet, and describe it.
+
+    May run in any process. Holds the features of the fragment's missing rows in memory, at most some thousand rows'.
+
+    Returns:
+        What `commit` needs to adopt the file.
+    """
+    part = store.dataset(version).get_fragment(fragment)
+    column, parts = identity.to_field(), []
+    rows = part.to_batches(
+        columns=["image", "caption"], filter=f"{identity.column} IS NULL", with_row_id=True, batch_size=batch_size
+    )
+    for batch in rows:
+        features = compute(batch["image"].to_pylist(), batch["caption"].to_pylist())
+        assert features.shape == (len(batch), *identity.shape), (features.shape, identity)
+        values = pa.FixedSizeListArray.from_arrays(features.ravel(), prod(identity.shape))
+        parts.append(pa.table([batch["_rowid"], values], schema=pa.schema([pa.field("_rowid", pa.uint64()), column])))
+    metadata, modified = part.update_columns(pa.concat_tables(parts))
+    return json.dumps({"fragment": metadata.to_json(), "modified": modified})
+
+
+def commit(store: Store, filled: str, version: int) -> int:
+    """Adopt what `fill` wrote, and return the new version.
+
+    Raises:
+        CommitConflictError: if another writer changed the fragment since `version`.
+    """
+    adopted: dict[str, Any] = json.loads(filled)
+    metadata = adopted["fragment"]
+    fragment = FragmentMetadata.from_json(metadata if isinstance(metadata, str) else json.dumps(metadata))
+    operation = LanceOperation.Update(updated_fragments=[fragment], fields_modified=adopted["modified"])
+    try:
+        dataset = LanceDataset.commit(store.table_uri, operation, read_version=version)
+    except OSError as error:  # Lance has no exceptions of its own for these.
+        if not any(reason in str(error).lower() for reason in ("conflict", "was not found")):
+            raise
+        raise CommitConflictError(f"another writer changed table {store.name!r}: {error}") from error
+    return int(dataset.version)
+
+
+def to_features(column: pa.ChunkedArray, identity: FeatureIdentity) -> Iterator[Features | None]:
+    """Yield the features (C, H, W) of each value of the column; None where they are missing."""
+    for chunk in column.chunks:
+        # Flattening leaves out what is null.
+        present = iter(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, *identity.shape))
+        yield from (next(present) if valid else None for valid in chunk.is_valid().to_pylist())

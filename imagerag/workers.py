@@ -1,0 +1,103 @@
+"""What every job that maps a model over rows with Ray Data has in common: its configuration, its plan and its watch."""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from imagerag.errors import UserError
+
+T = TypeVar("T")
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+_WORKER_CORES = 8
+
+
+class StalledError(RuntimeError):
+    """The workers have finished nothing for too long."""
+
+
+class WorkersConfig(BaseModel):
+    """How a job uses its machines. What is not set adapts to the machines that Ray knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: Literal["cpu", "cuda"] | None = Field(
+        default=None, description="Where models run; unset: on GPUs if there are any."
+    )
+    dtype: Dtype | None = Field(default=None, description="What models compute in; unset: fp32 on CPUs, fp16 on GPUs.")
+    num_workers: int | None = Field(
+        default=None, ge=1, description="Models at work at a time; unset: one a GPU, or one for 8 CPU cores."
+    )
+    stall_timeout_s: float = Field(
+        default=1800.0, gt=0, description="The job fails when no batch is finished for so many seconds."
+    )
+
+
+def plan_workers(nodes: list[dict[str, Any]], config: WorkersConfig) -> tuple[str, int, int]:
+    """Return the device, how many workers to start and the threads of each.
+
+    Raises:
+        UserError: if there are fewer GPUs or cores than workers asked for.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    num_gpus = int(sum(resources.get("GPU", 0) for resources in alive))
+    cores = [int(resources["CPU"]) for resources in alive if resources.get("CPU")]
+    device = config.device or ("cuda" if num_gpus else "cpu")
+    asked = config.num_workers or 1
+    unit, most = ("GPU", num_gpus) if device == "cuda" else ("core", sum(cores))
+    if asked > most:
+        raise UserError(f"every worker needs a {unit} of its own: Ray has {most}, and {asked} workers are asked for")
+    num_threads = min(_WORKER_CORES, *cores, max(1, sum(cores) // asked))
+    num_workers = num_gpus if device == "cuda" else sum(n // num_threads for n in cores)
+    return device, config.num_workers or num_workers, num_threads
+
+
+def resources_of(device: str, num_threads: int) -> dict[str, int]:
+    """Return what Ray reserves for one worker."""
+    return {"num_gpus": 1} if device == "cuda" else {"num_cpus": num_threads}
+
+
+def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T, None, None]:
+    """Yield what `iterate()` does, which runs in a thread of its own.
+
+    Ray was seen to wait for ever for a machine that had gone. A wait can't be interrupted, but left behind.
+
+    Raises:
+        StalledError: if there is nothing new for `timeout_s` seconds.
+    """
+    results: queue.Queue[T | BaseException | None] = queue.Queue()
+    stopped = threading.Event()
+
+    def run() -> None:
+        end: BaseException | None = None
+        try:
+            for result in iterate():
+                results.put(result)
+                if stopped.is_set():
+                    break
+        except BaseException as error:  # noqa: BLE001 - it is raised in the other thread
+            end = _cause(error)
+        results.put(end)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while (result := results.get(timeout=timeout_s)) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    except queue.Empty:
+        raise StalledError(
+            f"no batch was finished for {timeout_s:.0f} s. What was committed is kept: run the same again to continue"
+        ) from None
+    finally:
+        stopped.set()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the exception that a worker raised, without what Ray wrapped it in and referred to in its traceback."""
+    from ray.exceptions import RayTaskError
+
+    return (error.cause if isinstance(error, RayTaskError) else error).with_traceback(None)
