@@ -2,7 +2,7 @@
 
 from prefect import get_run_logger
 
-from imagerag.artifacts import Embedded, IndexBuild
+from imagerag.artifacts import CachedFeatures, Embedded, IndexBuild
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.store import Store
 from tasks.policy import stage
@@ -10,9 +10,9 @@ from tasks.progress import StageProgress
 
 
 @stage("index")
-def index_rows(embedded: Embedded, config: IndexConfig) -> IndexBuild:
+def index_rows(rows: Embedded | CachedFeatures, config: IndexConfig) -> IndexBuild:
     """Index the table's newest version and measure the recall."""
     with StageProgress("index", "steps") as on_progress:
-        result = build_index(Store(embedded.uri, embedded.table), config, on_progress)
+        result = build_index(Store(rows.uri, rows.table), config, on_progress)
     get_run_logger().info("index of version %s: %s, recall@10 %.3f", result.version, result.kind, result.recall_at_10)
     return result

@@ -7,7 +7,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from imagerag.artifacts import Download, Embedded, IndexBuild, Publication
+from imagerag.artifacts import CachedFeatures, Download, Embedded, IndexBuild, Publication
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,35 @@ def write_report(report: CorpusReport) -> None:
         key=f"failures-{key}",
         description=f"Failed URLs of {report.name} by reason",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesReport:
+    """All that one run of `features` did."""
+
+    name: str
+    cached: CachedFeatures
+    publication: Publication
+
+    def markdown(self) -> str:
+        """The report as a page."""
+        cached = self.cached
+        figures = {
+            "base model": f"{cached.base_id} (features' digest {cached.features_digest})",
+            "encoded now": f"{cached.num_added:,} of {cached.num_rows:,} rows"
+            f"{_rate(cached.num_added, cached.duration_s)}",
+            "published": _version(self.publication.version),
+            "cost": f"{cached.machine_s:.1f} machine-seconds",
+        }
+        lines = [f"# {self.name}: features", "", "| | |", "|---|---|"]
+        return "\n".join(lines + [f"| {figure} | {value} |" for figure, value in figures.items()])
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def write_features_report(report: FeaturesReport) -> None:
+    """Leave the report as a markdown artifact."""
+    key = report.name.replace("_", "-")
+    create_markdown_artifact(report.markdown(), key=f"features-{key}", description=f"Cached features of {report.name}")
 
 
 def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from imagerag.cli import corpus, demo, doctor, generate, index, sample, search, services, tiny
+from imagerag.cli import compare, corpus, demo, doctor, features, generate, index, sample, search, services, tiny
 from imagerag.errors import UserError
 
 app = typer.Typer(
@@ -25,8 +25,10 @@ app.command("ingest")(
 app.command("reindex")(
     corpus.flow_command("reindex", "Make a corpus exactly its list: fetch what is new, drop what is gone.")
 )
+app.command()(features.features)
 app.command()(search.search)
 app.command()(generate.generate)
+app.command()(compare.compare)
 app.add_typer(tiny.app, name="tiny")
 app.add_typer(index.app, name="index")
 app.add_typer(sample.app, name="sample")

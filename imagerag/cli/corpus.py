@@ -43,13 +43,14 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
         parameters: ParametersOption = None,
     ) -> None:
         options: dict[str, Any] = {
+            "url_list": url_list,
             "name": name,
             "encoder": encoder,
             "columns": {"url": url_column, "caption": caption_column},
             "retry_failed": retry_failed or None,
             "download": {"allowed_hosts": allow_host or None},
         }
-        show_report(run_flow(flow, url_list, _given(options), parameters))
+        show_report(run_flow(flow, given(options), parameters))
 
     command.__doc__ = help_text
     return command
@@ -68,7 +69,7 @@ def show_report(report: "CorpusReport") -> None:
     Console().print(table)
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given on the command line, and only those."""
-    nested = {key: _given(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+    nested = {key: given(value) if isinstance(value, Mapping) else value for key, value in options.items()}
     return {key: value for key, value in nested.items() if value is not None}

@@ -42,11 +42,13 @@ def _ingest(settings: "Settings", limit: int | None) -> "CorpusReport":
     with SampleServer(port=remembered_port(settings.home)) as server:
         url_list = write_url_list(server, settings.home, limit=limit)
         options = {
+            "url_list": str(url_list),
             "name": CORPUS,
             # WebP, as the drawings are served, so that they are kept as they are.
             "download": {"allowed_hosts": ["127.0.0.1"], "image_format": "webp", "timeout_s": 5, "shard_size": 500},
         }
-        return run_flow("ingest", str(url_list), options)
+        report: CorpusReport = run_flow("ingest", options)
+        return report
 
 
 def _search(settings: "Settings") -> Path:

@@ -1,6 +1,8 @@
 """`imagerag generate`: pictures of prompts."""
 
 import json
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,51 +12,79 @@ from imagerag.errors import UserError
 
 if TYPE_CHECKING:
     from imagerag.generation.batch import Generated
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 _MAX_ROWS_IN_SHEET = 64
+
+
+BaseOption = Annotated[
+    str,
+    typer.Option(help="`tiny`, `tiny-teacher`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
+]
+
+
+class FusionOption(StrEnum):
+    """How references are fused."""
+
+    ADAPTER = "adapter"
+    SLERP = "slerp"
+    NONE = "none"
 
 
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make pictures of.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
-    base: Annotated[
-        str,
-        typer.Option(help="`tiny`, `tiny-teacher`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
-    ] = "tiny",
+    base: BaseOption = "tiny",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="1 for a student, 25 to 50 for a teacher.")] = 1,
     guidance: Annotated[
         float, typer.Option(min=0, help="Classifier-free guidance; 1 and less mean none. A teacher needs some.")
     ] = 0.0,
+    name: Annotated[str | None, typer.Option(help="The corpus whose index references come from.")] = None,
+    references: Annotated[
+        int | None, typer.Option(min=0, help="How many each prompt is given; 4 for the adapter, 1 for slerp if unset.")
+    ] = None,
+    fusion: Annotated[FusionOption | None, typer.Option(help="The adapter if there is one, else slerp.")] = None,
+    w: Annotated[float, typer.Option(min=0, max=1, help="Of slerp: 1 is the base model, 0 the reference.")] = 0.8,
+    compose: Annotated[bool, typer.Option("--compose", help="Look for each thing that a prompt names.")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="The folder of an adapter.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures of each prompt.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The first seed; the same seed gives the same picture.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder to write to: all in grid.png, and each by itself.")] = Path(
         "generated"
     ),
 ) -> None:
-    """Make pictures of prompts with a base model."""
-    wanted = _read_prompts(prompts or [], prompt_file)
+    """Make pictures of prompts with a base model, which is shown what an index has of them."""
+    wanted = read_prompts(prompts or [], prompt_file)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder; {out} is a file")
-    from imagerag.generation.spec import check_spec
+    if name is None and (references or adapter or (fusion is not None and fusion is not FusionOption.NONE)):
+        raise UserError("references come from an index: name its corpus by --name")
+    pipeline = open_pipeline(base, adapter)
+    if name is not None:
+        from imagerag.settings import Settings, check_name
 
-    check_spec(base)
+        pipeline.use_index(Settings().index_uri, check_name(name))
     from tqdm import tqdm
 
-    from imagerag.generation.base import load_base
     from imagerag.generation.batch import file_name
     from imagerag.generation.batch import generate as generate_pictures
-    from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
-    loaded = load_base(base)
-    pipeline = ImageRAGTurboPipeline.from_base(loaded)
-    pipeline.set_progress_bar_config(disable=True)
     out.mkdir(parents=True, exist_ok=True)
     made: list[Generated] = []
-    all_seeds = range(seed, seed + seeds)
-    pictures = generate_pictures(pipeline, wanted, all_seeds, steps=steps, guidance_scale=guidance)
+    pictures = generate_pictures(
+        pipeline,
+        wanted,
+        range(seed, seed + seeds),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_references=references,
+        fusion=None if fusion is None else fusion.value,
+        w=w,
+        compose=compose,
+    )
+    about = {"base": base, "digest": pipeline.config.base_digest, "steps": steps, "guidance": guidance}
     with tqdm(pictures, total=len(wanted) * seeds, unit=" pictures", disable=None) as bar:
         for number, picture in enumerate(bar):
-            about = {"base": base, "digest": loaded.identity.digest, "steps": steps, "guidance": guidance}
             _save(picture, about, out / file_name(number, picture))
             if number < _MAX_ROWS_IN_SHEET * seeds:
                 made.append(picture)
@@ -63,7 +93,27 @@ def generate(
     typer.echo(f"{len(wanted) * seeds} pictures in {out}, all in {out / 'grid.png'}{left_out}")
 
 
-def _read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
+def open_pipeline(base: str, adapter: Path | None) -> "ImageRAGTurboPipeline":
+    """Load a base model, and an adapter of it where a folder is given."""
+    from imagerag.generation.spec import check_spec
+
+    check_spec(base)
+    from imagerag.generation.base import load_base
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+    from imagerag.hspace.adapter import load_adapter
+
+    loaded = load_base(base)
+    pipeline = ImageRAGTurboPipeline.from_base(loaded, None if adapter is None else load_adapter(adapter, loaded.unet))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
+    """Return the prompts of the command line and of a file.
+
+    Raises:
+        UserError: if there are none, one is empty, or the file can't be read.
+    """
     if prompt_file is not None:
         try:
             lines = prompt_file.read_text(encoding="utf-8").splitlines()
@@ -82,7 +132,8 @@ def _save(picture: "Generated", about: dict[str, object], path: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
-    text.add_text("imagerag", json.dumps({"prompt": picture.prompt, "seed": picture.seed} | about))
+    own = {"prompt": picture.prompt, "seed": picture.seed, "references": [asdict(row) for row in picture.references]}
+    text.add_text("imagerag", json.dumps(own | about))
     picture.image.save(path, pnginfo=text)
 
 

@@ -13,17 +13,15 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
     from imagerag.settings import Settings
-    from tasks.report import CorpusReport
 
 
 def run_flow(
-    flow: Literal["ingest", "reindex"], url_list: str, options: Mapping[str, Any], parameters_file: Path | None = None
-) -> "CorpusReport":
-    """Check the parameters, then run a flow.
+    flow: Literal["ingest", "reindex", "features"], options: Mapping[str, Any], parameters_file: Path | None = None
+) -> Any:
+    """Check the parameters, then run a flow and return its report.
 
     Args:
         flow: Which one.
-        url_list: The list of image URLs.
         options: Parameters that win over those in the file; nested ones are merged.
         parameters_file: JSON of more parameters.
 
@@ -37,14 +35,22 @@ def run_flow(
     # Prefect reads its home when it is first imported, and makes no folder above it.
     settings.home.mkdir(parents=True, exist_ok=True)
     os.environ.update(prefect_environment(settings.home))
-    import flows.ingest
-    import flows.reindex
-
-    values = _merge(_read_parameters(parameters_file), {"url_list": url_list, **options})
-    parameters = _validated(flows.ingest.CorpusParameters, values)
-    run = flows.ingest.ingest if flow == "ingest" else flows.reindex.reindex
+    run, model = _load(flow)
+    parameters = _validated(model, _merge(_read_parameters(parameters_file), options))
     with prefect_session(settings):
         return run(parameters)
+
+
+def _load(flow: Literal["ingest", "reindex", "features"]) -> tuple[Any, Any]:
+    """Return the flow, and the model of its parameters."""
+    if flow == "features":
+        from flows.features import FeaturesParameters, features
+
+        return features, FeaturesParameters
+    from flows.ingest import CorpusParameters, ingest
+    from flows.reindex import reindex
+
+    return (ingest if flow == "ingest" else reindex), CorpusParameters
 
 
 @contextmanager

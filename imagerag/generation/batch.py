@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from PIL import Image
 
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.generation.references import Reference
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Generated:
     prompt: str
     seed: int
     image: Image.Image
+    references: tuple[Reference, ...]
 
 
 def generate(
@@ -25,22 +28,22 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    steps: int,
-    guidance_scale: float,
     batch_size: int = 8,
+    **arguments: Any,
 ) -> Iterator[Generated]:
-    """Yield a picture for each prompt and seed, prompt by prompt. A seed's noise is the same for every prompt."""
+    """Yield a picture for each prompt and seed, prompt by prompt. A seed's noise is the same for every prompt.
+
+    Args:
+        batch_size: pictures that are made at a time.
+        arguments: of the pipeline's call.
+    """
     wanted = list(product(prompts, seeds))
     for start in range(0, len(wanted), batch_size):
         group = wanted[start : start + batch_size]
-        images = pipeline(
-            [prompt for prompt, _ in group],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in group],
-        ).images
-        for (prompt, seed), image in zip(group, images, strict=True):
-            yield Generated(prompt, seed, image)
+        generators = [torch.Generator().manual_seed(seed) for _, seed in group]
+        made = pipeline([prompt for prompt, _ in group], generator=generators, **arguments)
+        for (prompt, seed), image, references in zip(group, made.images, made.references, strict=True):
+            yield Generated(prompt, seed, image, references)
 
 
 def file_name(number: int, generated: Generated) -> str:

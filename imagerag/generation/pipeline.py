@@ -138,6 +138,14 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             self._index = ReferenceIndex(self.config.index_uri, self.config.index_name, identity, self.text_encoder)
         return self._index
 
+    def encode_queries(self, texts: Sequence[str]) -> Embeds:
+        """Return texts as the index's encoder sees them (N, D).
+
+        Raises:
+            UserError: if the pipeline has no index.
+        """
+        return self._require_index().encode(texts, self._sentences)
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -283,8 +291,7 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Return what is nearest to each prompt, or what was given."""
 
         def encode_texts(texts: Sequence[str]) -> Embeds | None:
-            own = condition if list(texts) == prompts else self._conditioner.encode(texts)
-            return None if own.sentences is None else own.sentences.float().cpu().numpy()
+            return _host(condition.sentences) if list(texts) == prompts else self._sentences(texts)
 
         def encode_images(images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
             return encode_references(self.vae, self.unet, self._conditioner, images, captions)
@@ -292,13 +299,20 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         if given.images is not None and given.captions is not None:
             embed = encode_texts if self.index is None else partial(self.index.encode, encode_texts=encode_texts)
             return given_references(prompts, given.images, given.captions, embed, encode_images)
+        index = self._require_index()
+        if given.ids is not None:
+            rows = index.fetch(given.ids, prompts, encode_texts)
+        else:
+            rows = index.search(prompts, encode_texts, k, compose=compose)
+        return References.of(rows, index.features_of(rows, encode_images, strict=strict))
+
+    def _require_index(self) -> ReferenceIndex:
         if self.index is None:
             raise UserError("references come from an index: give the pipeline one with use_index, or reference_images")
-        if given.ids is not None:
-            rows = self.index.fetch(given.ids, prompts, encode_texts)
-        else:
-            rows = self.index.search(prompts, encode_texts, k, compose=compose)
-        return References.of(rows, self.index.features_of(rows, encode_images, strict=strict))
+        return self.index
+
+    def _sentences(self, texts: Sequence[str]) -> Embeds | None:
+        return _host(self._conditioner.encode(texts).sentences)
 
     @property
     def _conditioner(self) -> TextConditioner:
@@ -327,3 +341,7 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         pixels = self.vae.decode(scaled, return_dict=False)[0]
         return self.image_processor.postprocess(pixels, output_type=output_type)
+
+
+def _host(sentences: torch.Tensor | None) -> Embeds | None:
+    return None if sentences is None else sentences.float().cpu().numpy()

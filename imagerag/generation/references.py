@@ -97,6 +97,10 @@ class References:
 class ReferenceIndex:
     """The published index of a corpus, searched by prompts, with the features of one base model.
 
+    Attributes:
+        identity: of the features.
+        retriever: what searches.
+
     Raises:
         UserError: if nothing is published, or the index is empty.
     """
@@ -104,21 +108,16 @@ class ReferenceIndex:
     def __init__(self, uri: str, name: str, identity: FeatureIdentity, text_encoder: "PreTrainedModel") -> None:
         """Open the index. `text_encoder` is the base model's, which may be the index's own as well."""
         self.identity = identity
-        self._retriever = Retriever(uri, name)
-        if self._retriever.num_rows == 0:
+        self.retriever = Retriever(uri, name)
+        if self.retriever.num_rows == 0:
             raise UserError(f"the index {name!r} is empty: nothing can be retrieved")
         self._name = name
         self._text_encoder = text_encoder
 
-    @property
-    def version(self) -> int:
-        """The version of the index that is searched."""
-        return self._retriever.version
-
     @cached_property
     def shares_encoder(self) -> bool:
         """Whether the base model's text encoder is the one that made the index, so that prompts are encoded once."""
-        files = resolve(self._retriever.encoder.id)
+        files = resolve(self.retriever.encoder.id)
         return files.text_tower is not None and is_text_tower(self._text_encoder, files.text_tower)
 
     def search(
@@ -134,15 +133,15 @@ class ReferenceIndex:
         Raises:
             UserError: if there are fewer rows than `k`, or the index has no features of this base model.
         """
-        if k > self._retriever.num_rows:
+        if k > self.retriever.num_rows:
             raise UserError(
-                f"num_references can't be more than the index has rows: {k} of {self._retriever.num_rows} in "
+                f"num_references can't be more than the index has rows: {k} of {self.retriever.num_rows} in "
                 f"{self._name!r}"
             )
         phrases = [[prompt, *(split_phrases(prompt) if compose else [])] for prompt in prompts]
         queries = [phrase for own in phrases for phrase in own]
         embeds = self.encode(queries, encode_texts)
-        found = iter(self._retriever.search(embeds, k, by="hybrid", texts=queries, features=self.identity))
+        found = iter(self.retriever.search(embeds, k, by="hybrid", texts=queries, features=self.identity))
         rankings = [[next(found) for _ in own] for own in phrases]
         return [own[0] if len(own) == 1 else merge(own, k) for own in rankings]
 
@@ -151,7 +150,7 @@ class ReferenceIndex:
     ) -> list[list[Neighbour]]:
         """Return the rows with these ids for each prompt. Errors as of `Retriever.fetch`."""
         embeds = self.encode(prompts, encode_texts)
-        return [self._retriever.fetch(own, e, features=self.identity) for own, e in zip(ids, embeds, strict=True)]
+        return [self.retriever.fetch(own, e, features=self.identity) for own, e in zip(ids, embeds, strict=True)]
 
     def encode(self, texts: Sequence[str], encode_texts: EncodeTexts) -> Embeds:
         """Return texts as the index's encoder sees them (N, D)."""
@@ -179,7 +178,7 @@ class ReferenceIndex:
     def _compute(self, ids: Sequence[str], encode_references: EncodeReferences) -> dict[str, torch.Tensor]:
         from imagerag.hspace.features import open_images
 
-        found = self._retriever.fetch(ids, images=True)
+        found = self.retriever.fetch(ids, images=True)
         h = encode_references(open_images([row.image or b"" for row in found]), [row.caption for row in found])
         return {row.id: own.to("cpu", torch.float16) for row, own in zip(found, h, strict=True)}
 
@@ -187,8 +186,8 @@ class ReferenceIndex:
     def _encoder(self) -> "Encoder":
         from imagerag.embedding.encoder import load_encoder
 
-        encoder = load_encoder(self._retriever.encoder.id)
-        self._retriever.check_encoder(encoder.identity)
+        encoder = load_encoder(self.retriever.encoder.id)
+        self.retriever.check_encoder(encoder.identity)
         return encoder
 
 

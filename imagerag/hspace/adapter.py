@@ -1,11 +1,15 @@
 """The adapter: what references add to the target's H-space by cross-attention (paper, Sec. 3.3)."""
 
+from pathlib import Path
+
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
+
+from imagerag.errors import UserError
 
 
 def gate(similarities: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -16,6 +20,27 @@ def gate(similarities: torch.Tensor, threshold: float) -> torch.Tensor:
         threshold: references less similar than this have no effect at all.
     """
     return torch.where(similarities >= threshold, similarities.clamp(0, 1), 0.0)
+
+
+def load_adapter(folder: Path, unet: UNet2DConditionModel) -> "HSpaceAdapter":
+    """Load an adapter for a base model's UNet, in its dtype and on its device.
+
+    Raises:
+        UserError: if the folder holds no adapter, or one for another H-space.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"an adapter's folder has config.json, as save_pretrained writes it; {folder} has none")
+    adapter: HSpaceAdapter = HSpaceAdapter.from_pretrained(
+        folder, torch_dtype=unet.dtype, use_safetensors=True, local_files_only=True
+    )
+    channels = unet.config.block_out_channels[-1]
+    if adapter.config.channels != channels:
+        raise UserError(
+            f"the adapter in {folder} is for an H-space of {adapter.config.channels} channels; the base model's has "
+            f"{channels}"
+        )
+    adapter.eval().requires_grad_(False).to(unet.device)
+    return adapter
 
 
 class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 import io
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,21 +26,32 @@ class Section:
 
 def write_page(path: Path, *, title: str, sections: Sequence[Section]) -> None:
     """Write the page, replacing the file at once if there is one."""
-    environment = Environment(loader=PackageLoader("imagerag.retrieval", ""), autoescape=True)
-    environment.filters.update(data_uri=_data_uri, web_link=_web_link)
-    html = environment.get_template("page.html").render(title=title, sections=sections)
+    filters: dict[str, Callable[..., object]] = {"data_uri": data_uri, "web_link": web_link}
+    write_whole(path, render("imagerag.retrieval", "page.html", filters, title=title, sections=sections))
+
+
+def render(package: str, template: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
+    """Return the page that a package's template makes of `values`, which stay text whatever they hold."""
+    environment = Environment(loader=PackageLoader(package, ""), autoescape=True)
+    environment.filters.update(filters)
+    return environment.get_template(template).render(values)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, replacing one that is there at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(html, encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
-def _data_uri(image: bytes) -> str:
+def data_uri(image: bytes) -> str:
+    """Return an encoded image as a URI that holds it."""
     with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
         mime_type = opened.get_format_mimetype()
     return f"data:{mime_type};base64,{b64encode(image).decode()}"
 
 
-def _web_link(url: str) -> str | None:
+def web_link(url: str) -> str | None:
     """Return the URL if a page may link to it: a caption's neighbour may come from anywhere, `javascript:` included."""
     return url if urlsplit(url).scheme in ("http", "https") else None

@@ -186,6 +186,14 @@ class Retriever:
             raise UserError(f"the index {self._store.name!r} has no row with the id {unknown[0]!r}")
         return [by_id[each] for each in ids]
 
+    def sample(self, num_rows: int) -> tuple[list[bytes], Embeds]:
+        """Return the images and the captions' embeddings (N, D) of some rows, of all if they are fewer."""
+        dataset = self._store.dataset(self.version)
+        count = dataset.count_rows()
+        offsets = np.sort(np.random.default_rng(0).choice(count, min(num_rows, count), replace=False))
+        rows = dataset.take(offsets, columns=["image", "text_embed"])
+        return rows["image"].to_pylist(), to_numpy(rows["text_embed"])
+
     def _search_vectors(self, embeds: Embeds, column: str, wanted: "_Wanted") -> list[list[Neighbour]]:
         query = nearest(self._table, column, embeds, self._nprobes.get(column), wanted.where)
         found = query.limit(wanted.k).select([*wanted.columns, "_distance"]).to_arrow()

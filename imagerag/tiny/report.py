@@ -165,7 +165,7 @@ class _Measurer:
         made: list[Generated] = []
         started = time.perf_counter()
         for seed, name in enumerate(names):
-            made += generate(pipeline, [name], [seed], steps=model.steps, guidance_scale=model.guidance)
+            made += generate(pipeline, [name], [seed], num_inference_steps=model.steps, guidance_scale=model.guidance)
             on_picture()
         seconds = time.perf_counter() - started
         pixels = torch.stack([_to_tensor(picture) for picture in made])

@@ -136,7 +136,7 @@ def test_rows_are_fetched_by_id(store: Store) -> None:
     assert found[1].features is not None
     assert found[1].features.max() == 3 / 8
     assert found[0].image == make_rows(7, 8)["image"][0].as_py()
-    with pytest.raises(UserError, match="has no row with the id \"x'; DROP\""):
+    with pytest.raises(UserError, match='has no row with the id "x\'; DROP"'):
         retriever.fetch([ids[0], "x'; DROP"])
 
 

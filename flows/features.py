@@ -1,0 +1,46 @@
+"""Features: what a base model makes of every row is computed once and published with the index."""
+
+from prefect import flow
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from flows.ingest import NotPublishedError
+from imagerag.hspace.config import FeaturesConfig
+from imagerag.retrieval.index import IndexConfig
+from imagerag.retrieval.publish import PublishConfig
+from imagerag.settings import check_name
+from tasks.features import make_features
+from tasks.index import index_rows
+from tasks.policy import hide_user_tracebacks
+from tasks.publish import publish_index
+from tasks.report import FeaturesReport, write_features_report
+
+
+class FeaturesParameters(BaseModel):
+    """Which index to make features for, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="images", description="The corpus.")
+    features: FeaturesConfig = Field(default=FeaturesConfig(), description="How features are made.")
+    index: IndexConfig = Field(default=IndexConfig(), description="How the index is built.")
+    publish: PublishConfig = Field(default=PublishConfig(), description="What a version must pass to be published.")
+
+    _check_name = field_validator("name")(check_name)
+
+
+@flow(name="features")
+def features(parameters: FeaturesParameters) -> FeaturesReport:
+    """Make the cached features of an index for a base model, and publish them.
+
+    Run it again at any time: only rows without features are encoded.
+    """
+    hide_user_tracebacks()
+    cached = make_features(parameters.name, parameters.features)
+    index = index_rows(cached, parameters.index)
+    publication = publish_index(index, parameters.publish)
+    report = FeaturesReport(name=parameters.name, cached=cached, publication=publication)
+    write_features_report(report)
+    if not publication.published:
+        failed = [f"{check.name}: {check.detail}" for check in publication.checks if not check.passed]
+        raise NotPublishedError(f"{parameters.name} is not published: {'; '.join(failed)}")
+    return report

@@ -1,0 +1,36 @@
+"""`imagerag features`: the flow, run here and now."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from imagerag.cli.corpus import given
+from imagerag.cli.run import run_flow
+
+if TYPE_CHECKING:
+    from tasks.report import FeaturesReport
+
+
+def features(
+    name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="`tiny`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
+    ] = None,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Models at work at a time.")] = None,
+    parameters: Annotated[
+        Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
+    ] = None,
+) -> None:
+    """Make the cached features of an index for a base model: only rows that have none are encoded."""
+    options = {"name": name, "features": {"base": base, "num_workers": num_workers}}
+    show_features(run_flow("features", given(options), parameters))
+
+
+def show_features(report: "FeaturesReport") -> None:
+    """Print what a run did."""
+    cached = report.cached
+    rate = f", {cached.num_added / cached.duration_s:,.1f}/s" if cached.num_added else ""
+    typer.echo(f"features of {report.name} for {cached.base_id}: {cached.num_added:,} encoded{rate}")
+    typer.echo(f"readers see version {report.publication.version}, {report.publication.num_rows:,} rows")

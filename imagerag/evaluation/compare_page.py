@@ -1,0 +1,54 @@
+"""Comparisons as a page, a picture and numbers."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from imagerag.evaluation.compare import Cell, Comparison
+from imagerag.generation.sheet import sheet
+from imagerag.retrieval.page import data_uri, render, web_link, write_whole
+from imagerag.retrieval.search import Retriever
+
+_MAX_ROWS_IN_SHEET = 64
+
+
+def write_comparison(folder: Path, comparisons: Sequence[Comparison], retriever: Retriever, *, title: str) -> None:
+    """Write `index.html`, which needs nothing else, `grid.png` and `scores.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    used = {reference.id for each in comparisons for cell in each.cells for reference in cell.references}
+    images = {row.id: row.image for row in retriever.fetch(sorted(used), images=True)} if used else {}
+    html = render(
+        "imagerag.evaluation",
+        "compare.html",
+        {"png": _png, "thumbnail": lambda id: data_uri(images[id] or b""), "web_link": web_link},
+        title=title,
+        comparisons=comparisons,
+        version=retriever.version,
+    )
+    write_whole(folder / "index.html", html)
+    titles = " | ".join(cell.title for cell in comparisons[0].cells)
+    rows = [
+        (f"{each.prompt}  ({titles})" if number == 0 else each.prompt, [cell.image for cell in each.cells])
+        for number, each in enumerate(comparisons[:_MAX_ROWS_IN_SHEET])
+    ]
+    sheet(rows).save(folder / "grid.png")
+    scores = [{"prompt": each.prompt, "cells": [_numbers(cell) for cell in each.cells]} for each in comparisons]
+    write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+
+
+def _numbers(cell: Cell) -> dict[str, object]:
+    return {
+        "title": cell.title,
+        "score": cell.score,
+        "seconds": cell.seconds,
+        "note": cell.note,
+        "references": [asdict(reference) for reference in cell.references],
+    }
+
+
+def _png(cell: Cell) -> str:
+    buffer = io.BytesIO()
+    cell.image.save(buffer, "PNG")
+    return data_uri(buffer.getvalue())

@@ -1,0 +1,98 @@
+"""The cached-features job, with a real Ray."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imagerag.errors import UserError
+from imagerag.generation.base import load_base
+from imagerag.hspace.config import FeaturesConfig
+from imagerag.hspace.features import encode_references, feature_identity, open_images
+from imagerag.hspace.job import cache_features
+from imagerag.retrieval import features
+from imagerag.retrieval.store import CommitConflictError, Store
+from imagerag.settings import Settings
+from tests.generation.folders import write_sd
+from tests.retrieval.rows import ENCODER, append, make_rows
+
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_sd(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(str(tmp_path / "index"), "images")
+    store.open_or_create(ENCODER)
+    append(store, make_rows(0, 20))
+    append(store, make_rows(20, 30))
+    return store
+
+
+def config(base: str) -> FeaturesConfig:
+    return FeaturesConfig(base=base, device="cpu", batch_size=8)
+
+
+def test_every_row_has_what_the_base_model_makes_of_it(store: Store, base: str, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    reports: list[tuple[int, int, str]] = []
+    done = cache_features(store, config(base), settings, lambda *report: reports.append(report))
+    assert (done.num_rows, done.num_added) == (30, 30)
+    assert reports[-1] == (30, 30, "encoded")
+
+    loaded = load_base(base, device="cpu")
+    identity = feature_identity(loaded.identity, loaded.unet.config)
+    assert done.features_digest == identity.digest
+    table = store.dataset(done.version).to_table(columns=["image", "caption", identity.column])
+    images, captions = open_images(table["image"].to_pylist()), table["caption"].to_pylist()
+    expected = encode_references(loaded.vae, loaded.unet, loaded.conditioner, images, captions)
+    cached = np.stack([own for own in features.to_features(table[identity.column], identity) if own is not None])
+    assert torch.allclose(torch.from_numpy(cached).float(), expected, atol=2e-3 * float(expected.abs().max()))
+
+    append(store, make_rows(30, 35))
+    again = cache_features(store, config(base), settings)
+    assert (again.num_rows, again.num_added) == (35, 5)
+
+
+def test_where_nothing_is_missing_nothing_is_started(store: Store, base: str, tmp_path: Path) -> None:
+    cache_features(store, config(base), Settings(home=tmp_path))
+    version = store.version
+    refusing = Settings(home=tmp_path, ray_address="nowhere:1")
+    assert cache_features(store, config(base), refusing).num_added == 0
+    assert store.version == version
+
+
+def test_a_job_that_dies_keeps_what_it_committed(
+    store: Store, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed: list[str] = []
+
+    def dying(store: Store, filled: str, version: int) -> int:
+        if committed:
+            raise CommitConflictError("as if another writer had come")
+        committed.append(filled)
+        return commit(store, filled, version)
+
+    commit = features.commit
+    monkeypatch.setattr(features, "commit", dying)
+    # A Ray that is shut down by the failure would be missed by the tests that follow.
+    monkeypatch.setattr("imagerag.hspace.job.stop_ray", lambda: None)
+    with pytest.raises(CommitConflictError):
+        cache_features(store, config(base), Settings(home=tmp_path))
+    monkeypatch.undo()
+    rest = cache_features(store, config(base), Settings(home=tmp_path))
+    assert rest.num_added in (10, 20), "one fragment of two was committed"
+
+
+def test_a_wrong_base_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a base model is `tiny`"):
+        FeaturesConfig(base="no such thing")
+    with pytest.raises(UserError, match="does not exist"):
+        cache_features(
+            Store(str(tmp_path), "none"), FeaturesConfig(base=str(tmp_path / "gone")), Settings(home=tmp_path)
+        )
