@@ -13,15 +13,19 @@ from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
 from imagerag.generation.text import is_text_tower
 from imagerag.retrieval.ann import Embeds
-from imagerag.retrieval.compose import merge, split_phrases
 from imagerag.retrieval.features import FeatureIdentity, Features
-from imagerag.retrieval.search import Neighbour, Retriever
+from imagerag.retrieval.ranking import diversify, merge, split_phrases
+from imagerag.retrieval.search import MAX_K, Neighbour, Retriever
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel
 
     from imagerag.embedding.encoder import Encoder
+
+_MOST_OF_ONE_CAPTION = 2
+_OVERFETCH = 3
+"""Rows that are fetched for each wanted one, so that there are others than those of one caption."""
 
 EncodeTexts = Callable[[Sequence[str]], Embeds | None]
 """Texts to the base model's own sentence features (N, D), L2-normalised, where it has some."""
@@ -141,7 +145,8 @@ class ReferenceIndex:
         phrases = [[prompt, *(split_phrases(prompt) if compose else [])] for prompt in prompts]
         queries = [phrase for own in phrases for phrase in own]
         embeds = self.encode(queries, encode_texts)
-        found = iter(self.retriever.search(embeds, k, by="hybrid", texts=queries, features=self.identity))
+        near = self.retriever.search(embeds, min(_OVERFETCH * k, MAX_K), features=self.identity)
+        found = iter([diversify(ranking, k, _MOST_OF_ONE_CAPTION) for ranking in near])
         rankings = [[next(found) for _ in own] for own in phrases]
         return [own[0] if len(own) == 1 else merge(own, k) for own in rankings]
 
