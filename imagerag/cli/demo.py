@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 CORPUS = "sample"
 NEIGHBOURS = 10
 QUERIES = ("a slice of watermelon", "a happy puppy", "rainy day", "something to write with")
+PROMPTS = ("a llama", "a doughnut", "a helicopter", "a castle", "a harp", "a slice of watermelon")
+"""All in the index, and none of them among the concepts that the base model was trained on."""
 
 
 def demo(
     limit: Annotated[int | None, typer.Option(min=1, help="Ingest only so many images.")] = None,
 ) -> None:
-    """Run the main job on the sample corpus: serve it, download, embed, index, publish and search."""
+    """Run the main job on the sample corpus: serve it, ingest, search, cache features, and generate with the index."""
     from imagerag.settings import Settings
 
     settings = Settings()
@@ -30,8 +32,14 @@ def demo(
     show_report(report)
     typer.echo("\n2. Search the published index.")
     page = _search(settings)
-    typer.echo(f"\nPictures:   {page}")
-    typer.echo(f"Search:     .venv/bin/imagerag search 'a birthday party' --name {CORPUS} --html birthday.html")
+    typer.echo("\n3. Encode every row with the base model `tiny`, so that references cost next to nothing later.")
+    _cache_features()
+    typer.echo("\n4. Generate in one step, with and without references, and compare.")
+    comparison = _compare(settings)
+    typer.echo(f"\nPictures:   {comparison}")
+    typer.echo(f"Search:     {page}")
+    typer.echo(f"Generate:   .venv/bin/imagerag generate 'a red dragon' --name {CORPUS}")
+    typer.echo(f"            .venv/bin/imagerag search 'a birthday party' --name {CORPUS} --html birthday.html")
     typer.echo("Prefect UI: make up (this run is in its history)")
 
 
@@ -65,3 +73,19 @@ def _search(settings: "Settings") -> Path:
     page = settings.home / CORPUS / "search.html"
     write_page(page, title="imagerag search: the sample corpus", sections=sections)
     return page
+
+
+def _cache_features() -> None:
+    from imagerag.cli.features import show_features
+    from imagerag.cli.run import run_flow
+
+    show_features(run_flow("features", {"name": CORPUS}))
+
+
+def _compare(settings: "Settings") -> Path:
+    from imagerag.cli.compare import print_scores, run_comparison
+
+    out = settings.home / CORPUS / "compare"
+    made = run_comparison(PROMPTS, name=CORPUS, base="tiny", teacher="tiny-teacher", adapter=None, seed=0, out=out)
+    print_scores(made)
+    return out / "index.html"

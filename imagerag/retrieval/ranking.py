@@ -34,7 +34,8 @@ def split_phrases(prompt: str) -> list[str]:
 def diversify(ranking: Sequence[Neighbour], k: int, most: int) -> list[Neighbour]:
     """Return `k` rows, the nearest first, with at most `most` of one caption as long as there are others."""
     seen: Counter[str] = Counter()
-    chosen, spare = [], []
+    chosen: list[Neighbour] = []
+    spare: list[Neighbour] = []
     for row in ranking:
         seen[row.caption] += 1
         (chosen if seen[row.caption] <= most else spare).append(row)

@@ -120,7 +120,7 @@ def _compare(num_rows: int, store: Store) -> Iterator[Row]:
 def _ours(store: Store, vectors: Vectors) -> Engine:
     started = time.perf_counter()
     store.create(_ENCODER)
-    fragments = [fragment for chunk in _tables(vectors) for fragment in store.write_fragments(chunk)]
+    fragments = [fragment for chunk in tables(vectors) for fragment in store.write_fragments(chunk)]
     store.commit(fragments, store.version)
     publication = publish(store, build_index(store, IndexConfig()), PublishConfig())
     assert publication.published, publication.checks
@@ -129,7 +129,7 @@ def _ours(store: Store, vectors: Vectors) -> Engine:
     return Engine(build_s, lambda query: [int(neighbour.id, 16) for neighbour in retriever.search(query, K)[0]])
 
 
-def _tables(vectors: Vectors) -> Iterator[pa.Table]:
+def tables(vectors: Vectors, encoder: EncoderIdentity = _ENCODER) -> Iterator[pa.Table]:
     """The rows of a table, whose ids are the vectors' positions, in pieces."""
     for start in range(0, len(vectors), _CHUNK_ROWS):
         chunk = vectors[start : start + _CHUNK_ROWS]
@@ -148,7 +148,7 @@ def _tables(vectors: Vectors) -> Iterator[pa.Table]:
             "text_embed": embeds,
             "image_embed": embeds,
         }
-        yield pa.table(columns, schema=row_schema(_ENCODER))
+        yield pa.table(columns, schema=row_schema(encoder))
 
 
 def _faiss(index: "faiss.Index", vectors: Vectors) -> Engine:

@@ -27,10 +27,10 @@ def write_sd(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon", *
     torch.manual_seed(seed)
     scheduler = EulerDiscreteScheduler(**_BETAS, prediction_type=prediction_type, timestep_spacing="trailing")
     pipeline = StableDiffusionPipeline(
-        vae=_vae(),
+        vae=small_vae(),
         text_encoder=CLIPTextModel(_text_config(act="gelu")),
-        tokenizer=_tokenizer(),
-        unet=UNet2DConditionModel(**_unet_config()),
+        tokenizer=bytes_tokenizer(),
+        unet=UNet2DConditionModel(**small_unet()),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -44,7 +44,7 @@ def write_sdxl(folder: Path) -> Path:
     """SDXL-Turbo: two text encoders, and sizes beside the timestep."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        **_unet_config()
+        **small_unet()
         | {
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -58,11 +58,11 @@ def write_sdxl(folder: Path) -> Path:
         }
     )
     pipeline = StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=small_vae(),
         text_encoder=CLIPTextModel(_text_config(act="quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(act="gelu")),
-        tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(),
+        tokenizer=bytes_tokenizer(),
+        tokenizer_2=bytes_tokenizer(),
         unet=unet,
         scheduler=EulerDiscreteScheduler(**_BETAS, timestep_spacing="trailing"),
         add_watermarker=False,
@@ -75,14 +75,15 @@ def write_lcm(folder: Path) -> Path:
     """A latent consistency model: it is told the guidance that it was distilled with."""
     write_sd(folder)
     torch.manual_seed(0)
-    UNet2DConditionModel(**_unet_config(), time_cond_proj_dim=16).save_pretrained(folder / "unet")
+    UNet2DConditionModel(**small_unet(), time_cond_proj_dim=16).save_pretrained(folder / "unet")
     LCMScheduler(**_BETAS).save_pretrained(folder / "scheduler")
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("EulerDiscreteScheduler", "LCMScheduler"))
     return folder
 
 
-def _unet_config() -> dict[str, Any]:
+def small_unet() -> dict[str, Any]:
+    """The configuration of a UNet in SD's format."""
     return {
         "sample_size": 8,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -96,7 +97,8 @@ def _unet_config() -> dict[str, Any]:
     }
 
 
-def _vae() -> AutoencoderKL:
+def small_vae() -> AutoencoderKL:
+    """An autoencoder of 16x16 pixels."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -128,5 +130,6 @@ def _vocabulary() -> dict[str, int]:
     return {token: number for number, token in enumerate(tokens)}
 
 
-def _tokenizer() -> CLIPTokenizer:
+def bytes_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer without any merges: a token for each letter."""
     return CLIPTokenizer(vocab=_vocabulary(), merges=[], model_max_length=_LENGTH)

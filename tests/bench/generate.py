@@ -1,0 +1,149 @@
+"""What references cost: one step at SD 2.1's size with and without them, and search with and without their features."""
+
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from imagerag.embedding.spec import resolve
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.generation.spec import BaseIdentity
+from imagerag.hspace.adapter import HSpaceAdapter
+from imagerag.hspace.features import feature_identity
+from imagerag.retrieval import features
+from imagerag.retrieval.features import FeatureIdentity, Features
+from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.publish import PublishConfig, publish
+from imagerag.retrieval.search import Retriever
+from imagerag.retrieval.store import Store
+from tests.bench.harness import Row, Scale, alternate, median
+from tests.bench.search import make_vectors, tables
+from tests.generation.folders import bytes_tokenizer
+
+NUM_REFERENCES = 4
+NUM_QUERIES = 100
+NUM_ROWS: dict[Scale, int] = {"small": 6_000, "full": 100_000}
+REPETITIONS: dict[Scale, int] = {"small": 1, "full": 7}
+SD21_UNET = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+VIT_H = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
+_SD21 = BaseIdentity(id="sd21", digest="2" * 64)
+_TINY_SHAPE = (192, 4, 4)
+_ROWS_OF_SD = 256
+
+
+def run(scale: Scale, folder: Path) -> list[Row]:
+    """Measure the step, then the search."""
+    return [*_step(scale, folder), *_fetch(scale, folder)]
+
+
+def _step(scale: Scale, folder: Path) -> list[Row]:
+    """One step at 512x512, text encoded, without the autoencoder, which is the same for both."""
+    pipeline = _sd21()
+    identity = feature_identity(_SD21, pipeline.unet.config)
+    store = _index(folder / "sd", _ROWS_OF_SD, identity)
+    pipeline.use_index(store.uri, store.name)
+
+    def measure(**arguments: object) -> float:
+        generator = torch.Generator().manual_seed(0)
+        started = time.perf_counter()
+        pipeline("a slice of watermelon", generator=generator, output_type="latent", **arguments)
+        return time.perf_counter() - started
+
+    ways = [partial(measure, fusion="none"), partial(measure, num_references=NUM_REFERENCES, fusion="adapter")]
+    for warm_up in ways:
+        warm_up()
+    base, ours = alternate(REPETITIONS[scale], *ways)
+    return [
+        Row(
+            what=f"one step at 512², UNet and text encoder of SD 2.1's size, random weights, fp32: with "
+            f"{NUM_REFERENCES} references (search, features, adapter)",
+            unit="s",
+            ours=median(ours),
+            peer=median(base),
+            peer_name=f"the same without references, diffusers {version('diffusers')}",
+            at_most=1.02,
+        )
+    ]
+
+
+def _fetch(scale: Scale, folder: Path) -> list[Row]:
+    """Neighbours with the features of `tiny`, 6 kB each."""
+    num_rows = NUM_ROWS[scale]
+    identity = FeatureIdentity(base="tiny", digest="1" * 64, shape=_TINY_SHAPE)
+    store = _index(folder / "tiny", num_rows, identity)
+    retriever = Retriever(store.uri, store.name)
+    queries = make_vectors(NUM_QUERIES, seed=1)[:, None]
+
+    def measure(wanted: FeatureIdentity | None) -> float:
+        latencies = []
+        for query in queries:
+            started = time.perf_counter()
+            retriever.search(query, NUM_REFERENCES, features=wanted)
+            latencies.append(1000 * (time.perf_counter() - started))
+        return median(latencies)
+
+    measure(identity)
+    ours, peer = alternate(3, partial(measure, identity), partial(measure, None))
+    return [
+        Row(
+            what=f"{num_rows:,} rows: p50 of searching {NUM_REFERENCES} references with their features (bar: 5 ms)",
+            unit="ms",
+            ours=median(ours),
+            peer=median(peer),
+            peer_name="the same search without features",
+        )
+    ]
+
+
+def _sd21() -> ImageRAGTurboPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**SD21_UNET).eval()
+    adapter = HSpaceAdapter(channels=1280).eval()
+    torch.nn.init.normal_(adapter.to_out.weight, std=0.02)
+    return ImageRAGTurboPipeline(
+        vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+                          up_block_types=("UpDecoderBlock2D",) * 4),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear"),
+        tokenizer=bytes_tokenizer(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**VIT_H)).eval(),
+        adapter=adapter,
+        base_id=_SD21.id,
+        base_digest=_SD21.digest,
+    )  # fmt: skip
+
+
+def _index(folder: Path, num_rows: int, identity: FeatureIdentity) -> Store:
+    """Publish rows that are found by the embedded encoder, with features of random numbers."""
+    store = Store(str(folder), "images")
+    encoder = resolve("tiny").identity
+    store.create(encoder)
+    for chunk in tables(make_vectors(num_rows), encoder):
+        store.commit(store.write_fragments(chunk), store.version)
+    random = np.random.default_rng(0)
+
+    def compute(images: list[bytes], captions: list[str]) -> Features:
+        return random.standard_normal((len(images), *identity.shape), dtype=np.float32).astype(np.float16)
+
+    version = features.prepare(store, identity)
+    for fragment in features.missing(store.dataset(version), identity):
+        features.commit(store, features.fill(store, identity, version, fragment, compute, 512), version)
+    publication = publish(store, build_index(store, IndexConfig()), PublishConfig())
+    assert publication.published, publication.checks
+    return store

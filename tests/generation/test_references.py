@@ -1,0 +1,336 @@
+"""The pipeline with an index: what it finds, what it does with it, what it says of it, and what it refuses."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from imagerag import tiny
+from imagerag.embedding.spec import resolve
+from imagerag.embedding.tiny import text_folder
+from imagerag.errors import UserError
+from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
+from imagerag.generation.spec import BaseIdentity
+from imagerag.hspace.adapter import HSpaceAdapter
+from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
+from imagerag.retrieval import features
+from imagerag.retrieval.features import Features
+from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.retrieval.store import Store
+from tests.generation.folders import small_unet, small_vae, write_sd
+from tests.retrieval.rows import append, fixed_size_lists, index_and_publish, make_rows
+
+CAPTIONS = ["red dragon", "green dragon", "castle", "harp", "doughnut", "llama", "bicycle", "rain cloud"]
+BASE = BaseIdentity(id="test", digest="c" * 64)
+
+
+def make_pipeline(adapter: HSpaceAdapter | None = None, **changes: Any) -> ImageRAGTurboPipeline:
+    """A base model of random weights that reads prompts with the text tower that made the index."""
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(tiny.FOLDER / "text_encoder")
+    parts = {
+        "vae": small_vae().eval(),
+        "unet": UNet2DConditionModel(**small_unet() | {"cross_attention_dim": 384}).eval(),
+        "scheduler": DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                                   timestep_spacing="trailing", clip_sample=False),
+        "tokenizer": AutoTokenizer.from_pretrained(tiny.FOLDER / "tokenizer"),
+        "text_encoder": BertModel.from_pretrained(text_folder(), config=config).eval(),
+        "adapter": adapter,
+        "base_id": BASE.id,
+        "base_digest": BASE.digest,
+    }  # fmt: skip
+    pipeline = ImageRAGTurboPipeline(**parts | changes)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_adapter() -> HSpaceAdapter:
+    torch.manual_seed(1)
+    adapter = HSpaceAdapter(channels=64, inner_dim=64, num_heads=2).eval()
+    torch.nn.init.normal_(adapter.to_out.weight, std=0.5)
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def plain() -> ImageRAGTurboPipeline:
+    return make_pipeline(make_adapter())
+
+
+def drawing(number: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_store(folder: Path, plain: ImageRAGTurboPipeline, num_rows: int = len(CAPTIONS)) -> Store:
+    store = Store(str(folder), "images")
+    encoder = resolve("tiny").identity
+    store.open_or_create(encoder)
+    captions = CAPTIONS[:num_rows]
+    embeds = fixed_size_lists(sentences(plain, captions))
+    images = [drawing(number) for number in range(num_rows)]
+    append(
+        store, make_rows(0, num_rows, encoder, caption=captions, image=images, text_embed=embeds, image_embed=embeds)
+    )
+    return store
+
+
+def sentences(plain: ImageRAGTurboPipeline, texts: list[str]) -> np.ndarray:
+    own = plain._sentences(texts)
+    assert own is not None
+    return own
+
+
+def fill(store: Store, plain: ImageRAGTurboPipeline) -> None:
+    identity = feature_identity(BASE, plain.unet.config)
+
+    def compute(images: list[bytes], captions: list[str]) -> Features:
+        return to_cache(encode(plain, images, captions))
+
+    version = features.prepare(store, identity)
+    for fragment in features.missing(store.dataset(version), identity):
+        features.commit(store, features.fill(store, identity, version, fragment, compute, 4), version)
+
+
+def encode(plain: ImageRAGTurboPipeline, images: list[bytes], captions: list[str]) -> torch.Tensor:
+    return encode_references(plain.vae, plain.unet, plain._conditioner, open_images(images), captions)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, plain: ImageRAGTurboPipeline) -> Store:
+    store = write_store(tmp_path_factory.mktemp("index"), plain)
+    fill(store, plain)
+    index_and_publish(store)
+    return store
+
+
+@pytest.fixture
+def pipe(plain: ImageRAGTurboPipeline, store: Store) -> ImageRAGTurboPipeline:
+    return make_pipeline(make_adapter()).use_index(store.uri, store.name)
+
+
+def latents(
+    pipeline: ImageRAGTurboPipeline, prompt: Any = "a red dragon", seed: int = 0, **arguments: Any
+) -> torch.Tensor:
+    made: torch.Tensor = call(pipeline, prompt, seed, **arguments).images
+    return made
+
+
+def call(pipeline: ImageRAGTurboPipeline, prompt: Any, seed: int = 0, **arguments: Any) -> ImageRAGTurboOutput:
+    count = (1 if isinstance(prompt, str) else len(prompt)) * arguments.get("num_images_per_prompt", 1)
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(count)]
+    return pipeline(prompt, generator=generators, output_type="latent", **arguments)
+
+
+def test_the_nearest_row_comes_first_and_is_named(pipe: ImageRAGTurboPipeline) -> None:
+    (references,) = call(pipe, "a red dragon", num_references=3).references
+    assert [each.caption for each in references][:2] == ["red dragon", "green dragon"]
+    first = references[0]
+    assert (first.url, first.source, first.licence) == ("https://example.org/0.png", "even", "CC0-1.0")
+    assert len(first.id) == 40
+    assert 0.5 < first.similarity <= 1
+    assert first.weight == pytest.approx(first.similarity)
+    assert references[0].similarity > references[1].similarity > references[2].similarity
+
+
+def test_references_change_the_picture(pipe: ImageRAGTurboPipeline) -> None:
+    base = latents(pipe, fusion="none")
+    for fusion in ("adapter", "slerp"):
+        assert not torch.allclose(latents(pipe, fusion=fusion), base, atol=1e-3), fusion
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"fusion": "slerp", "w": 1.0},
+        {"fusion": "adapter", "adapter_scale": 0.0},
+        {"fusion": "adapter", "similarity_threshold": 1.0},
+        {"fusion": "slerp", "similarity_threshold": 1.0},
+        {"fusion": "adapter", "num_references": 0},
+    ],
+)
+def test_without_an_effect_it_is_the_base_model_bit_for_bit(
+    pipe: ImageRAGTurboPipeline, plain: ImageRAGTurboPipeline, arguments: dict[str, Any]
+) -> None:
+    expected = latents(plain, fusion="none")
+    assert torch.equal(latents(pipe, fusion="none"), expected)
+    assert torch.equal(latents(pipe, **arguments), expected)
+
+
+def test_slerp_is_the_papers_formula(pipe: ImageRAGTurboPipeline, store: Store) -> None:
+    """At w = 0 the decoder sees the reference's h and the target's skips, nothing else."""
+    seen: list[torch.Tensor] = []
+    first_of_decoder = pipe.unet.up_blocks[0]
+    hook = first_of_decoder.register_forward_pre_hook(
+        lambda _module, _arguments, named: seen.append(named["hidden_states"]), with_kwargs=True
+    )
+    latents(pipe, "red dragon", fusion="slerp", w=0.0)
+    hook.remove()
+    expected = encode(pipe, [drawing(0)], ["red dragon"])
+    assert torch.allclose(seen[0], expected, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_a_batch_is_its_pictures(pipe: ImageRAGTurboPipeline) -> None:
+    prompts = ["a red dragon", "a castle", "some rain"]
+    together = latents(pipe, prompts, num_references=2)
+    for number, prompt in enumerate(prompts):
+        assert torch.allclose(
+            latents(pipe, prompt, seed=number, num_references=2), together[number : number + 1], atol=1e-4
+        )
+
+
+def test_each_picture_of_a_prompt_has_its_references(pipe: ImageRAGTurboPipeline) -> None:
+    output = call(pipe, ["a castle", "a harp"], num_images_per_prompt=2, num_references=1)
+    assert [own[0].caption for own in output.references] == ["castle", "castle", "harp", "harp"]
+
+
+def test_given_rows_are_used_instead_of_a_search(pipe: ImageRAGTurboPipeline, store: Store) -> None:
+    ids = {row["caption"]: row["id"] for row in store.dataset().to_table(columns=["id", "caption"]).to_pylist()}
+    output = call(pipe, ["a castle", "a harp"], reference_ids=[[ids["llama"]], [ids["doughnut"], ids["harp"]]])
+    assert [[row.caption for row in own] for own in output.references] == [["llama"], ["doughnut", "harp"]]
+    flat = call(pipe, ["a castle", "a harp"], reference_ids=[ids["llama"]])
+    assert [[row.caption for row in own] for own in flat.references] == [["llama"], ["llama"]]
+
+
+def test_given_pictures_are_as_good_as_rows(pipe: ImageRAGTurboPipeline, plain: ImageRAGTurboPipeline) -> None:
+    image = Image.open(io.BytesIO(drawing(0)))
+    arguments = {"reference_images": [image], "reference_captions": ["red dragon"]}
+    searched = latents(pipe, "red dragon", num_references=1, fusion="slerp")
+    assert torch.allclose(latents(pipe, "red dragon", fusion="slerp", **arguments), searched, atol=0.02)
+    # Without an index too.
+    output = call(plain, "red dragon", fusion="slerp", **arguments)
+    assert torch.allclose(output.images, searched, atol=0.02)
+    assert output.references[0][0].source == "given"
+    assert output.references[0][0].similarity == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_more_steps_and_guidance(pipe: ImageRAGTurboPipeline, steps: int) -> None:
+    arguments = {"num_inference_steps": steps, "guidance_scale": 3.0}
+    made = latents(pipe, num_references=2, **arguments)
+    assert torch.isfinite(made).all()
+    assert not torch.allclose(made, latents(pipe, fusion="none", **arguments), atol=1e-3)
+    assert torch.equal(latents(pipe, similarity_threshold=1.0, **arguments), latents(pipe, fusion="none", **arguments))
+
+
+def test_things_of_a_composition_are_found_each(pipe: ImageRAGTurboPipeline) -> None:
+    (references,) = call(pipe, "a harp and a castle", num_references=2, compose=True).references
+    assert {each.caption for each in references} == {"harp", "castle"}
+
+
+def test_the_prompt_is_encoded_once_where_the_index_shares_the_encoder(pipe: ImageRAGTurboPipeline) -> None:
+    calls = []
+    hook = pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    latents(pipe, num_references=2)
+    hook.remove()
+    assert pipe.index is not None
+    assert pipe.index.shares_encoder
+    assert len(calls) == 1
+
+
+def test_another_text_encoder_asks_the_indexs_own(store: Store, tmp_path: Path) -> None:
+    from imagerag.generation.base import load_base
+
+    base = load_base(str(write_sd(tmp_path)), device="cpu")
+    pipeline = ImageRAGTurboPipeline.from_base(base).use_index(store.uri, store.name)
+    assert pipeline.index is not None
+    assert not pipeline.index.shares_encoder
+    with pytest.raises(UserError, match=rf"features for test \(digest .*none for {base.identity.id}"):
+        pipeline("a red dragon")
+
+
+def test_it_is_saved_and_loaded_with_all_that_it_needs(pipe: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    loaded = ImageRAGTurboPipeline.from_pretrained(tmp_path, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert (tmp_path / "adapter" / "diffusion_pytorch_model.safetensors").is_file()
+    assert torch.equal(latents(loaded, num_references=2), latents(pipe, num_references=2))
+
+
+def test_lora_is_attached_by_pefts_own_calls(pipe: ImageRAGTurboPipeline) -> None:
+    from peft import LoraConfig
+
+    before = latents(pipe, num_references=2)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=r"up_blocks.*to_q", init_lora_weights=False))
+    assert not torch.allclose(latents(pipe, num_references=2), before, atol=1e-4)
+    pipe.unet.disable_adapters()
+    assert torch.allclose(latents(pipe, num_references=2), before, atol=1e-6)
+
+
+def test_missing_features_are_computed_with_a_warning_or_refused(
+    plain: ImageRAGTurboPipeline, store: Store, tmp_path: Path
+) -> None:
+    partial = write_store(tmp_path, plain, num_rows=6)
+    fill(partial, plain)
+    encoder: EncoderIdentity = resolve("tiny").identity
+    embeds = fixed_size_lists(sentences(plain, CAPTIONS[6:]))
+    images = [drawing(number) for number in (6, 7)]
+    append(partial, make_rows(6, 8, encoder, caption=CAPTIONS[6:], image=images, text_embed=embeds, image_embed=embeds))
+    index_and_publish(partial)
+    pipeline = make_pipeline(make_adapter()).use_index(partial.uri, partial.name)
+    whole = make_pipeline(make_adapter()).use_index(store.uri, store.name)
+    with pytest.warns(UserWarning, match="1 of the references have no cached features for test yet; they are computed"):
+        made = latents(pipeline, "a bicycle", num_references=1)
+    assert torch.allclose(made, latents(whole, "a bicycle", num_references=1), atol=0.02)
+    with pytest.raises(UserError, match="1 of the references have no cached features .*`imagerag features --name"):
+        latents(pipeline, "a bicycle", num_references=1, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latents(pipeline, "a red dragon", num_references=1)
+
+
+def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+    broken = write_store(tmp_path, plain)
+    identity = feature_identity(BASE, plain.unet.config)
+    version = features.prepare(broken, identity)
+
+    def compute(images: list[bytes], captions: list[str]) -> Features:
+        return np.full((len(images), *identity.shape), np.nan, np.float16)
+
+    features.commit(broken, features.fill(broken, identity, version, 0, compute, 8), version)
+    index_and_publish(broken)
+    with pytest.raises(UserError, match=r"features of row [0-9a-f]{40} \('castle'\) hold a NaN"):
+        make_pipeline().use_index(broken.uri, broken.name)("a castle")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "message"),
+    [
+        ("", {}, "a prompt says what to make a picture of; got ''"),
+        (["a castle", " "], {}, "got ' '"),
+        ("x" * 10_000, {}, "at most 2,000 characters; one has 10,000"),
+        ("a castle", {"num_references": 9}, "9 of 8 in 'images'"),
+        ("a castle", {"num_references": -1}, "between 0 and 64; got -1"),
+        ("a castle", {"fusion": "blend"}, "fusion is one of adapter, slerp, none; got 'blend'"),
+        ("a castle", {"w": 1.5, "fusion": "slerp"}, "between 0 and 1; got 1.5"),
+        ("a castle", {"similarity_threshold": 2}, "a cosine, so between -1 and 1; got 2"),
+        ("a castle", {"reference_ids": ["nobody"]}, "has no row with the id 'nobody'"),
+        ("a castle", {"reference_ids": []}, "reference_ids is empty"),
+        ("a castle", {"reference_ids": [["a"], ["b"]]}, "one list for each of the 1 prompts; got 2"),
+        ("a castle", {"reference_captions": ["a"]}, "belong together"),
+        ("a castle", {"reference_images": [Image.new("RGB", (4, 400))], "reference_captions": ["a"]}, r"one has \(4, 400\)"),
+        ("a castle", {"latents": torch.zeros(1, 4, 9, 9)}, r"\(1, 4, 8, 8\) for these prompts; got \(1, 4, 9, 9\)"),
+    ],
+)  # fmt: skip
+def test_bad_input(pipe: ImageRAGTurboPipeline, prompt: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipe(prompt, **arguments)
+
+
+def test_an_adapter_or_an_index_that_is_not_there(plain: ImageRAGTurboPipeline, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs an adapter, and this pipeline has none"):
+        make_pipeline().use_index(store.uri, store.name)("a castle", fusion="adapter")
+    with pytest.raises(UserError, match="references come from an index"):
+        plain("a castle", fusion="slerp")
+    with pytest.raises(UserError, match="there is no table 'images'"):
+        make_pipeline().use_index(str(tmp_path), "images")
+    with pytest.raises(UserError, match="isn't told its base_digest"):
+        make_pipeline(base_digest=None).use_index(store.uri, store.name)
