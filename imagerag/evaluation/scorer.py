@@ -15,7 +15,7 @@ from imagerag.embedding.encoder import to_rgb
 from imagerag.evaluation.features import Features, load_feature_network
 from imagerag.evaluation.recognition import ClipJudge
 from imagerag.hspace.features import open_images
-from imagerag.retrieval.ann import Embeds
+from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
 
 _NUM_ROWS = 2000

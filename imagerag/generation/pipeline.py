@@ -24,7 +24,7 @@ from imagerag.hspace.adapter import HSpaceAdapter, gate
 from imagerag.hspace.features import encode_references, feature_identity
 from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SecondHalf, SlerpFusion
 from imagerag.hspace.split import decode, encode
-from imagerag.retrieval.ann import Embeds
+from imagerag.retrieval.schema import Embeds
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Is told after each step: its number, its timestep and the latents (N, C, H, W)."""

@@ -12,16 +12,15 @@ import torch
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
 from imagerag.generation.text import is_text_tower
-from imagerag.retrieval.ann import Embeds
-from imagerag.retrieval.features import FeatureIdentity, Features
 from imagerag.retrieval.ranking import diversify, merge, split_phrases
-from imagerag.retrieval.search import MAX_K, Neighbour, Retriever
+from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel
 
     from imagerag.embedding.encoder import Encoder
+    from imagerag.retrieval.search import Neighbour
 
 _MOST_OF_ONE_CAPTION = 2
 _OVERFETCH = 3
@@ -53,14 +52,14 @@ class Reference:
 class References:
     """References of a batch of B prompts, K each; what a prompt lacks is filled up with zeros."""
 
-    rows: tuple[tuple[Neighbour, ...], ...]
+    rows: "tuple[tuple[Neighbour, ...], ...]"
     features: torch.Tensor
     """`h_retr` (B, K, C, H, W)."""
     similarities: torch.Tensor
     """(B, K); -1 where there is none."""
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[Neighbour]], h: Sequence[Sequence[torch.Tensor]]) -> "References":
+    def of(cls, rows: "Sequence[Sequence[Neighbour]]", h: Sequence[Sequence[torch.Tensor]]) -> "References":
         """Return the references of each prompt, with features (C, H, W) of each row."""
         most, shape = max(map(len, rows)), next(each.shape for own in h for each in own)
         features = torch.zeros(len(rows), most, *shape)
@@ -111,6 +110,8 @@ class ReferenceIndex:
 
     def __init__(self, uri: str, name: str, identity: FeatureIdentity, text_encoder: "PreTrainedModel") -> None:
         """Open the index. `text_encoder` is the base model's, which may be the index's own as well."""
+        from imagerag.retrieval.search import Retriever  # takes a second, which only an index's users pay
+
         self.identity = identity
         self.retriever = Retriever(uri, name)
         if self.retriever.num_rows == 0:
@@ -126,7 +127,7 @@ class ReferenceIndex:
 
     def search(
         self, prompts: Sequence[str], encode_texts: EncodeTexts, k: int, *, compose: bool
-    ) -> list[list[Neighbour]]:
+    ) -> "list[list[Neighbour]]":
         """Return the `k` nearest rows of each prompt, with their features where the index has some.
 
         Args:
@@ -145,14 +146,14 @@ class ReferenceIndex:
         phrases = [[prompt, *(split_phrases(prompt) if compose else [])] for prompt in prompts]
         queries = [phrase for own in phrases for phrase in own]
         embeds = self.encode(queries, encode_texts)
-        near = self.retriever.search(embeds, min(_OVERFETCH * k, MAX_K), features=self.identity)
+        near = self.retriever.search(embeds, _OVERFETCH * k, features=self.identity)
         found = iter([diversify(ranking, k, _MOST_OF_ONE_CAPTION) for ranking in near])
         rankings = [[next(found) for _ in own] for own in phrases]
         return [own[0] if len(own) == 1 else merge(own, k) for own in rankings]
 
     def fetch(
         self, ids: Sequence[Sequence[str]], prompts: Sequence[str], encode_texts: EncodeTexts
-    ) -> list[list[Neighbour]]:
+    ) -> "list[list[Neighbour]]":
         """Return the rows with these ids for each prompt. Errors as of `Retriever.fetch`."""
         embeds = self.encode(prompts, encode_texts)
         return [self.retriever.fetch(own, e, features=self.identity) for own, e in zip(ids, embeds, strict=True)]
@@ -163,7 +164,7 @@ class ReferenceIndex:
         return self._encoder.encode_texts(list(texts)) if own is None else own
 
     def features_of(
-        self, rows: Sequence[Sequence[Neighbour]], encode_references: EncodeReferences, *, strict: bool
+        self, rows: "Sequence[Sequence[Neighbour]]", encode_references: EncodeReferences, *, strict: bool
     ) -> list[list[torch.Tensor]]:
         """Return `h_retr` (C, H, W) of each row; what the cache lacks is computed now, with a warning.
 
@@ -207,6 +208,8 @@ def given_references(
 
     Their similarity is that of caption and prompt, or 1 where nothing can tell: who gives a picture wants it used.
     """
+    from imagerag.retrieval.search import Neighbour
+
     targets = encode_texts(list(prompts))
     rows, h = [], []
     for number, (own_images, own_captions) in enumerate(zip(images, captions, strict=True)):
@@ -225,7 +228,7 @@ def given_references(
     return References.of(rows, h)
 
 
-def _checked(row: Neighbour, computed: dict[str, torch.Tensor]) -> torch.Tensor:
+def _checked(row: "Neighbour", computed: dict[str, torch.Tensor]) -> torch.Tensor:
     features: Features | None = row.features
     if features is None:
         return computed[row.id]

@@ -15,7 +15,7 @@ from imagerag.errors import UserError
 from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import TextConditioner, unet_arguments
 from imagerag.hspace.split import encode
-from imagerag.retrieval.features import FeatureIdentity, Features
+from imagerag.retrieval.schema import FeatureIdentity, Features
 
 _VERSION = 1
 """Of what `encode_references` does: another one makes other features."""

@@ -21,7 +21,7 @@ from imagerag.generation.spec import BaseFiles, read_json, resolve
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval import features
-from imagerag.retrieval.features import FeatureIdentity, Features
+from imagerag.retrieval.schema import FeatureIdentity, Features
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.workers import Dtype, plan_workers, resources_of, watched

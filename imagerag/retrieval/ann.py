@@ -1,16 +1,15 @@
 """How vectors of a table version are searched: the record that its index left, and the query that honours it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 from lance import LanceDataset
-from lancedb.query import LanceVectorQueryBuilder
-from lancedb.table import Table
 
-Embeds = npt.NDArray[np.float32]
+from imagerag.retrieval.schema import Embeds
 
 _RECORD_KEY = "imagerag.index"
 _REFINE_FACTOR = 2
@@ -49,16 +48,37 @@ def write_record(dataset: LanceDataset, record: IndexRecord) -> None:
 
 
 def nearest(
-    table: Table, column: str, embeds: Embeds, nprobes: int | None, where: str | None = None
-) -> LanceVectorQueryBuilder:
-    """Return a query for the neighbours of `embeds` (Q, D) by cosine distance, among the rows of a condition.
+    dataset: LanceDataset,
+    column: str,
+    embeds: Embeds,
+    k: int,
+    columns: Sequence[str],
+    nprobes: int | None,
+    where: str | None = None,
+    *,
+    with_row_id: bool = False,
+) -> pa.Table:
+    """Return the `k` neighbours of each of `embeds` (Q, D) by cosine distance, among the rows of a condition.
 
-    The distances that it finds are those of the stored vectors, not of the index's quantised ones.
+    By Lance itself: through LanceDB's client a search takes twice as long (6.8 ms instead of 3 ms, 8,000 rows).
+
+    Returns:
+        `columns`, `_distance`, and `query_index`. The distances are those of the stored vectors, not of the index's
+        quantised ones.
     """
-    query = table.search(embeds, vector_column_name=column).distance_type("cosine")
+    query = {"column": column, "q": embeds if len(embeds) > 1 else embeds[0], "k": k, "metric": "cosine"}
     if nprobes is not None:
-        query = query.nprobes(nprobes).refine_factor(_REFINE_FACTOR)
-    if where is not None:
         # Without a maximum, the search goes on to further partitions where too few rows in these meet the condition.
-        query = query.where(where, prefilter=True).maximum_nprobes(0)
-    return query
+        most = nprobes if where is None else None
+        query |= {"minimum_nprobes": nprobes, "maximum_nprobes": most, "refine_factor": _REFINE_FACTOR}
+    several = ["query_index"] if len(embeds) > 1 else []
+    found = dataset.to_table(
+        columns=[*several, *columns, "_distance"],
+        nearest=query,
+        filter=where,
+        prefilter=where is not None,
+        with_row_id=with_row_id,
+    )
+    if several:
+        return found
+    return found.append_column("query_index", pa.array(np.zeros(found.num_rows, np.int32)))

@@ -6,59 +6,29 @@ value has not been computed yet. Because it is a column, takedown, rollback and 
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from lance import LanceDataset, LanceOperation
 from lance.fragment import FragmentMetadata
 
 from imagerag.errors import UserError
+from imagerag.retrieval.schema import FEATURE_KEY, FEATURE_PREFIX, FeatureIdentity, Features
 from imagerag.retrieval.store import CommitConflictError, Store
 
-Features = npt.NDArray[np.float16]
 Compute = Callable[[list[bytes], list[str]], Features]
 """Encoded images and their captions to features (N, C, H, W)."""
-
-_PREFIX = "h_retr_"
-_KEY = b"imagerag.features"
-_DIGITS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureIdentity:
-    """What made the features of a column. Features of two can't take each other's place."""
-
-    base: str
-    """The base model's name for people."""
-    digest: str
-    """SHA-256 over all that the features depend on: the base model and the resolution."""
-    shape: tuple[int, int, int]
-    """(C, H, W)."""
-
-    @property
-    def column(self) -> str:
-        """The column's name."""
-        return f"{_PREFIX}{self.digest[:_DIGITS]}"
-
-    def to_field(self) -> pa.Field:
-        """Return the column."""
-        return pa.field(
-            self.column, pa.list_(pa.float16(), prod(self.shape)), metadata={_KEY: json.dumps(asdict(self)).encode()}
-        )
 
 
 def is_feature(field: pa.Field) -> bool:
     """Whether a column holds cached features."""
-    return bool(field.name.startswith(_PREFIX))
+    return bool(field.name.startswith(FEATURE_PREFIX))
 
 
 def cached_features(schema: pa.Schema) -> list[FeatureIdentity]:
     """Return whose features the columns of a table are for."""
-    found = [json.loads(field.metadata[_KEY]) for field in schema if is_feature(field)]
+    found = [json.loads(field.metadata[FEATURE_KEY]) for field in schema if is_feature(field)]
     return [FeatureIdentity(**each | {"shape": tuple(each["shape"])}) for each in found]
 
 

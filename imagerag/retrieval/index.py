@@ -111,7 +111,7 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
     dataset = store.dataset()
     if kind != EXACT:
         probes = make_probes(dataset, _NUM_QUERIES)
-        nprobes, recall = fewest_probes(table, probes, isqrt(num_trained_rows), config.target_recall)
+        nprobes, recall = fewest_probes(dataset, probes, isqrt(num_trained_rows), config.target_recall)
     record = IndexRecord(
         version=dataset.version + 1,
         kind=kind,

@@ -4,6 +4,7 @@ The tag `published` is what readers open. Each published version also has a tag 
 rollback. The steps of every operation are ordered so that one that was killed is finished by repeating it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -16,6 +17,7 @@ from imagerag.artifacts import Check, IndexBuild, Publication
 from imagerag.errors import UserError
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import is_blocked
+from imagerag.retrieval.features import cached_features
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store
@@ -52,6 +54,16 @@ class HistoryEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeaturesEntry:
+    """Cached features of the published version."""
+
+    base: str
+    digest: str
+    num_rows: int
+    """Rows that have them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexStatus:
     """What readers see, and what they do not see yet."""
 
@@ -61,6 +73,7 @@ class IndexStatus:
     """Rows that readers see."""
     kind: str | None
     recall_at_10: float | None
+    features: tuple[FeaturesEntry, ...]
     newest_version: int
     num_newest_rows: int
     history: tuple[HistoryEntry, ...]
@@ -176,17 +189,25 @@ def status(store: Store) -> IndexStatus:
     """
     newest = store.dataset()
     version = published_version(store)
-    record = None if version is None else read_record(store.dataset(version))
+    published = None if version is None else store.dataset(version)
+    record = None if published is None else read_record(published)
     return IndexStatus(
         encoder=store.encoder,
         published_version=version,
         num_rows=published_rows(store),
         kind=record.kind if record else None,
         recall_at_10=record.recall_at_10 if record else None,
+        features=() if published is None else tuple(_features_of(published)),
         newest_version=int(newest.version),
         num_newest_rows=int(newest.count_rows()),
         history=tuple(_history_entry(store, kept) for kept in reversed(_kept(store))),
     )
+
+
+def _features_of(dataset: LanceDataset) -> Iterator[FeaturesEntry]:
+    for each in cached_features(dataset.schema):
+        num_rows = dataset.count_rows(f"{each.column} IS NOT NULL")
+        yield FeaturesEntry(base=each.base, digest=each.digest, num_rows=num_rows)
 
 
 def move_tag(store: Store, version: int) -> None:

@@ -1,15 +1,17 @@
 """Which of the rows that a search found are shown to the model: not all the same, and something of each thing named.
 
-The paper takes the nearest row of one search. Measured on the sample corpus (`make bench`, retrieval): with at most two
-rows of one caption, the right concept is more often among four rows where its name is not what was asked for.
+The paper takes the nearest row of one search. With at most two rows of one caption, the right concept is more often
+among four rows where the prompt is not its name (`python -m tests.retrieval.quality`, on the sample corpus).
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from imagerag.retrieval.search import Neighbour
+if TYPE_CHECKING:
+    from imagerag.retrieval.search import Neighbour
 
 _RANK_CONSTANT = 60
 """Of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)."""
@@ -31,7 +33,7 @@ def split_phrases(prompt: str) -> list[str]:
     return phrases if len(phrases) > 1 else []
 
 
-def diversify(ranking: Sequence[Neighbour], k: int, most: int) -> list[Neighbour]:
+def diversify(ranking: "Sequence[Neighbour]", k: int, most: int) -> "list[Neighbour]":
     """Return `k` rows, the nearest first, with at most `most` of one caption as long as there are others."""
     seen: Counter[str] = Counter()
     chosen: list[Neighbour] = []
@@ -43,7 +45,7 @@ def diversify(ranking: Sequence[Neighbour], k: int, most: int) -> list[Neighbour
     return [row for row in ranking if row.id in kept]
 
 
-def merge(rankings: Sequence[Sequence[Neighbour]], k: int) -> list[Neighbour]:
+def merge(rankings: "Sequence[Sequence[Neighbour]]", k: int) -> "list[Neighbour]":
     """Return the `k` best rows of several searches by reciprocal rank fusion; of equals, the earlier search's is first.
 
     A row's `score` is the fused one, its `similarity` the highest that any search gave it.

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from lance import LanceDataset
-from lancedb.table import Table
 
-from imagerag.retrieval.ann import Embeds, nearest
+from imagerag.retrieval.ann import nearest
+from imagerag.retrieval.schema import Embeds
 
 K = 10
 _TOLERANCE = 1e-5
@@ -35,9 +35,9 @@ class Probe:
     thresholds: npt.NDArray[np.float32]
     """(Q,): the similarity of the last exact neighbour."""
 
-    def recall(self, table: Table, nprobes: int) -> float:
+    def recall(self, dataset: LanceDataset, nprobes: int) -> float:
         """Return the share of the `K` nearest neighbours that the index finds with `nprobes`."""
-        found = nearest(table, self.column, self.embeds, nprobes).limit(self.k).select(["_distance"]).to_arrow()
+        found = nearest(dataset, self.column, self.embeds, self.k, [], nprobes)
         reached = 1 - found["_distance"].to_numpy() >= self.thresholds[found["query_index"].to_numpy()] - _TOLERANCE
         num_queries = len(self.embeds)
         return float((reached.sum() - num_queries * (self.k - K)) / (num_queries * K))
@@ -46,15 +46,19 @@ class Probe:
 def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
     """Sample rows as queries and find their exact neighbours.
 
-    Captions are looked up among captions, images among images, and captions among images: the last are queries from
-    elsewhere than what the index was trained on, as in use. Reads every embedding once.
+    Captions are looked up among captions, images among images, and, as queries from elsewhere than what the index was
+    trained on, captions among images and what lies between two captions among captions: a prompt is no caption of the
+    table. Reads every embedding once.
     """
     num_rows = dataset.count_rows()
     assert num_rows > max(num_queries, K), num_rows
     offsets = np.sort(np.random.default_rng(0).choice(num_rows, num_queries, replace=False))
     rows = dataset.take(offsets, columns=["text_embed", "image_embed"])
     text, image = to_numpy(rows["text_embed"]), to_numpy(rows["image_embed"])
-    queries = [("text_embed", text, K + 1), ("image_embed", image, K + 1), ("image_embed", text, K)]
+    between = text + np.roll(text, 1, axis=0)
+    between /= np.maximum(np.linalg.norm(between, axis=1, keepdims=True), 1e-6)
+    queries = [("text_embed", text, K + 1), ("text_embed", between, K)]
+    queries += [("image_embed", image, K + 1), ("image_embed", text, K)]
     # Similarities of the nearest rows so far: for each probe (k, Q).
     best = [np.full((k, num_queries), -2, np.float32) for _, _, k in queries]
     for batch in dataset.to_batches(columns=["text_embed", "image_embed"], batch_size=_BATCH_ROWS):
@@ -65,7 +69,7 @@ def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
 
 
 def fewest_probes(
-    table: Table, probes: Sequence[Probe], num_partitions: int, target: float
+    dataset: LanceDataset, probes: Sequence[Probe], num_partitions: int, target: float
 ) -> tuple[dict[str, int], float]:
     """Return how many partitions a search by each column must look into to reach the target, and the worst recall.
 
@@ -77,7 +81,7 @@ def fewest_probes(
         own = [probe for probe in probes if probe.column == column]
         nprobes[column] = min(_FEWEST_PROBES, num_partitions)
         while True:
-            recall = min(probe.recall(table, nprobes[column]) for probe in own)
+            recall = min(probe.recall(dataset, nprobes[column]) for probe in own)
             if recall >= target or nprobes[column] == num_partitions:
                 break
             nprobes[column] = min(ceil(_GROWTH * nprobes[column]), num_partitions)

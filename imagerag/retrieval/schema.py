@@ -1,13 +1,25 @@
-"""What a row of the index is: its identity, its columns and the encoder that made its embeddings."""
+"""What a row of the index is: its identity, its columns, and which models made its embeddings and features."""
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from math import prod
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 _ENCODER_KEY = b"imagerag.encoder"
 _ID_BYTES = 20
+
+FEATURE_PREFIX = "h_retr_"
+FEATURE_KEY = b"imagerag.features"
+_FEATURE_DIGITS = 16
+
+Embeds = npt.NDArray[np.float32]
+"""Embeddings (N, D), L2-normalised, or one of them (D,)."""
+Features = npt.NDArray[np.float16]
+"""What a base model makes of rows (N, C, H, W), or of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +32,31 @@ class EncoderIdentity:
     """SHA-256 over everything that its embeddings depend on."""
     dim: int
     """Length of an embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureIdentity:
+    """What made the features of a column. Features of two can't take each other's place."""
+
+    base: str
+    """The base model's name for people."""
+    digest: str
+    """SHA-256 over all that the features depend on: the base model and the resolution."""
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+
+    @property
+    def column(self) -> str:
+        """The column's name."""
+        return f"{FEATURE_PREFIX}{self.digest[:_FEATURE_DIGITS]}"
+
+    def to_field(self) -> pa.Field:
+        """Return the column."""
+        return pa.field(
+            self.column,
+            pa.list_(pa.float16(), prod(self.shape)),
+            metadata={FEATURE_KEY: json.dumps(asdict(self)).encode()},
+        )
 
 
 def row_id(image_sha256: str, caption: str) -> str:

@@ -11,11 +11,11 @@ from lancedb.query import MatchQuery
 from lancedb.rerankers import RRFReranker
 
 from imagerag.errors import UserError
-from imagerag.retrieval.ann import Embeds, nearest, read_record
-from imagerag.retrieval.features import FeatureIdentity, Features, require_cached, to_features
+from imagerag.retrieval.ann import nearest, read_record
+from imagerag.retrieval.features import require_cached, to_features
 from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.recall import to_numpy
-from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, Features
 from imagerag.retrieval.store import Store
 
 By = Literal["caption", "image", "words", "hybrid"]
@@ -94,9 +94,9 @@ class Retriever:
         """Move to the version that is published now."""
         self.encoder: EncoderIdentity = self._store.encoder
         self.version: int = require_published(self._store)
-        dataset = self._store.dataset(self.version)
-        self._schema = dataset.schema
-        record = read_record(dataset)
+        self._dataset = self._store.dataset(self.version)
+        self._schema = self._dataset.schema
+        record = read_record(self._dataset)
         assert record is not None, f"version {self.version} was published without an index"
         self.num_rows: int = record.num_rows
         self._nprobes = record.nprobes
@@ -188,18 +188,16 @@ class Retriever:
 
     def sample(self, num_rows: int) -> tuple[list[bytes], Embeds]:
         """Return the images and the captions' embeddings (N, D) of some rows, of all if they are fewer."""
-        dataset = self._store.dataset(self.version)
-        count = dataset.count_rows()
+        count = self._dataset.count_rows()
         offsets = np.sort(np.random.default_rng(0).choice(count, min(num_rows, count), replace=False))
-        rows = dataset.take(offsets, columns=["image", "text_embed"])
+        rows = self._dataset.take(offsets, columns=["image", "text_embed"])
         return rows["image"].to_pylist(), to_numpy(rows["text_embed"])
 
     def _search_vectors(self, embeds: Embeds, column: str, wanted: "_Wanted") -> list[list[Neighbour]]:
-        query = nearest(self._table, column, embeds, self._nprobes.get(column), wanted.where)
-        found = query.limit(wanted.k).select([*wanted.columns, "_distance"]).to_arrow()
+        nprobes = self._nprobes.get(column)
+        found = nearest(self._dataset, column, embeds, wanted.k, wanted.columns, nprobes, wanted.where)
         neighbours: list[list[Neighbour]] = [[] for _ in embeds]
-        # LanceDB numbers the queries only where there are several.
-        queries = found["query_index"].to_pylist() if len(embeds) > 1 else [0] * len(found)
+        queries = found["query_index"].to_pylist()
         scores = 1 - found["_distance"].to_numpy()
         similarities = scores if column == "text_embed" else None
         for query_index, neighbour in zip(queries, _neighbours(found, wanted, scores, similarities), strict=True):
@@ -213,12 +211,13 @@ class Retriever:
     def _search_hybrid(self, embed: Embeds, text: str, wanted: "_Wanted") -> list[Neighbour]:
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
         nprobes = self._nprobes.get("text_embed")
-        by_meaning = nearest(self._table, "text_embed", embed[None], nprobes, wanted.where).limit(wanted.k)
         by_words = self._match(text, wanted.where).limit(wanted.k)
         columns = [*wanted.columns, "text_embed"]
         found = RRFReranker().rerank_hybrid(
             text,
-            by_meaning.select([*columns, "_distance"]).with_row_id(True).to_arrow(),
+            nearest(
+                self._dataset, "text_embed", embed[None], wanted.k, columns, nprobes, wanted.where, with_row_id=True
+            ).drop_columns(["query_index"]),
             by_words.select([*columns, "_score"]).with_row_id(True).to_arrow(),
         )[: wanted.k]
         return _neighbours(found, wanted, found["_relevance_score"].to_numpy(), to_numpy(found["text_embed"]) @ embed)

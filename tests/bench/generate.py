@@ -16,9 +16,9 @@ from imagerag.generation.spec import BaseIdentity
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.features import feature_identity
 from imagerag.retrieval import features
-from imagerag.retrieval.features import FeatureIdentity, Features
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
+from imagerag.retrieval.schema import FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from tests.bench.harness import Row, Scale, alternate, median

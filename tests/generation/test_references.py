@@ -21,13 +21,13 @@ from imagerag.generation.spec import BaseIdentity
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
 from imagerag.retrieval import features
-from imagerag.retrieval.features import Features
-from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.retrieval.schema import EncoderIdentity, Features
 from imagerag.retrieval.store import Store
 from tests.generation.folders import small_unet, small_vae, write_sd
 from tests.retrieval.rows import append, fixed_size_lists, index_and_publish, make_rows
 
 CAPTIONS = ["red dragon", "green dragon", "castle", "harp", "doughnut", "llama", "bicycle", "rain cloud"]
+NARROW = Image.new("RGB", (4, 400))
 BASE = BaseIdentity(id="test", digest="c" * 64)
 
 
@@ -280,7 +280,7 @@ def test_missing_features_are_computed_with_a_warning_or_refused(
     with pytest.warns(UserWarning, match="1 of the references have no cached features for test yet; they are computed"):
         made = latents(pipeline, "a bicycle", num_references=1)
     assert torch.allclose(made, latents(whole, "a bicycle", num_references=1), atol=0.02)
-    with pytest.raises(UserError, match="1 of the references have no cached features .*`imagerag features --name"):
+    with pytest.raises(UserError, match=r"1 of the references have no cached features .*`imagerag features --name"):
         latents(pipeline, "a bicycle", num_references=1, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -316,7 +316,7 @@ def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, 
         ("a castle", {"reference_ids": []}, "reference_ids is empty"),
         ("a castle", {"reference_ids": [["a"], ["b"]]}, "one list for each of the 1 prompts; got 2"),
         ("a castle", {"reference_captions": ["a"]}, "belong together"),
-        ("a castle", {"reference_images": [Image.new("RGB", (4, 400))], "reference_captions": ["a"]}, r"one has \(4, 400\)"),
+        ("a castle", {"reference_images": [NARROW], "reference_captions": ["a"]}, r"one has \(4, 400\)"),
         ("a castle", {"latents": torch.zeros(1, 4, 9, 9)}, r"\(1, 4, 8, 8\) for these prompts; got \(1, 4, 9, 9\)"),
     ],
 )  # fmt: skip

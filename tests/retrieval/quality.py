@@ -1,20 +1,24 @@
-"""An index of the sample corpus' captions, and prompts whose right answers are known."""
+"""What prompts find in an index of the sample corpus, as a table: `python -m tests.retrieval.quality`."""
 
 import csv
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 
-from imagerag.corpus.sample import Concept, load_concepts, load_drawings
+from imagerag.corpus.sample import Concept, Drawing, load_concepts, load_drawings
+from imagerag.embedding.spec import resolve
+from imagerag.evaluation.intervals import estimate
 from imagerag.generation.base import load_conditioner
-from imagerag.retrieval.ann import Embeds
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
-from imagerag.retrieval.schema import EncoderIdentity, row_ids, row_schema
+from imagerag.retrieval.ranking import diversify, merge, split_phrases
+from imagerag.retrieval.schema import Embeds, EncoderIdentity, row_ids, row_schema
+from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 
 Prompt = tuple[str, tuple[str, ...]]
@@ -32,9 +36,18 @@ class Texts:
         return np.concatenate([part.numpy() for part in parts if part is not None])
 
 
-def write_index(folder: Path, texts: Texts, encoder: EncoderIdentity) -> Store:
-    """Publish a row for each drawing of the corpus, with its caption but without its picture."""
-    drawings = load_drawings()
+def found_by(retriever: Retriever, texts: Texts, prompts: list[Prompt], *, compose: bool) -> list[list[str]]:
+    """The captions of four references, as the pipeline finds them."""
+    phrases = [[prompt, *(split_phrases(prompt) if compose else [])] for prompt, _ in prompts]
+    near = retriever.search(texts.encode([phrase for own in phrases for phrase in own]), 12)
+    each = iter(diversify(ranking, 4, 2) for ranking in near)
+    rankings = [[next(each) for _ in own] for own in phrases]
+    return [[row.caption for row in (own[0] if len(own) == 1 else merge(own, 4))] for own in rankings]
+
+
+def write_index(folder: Path, texts: Texts, encoder: EncoderIdentity, drawings: Sequence[Drawing] = ()) -> Store:
+    """Publish a row for each drawing, by default of the whole corpus. Searched by captions only: see `image_embed`."""
+    drawings = drawings or load_drawings()
     captions = [drawing.concept.name for drawing in drawings]
     names = sorted(set(captions))
     embeds = dict(zip(names, texts.encode(names), strict=True))
@@ -105,3 +118,24 @@ def ranks(found: list[list[str]], prompts: list[Prompt]) -> Iterator[int | None]
     for captions, (_, right) in zip(found, prompts, strict=True):
         places = [captions.index(each) if each in captions else None for each in right]
         yield None if None in places else max(place for place in places if place is not None)
+
+
+def main() -> None:
+    """Print the table."""
+    texts = Texts()
+    lines = ["| prompts | number | first | among four | among four, `--compose` |", "|---|---:|---|---|---|"]
+    with TemporaryDirectory() as folder:
+        store = write_index(Path(folder), texts, resolve("tiny").identity)
+        retriever = Retriever(store.uri, store.name)
+        for name, prompts in {**prompt_sets(), "two concepts, both of them": composed_prompts()}.items():
+            own, composed = (
+                list(ranks(found_by(retriever, texts, prompts, compose=compose), prompts)) for compose in (False, True)
+            )
+            first = "" if len(prompts[0][1]) > 1 else str(estimate([rank == 0 for rank in own]))
+            among = [str(estimate([rank is not None for rank in each])) for each in (own, composed)]
+            lines.append(f"| {name} | {len(prompts)} | {first} | {among[0]} | {among[1]} |")
+    print("\n".join(lines).replace("<", "\\<"))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,10 +10,9 @@ import pyarrow as pa
 from PIL import Image
 
 from imagerag.artifacts import Publication
-from imagerag.retrieval.ann import Embeds
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
-from imagerag.retrieval.schema import EncoderIdentity, row_ids, row_schema
+from imagerag.retrieval.schema import Embeds, EncoderIdentity, row_ids, row_schema
 from imagerag.retrieval.store import Store
 
 DIM = 16

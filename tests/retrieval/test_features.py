@@ -5,8 +5,8 @@ import pytest
 
 from imagerag.errors import UserError
 from imagerag.retrieval import features
-from imagerag.retrieval.features import FeatureIdentity, Features
 from imagerag.retrieval.index import compact
+from imagerag.retrieval.schema import FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import CommitConflictError, Store
 from imagerag.retrieval.takedown import remove

@@ -70,12 +70,12 @@ def test_a_large_table_gets_an_index_for_each_embedding(large: Store) -> None:
 
 @pytest.mark.parametrize("column", ["text_embed", "image_embed"])
 def test_measured_recall_holds_for_queries_that_are_no_rows(large: Store, column: str) -> None:
-    table, queries = open_table(large), embeddings(50_000, 50_100, 64, salt=column == "image_embed")
+    queries = embeddings(50_000, 50_100, 64, salt=column == "image_embed")
     rows = np.stack(large.dataset().to_table(columns=[column])[column].to_numpy())
     ids = large.ids().to_numpy(zero_copy_only=False)
     record = read_record(large.dataset())
     assert record is not None
-    found = nearest(table, column, queries, record.nprobes[column]).limit(10).select(["id", "_distance"]).to_arrow()
+    found = nearest(large.dataset(), column, queries, 10, ["id"], record.nprobes[column])
     exact = ids[np.argsort(-queries @ rows.T, axis=1)[:, :10]]
     hits = sum(len(set(found["id"].to_pylist()[i * 10 : i * 10 + 10]) & set(exact[i])) for i in range(100))
     assert hits / 1_000 >= 0.95
@@ -84,15 +84,14 @@ def test_measured_recall_holds_for_queries_that_are_no_rows(large: Store, column
 
 def test_a_narrow_filter_finds_all_its_rows(large: Store) -> None:
     where = "caption LIKE 'picture number %777'"
-    query = nearest(open_table(large), "text_embed", embeddings(0, 1, 64), nprobes=1, where=where)
-    assert query.limit(30).select(["id", "_distance"]).to_arrow().num_rows == 20
+    found = nearest(large.dataset(), "text_embed", embeddings(0, 1, 64), 30, ["id"], nprobes=1, where=where)
+    assert found.num_rows == 20
 
 
 def test_recall_is_low_where_a_search_looks_into_too_little(large: Store) -> None:
     """The measure must be able to say no."""
     probes = make_probes(large.dataset(), 100)
-    table = open_table(large)
-    low, high = (min(probe.recall(table, nprobes) for probe in probes) for nprobes in (1, 141))
+    low, high = (min(probe.recall(large.dataset(), nprobes) for probe in probes) for nprobes in (1, 141))
     assert low < 0.9
     assert high > 0.99
 

@@ -1,12 +1,11 @@
-"""What prompts find in the sample corpus. The bars lie under what was measured; `make bench` prints the figures."""
+"""What prompts find in the sample corpus: bars under the figures that `python -m tests.retrieval.quality` prints."""
 
 import numpy as np
 import pytest
 
 from imagerag.embedding.spec import resolve
-from imagerag.retrieval.ranking import diversify, merge, split_phrases
 from imagerag.retrieval.search import Retriever
-from tests.retrieval.quality import Prompt, Texts, composed_prompts, prompt_sets, ranks, write_index
+from tests.retrieval.quality import Texts, composed_prompts, found_by, prompt_sets, ranks, write_index
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +18,6 @@ def retriever(tmp_path_factory: pytest.TempPathFactory, texts: Texts) -> Retriev
     encoder = resolve("tiny").identity
     store = write_index(tmp_path_factory.mktemp("quality"), texts, encoder)
     return Retriever(store.uri, store.name)
-
-
-def found_by(retriever: Retriever, texts: Texts, prompts: list[Prompt], *, compose: bool) -> list[list[str]]:
-    """The captions of four references, as the pipeline finds them."""
-    phrases = [[prompt, *(split_phrases(prompt) if compose else [])] for prompt, _ in prompts]
-    near = retriever.search(texts.encode([phrase for own in phrases for phrase in own]), 12)
-    each = iter(diversify(ranking, 4, 2) for ranking in near)
-    rankings = [[next(each) for _ in own] for own in phrases]
-    return [[row.caption for row in (own[0] if len(own) == 1 else merge(own, 4))] for own in rankings]
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_mid_block_carries_the_picture(student: BaseModel) -> None:
 
 
 def test_other_noise_is_another_picture_of_the_same_thing(pipeline: ImageRAGTurboPipeline) -> None:
-    pictures = [picture.image for picture in generate(pipeline, ["fox"], range(4), steps=1, guidance_scale=0)]
+    pictures = [picture.image for picture in generate(pipeline, ["fox"], range(4), num_inference_steps=1)]
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
@@ -85,5 +85,5 @@ def test_it_makes_what_it_was_trained_on(pipeline: ImageRAGTurboPipeline) -> Non
     concepts = list({drawing.concept.codepoint: drawing.concept for drawing in drawings}.values())[::10][:96]
     chosen = [drawing for drawing in drawings if drawing.concept in concepts]
     names = [concept.name for concept in concepts]
-    made = [next(generate(pipeline, [name], [seed], steps=1, guidance_scale=0)) for seed, name in enumerate(names)]
+    made = [next(generate(pipeline, [name], [seed], num_inference_steps=1)) for seed, name in enumerate(names)]
     assert identified(pipeline.vae, made, concepts, chosen).low > 0.2

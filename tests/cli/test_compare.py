@@ -1,0 +1,103 @@
+"""`imagerag compare` and `imagerag generate --name`, with the shipped base model and a small index."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from imagerag.cli import app
+from imagerag.corpus.sample import load_drawings
+from imagerag.embedding.spec import resolve
+from imagerag.errors import UserError
+from imagerag.generation.base import load_base
+from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
+from imagerag.retrieval import features
+from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.publish import PublishConfig, publish
+from imagerag.retrieval.schema import Features
+from tests.retrieval.quality import Texts, write_index
+
+NUM_ROWS = 120
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a published index of some drawings, and their features."""
+    home = tmp_path_factory.mktemp("home")
+    drawings = load_drawings(styles=["noto", "twemoji"], splits=["held_out"])
+    names = sorted({drawing.concept.name for drawing in drawings})[: NUM_ROWS // 2]
+    chosen = [drawing for drawing in drawings if drawing.concept.name in names]
+    store = write_index(home / "index", Texts(), resolve("tiny").identity, chosen)
+    base = load_base("tiny", "cpu")
+    identity = feature_identity(base.identity, base.unet.config)
+
+    def compute(images: list[bytes], captions: list[str]) -> Features:
+        return to_cache(encode_references(base.vae, base.unet, base.conditioner, open_images(images), captions))
+
+    version = features.prepare(store, identity)
+    for fragment in features.missing(store.dataset(version), identity):
+        features.commit(store, features.fill(store, identity, version, fragment, compute, 32), version)
+    publish(store, build_index(store, IndexConfig()), PublishConfig())
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGERAG_HOME", str(home))
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_page_a_grid_and_numbers(tmp_path: Path) -> None:
+    out = tmp_path / "compare"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a castle\na <b>camera</b>\n")
+    output = run("compare", "--prompt-file", prompts, "--name", "sample", "--out", out)
+    columns = ["base", "slerp, w = 0.8", "oracle: best w", "teacher, 25 steps"]
+    assert all(column in output for column in columns)
+
+    scores = json.loads((out / "scores.json").read_text())
+    assert [each["prompt"] for each in scores] == ["a castle", "a <b>camera</b>"]
+    for each in scores:
+        cells = {cell["title"]: cell for cell in each["cells"]}
+        assert list(cells) == columns
+        assert cells["oracle: best w"]["score"] >= cells["slerp, w = 0.8"]["score"]
+        assert cells["base"]["references"] == cells["teacher, 25 steps"]["references"] == []
+    (reference,) = scores[0]["cells"][1]["references"]
+    assert reference["caption"] == "castle"
+    assert reference["weight"] == pytest.approx(0.2)
+
+    page = (out / "index.html").read_text()
+    assert page.count('<img class="made"') == 8
+    assert "a &lt;b&gt;camera&lt;/b&gt;" in page
+    assert "<b>camera" not in page
+    assert not re.search(r'(?:src|href)="(?!data:image/|https://example\.org/)', page)
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 4 * 64
+
+
+def test_generated_pictures_name_their_references(tmp_path: Path) -> None:
+    run("generate", "a castle", "--name", "sample", "--seeds", 1, "--out", tmp_path / "rag")
+    run("generate", "a castle", "--seeds", 1, "--out", tmp_path / "base")
+    pictures = [Image.open(tmp_path / name / "0000-a-castle-seed0.png") for name in ("rag", "base")]
+    about, plain = (json.loads(picture.text["imagerag"]) for picture in pictures)
+    assert [row["caption"] for row in about["references"]] == ["castle"]
+    assert plain["references"] == []
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+def test_references_need_an_index() -> None:
+    with pytest.raises(UserError, match="name its corpus by --name"):
+        run("generate", "a castle", "--fusion", "slerp")
+
+
+def test_an_adapters_folder_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{tmp_path} has none"):
+        run("generate", "a castle", "--name", "sample", "--adapter", tmp_path)
