@@ -98,6 +98,9 @@ def open_pipeline(base: str, adapter: Path | None) -> "ImageRAGTurboPipeline":
     from imagerag.generation.spec import check_spec
 
     check_spec(base)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it counts the tensors of a file
     from imagerag.generation.base import load_base
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
     from imagerag.hspace.adapter import load_adapter

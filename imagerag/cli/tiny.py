@@ -27,13 +27,15 @@ def report(
     ] = None,
 ) -> None:
     """Measure the shipped teacher and student, on concepts of their training and on held-out ones."""
-    text = None if readme is None else _read(readme)
+    if readme is not None:
+        _read(readme)  # a measurement takes minutes: what can be wrong is wrong now
     from imagerag.tiny.report import make_report
 
     tables = make_report(out, pictures).markdown()
     typer.echo(tables)
     typer.echo(f"in {out}, with a grid of each model and split")
-    if readme is not None and text is not None:
+    if readme is not None:
+        text = _read(readme)
         before, after = text.split(_BEGIN)[0], text.split(_END)[1]
         readme.write_text(f"{before}{_BEGIN}\n{tables}{_END}{after}", encoding="utf-8")
 

@@ -123,10 +123,10 @@ def _is_folder(spec: str) -> bool:
 
 def _tiny_folders(unet: str, only: Collection[str]) -> dict[str, Path]:
     # Its training needs the text encoder before there are weights.
-    if not only and not (tiny.FOLDER / tiny.MANIFEST_NAME).is_file():
+    if not only and not (tiny.FOLDER / unet).is_dir():
         raise UserError(
-            "the weights of `tiny` do not ship with the package yet: train them by `python -m imagerag.tiny.train` "
-            "(hours on two cores), or name another base model"
+            f"the weights of `tiny` are missing: {tiny.FOLDER / unet} is not there. Install the package again, train "
+            "them by `python -m imagerag.tiny.train` (hours on two cores), or name another base model"
         )
     return {part: tiny.FOLDER / part for part in _REQUIRED} | {"unet": tiny.FOLDER / unet}
 

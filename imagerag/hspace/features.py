@@ -41,11 +41,18 @@ def encode_references(
 
     The middle square of each picture is what the base model sees, on white where it is transparent.
     """
-    side = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    arguments = unet_arguments(unet, conditioner.encode(captions), side=_side(vae, unet))
+    h: torch.Tensor = encode(unet, encode_latents(vae, unet, images), 0, **arguments).h
+    return h
+
+
+@torch.inference_mode()
+def encode_latents(vae: AutoencoderKL, unet: UNet2DConditionModel, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Return the clean latents `z_0` (N, C, H, W) of the middle squares of `images`, as the UNet sees them."""
+    side = _side(vae, unet)
     pixels = torch.from_numpy(np.stack([_pixels(image, side) for image in images])).to(vae.device, vae.dtype)
-    latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    arguments = unet_arguments(unet, conditioner.encode(captions), side=side)
-    return encode(unet, latents.to(unet.dtype), 0, **arguments).h
+    latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    return latents.to(unet.dtype)
 
 
 def to_cache(h: torch.Tensor) -> Features:
@@ -66,6 +73,12 @@ def to_cache(h: torch.Tensor) -> Features:
 def open_images(images: Sequence[bytes]) -> list[Image.Image]:
     """Return encoded images as pictures."""
     return [Image.open(io.BytesIO(image)) for image in images]
+
+
+def _side(vae: AutoencoderKL, unet: UNet2DConditionModel) -> int:
+    """Return the base model's resolution in pixels."""
+    side: int = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    return side
 
 
 def _pixels(image: Image.Image, side: int) -> np.ndarray:

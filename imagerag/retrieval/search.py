@@ -186,6 +186,16 @@ class Retriever:
             raise UserError(f"the index {self._store.name!r} has no row with the id {unknown[0]!r}")
         return [by_id[each] for each in ids]
 
+    def read(self, columns: Sequence[str], features: FeatureIdentity | None = None) -> pa.Table:
+        """Return these columns of all rows, the cached features' column among them if they are asked for.
+
+        Raises:
+            UserError: if the index has no such features.
+        """
+        if features is not None:
+            require_cached(self._schema, features)
+        return self._dataset.to_table(columns=list(columns))
+
     def sample(self, num_rows: int) -> tuple[list[bytes], Embeds]:
         """Return the images and the captions' embeddings (N, D) of some rows, of all if they are fewer."""
         count = self._dataset.count_rows()

@@ -7,6 +7,7 @@ it was. Losses and pictures go to MLflow.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
 from imagerag import tiny
 from imagerag.corpus.sample import Drawing, load_concepts, load_drawings
+from imagerag.errors import UserError
 from imagerag.generation.base import load_conditioner
 from imagerag.tiny.data import Pictures, Prompts
 from imagerag.tiny.latents import Latents
@@ -56,7 +58,12 @@ class Training:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(self) -> None:
-        """Do what is not done yet."""
+        """Do what is not done yet.
+
+        Raises:
+            UserError: if the folder holds weights of another recipe.
+        """
+        self._claim()
         vae = self._finished("vae", AutoencoderKL, self._train_vae)
         latents = Latents.of(encode_all(vae, self._pictures.pixels, self._device), self._pictures)
         concepts = {concept.codepoint: concept for concept in load_concepts()}
@@ -72,7 +79,6 @@ class Training:
         teacher = self._finished("teacher", UNet2DConditionModel, lambda: self._train_teacher(common))
         self._finished("unet", UNet2DConditionModel, lambda: self._train_student(teacher, common))
         build_scheduler().save_pretrained(self._folder / "scheduler")
-        self._write_manifest()
 
     def _finished(self, part: str, kind: type[ModelMixin], train: Callable[[], ModelMixin]) -> Any:
         """Return a part as it is shipped, in float16, after training it where it is not done."""
@@ -110,7 +116,14 @@ class Training:
     def _run(self, phase: Phase) -> None:
         run(phase, self._folder, self._tracker)
 
-    def _write_manifest(self) -> None:
+    def _claim(self) -> None:
+        """Say in the manifest what is made here, before anything is."""
+        path = self._folder / tiny.MANIFEST_NAME
+        if path.exists():
+            found = json.loads(path.read_text())["recipe"]
+            if found != asdict(self._recipe):
+                raise UserError(f"{self._folder} has weights of another recipe: {found}. Remove them, or choose --out")
+            return
         manifest = {
             "recipe": asdict(self._recipe),
             "device": str(self._device),
@@ -119,7 +132,7 @@ class Training:
             "num_drawings": len(self._drawings),
             "code_points": sorted({drawing.concept.codepoint for drawing in self._drawings}),
         }
-        (self._folder / tiny.MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+        path.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -140,8 +153,11 @@ def main() -> None:
     folder, home = arguments.pop("out"), arguments.pop("home")
     folder.mkdir(parents=True, exist_ok=True)
     recipe, drawings = Recipe(**arguments), load_drawings(splits=[_SPLIT])
-    with tracked(home, "tiny", folder.name, asdict(recipe)) as tracker:
-        Training(recipe, drawings, folder, tracker).run()
+    try:
+        with tracked(home, "tiny", folder.name, asdict(recipe)) as tracker:
+            Training(recipe, drawings, folder, tracker).run()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

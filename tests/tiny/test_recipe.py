@@ -1,6 +1,7 @@
 """The whole recipe, with a few drawings and steps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from imagerag.corpus.sample import Drawing, load_drawings
+from imagerag.errors import UserError
 from imagerag.tiny.latents import Latents
 from imagerag.tiny.train import Recipe, Training
 from tests.training.test_loop import Kept as _Kept
@@ -59,6 +61,8 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
         Training(RECIPE, drawings, killed, Kept()).run()
     for part, weights in _weights(killed).items():
         assert all(torch.equal(value, expected[part][name]) for name, value in weights.items()), part
+    with pytest.raises(UserError, match=r"weights of another recipe.*choose --out"):
+        Training(replace(RECIPE, seed=1), drawings, killed, Kept()).run()
 
 
 def test_the_noise_chooses_among_a_concepts_drawings_evenly() -> None:

@@ -17,9 +17,6 @@ from imagerag.tiny.report import identified
 from imagerag.tiny.vae import encode_all, to_input
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    not (tiny.FOLDER / tiny.MANIFEST_NAME).is_file(), reason="the weights are not there yet"
-)
 
 
 @pytest.fixture(scope="module")

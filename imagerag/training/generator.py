@@ -1,0 +1,51 @@
+"""The one-step generator with references, as it is trained (paper, Sec. 3.3 and 3.4): what learns, and its step.
+
+Only the adapter and LoRA on the UNet's decoder learn. The encoder, most of the UNet, runs without a graph, and the
+references' features come from the cache.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from torch import nn
+
+from imagerag.hspace.adapter import HSpaceAdapter, gate
+from imagerag.hspace.split import decode, encode
+from imagerag.training.diffusion import Diffusion
+from imagerag.training.rag_data import RagBatch
+
+LORA_NAME = "imagerag"
+_DECODER_LAYERS = r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut)"
+
+
+class Generator(nn.Module):
+    """A student with its adapter; `forward` makes clean latents of noise in one step."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, adapter: HSpaceAdapter, diffusion: Diffusion, *, lora_rank: int
+    ) -> None:
+        """Attach LoRA to `unet`, which is frozen otherwise. A rank of 0 attaches none."""
+        super().__init__()
+        self.unet = unet.eval().requires_grad_(False)
+        self.adapter = adapter.train().requires_grad_(True)
+        self._diffusion = diffusion
+        if lora_rank:
+            lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=_DECODER_LAYERS)
+            self.unet.add_adapter(lora, adapter_name=LORA_NAME)
+
+    def forward(self, batch: RagBatch) -> torch.Tensor:
+        """Return `z_hat_0` (B, C, H, W)."""
+        last = torch.full((len(batch.noise),), self._diffusion.last, device=batch.noise.device)
+        with torch.no_grad():
+            noised = self._diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)  # z_T
+            target = encode(self.unet, noised, last, batch.text)
+        h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0))
+        prediction = decode(self.unet, replace(target, h=h))
+        return self._diffusion.to_clean(prediction, noised, last)
+
+    def learning(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what learns, by name."""
+        return ((name, each) for name, each in self.named_parameters() if each.requires_grad)
