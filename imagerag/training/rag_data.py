@@ -98,7 +98,7 @@ class RagRows:
             latents=latents,
             noise=torch.randn(latents.shape, generator=generator),
             text=self.text[self.text_of[rows]],
-            h_references=self.h[chosen].float(),
+            h_references=self.h[chosen].float() * present[:, :, None, None, None],
             similarities=torch.where(present, similarities, -1.0),
         )
 

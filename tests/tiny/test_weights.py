@@ -43,7 +43,8 @@ def test_it_is_small() -> None:
 def test_teacher_and_student_share_all_but_the_unet(student: BaseModel) -> None:
     teacher = load_base("tiny-teacher", "cpu")
     assert teacher.identity.digest != student.identity.digest
-    assert teacher.unet.config == student.unet.config
+    configs = [dict(base.unet.config) | {"_name_or_path": ""} for base in (teacher, student)]
+    assert configs[0] == configs[1]
     weights = teacher.vae.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in student.vae.state_dict().items())
     picture = ImageRAGTurboPipeline.from_base(teacher)("fox", num_inference_steps=2, guidance_scale=3.0).images[0]
@@ -66,9 +67,9 @@ def test_the_mid_block_carries_the_picture(student: BaseModel) -> None:
     latents = encode_all(student.vae, Pictures.of(drawings).pixels, CPU)
     text = student.conditioner.encode([drawing.concept.name for drawing in drawings]).embeds
     measures = hspace.measure(student.unet, latents, text)
-    assert measures.rebuilding.high < 0.3, "an average picture has an error of one"
-    assert measures.zeroing > 0.3
-    assert measures.shuffling > 0.5
+    assert measures.rebuilding.high < 0.15, "an average picture has an error of one"
+    assert measures.zeroing > 0.7
+    assert measures.shuffling > 0.8
 
 
 def test_other_noise_is_another_picture_of_the_same_thing(pipeline: ImageRAGTurboPipeline) -> None:
@@ -83,4 +84,4 @@ def test_it_makes_what_it_was_trained_on(pipeline: ImageRAGTurboPipeline) -> Non
     chosen = [drawing for drawing in drawings if drawing.concept in concepts]
     names = [concept.name for concept in concepts]
     made = [next(generate(pipeline, [name], [seed], num_inference_steps=1)) for seed, name in enumerate(names)]
-    assert identified(pipeline.vae, made, concepts, chosen).low > 0.2
+    assert identified(pipeline.vae, made, concepts, chosen).low > 0.6
