@@ -17,10 +17,10 @@ from tests.retrieval.rows import append, make_rows
 
 BAR = 0.9
 BATCH_SIZE = 32
-NUM_ROWS: dict[Scale, int] = {"small": 512, "full": 8_192}
+NUM_ROWS: dict[Scale, int] = {"small": 512, "full": 2_048}
 NUM_FEW = 64
 """Rows that take little more than the start-up."""
-REPETITIONS: dict[Scale, int] = {"small": 1, "full": 3}
+REPETITIONS: dict[Scale, int] = {"small": 1, "full": 2}
 _ENCODER = EncoderIdentity(id="synthetic", digest="0" * 64, dim=16)
 
 
