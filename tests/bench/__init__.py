@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
+import imagerag  # noqa: F401 - before diffusers, which can't be imported without it where torch has no CUDA
 from tests.bench.harness import Row, Scale
 
 BENCHES = {
