@@ -55,10 +55,13 @@ def run_comparison(
     from imagerag.evaluation.scorer import Scorer
 
     assert pipeline.index is not None
-    typer.echo("fitting the score to the index's pictures …", err=True)
-    comparer = Comparer(pipeline, with_many_steps, Scorer.of(pipeline.index.retriever), seed=seed)
+    retriever = pipeline.index.retriever
+    cache = settings.home / name / f"scorer-{retriever.version}.npz"
+    if not cache.exists():
+        typer.echo("fitting the score to the index's pictures, once for this version of it …", err=True)
+    comparer = Comparer(pipeline, with_many_steps, Scorer.of(retriever, cache), seed=seed)
     made = list(tqdm(comparer.compare(prompts), total=len(prompts), unit=" prompts", disable=None))
-    write_comparison(out, made, pipeline.index.retriever, title=f"imagerag compare: {base} with {name}")
+    write_comparison(out, made, retriever, title=f"imagerag compare: {base} with {name}")
     return made
 
 

@@ -6,6 +6,9 @@ corpus, and its scores can't be compared with another's, nor with published CLIP
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
@@ -30,10 +33,17 @@ class Scorer:
         self._judge = judge
 
     @classmethod
-    def of(cls, retriever: Retriever) -> "Scorer":
-        """Fit to a sample of the index's rows, always the same."""
-        images, embeds = retriever.sample(_NUM_ROWS)
-        return cls(ClipJudge.fit(_features(open_images(images)), embeds))
+    def of(cls, retriever: Retriever, cache: Path) -> "Scorer":
+        """Fit to a sample of the index's rows, always the same, or read from a file what was fitted before."""
+        if not cache.exists():
+            images, embeds = retriever.sample(_NUM_ROWS)
+            fitted = ClipJudge.fit(_features(open_images(images)), embeds)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(dir=cache.parent, suffix=".partial", delete=False) as file:
+                np.savez(file, **asdict(fitted))
+            Path(file.name).replace(cache)
+        with np.load(cache, allow_pickle=False) as arrays:
+            return cls(ClipJudge(**arrays))
 
     def scores(self, pictures: Sequence[Image.Image], embeds: Embeds) -> list[float]:
         """Return the cosine of each picture and its text's embedding (N, D), -1 to 1."""

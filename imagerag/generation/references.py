@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from imagerag.retrieval.search import Neighbour
 
 _MOST_OF_ONE_CAPTION = 2
-_OVERFETCH = 3
+_OVERFETCH = 2
 """Rows that are fetched for each wanted one, so that there are others than those of one caption."""
 
 EncodeTexts = Callable[[Sequence[str]], Embeds | None]

@@ -39,7 +39,7 @@ class Texts:
 def found_by(retriever: Retriever, texts: Texts, prompts: list[Prompt], *, compose: bool) -> list[list[str]]:
     """The captions of four references, as the pipeline finds them."""
     phrases = [[prompt, *(split_phrases(prompt) if compose else [])] for prompt, _ in prompts]
-    near = retriever.search(texts.encode([phrase for own in phrases for phrase in own]), 12)
+    near = retriever.search(texts.encode([phrase for own in phrases for phrase in own]), 8)
     each = iter(diversify(ranking, 4, 2) for ranking in near)
     rankings = [[next(each) for _ in own] for own in phrases]
     return [[row.caption for row in (own[0] if len(own) == 1 else merge(own, 4))] for own in rankings]
