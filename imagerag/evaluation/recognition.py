@@ -84,11 +84,11 @@ class ClipJudge:
     weights: Floats
 
     @classmethod
-    def fit(cls, features: Features, sentences: Floats) -> "ClipJudge":
+    def fit(cls, features: Features, sentences: Floats, ridge: float = _RIDGE) -> "ClipJudge":
         """Fit by ridge regression: features (N, D) of real drawings to features (N, E) of their names."""
         centre, scale = features.mean(0), features.std(0) + 1e-6
         inputs = (features - centre) / scale
-        gram = inputs.T @ inputs + _RIDGE * np.eye(inputs.shape[1], dtype=np.float32)
+        gram = inputs.T @ inputs + ridge * np.eye(inputs.shape[1], dtype=np.float32)
         weights = np.linalg.solve(gram, inputs.T @ (sentences - sentences.mean(0)))
         return cls(centre, scale, weights.astype(np.float32))
 
