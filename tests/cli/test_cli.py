@@ -63,7 +63,14 @@ def test_the_doctor_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:
 def test_sample_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "imagerag.cli", "sample", "serve", "--limit", "3"]
     environment = os.environ | {"IMAGERAG_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+
+    def heed_interrupts() -> None:
+        """A shell's background jobs, and all that they start, ignore SIGINT otherwise."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as server:
         assert server.stdout is not None
         lines = [server.stdout.readline() for _ in range(4)]
         server.send_signal(signal.SIGINT)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
@@ -90,7 +91,7 @@ def test_a_job_that_dies_keeps_what_it_committed(
 
 
 def test_a_wrong_base_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a base model is `tiny`"):
+    with pytest.raises(ValidationError, match="a base model is `tiny`"):
         FeaturesConfig(base="no such thing")
     with pytest.raises(UserError, match="does not exist"):
         cache_features(
