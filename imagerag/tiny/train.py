@@ -136,7 +136,8 @@ class Training:
 
 
 def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    copy = UNet2DConditionModel.from_config(unet.config)
+    config = {name: value for name, value in unet.config.items() if name != "_name_or_path"}  # of this machine
+    copy = UNet2DConditionModel.from_config(config)
     copy.load_state_dict(unet.state_dict())
     return copy
 

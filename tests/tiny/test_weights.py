@@ -40,6 +40,11 @@ def test_it_is_small() -> None:
     assert sum(path.stat().st_size for path in tiny.FOLDER.rglob("*") if path.is_file()) < 40e6
 
 
+def test_no_configuration_names_the_machine_that_made_it() -> None:
+    for path in tiny.FOLDER.rglob("*config.json"):
+        assert "_name_or_path" not in json.loads(path.read_text()), path
+
+
 def test_teacher_and_student_share_all_but_the_unet(student: BaseModel) -> None:
     teacher = load_base("tiny-teacher", "cpu")
     assert teacher.identity.digest != student.identity.digest
