@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 from PIL import Image
 
 from imagerag.retrieval.search import Neighbour
@@ -32,7 +32,8 @@ def write_page(path: Path, *, title: str, sections: Sequence[Section]) -> None:
 
 def render(package: str, template: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
     """Return the page that a package's template makes of `values`, which stay text whatever they hold."""
-    environment = Environment(loader=PackageLoader(package, ""), autoescape=True)
+    loaders = [PackageLoader(each, "") for each in (package, "imagerag.retrieval")]  # the latter has base.html
+    environment = Environment(loader=ChoiceLoader(loaders), autoescape=True)
     environment.filters.update(filters)
     return environment.get_template(template).render(values)
 
