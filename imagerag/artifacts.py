@@ -63,6 +63,57 @@ class CachedFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """All that a fine-tuning learns from: clean latents and text features, and the references of each."""
+
+    index_uri: str
+    index_name: str
+    index_version: int
+    base: str
+    base_digest: str
+    teacher: str
+    teacher_digest: str
+    real_uri: str
+    """The table with the latents of the index's pictures."""
+    teacher_uri: str | None
+    """The table with the teacher's latents, if some were asked for."""
+    references_uri: str
+    """The table that lists every example with its references."""
+    num_real: int
+    num_teacher: int
+    num_held_out: int
+    """Of the real ones."""
+    num_added: int
+    """Rows of all tables that were computed by this call; the rest was there before."""
+    duration_s: float = 0.0
+    machine_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuned:
+    """A trained adapter, with LoRA if there is some."""
+
+    uri: str
+    """The folder."""
+    name: str
+    """A digest of all that it depends on."""
+    base: str
+    base_digest: str
+    index_name: str
+    index_version: int
+    run_id: str
+    """Of MLflow."""
+    num_steps: int
+    best_step: int
+    """Whose averaged weights these are."""
+    best_score: float
+    """Of the validation on what is held out; smaller is better."""
+    is_new: bool
+    """Whether this call trained; else it was finished before."""
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexBuild:
     """An index over a table version, and how good it was found to be."""
 

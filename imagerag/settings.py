@@ -22,8 +22,12 @@ class Settings(BaseSettings):
     """Where downloaded shards are kept: a folder or any fsspec URI (`s3://bucket/shards`)."""
     index_uri: str = Field(default_factory=lambda data: str(data["home"] / "index"))
     """The LanceDB database: a folder or an object-store URI."""
+    training_uri: str = Field(default_factory=lambda data: str(data["home"] / "training"))
+    """Where training sets, checkpoints and trained adapters are kept: a folder or an object-store URI."""
     ray_address: str | None = None
     """A running Ray cluster (`auto`, `host:port`, `ray://host:port`); unset starts Ray on this machine for the run."""
+    mlflow_tracking_uri: str | None = None
+    """An MLflow server; unset keeps everything in a database under the home."""
     prefect_api_url: str | None = None
     """A Prefect server; unset uses the one that `imagerag up` started, else one for the duration of the run."""
 
@@ -31,6 +35,10 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    def training_of(self, name: str) -> str:
+        """The folder of what trainings on the corpus `name` need and make."""
+        return f"{self.training_uri.rstrip('/')}/{check_name(name)}"
 
     def shards_of(self, name: str) -> str:
         """The shards folder of the corpus `name`."""

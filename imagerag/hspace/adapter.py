@@ -46,9 +46,13 @@ def load_adapter(folder: Path, unet: UNet2DConditionModel) -> "HSpaceAdapter":
 class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """`h = h_target + dh`, `dh = W_O softmax(Q K^T / sqrt(d)) (lambda V)`; Q is the target's, K and V the references'.
 
-    Beyond the paper: the keys and values of all references are in one attention, each value weighted by its reference's
-    own lambda, which for one reference is the paper's formula; and the output projection starts at zero, so that
-    training starts at the base model. 34M parameters for SD 2.1.
+    Beyond the paper, first: the keys and values of all references are in one attention, each value weighted by its
+    reference's own lambda, which for one reference is the paper's formula. Second: to what attention gathers, dh adds
+    `g * sum_k a_k lambda_k (h_k - h_target)`, position by position, with a gate g of the target in -1 to 1 for each
+    channel, and with shares a_k of the references by how well their keys fit the target's queries as a whole. Attention
+    alone can only add to the target; this can also put a reference in its place, as slerp does (paper, Sec. 3.2), and
+    training finds that at once. Third: output projection and gate start at zero, so that training starts at the base
+    model. 36M parameters for SD 2.1.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -77,7 +81,9 @@ class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
             nn.Linear(channels, 5 * channels), nn.GELU(), nn.Linear(5 * channels, inner_dim, bias=False)
         )
         self.to_out = nn.Linear(inner_dim, channels, bias=False)
-        nn.init.zeros_(self.to_out.weight)
+        self.to_gate = nn.Linear(channels, channels)
+        for zero in (self.to_out.weight, self.to_gate.weight, self.to_gate.bias):
+            nn.init.zeros_(zero)
 
     def forward(
         self, h_target: torch.Tensor, h_references: torch.Tensor, weights: torch.Tensor, scale: float = 1.0
@@ -107,8 +113,26 @@ class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self._heads(query), self._heads(key), self._heads(value), attn_mask=seen[:, None, None, :]
         )
         added = self.to_out(attended.transpose(1, 2).flatten(2))
+        gates = torch.tanh(self.to_gate(target))
+        added = added + gates * self._difference(query, key, weights, h_target, h_references)
         fused = h_target + scale * added.transpose(1, 2).reshape(size, channels, height, width).to(h_target.dtype)
         return torch.where(present.any(1).view(-1, 1, 1, 1), fused, h_target)
+
+    def _difference(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        weights: torch.Tensor,
+        h_target: torch.Tensor,
+        h_references: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return how references differ from the target (B, H * W, C), by their shares and lambda."""
+        keys = key.unflatten(1, (weights.shape[1], -1))  # (B, K, H * W, D)
+        fit = torch.einsum("bpd,bkpd->bk", query, keys).float() / (query.shape[1] * query.shape[2] ** 0.5)
+        shares = torch.softmax(fit.masked_fill(weights <= 0, -1e9), dim=1) * weights
+        differences = h_references - h_target[:, None]
+        difference = torch.einsum("bk,bkchw->bchw", shares.to(differences.dtype), differences)
+        return difference.flatten(2).transpose(1, 2)
 
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
         heads: torch.Tensor = tokens.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)

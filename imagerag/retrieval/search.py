@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import lancedb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from lancedb.query import MatchQuery
 from lancedb.rerankers import RRFReranker
@@ -15,7 +16,7 @@ from imagerag.retrieval.ann import nearest, read_record
 from imagerag.retrieval.features import require_cached, to_features
 from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.recall import to_numpy
-from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, Features
+from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, Features, encoder_of
 from imagerag.retrieval.store import Store
 
 By = Literal["caption", "image", "words", "hybrid"]
@@ -70,31 +71,38 @@ class Neighbour:
 
 
 class Retriever:
-    """The published version of a table, opened for searching.
+    """The published version of a table, or another that was published, opened for searching.
 
     It stays on that version, whatever is published meanwhile, until `refresh` is called. A takedown deletes the files
     of earlier versions: searches on one then fail until `refresh`.
 
     Attributes:
+        uri: of the database.
+        name: of the table.
         encoder: the encoder that queries must be made with.
         version: the table's version that is searched.
         num_rows: how many rows it has.
 
     Raises:
-        UserError: if there is no such table, nothing of it was published, or another encoder made its embeddings.
+        UserError: if there is no such table or version, nothing of it was published, or another encoder made its
+            embeddings.
     """
 
-    def __init__(self, uri: str, name: str, encoder: EncoderIdentity | None = None) -> None:
+    def __init__(self, uri: str, name: str, encoder: EncoderIdentity | None = None, version: int | None = None) -> None:
         self._store = Store(uri, name)
-        self.refresh()
+        self.uri, self.name = uri, name
+        self._open(require_published(self._store) if version is None else version)
         if encoder is not None:
             self.check_encoder(encoder)
 
     def refresh(self) -> None:
         """Move to the version that is published now."""
-        self.encoder: EncoderIdentity = self._store.encoder
-        self.version: int = require_published(self._store)
-        self._dataset = self._store.dataset(self.version)
+        self._open(require_published(self._store))
+
+    def _open(self, version: int) -> None:
+        self.version: int = version
+        self._dataset = self._store.dataset(version)
+        self.encoder: EncoderIdentity = encoder_of(self._dataset.schema)
         self._schema = self._dataset.schema
         record = read_record(self._dataset)
         assert record is not None, f"version {self.version} was published without an index"
@@ -195,6 +203,19 @@ class Retriever:
         if features is not None:
             require_cached(self._schema, features)
         return self._dataset.to_table(columns=list(columns))
+
+    def count_without(self, features: FeatureIdentity) -> int:
+        """Return how many rows have no such cached features yet.
+
+        Raises:
+            UserError: if the index has no such features at all.
+        """
+        require_cached(self._schema, features)
+        return int(self._dataset.count_rows(f"{features.column} IS NULL"))
+
+    def take(self, rows: Sequence[int] | npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        """Return these columns of some rows, known by their place in what `read` returns, in this order."""
+        return self._dataset.take(rows, columns=list(columns))
 
     def sample(self, num_rows: int) -> tuple[list[bytes], Embeds]:
         """Return the images and the captions' embeddings (N, D) of some rows, of all if they are fewer."""

@@ -5,25 +5,22 @@ can be repeated, so a writer may die at any moment: the table is then as it was 
 """
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import fsspec
 import lance
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock, Timeout
 from lance import LanceDataset, LanceOperation
 from lance.fragment import FragmentMetadata, write_fragments
 
 from imagerag.errors import UserError
+from imagerag.locks import local_folder, writer_lock
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
-
-logger = logging.getLogger(__name__)
 
 
 class CommitConflictError(RuntimeError):
@@ -91,7 +88,7 @@ class Store:
 
     def create(self, encoder: EncoderIdentity) -> None:
         """Make an empty table for `encoder`'s rows."""
-        if (folder := _local_folder(self.uri)) is not None:
+        if (folder := local_folder(self.uri)) is not None:
             folder.mkdir(parents=True, exist_ok=True)
         lance.write_dataset(row_schema(encoder).empty_table(), self.table_uri, mode="create")
 
@@ -181,31 +178,13 @@ class Store:
         """
         self.dataset().cleanup_old_versions(
             older_than=timedelta(0),
-            delete_unverified=_local_folder(self.uri) is not None,
+            delete_unverified=local_folder(self.uri) is not None,
             error_if_tagged_old_versions=False,
         )
 
-    @contextmanager
-    def writer_lock(self) -> Iterator[None]:
-        """Keep other writers of this table out: they wait, and the lock of a process that dies is freed.
-
-        The thread that holds it may take it again. An object store has no such lock: there `commit` finds the conflict.
-        """
-        folder = _local_folder(self.uri)
-        if folder is None:
-            yield
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{self.name}.lock", is_singleton=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("table %s is being written by another process or thread; waiting for it", self.name)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+    def writer_lock(self) -> AbstractContextManager[None]:
+        """Keep this table's other writers out, see `imagerag.locks`; on an object store `commit` finds the conflict."""
+        return writer_lock(self.uri, self.name)
 
 
 def list_stores(uri: str) -> list[Store]:
@@ -215,9 +194,3 @@ def list_stores(uri: str) -> list[Store]:
     names = sorted(PurePosixPath(table).stem for table in tables)
     # A name with a dot is not a corpus but belongs to one, such as the list of what was taken down.
     return [Store(uri, name) for name in names if "." not in name]
-
-
-def _local_folder(uri: str) -> Path | None:
-    if uri.startswith("file://"):
-        return Path(uri.removeprefix("file://"))
-    return None if "://" in uri else Path(uri)

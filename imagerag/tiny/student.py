@@ -5,7 +5,6 @@ it blurred, and then to please the discriminator, which makes it sharp. A quarte
 decoder to read the H-space (see `teacher`).
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,14 @@ from imagerag.tiny.data import Prompts
 from imagerag.tiny.latents import Latents
 from imagerag.tiny.pictures import grid
 from imagerag.tiny.teacher import EMA_DECAY, build_scheduler, draw, predict, rebuild_from_h, sample, shown
+from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import Discriminator
-from imagerag.training.ladd import Ladd, LossWeights
+from imagerag.training.ladd import Ladd, Terms
 
 LEARNING_RATE = 4e-4
 HEADS_LEARNING_RATE = 5e-4
-WEIGHTS = LossWeights(adversarial=0.3, distillation=2.5)
+WEIGHTS = LossWeights(adversarial=0.3, distillation=2.5, perceptual=0.0)
 ADVERSARIAL_SHARE = 0.6
 """Of all steps, the last ones: a discriminator has little to teach to what is not even near, and takes its time."""
 _MAX_TIMESTEP = 600
@@ -96,9 +96,10 @@ class StudentPhase:
         fake, real, text = -prediction[quarter:], batch.latents[quarter:], text[quarter:]  # v at T
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
 
-        weights, terms = replace(WEIGHTS, adversarial=0.0), {}
+        weights = WEIGHTS.model_copy(update={"adversarial": 0.0})
+        terms: Terms = {}
         if index >= self._adversarial_from:
-            weights, terms = WEIGHTS, {"discriminator": self._judge(fake, real, text, generator)}
+            weights, terms = WEIGHTS, self._judge(fake, real, text, generator)
         loss, of_generator = self._ladd.of_generator(fake, real, text, generator, weights)
         from_h = F.mse_loss(prediction[:quarter], target[:quarter])
         self._optimizer.zero_grad()
@@ -107,15 +108,15 @@ class StudentPhase:
         self._optimizer.step()
         self._schedule.step()
         self.ema.update_parameters(self.unet)
-        return terms | of_generator | {"from_h": float(from_h.detach())}
+        return {name: float(term) for name, term in (terms | of_generator | {"from_h": from_h.detach()}).items()}
 
-    def _judge(self, fake: torch.Tensor, real: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> float:
+    def _judge(self, fake: torch.Tensor, real: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> Terms:
         """Have the discriminator learn, and return its loss."""
-        loss = self._ladd.of_discriminator(fake, real, text, generator)
+        loss, terms = self._ladd.of_discriminator(fake, real, text, generator)
         self._heads_optimizer.zero_grad()
         loss.backward()
         self._heads_optimizer.step()
-        return float(loss.detach())
+        return terms
 
     @torch.inference_mode()
     def grid(self) -> Image.Image:

@@ -21,6 +21,7 @@ from imagerag import tiny
 from imagerag.corpus.sample import Drawing, load_concepts, load_drawings
 from imagerag.errors import UserError
 from imagerag.generation.base import load_conditioner
+from imagerag.settings import Settings
 from imagerag.tiny.data import Pictures, Prompts
 from imagerag.tiny.latents import Latents
 from imagerag.tiny.prior import PriorPhase
@@ -155,7 +156,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     recipe, drawings = Recipe(**arguments), load_drawings(splits=[_SPLIT])
     try:
-        with tracked(home, "tiny", folder.name, asdict(recipe)) as tracker:
+        with tracked(Settings(home=home), "tiny", folder.name, asdict(recipe)) as tracker:
             Training(recipe, drawings, folder, tracker).run()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -6,16 +6,19 @@ references' features come from the cache.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Self
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 
 from imagerag.hspace.adapter import HSpaceAdapter, gate
 from imagerag.hspace.split import decode, encode
+from imagerag.training.data import RagBatch
 from imagerag.training.diffusion import Diffusion
-from imagerag.training.rag_data import RagBatch
 
 LORA_NAME = "imagerag"
 _DECODER_LAYERS = r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut)"
@@ -25,16 +28,23 @@ class Generator(nn.Module):
     """A student with its adapter; `forward` makes clean latents of noise in one step."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, adapter: HSpaceAdapter, diffusion: Diffusion, *, lora_rank: int
+        self,
+        unet: UNet2DConditionModel,
+        adapter: HSpaceAdapter,
+        diffusion: Diffusion,
+        *,
+        lora_rank: int,
+        learn_adapter: bool = True,
     ) -> None:
-        """Attach LoRA to `unet`, which is frozen otherwise. A rank of 0 attaches none."""
+        """Attach LoRA, in float32, to `unet`, which is frozen otherwise. A rank of 0 attaches none."""
         super().__init__()
         self.unet = unet.eval().requires_grad_(False)
-        self.adapter = adapter.train().requires_grad_(True)
+        self.adapter = adapter.train().requires_grad_(learn_adapter)
         self._diffusion = diffusion
         if lora_rank:
             lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=_DECODER_LAYERS)
             self.unet.add_adapter(lora, adapter_name=LORA_NAME)
+            cast_training_params(self.unet, torch.float32)
 
     def forward(self, batch: RagBatch) -> torch.Tensor:
         """Return `z_hat_0` (B, C, H, W)."""
@@ -44,7 +54,18 @@ class Generator(nn.Module):
             target = encode(self.unet, noised, last, batch.text)
         h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0))
         prediction = decode(self.unet, replace(target, h=h))
-        return self._diffusion.to_clean(prediction, noised, last)
+        # Where a UNet predicts noise, what it implies is some fifteen times as large as its error.
+        return self._diffusion.to_clean(prediction.float(), noised, last)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of what learns; the UNet stays as it is used."""
+        super().train(mode)
+        self.unet.eval()
+        return self
+
+    def save_lora(self, folder: Path) -> None:
+        """Write LoRA as `UNet2DConditionModel.load_lora_adapter` reads it."""
+        self.unet.save_lora_adapter(folder, adapter_name=LORA_NAME)
 
     def learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what learns, by name."""

@@ -1,20 +1,16 @@
-"""Latent adversarial distillation, one step of it in plain torch (LADD, arXiv 2403.12015; paper, Sec. 3.4)."""
-
-from dataclasses import dataclass
+"""Latent adversarial distillation, its losses in plain torch (LADD, arXiv 2403.12015; paper, Sec. 3.4)."""
 
 import torch
+from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
+from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import Discriminator, discriminator_loss, generator_loss
+from imagerag.training.perceptual import Perceptual
 
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the generator's losses; zero switches one off."""
-
-    adversarial: float = 1.0
-    distillation: float = 2.5
+Terms = dict[str, torch.Tensor]
+"""Losses before their weights and what else is of interest, without a graph and still on the device."""
 
 
 class Ladd:
@@ -25,20 +21,34 @@ class Ladd:
         discriminator: Discriminator,
         diffusion: Diffusion,
         *,
+        perceptual: Perceptual | None = None,
+        learner: nn.Module | None = None,
         max_timestep: int | None = None,
     ) -> None:
-        """Args: max_timestep: latents are judged noised to a timestep below it; by default any of all."""
+        """Take what judges.
+
+        Args:
+            discriminator: judges latents.
+            diffusion: noises them.
+            perceptual: the distance of the perceptual loss, where that has a weight.
+            learner: the discriminator as it learns, where that is wrapped (DDP).
+            max_timestep: latents are judged noised to a timestep below it; by default any of all.
+        """
         self.discriminator = discriminator
+        self._learner = learner or discriminator
+        self._perceptual = perceptual
         self._max_timestep = max_timestep or diffusion.num_timesteps
 
     def of_discriminator(
         self, fake: torch.Tensor, real: torch.Tensor, text: torch.Tensor, generator: torch.Generator
-    ) -> torch.Tensor:
-        """Return the discriminator's loss on latents (B, C, H, W), both noised alike."""
+    ) -> tuple[torch.Tensor, Terms]:
+        """Return the discriminator's loss on latents (B, C, H, W), both noised alike, and its accuracy."""
         noise, timesteps = self._noising(fake, generator)
         twice = [torch.cat([each, each]) for each in (noise, timesteps, text)]
-        logits = self.discriminator(torch.cat([real, fake.detach()]), *twice)
-        return discriminator_loss(*logits.chunk(2))
+        of_real, of_fake = self._learner(torch.cat([real, fake.detach()]), *twice).chunk(2)
+        loss = discriminator_loss(of_real, of_fake)
+        accuracy = ((of_real > 0).float().mean() + (of_fake < 0).float().mean()) / 2
+        return loss, {"discriminator": loss.detach(), "accuracy": accuracy}
 
     def of_generator(
         self,
@@ -47,9 +57,13 @@ class Ladd:
         text: torch.Tensor,
         generator: torch.Generator,
         weights: LossWeights,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the generator's loss and its terms, before their weights."""
-        terms: dict[str, torch.Tensor] = {}
+    ) -> tuple[torch.Tensor, Terms]:
+        """Return the generator's loss and its terms.
+
+        Raises:
+            ValueError: if the perceptual loss has a weight and no network.
+        """
+        terms: Terms = {}
         if weights.adversarial:
             noise, timesteps = self._noising(fake, generator)
             self.discriminator.requires_grad_(False)
@@ -57,10 +71,16 @@ class Ladd:
             self.discriminator.requires_grad_(True)
         if weights.distillation:
             terms["distillation"] = F.smooth_l1_loss(fake, real)
-        loss = sum((getattr(weights, name) * term for name, term in terms.items()), torch.zeros(()))
-        return loss, {name: float(term.detach()) for name, term in terms.items()}
+        if weights.perceptual:
+            if self._perceptual is None:
+                raise ValueError(f"the perceptual loss has the weight {weights.perceptual} and no network")
+            terms["perceptual"] = self._perceptual(fake, real, generator)
+        start = torch.zeros((), device=fake.device)
+        loss = sum((getattr(weights, name) * term for name, term in terms.items()), start)
+        return loss, {name: term.detach() for name, term in terms.items()}
 
     def _noising(self, latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        timesteps = torch.randint(self._max_timestep, (len(latents),), generator=generator).to(latents.device)
-        return noise, timesteps
+        device = generator.device
+        noise = torch.randn(latents.shape, generator=generator, device=device).to(latents.device)
+        timesteps = torch.randint(self._max_timestep, (len(latents),), generator=generator, device=device)
+        return noise, timesteps.to(latents.device)

@@ -1,11 +1,27 @@
 """Losses and pictures of a training, kept by MLflow. The only module of training that knows MLflow."""
 
-from collections.abc import Iterator, Mapping
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
+
+from imagerag.errors import UserError
+from imagerag.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 5.0
+_LEFT_AT_END_S = 60.0
 
 
 class Tracker(Protocol):
@@ -18,32 +34,107 @@ class Tracker(Protocol):
         """Keep a picture under a name with an ending."""
 
 
-class _MlflowTracker:
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        import mlflow
+class MlflowTracker:
+    """Sends to an MLflow run in the background; what can't be sent now waits in memory, and the training goes on."""
 
-        mlflow.log_metrics(dict(values), step=step)
+    def __init__(self, tracking_uri: str, run_id: str) -> None:
+        self._client, self._run_id = _client(tracking_uri), run_id
+        self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        batch = [Metric(name, value, now, step) for name, value in values.items()]
+        self._waiting.put(partial(self._client.log_batch, self._run_id, metrics=batch))
 
     def image(self, name: str, image: Image.Image) -> None:
-        import mlflow
+        """See `Tracker`."""
+        self._waiting.put(partial(self._client.log_image, self._run_id, image, artifact_file=name))
 
-        mlflow.log_image(image, name)
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run once all is sent, or after a minute without success."""
+        self._waiting.put(partial(self._client.set_terminated, self._run_id, status))
+        self._waiting.put(None)
+        self._closing.set()
+        self._thread.join(_LEFT_AT_END_S)
+        if self._thread.is_alive():
+            logger.warning("MLflow was not reached again: %s entries of the run are lost", self._waiting.qsize())
+
+    def _send_all(self) -> None:
+        was_lost = False
+        while (send := self._waiting.get()) is not None:
+            while True:
+                try:
+                    send()
+                except Exception as error:  # noqa: BLE001 - whatever it is, the training must go on
+                    if not was_lost:
+                        logger.warning("MLflow can't be reached; what is measured waits for it: %s", error)
+                    was_lost = True
+                    time.sleep(_RETRY_AFTER_S)
+                else:
+                    was_lost = False
+                    break
+
+
+def start_run(
+    settings: Settings,
+    experiment: str,
+    run_name: str,
+    parameters: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+    run_id: str | None = None,
+) -> str:
+    """Start a run, or go on with the run `run_id`, and return its id.
+
+    Raises:
+        UserError: if MLflow can't be reached.
+    """
+    uri = tracking_uri(settings)
+    client = _client(uri)
+    try:
+        if run_id is not None and client.get_run(run_id).info.lifecycle_stage == "active":
+            client.set_terminated(run_id, "RUNNING")
+            return run_id
+        found = client.get_experiment_by_name(experiment)
+        location = None if settings.mlflow_tracking_uri else (settings.home / "mlflow" / "artifacts").as_uri()
+        number = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
+        run = client.create_run(number, run_name=run_name, tags=dict(tags or {}))
+        for name, value in parameters.items():
+            client.log_param(run.info.run_id, name, value)
+        started: str = run.info.run_id
+    except Exception as error:
+        raise UserError(f"MLflow at {uri} can't be used: {error}") from error
+    return started
+
+
+def tracking_uri(settings: Settings) -> str:
+    """Return where MLflow keeps what is tracked: a server, or a database in the home."""
+    if settings.mlflow_tracking_uri is not None:
+        return settings.mlflow_tracking_uri
+    folder = settings.home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
 
 
 @contextmanager
-def tracked(home: Path, experiment: str, run_name: str, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
-    """Open an MLflow run, in the store under `home`."""
-    import os
+def tracked(settings: Settings, experiment: str, run_name: str, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
+    """Open an MLflow run for the block, which ends with it."""
+    tracker = MlflowTracker(tracking_uri(settings), start_run(settings, experiment, run_name, parameters))
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    tracker.close()
 
+
+def _client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow
+    from mlflow import MlflowClient
 
-    folder = home.absolute() / "mlflow"
-    folder.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-    if mlflow.get_experiment_by_name(experiment) is None:
-        mlflow.create_experiment(experiment, artifact_location=(folder / "artifacts").as_uri())
-    mlflow.set_experiment(experiment)
-    with mlflow.start_run(run_name=run_name):
-        mlflow.log_params(dict(parameters))
-        yield _MlflowTracker()
+    return MlflowClient(uri)

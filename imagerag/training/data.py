@@ -1,0 +1,236 @@
+"""What a step of a fine-tuning learns from: batches that depend on nothing but the seed and their number.
+
+So a training that was killed goes on with the very batches that it would have had, on any number of workers.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from imagerag.artifacts import TrainingSet
+from imagerag.errors import UserError
+from imagerag.retrieval.features import to_features
+from imagerag.retrieval.recall import to_numpy
+from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
+from imagerag.retrieval.search import Retriever
+from imagerag.training.config import FinetuneConfig, ReferenceChoice
+from imagerag.training.table import Table, from_column
+
+if TYPE_CHECKING:
+    from lance import LanceDataset
+
+_READ_AHEAD = 2
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RagBatch:
+    """Rows to learn from, and what each is shown."""
+
+    latents: torch.Tensor
+    """`z_0` (B, C, H, W)."""
+    noise: torch.Tensor
+    """`z_T`, of the same shape."""
+    text: torch.Tensor
+    """`tau(p_tgt)` (B, L, D)."""
+    h_references: torch.Tensor
+    """`h_retr` (B, K, C, H, W)."""
+    similarities: torch.Tensor
+    """(B, K); -1 where there is no reference."""
+
+    def to(self, device: torch.device) -> "RagBatch":
+        """Return the batch on `device`, without waiting for the copy."""
+        return RagBatch(*(each.to(device, non_blocking=True) for each in self._tensors()))
+
+    def pin(self) -> "RagBatch":
+        """Return the batch in memory from which a GPU can copy by itself."""
+        return RagBatch(*(each.pin_memory() for each in self._tensors()))
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+
+class RagData:
+    """The examples of a training set, read from their tables as they are needed."""
+
+    def __init__(self, training_set: TrainingSet, features: FeatureIdentity) -> None:
+        """Open a training set.
+
+        Args:
+            features: whose cached features its references have.
+
+        Raises:
+            UserError: if its tables are gone or do not hold what they should.
+        """
+        self._features = features
+        self._index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
+        self._examples = Table.at(training_set.references_uri).open()
+        uris = [uri for uri in (training_set.real_uri, training_set.teacher_uri) if uri is not None]
+        self._latents = [Table.at(uri).open() for uri in uris]
+        listed = self._examples.to_table(columns=["id", "prompt", "number", "is_held_out", "references"])
+        ids: list[str] = listed["id"].to_pylist()
+        self.prompts: list[str] = listed["prompt"].to_pylist()
+        self._place = self._places(ids)
+        self._read_references(ids, listed["references"].to_pylist())
+
+        # Tables keep the order in which workers were done; a training must not depend on it.
+        order = np.argsort(np.array(ids))
+        order = order[listed["number"].to_numpy()[order] < training_set.num_teacher]
+        held_out = listed["is_held_out"].to_numpy(zero_copy_only=False)[order]
+        self.learnt: Ints = order[~held_out]
+        """Examples to learn from."""
+        self.held_out: Ints = order[held_out]
+        """Examples to validate on."""
+        of_learnt = self._own[self.learnt]
+        self._strangers = of_learnt[of_learnt >= 0]
+
+    def read(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> RagBatch:
+        """Return these examples (B,) with noise of `rng`, and references that are theirs, random or none."""
+        chosen = self._choose(examples, references, rng)
+        present = torch.from_numpy(chosen >= 0)
+        h, embeds = self._read_index(chosen)
+        own = from_column(*self._take(self._examples, examples, "embed")).astype(np.float32)
+        similarities = torch.from_numpy(np.einsum("bkd,bd->bk", embeds, own))
+        latents, text = self._read_latents(examples)
+        noise = rng.standard_normal(latents.shape, np.float32)
+        return RagBatch(
+            latents=latents,
+            noise=torch.from_numpy(noise),
+            text=text,
+            h_references=torch.from_numpy(h.astype(np.float32)),
+            similarities=torch.where(present, similarities, -1.0),
+        )
+
+    def _choose(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> Ints:
+        """Return rows of the index (B, K), -1 for none."""
+        size, k = len(examples), references.number
+        fate = rng.random(size)
+        strangers = rng.choice(self._strangers, (size, k))
+        chosen = np.full((size, k), -1)
+        own = self._references[examples, :k]
+        chosen[:, : own.shape[1]] = own
+        chosen = np.where((fate < references.random)[:, None], strangers, chosen)
+        chosen[fate >= 1 - references.none] = -1
+        chosen[chosen == self._own[examples][:, None]] = -1
+        return chosen
+
+    def _read_index(self, rows: Ints) -> tuple[Features, Embeds]:
+        """Return the features (B, K, C, H, W) and embeddings (B, K, D) of rows (B, K), zero where there is none."""
+        h = np.zeros((*rows.shape, *self._features.shape), np.float16)
+        embeds = np.zeros((*rows.shape, self._index.encoder.dim), np.float32)
+        wanted = np.unique(rows[rows >= 0])
+        if len(wanted):
+            taken = self._index.take(wanted, [self._features.column, "text_embed"])
+            features = [each for each in to_features(taken[self._features.column], self._features) if each is not None]
+            place = np.searchsorted(wanted, rows[rows >= 0])
+            h[rows >= 0] = np.stack(features)[place]
+            embeds[rows >= 0] = to_numpy(taken["text_embed"])[place]
+        return h, embeds
+
+    def _read_latents(self, examples: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = {}
+        for name in ("latents", "text"):
+            parts, order = [], []
+            for number, table in enumerate(self._latents):
+                mine = np.flatnonzero(self._place[examples, 0] == number)
+                if len(mine):
+                    parts.append(from_column(*self._take(table, self._place[examples[mine], 1], name)))
+                    order.append(mine)
+            values = np.concatenate(parts)
+            columns[name] = torch.from_numpy(values[np.argsort(np.concatenate(order))].astype(np.float32))
+        return columns["latents"], columns["text"]
+
+    def _take(self, table: "LanceDataset", rows: Ints, column: str) -> tuple[pa.ChunkedArray, pa.Field]:
+        return table.take(rows, columns=[column])[column], table.schema.field(column)
+
+    def _places(self, ids: list[str]) -> Ints:
+        """Return for each example its latents' table and its row there (N, 2)."""
+        places = {
+            id: (number, row)
+            for number, table in enumerate(self._latents)
+            for row, id in enumerate(table.to_table(columns=["id"])["id"].to_pylist())
+        }
+        lacking = [id for id in ids if id not in places]
+        if lacking:
+            raise UserError(f"the training set lacks {len(lacking)} latents, which were deleted: make it again")
+        return np.array([places[id] for id in ids], np.int64).reshape(-1, 2)
+
+    def _read_references(self, ids: list[str], found: list[list[str]]) -> None:
+        """Keep each example's own row of the index (N,) and its references' (N, K), -1 where there is none."""
+        row_of = {id: row for row, id in enumerate(self._index.read(["id"])["id"].to_pylist())}
+        most = max(map(len, found))
+        self._own = np.array([row_of.get(id, -1) for id in ids], np.int64)
+        self._references = np.array([[row_of[id] for id in own] + [-1] * (most - len(own)) for own in found], np.int64)
+
+
+def micro_batches(data: RagData, config: FinetuneConfig, step: int) -> list[Ints]:
+    """Return the examples of a step, in the parts that are run at a time.
+
+    Every example is learnt from once before any is for a second time.
+    """
+    num = len(data.learnt)
+    positions = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
+    orders = {epoch: _order(config.seed, int(epoch), num) for epoch in np.unique(positions // num)}
+    rows = np.array([orders[position // num][position % num] for position in positions])
+    return np.split(data.learnt[rows], config.batch_size // config.micro_batch_size)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num: int) -> Ints:
+    return np.random.default_rng([seed, epoch]).permutation(num)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A micro-batch and how long the step waited for it."""
+
+    batch: RagBatch
+    number: int
+    """Of the micro-batch within its step, over all workers."""
+    waited_s: float
+
+
+class Loader:
+    """Reads a worker's share of each step's micro-batches while the steps before are run."""
+
+    def __init__(
+        self, data: RagData, config: FinetuneConfig, device: torch.device, *, rank: int = 0, num_workers: int = 1
+    ) -> None:
+        self._data, self._config, self._device = data, config, device
+        self._rank, self._num_workers = rank, num_workers
+
+    def steps(self, first: int) -> Iterator[list[Callable[[], Loaded]]]:
+        """Yield for each step from `first` on what loads its micro-batches, one after the other."""
+        with ThreadPoolExecutor(1, "loader") as pool:
+            ahead: deque[list[tuple[int, Future[RagBatch]]]] = deque()
+            for step in range(first, self._config.steps):
+                while len(ahead) < _READ_AHEAD and step + len(ahead) < self._config.steps:
+                    ahead.append(self._submit(pool, step + len(ahead)))
+                yield [partial(self._wait, number, future) for number, future in ahead.popleft()]
+
+    def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[tuple[int, Future[RagBatch]]]:
+        parts = list(enumerate(micro_batches(self._data, self._config, step)))
+        return [
+            (number, pool.submit(self._read, rows, step, number))
+            for number, rows in parts[self._rank :: self._num_workers]
+        ]
+
+    def _read(self, rows: Ints, step: int, number: int) -> RagBatch:
+        rng = np.random.default_rng([self._config.seed, step, number])
+        batch = self._data.read(rows, self._config.references, rng)
+        return batch.pin() if self._device.type == "cuda" else batch
+
+    def _wait(self, number: int, future: "Future[RagBatch]") -> Loaded:
+        started = time.perf_counter()
+        batch = future.result()
+        return Loaded(batch.to(self._device), number, time.perf_counter() - started)

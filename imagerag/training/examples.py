@@ -1,0 +1,213 @@
+"""What a fine-tuning learns from, before anything is computed: which examples there are, and the tables that hold them.
+
+An example is a picture of the index or one that the teacher makes of a prompt. Its clean latents and text features are
+in a table whose key is what they depend on, so that another version of the index costs only its new rows; its
+references are in another one, whose key is the index's version.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from imagerag.errors import UserError
+from imagerag.generation.spec import BaseFiles, read_json, resolve
+from imagerag.hspace.job import identity_of
+from imagerag.retrieval.schema import FeatureIdentity
+from imagerag.retrieval.search import Retriever
+from imagerag.training.config import SynthesizeConfig
+from imagerag.training.table import Table, array_field
+
+MAX_REFERENCES = 16
+"""Kept of each example."""
+_VERSION = 1
+"""Of what is computed: another one makes other tables."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one index version and configuration."""
+
+    retriever: Retriever
+    config: SynthesizeConfig
+    folder: str
+    """Of the tables."""
+
+    @cached_property
+    def base(self) -> BaseFiles:
+        """The student."""
+        return resolve(self.config.base)
+
+    @cached_property
+    def teacher(self) -> BaseFiles:
+        """The multi-step model."""
+        return resolve(self.config.teacher)
+
+    @cached_property
+    def features(self) -> FeatureIdentity:
+        """Whose cached features the references have."""
+        return identity_of(self.base)
+
+    def check(self) -> None:
+        """Make sure that this can be learnt from.
+
+        Raises:
+            UserError: if student and teacher do not go together, the index has no features of the student's, or what is
+                held out leaves nothing to learn from or to validate on.
+        """
+        student, teacher = (read_json(files.parts["unet"].files[0]) for files in (self.base, self.teacher))
+        if "text_encoder_2" in self.base.parts or student.get("time_cond_proj_dim"):
+            raise UserError(
+                "a student that is fine-tuned has one text encoder and is not told of guidance (SD 1 and 2); "
+                f"{self.config.base} is not like that"
+            )
+        for name in ("in_channels", "sample_size", "cross_attention_dim"):
+            if student[name] != teacher[name]:
+                raise UserError(
+                    f"student and teacher share latents and text features: {name} is {student[name]} in "
+                    f"{self.config.base} and {teacher[name]} in {self.config.teacher}"
+                )
+        lacking = self.retriever.count_without(self.features)
+        if lacking:
+            raise UserError(
+                f"{lacking} rows have no features for {self.config.base}: `imagerag features --name "
+                f"{self.retriever.name}` makes them"
+            )
+        held_out = int(self.is_held_out.sum())
+        if held_out == self.rows.num_rows:
+            raise UserError(f"all {held_out} rows are held out: there is nothing to learn from")
+        if held_out == 0:
+            raise UserError(f"nothing of the {self.rows.num_rows} rows is held out: there is nothing to validate on")
+
+    @cached_property
+    def rows(self) -> pa.Table:
+        """The rows of the index in its order: `id`, `caption` and `image_sha256`."""
+        return self.retriever.read(["id", "caption", "image_sha256"])
+
+    @cached_property
+    def held_out(self) -> frozenset[str]:
+        """Captions that nothing is learnt from.
+
+        Raises:
+            UserError: if the file with them can't be read, or the index has none of them.
+        """
+        captions = set(self.rows["caption"].to_pylist())
+        if self.config.held_out is None:
+            bound = self.config.held_out_share * 2**32
+            return frozenset(caption for caption in captions if _number_of(caption) < bound)
+        listed = frozenset(read_lines(self.config.held_out))
+        if not listed & captions:
+            raise UserError(f"none of the {len(listed)} captions in {self.config.held_out} is in the index")
+        return listed
+
+    @cached_property
+    def is_held_out(self) -> np.ndarray:
+        """Of each row of the index (N,)."""
+        return np.array([caption in self.held_out for caption in self.rows["caption"].to_pylist()])
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """What the teacher makes pictures of, in turn.
+
+        Raises:
+            UserError: if the file with them can't be read, is empty, or has something that is held out.
+        """
+        if self.config.prompts is None:
+            captions = sorted(set(self.rows["caption"].to_pylist()) - self.held_out)
+            return tuple(np.random.default_rng(self.config.seed).permutation(captions).tolist())
+        listed = read_lines(self.config.prompts)
+        forbidden = [prompt for prompt in listed if prompt in self.held_out]
+        if forbidden or not listed:
+            what = f"{forbidden[0]!r}, which is held out" if forbidden else "nothing"
+            raise UserError(f"the teacher's prompts are what is learnt from; {self.config.prompts} has {what}")
+        return tuple(listed)
+
+    def teacher_rows(self) -> pa.Table:
+        """Return the teacher's examples: `id`, `number` and `prompt`."""
+        numbers = range(self.config.num_teacher_latents)
+        prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
+        key = self.teacher_table.digest
+        ids = [_digest(f"{key}\0{number}\0{prompt}") for number, prompt in zip(numbers, prompts, strict=True)]
+        return pa.table({"id": ids, "number": pa.array(numbers, pa.int64()), "prompt": pa.array(prompts, pa.string())})
+
+    @cached_property
+    def real_table(self) -> Table:
+        """Latents of the index's pictures."""
+        key = {"version": _VERSION, "base": self.base.identity.digest}
+        return Table.keyed(self.folder, "real", key, self._latent_columns)
+
+    @cached_property
+    def teacher_table(self) -> Table:
+        """Latents that the teacher makes."""
+        config = self.config
+        key = {
+            "version": _VERSION,
+            "base": self.base.identity.digest,
+            "teacher": self.teacher.identity.digest,
+            "guidance_scale": config.guidance_scale,
+            "num_inference_steps": config.num_inference_steps,
+            "prompts": _digest("\n".join(self.prompts)),
+            "seed": config.seed,
+        }
+        return Table.keyed(self.folder, "teacher", key, self._latent_columns)
+
+    @cached_property
+    def references_table(self) -> Table:
+        """Every example with its prompt's embedding by the index's encoder and its references' ids, the best first."""
+        key = {
+            "version": _VERSION,
+            "index": [self.retriever.uri, self.retriever.name, self.retriever.version],
+            "encoder": self.retriever.encoder.digest,
+            "held_out": _digest("\n".join(sorted(self.held_out))),
+            "teacher": self.teacher_table.digest if self.config.num_teacher_latents else None,
+        }
+        columns = [
+            pa.field("prompt", pa.string()),
+            pa.field("number", pa.int64()),  # of the teacher's examples; -1 for real ones
+            pa.field("is_held_out", pa.bool_()),
+            pa.field("references", pa.list_(pa.string())),
+            array_field("embed", (self.retriever.encoder.dim,)),
+        ]
+        return Table.keyed(self.folder, "references", key, columns)
+
+    @property
+    def _latent_columns(self) -> list[pa.Field]:
+        unet = read_json(self.base.parts["unet"].files[0])
+        text = (_text_length(self.base), unet["cross_attention_dim"])
+        latents = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
+        return [pa.field("prompt", pa.string()), array_field("latents", latents), array_field("text", text)]
+
+
+def read_lines(path: str) -> list[str]:
+    """Return the lines of a text file that are not empty, on any fsspec path.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    import fsspec
+
+    try:
+        with fsspec.open(path, "r", encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} has to be a readable text file: {error}") from error
+
+
+def _text_length(files: BaseFiles) -> int:
+    """Return how many tokens the UNet sees."""
+    config: Mapping[str, Any] = read_json(Path(files.parts["tokenizer"].folder) / "tokenizer_config.json")
+    return int(config["model_max_length"])
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def _number_of(caption: str) -> int:
+    """Return a number below 2^32 that a caption has everywhere."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=4).digest(), "big")

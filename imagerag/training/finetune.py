@@ -1,0 +1,271 @@
+"""Fine-tuning in plain torch: what one worker does with a batch, and what it keeps (paper, Sec. 3.4)."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import nn
+
+from imagerag.generation.base import BaseModel
+from imagerag.generation.sheet import sheet
+from imagerag.hspace.adapter import HSpaceAdapter
+from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
+from imagerag.training.data import Ints, Loaded, RagData
+from imagerag.training.diffusion import Diffusion
+from imagerag.training.discriminator import Discriminator
+from imagerag.training.generator import Generator
+from imagerag.training.ladd import Ladd, Terms
+from imagerag.training.perceptual import Perceptual
+
+ADAPTER, LORA = "adapter", "lora"
+"""Folders of what is exported."""
+_BETAS, _HEADS_BETAS = (0.5, 0.99), (0.0, 0.99)
+_SHOWN = 12
+_SHOWINGS = (
+    ("with references", "", {"none": 0.0, "random": 0.0}),
+    ("with random references", "_random", {"none": 0.0, "random": 1.0}),
+    ("without", "_none", {"none": 1.0, "random": 0.0}),
+)
+"""What validation looks at, the suffix of its losses, and which shares of rows are shown what."""
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Finetuning:
+    """An adapter and LoRA in training, on one worker.
+
+    Attributes:
+        done: updates so far.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        teacher: UNet2DConditionModel,
+        perceptual: Perceptual | None,
+        config: FinetuneConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        wrap: Wrap = lambda module: module,
+    ) -> None:
+        """Prepare a training from its start.
+
+        Args:
+            base: the student; its UNet is given LoRA.
+            teacher: the multi-step model's UNet, on the same device.
+            perceptual: the network of the perceptual loss, where that has a weight.
+            config: what to do.
+            dtype: what is computed in; what learns is float32 always.
+            wrap: makes a module that averages its gradients over workers.
+        """
+        torch.manual_seed(config.seed)
+        self.config, self.done = config, 0
+        self._device, self._dtype = base.unet.device, dtype
+        self._vae = base.vae
+        diffusion = Diffusion(base.scheduler)
+        adapter = HSpaceAdapter(base.unet.config.block_out_channels[-1], config.adapter_inner_dim).to(self._device)
+        self.generator = Generator(
+            base.unet, adapter, diffusion, lora_rank=config.lora_rank, learn_adapter=config.references.number > 0
+        )
+        discriminator = Discriminator(teacher, diffusion).to(self._device).train()
+        self._adversarial_from = round(config.steps * (1 - config.adversarial_share))
+        self._judged = config.losses.adversarial > 0 and config.adversarial_share > 0
+        self._learners = [wrap(self.generator), *([wrap(discriminator)] if self._judged else [])]
+        self._ladd = Ladd(
+            discriminator,
+            diffusion,
+            perceptual=perceptual,
+            learner=self._learners[-1] if self._judged else None,
+            max_timestep=config.max_timestep,
+        )
+        self._learning = dict(self.generator.learning())
+        self._heads = list(discriminator.parameters())
+        fused = self._device.type == "cuda"
+        self._optimizer = torch.optim.AdamW(
+            self._learning.values(),
+            config.learning_rate,
+            betas=_BETAS,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+        self._heads_optimizer = torch.optim.AdamW(
+            self._heads, config.heads_learning_rate, betas=_HEADS_BETAS, weight_decay=0.0, fused=fused
+        )
+        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, config.warmup_steps, config.steps)
+        self._ema = EMAModel(self._learning.values(), decay=config.ema_decay, foreach=True)
+
+    def step(self, micro_batches: Sequence[Callable[[], Loaded]]) -> dict[str, float]:
+        """Learn from one batch, this worker's micro-batches of it, and return losses, norms and seconds.
+
+        With several micro-batches, gradients are accumulated; generator and discriminator are updated together, each
+        by what the other was before.
+
+        Raises:
+            FloatingPointError: if a gradient is not finite. Nothing was changed then.
+        """
+        started, waited_s = time.perf_counter(), 0.0
+        self._optimizer.zero_grad(set_to_none=True)
+        self._heads_optimizer.zero_grad(set_to_none=True)
+        sums: Terms = {}
+        for number, load in enumerate(micro_batches):
+            loaded = load()
+            waited_s += loaded.waited_s
+            terms = self._accumulate(loaded, len(micro_batches), is_last=number == len(micro_batches) - 1)
+            sums = {name: sums.get(name, 0.0) + term / len(micro_batches) for name, term in terms.items()}
+        # Read at once: each reading waits for the device.
+        values = {name: float(value) for name, value in (sums | self._update()).items()}
+        step_s = time.perf_counter() - started
+        return values | {"learning_rate": self._schedule.get_last_lr()[0], "data_s": waited_s, "step_s": step_s}
+
+    def _accumulate(self, loaded: Loaded, parts: int, *, is_last: bool) -> Terms:
+        """Add the gradients of one micro-batch, which is one of `parts`."""
+        batch, config = loaded.batch, self.config
+        random = torch.Generator(self._device).manual_seed(_seed(config.seed, self.done, loaded.number))
+        judged = self._judged and self.done >= self._adversarial_from
+        weights = config.losses if judged else config.losses.model_copy(update={"adversarial": 0.0})
+        terms: Terms = {}
+        with nullcontext() if is_last else _without_sync(self._learners):
+            with self._autocast():
+                fake = self._learners[0](batch)
+            if judged:
+                with self._autocast():
+                    loss, terms = self._ladd.of_discriminator(fake, batch.latents, batch.text, random)
+                (loss / parts).backward()
+            with self._autocast():
+                loss, of_generator = self._ladd.of_generator(fake, batch.latents, batch.text, random, weights)
+            (loss / parts).backward()
+        return terms | of_generator
+
+    def _update(self) -> Terms:
+        """Update everything by its gradients, and return their norms."""
+        norm = nn.utils.clip_grad_norm_(self._learning.values(), self.config.max_grad_norm)
+        norms = {"grad_norm": norm}
+        judged = any(parameter.grad is not None for parameter in self._heads)
+        if judged:
+            norms["heads_grad_norm"] = nn.utils.clip_grad_norm_(self._heads, self.config.max_grad_norm)
+        broken = [name for name, value in norms.items() if not torch.isfinite(value)]
+        if broken:
+            raise FloatingPointError(f"step {self.done}: {broken[0]} is {float(norms[broken[0]])} with {self.config}")
+        self._optimizer.step()
+        self._schedule.step()
+        if judged:
+            self._heads_optimizer.step()
+        self._ema.step(self._learning.values())
+        self.done += 1
+        return norms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next steps depend on, beside configuration and data; randomness follows from `done`."""
+        return {
+            "done": self.done,
+            "learning": {name: parameter.detach() for name, parameter in self._learning.items()},
+            "heads": self._ladd.discriminator.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "heads_optimizer": self._heads_optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "ema": self._ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called."""
+        with torch.no_grad():
+            for name, parameter in self._learning.items():
+                parameter.copy_(state["learning"][name])
+        self._ladd.discriminator.load_state_dict(state["heads"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._heads_optimizer.load_state_dict(state["heads_optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._ema.load_state_dict(state["ema"])
+        self._ema.to(self._device)
+        self.done = state["done"]
+
+    def validate(self, data: RagData) -> tuple[dict[str, float], Image.Image]:
+        """Measure the averaged weights on held-out examples, with noise that is always the same.
+
+        Returns:
+            The losses with the references that a search finds, with random ones and with none; `score`, what the best
+            checkpoint has the least of; and a picture.
+        """
+        config = self.config
+        step = max(1, len(data.held_out) // config.num_validated)
+        examples = data.held_out[::step][: config.num_validated]
+        prompts = ", ".join(data.prompts[example] for example in examples[:_SHOWN])
+        values: dict[str, float] = {}
+        pictures: list[tuple[str, list[Image.Image]]] = []
+        with self.averaged(), torch.no_grad():
+            for title, name, shares in _SHOWINGS:
+                choice = ReferenceChoice(number=config.references.number, **shares)
+                terms, real, fake = self._measure(data, examples, choice)
+                values |= {f"{term}{name}": float(value) for term, value in terms.items()}
+                pictures += [] if pictures else [(f"held out: {prompts}", self._decode(real))]
+                pictures.append((title, self._decode(fake)))
+        weights = config.losses
+        score = (weights.distillation or 1.0) * values["distillation"]
+        score += weights.perceptual * values.get("perceptual", 0.0)
+        return values | {"score": score}, sheet(pictures)
+
+    def _measure(
+        self, data: RagData, examples: Ints, choice: ReferenceChoice
+    ) -> tuple[Terms, torch.Tensor, torch.Tensor]:
+        """Return the mean losses on examples, and the first of them, real and made."""
+        parts = np.array_split(examples, -(-len(examples) // self.config.micro_batch_size))
+        weights = LossWeights(adversarial=0.0, distillation=1.0, perceptual=float(self.config.losses.perceptual > 0))
+        sums: Terms = {}
+        for number, part in reversed(list(enumerate(parts))):
+            batch = data.read(part, choice, np.random.default_rng([1, number])).to(self._device)
+            random = torch.Generator(self._device).manual_seed(number)
+            with self._autocast():
+                fake = self.generator(batch)
+                _, terms = self._ladd.of_generator(fake, batch.latents, batch.text, random, weights)
+            sums = {name: sums.get(name, 0.0) + term * len(part) / len(examples) for name, term in terms.items()}
+        return sums, batch.latents, fake
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights as diffusers loads them: the adapter, and LoRA if there is some."""
+        with self.averaged():
+            self.generator.adapter.save_pretrained(folder / ADAPTER)
+            if self.config.lora_rank:
+                self.generator.save_lora(folder / LORA)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the averaged weights in place of those in training."""
+        self._ema.store(self._learning.values())
+        self._ema.copy_to(self._learning.values())
+        self.generator.eval()
+        try:
+            yield
+        finally:
+            self._ema.restore(self._learning.values())
+            self.generator.train()
+
+    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        scaled = latents[:_SHOWN].to(self._vae.dtype) / self._vae.config.scaling_factor
+        pixels = self._vae.decode(scaled).sample.float().clamp(-1, 1)
+        bytes_ = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(each) for each in bytes_]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+
+@contextmanager
+def _without_sync(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Leave the averaging of gradients over workers to the last micro-batch."""
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)

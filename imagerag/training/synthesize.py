@@ -1,0 +1,310 @@
+"""Make what a fine-tuning learns from: clean latents, text features and references of every example, each once.
+
+Ray Data hands examples to workers that hold a model each. A worker writes what it made to files that belong to no
+version of their table yet; the driver commits them as they come. So a job that dies loses what its workers had in hand,
+and the next one computes what is missing.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imagerag.artifacts import TrainingSet
+from imagerag.compute import start_ray, stop_ray
+from imagerag.locks import writer_lock
+from imagerag.progress import OnProgress, silent
+from imagerag.retrieval.ranking import diversify
+from imagerag.retrieval.search import Neighbour, Retriever
+from imagerag.settings import Settings
+from imagerag.training.config import SynthesizeConfig
+from imagerag.training.examples import MAX_REFERENCES, Examples
+from imagerag.training.table import Table, to_column
+from imagerag.workers import plan_workers, resources_of, watched
+
+if TYPE_CHECKING:
+    import torch
+
+    from imagerag.generation.text import TextConditioner
+
+_CANDIDATES = 4 * MAX_REFERENCES
+_MOST_OF_ONE_CAPTION = 2
+_ROWS_OF_A_TASK = 256
+"""What is lost when a worker dies, at most."""
+
+
+def synthesize(
+    name: str, config: SynthesizeConfig, settings: Settings, on_progress: OnProgress = silent
+) -> TrainingSet:
+    """Bring the training set of the corpus `name` to what its published index and `config` say.
+
+    What is there already is left alone. Where nothing is missing, neither Ray nor a model is started.
+
+    Args:
+        on_progress: is told of rows.
+
+    Raises:
+        UserError: if there is no such index or model, or nothing can be learnt from them.
+        StalledError: if the workers hang. Calling again goes on where they stopped.
+    """
+    started = time.perf_counter()
+    examples = Examples(Retriever(settings.index_uri, name), config, settings.training_of(name))
+    examples.check()
+    with writer_lock(settings.training_of(name), "training"):
+        num_added, machine_s = _fill(examples, settings, on_progress)
+    return _describe(examples, num_added, time.perf_counter() - started, machine_s)
+
+
+def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tuple[int, float]:
+    """Make what is missing, and return how many rows that was and the workers' seconds."""
+    config = examples.config
+    # What is no longer in the index may have been taken down.
+    examples.real_table.keep(examples.rows["id"])
+    jobs = list(_jobs(examples))
+    num_missing, num_done, machine_s = sum(len(job.rows) for job in jobs), 0, 0.0
+    if num_missing:
+        start_ray(settings)
+        try:
+            for job in jobs:
+                with closing(watched(partial(_filled, job, config), config.stall_timeout_s)) as results:
+                    for result in results:
+                        job.table.commit(result["fragments"])
+                        num_done += result["num_rows"]
+                        machine_s += result["machine_s"]
+                        on_progress(num_done, num_missing, job.what)
+        except BaseException:
+            # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
+            stop_ray()
+            raise
+        assert num_done == num_missing, f"{num_done} rows were made instead of {num_missing}"
+    return num_missing, machine_s
+
+
+def _describe(examples: Examples, num_added: int, duration_s: float, machine_s: float) -> TrainingSet:
+    retriever, config = examples.retriever, examples.config
+    return TrainingSet(
+        index_uri=retriever.uri,
+        index_name=retriever.name,
+        index_version=retriever.version,
+        base=config.base,
+        base_digest=examples.base.identity.digest,
+        teacher=config.teacher,
+        teacher_digest=examples.teacher.identity.digest,
+        real_uri=examples.real_table.uri,
+        teacher_uri=examples.teacher_table.uri if config.num_teacher_latents else None,
+        references_uri=examples.references_table.uri,
+        num_real=examples.rows.num_rows,
+        num_teacher=config.num_teacher_latents,
+        num_held_out=int(examples.is_held_out.sum()),
+        num_added=num_added,
+        duration_s=duration_s,
+        machine_s=machine_s,
+    )
+
+
+class _Job:
+    """The rows that one table lacks, and who makes them."""
+
+    def __init__(self, table: Table, rows: pa.Table, worker: type, what: str, arguments: dict[str, Any]) -> None:
+        present = pa.array(table.ids(), pa.string())
+        self.table, self.worker, self.what, self.arguments = table, worker, what, arguments
+        # A prompt's text is encoded, and its references are searched, once for all its rows that follow each other.
+        self.rows = rows.filter(pc.invert(pc.is_in(rows["id"], present))).sort_by("prompt")
+
+
+def _jobs(examples: Examples) -> Iterator[_Job]:
+    rows, retriever = examples.rows, examples.retriever
+    index = {"uri": retriever.uri, "name": retriever.name, "version": retriever.version}
+    numbered = pa.table({"id": rows["id"], "prompt": rows["caption"], "row": np.arange(rows.num_rows)})
+    config = examples.config
+    table = examples.real_table
+    yield _Job(table, numbered, RealWorker, "latents of pictures", {"table": table, "base": config.base, **index})
+    listed = pa.table(
+        {
+            "id": rows["id"],
+            "prompt": rows["caption"],
+            "number": pa.array(np.full(rows.num_rows, -1)),
+            "is_held_out": pa.array(examples.is_held_out),
+            "image_sha256": rows["image_sha256"],
+        }
+    )
+    if config.num_teacher_latents:
+        made = examples.teacher_rows()
+        table = examples.teacher_table
+        arguments = {"table": table, "base": config.base, "config": config}
+        yield _Job(table, made, TeacherWorker, "latents by the teacher", arguments)
+        made = made.append_column("is_held_out", pa.array(np.zeros(made.num_rows, bool)))
+        made = made.append_column("image_sha256", pa.array([""] * made.num_rows))
+        listed = pa.concat_tables([listed, made.select(listed.column_names)])
+    table = examples.references_table
+    arguments = {"table": table, "held_out": examples.held_out, **index}
+    yield _Job(table, listed, ReferencesWorker, "references", arguments)
+
+
+def _filled(job: _Job, config: SynthesizeConfig) -> Iterator[dict[str, Any]]:
+    """Yield what the workers wrote, part by part."""
+    if job.rows.num_rows == 0:
+        return
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan and every finished execution
+    device, num_workers, num_threads = plan_workers(ray.nodes(), config)
+    parts = [job.rows.slice(start, _ROWS_OF_A_TASK) for start in range(0, job.rows.num_rows, _ROWS_OF_A_TASK)]
+    dataset = ray.data.from_arrow(parts)
+    dataset.context.enable_progress_bars = False
+    dataset.context.raise_original_map_exception = True
+    written = dataset.map_batches(
+        job.worker,
+        fn_constructor_kwargs={
+            "device": device,
+            "dtype": config.dtype,
+            "num_threads": num_threads,
+            "batch_size": config.batch_size,
+            **job.arguments,
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=min(num_workers, len(parts))),
+        **resources_of(device, num_threads),
+    )
+    yield from written.iter_rows()
+
+
+class _Worker:
+    """Makes rows in a process of its own and writes them."""
+
+    def __init__(self, *, table: Table, num_threads: int, batch_size: int) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)  # Ray starts workers with one
+        self._table, self._batch_size = table, batch_size
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Return one row: the JSON of the `fragments` written, `num_rows` and `machine_s`."""
+        started = time.perf_counter()
+        batches = (rows.slice(start, self._batch_size) for start in range(0, rows.num_rows, self._batch_size))
+        fragments = self._table.write(pa.concat_tables([self._make(batch) for batch in batches]))
+        seconds = time.perf_counter() - started
+        return pa.table({"fragments": [fragments], "num_rows": [rows.num_rows], "machine_s": [seconds]})
+
+    def _make(self, rows: pa.Table) -> pa.Table:
+        raise NotImplementedError
+
+
+class RealWorker(_Worker):
+    """Latents and text features of rows of the index."""
+
+    def __init__(self, *, base: str, uri: str, name: str, version: int, device: str, dtype: Any, **common: Any) -> None:
+        super().__init__(**common)
+        from imagerag.generation.base import load_base
+
+        self._base = load_base(base, device, dtype)
+        self._retriever = Retriever(uri, name, version=version)
+
+    def _make(self, rows: pa.Table) -> pa.Table:
+        from imagerag.hspace.features import encode_latents, open_images
+
+        images = self._retriever.take(rows["row"].to_numpy(), ["image"])["image"].to_pylist()
+        latents = encode_latents(self._base.vae, self._base.unet, open_images(images))
+        return _to_rows(rows["id"], rows["prompt"], latents, self._base.conditioner)
+
+
+class TeacherWorker(_Worker):
+    """Latents that the teacher makes of prompts, each of its own noise, and the student's text features of them."""
+
+    def __init__(self, *, base: str, config: SynthesizeConfig, device: str, dtype: Any, **common: Any) -> None:
+        super().__init__(**common)
+        from imagerag.generation.base import load_base
+        from imagerag.generation.pipeline import ImageRAGTurboPipeline
+
+        self._pipeline = ImageRAGTurboPipeline.from_base(load_base(config.teacher, device, dtype))
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._conditioner = load_base(base, device, dtype).conditioner
+        self._config = config
+
+    def _make(self, rows: pa.Table) -> pa.Table:
+        import torch
+
+        config = self._config
+        seeds = [config.seed + number for number in rows["number"].to_pylist()]
+        made = self._pipeline(
+            rows["prompt"].to_pylist(),
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="latent",
+        )
+        return _to_rows(rows["id"], rows["prompt"], made.images, self._conditioner)
+
+
+class ReferencesWorker(_Worker):
+    """What examples are shown of the index: what the pipeline would find, but never the same picture.
+
+    What is learnt from is shown nothing that is held out.
+    """
+
+    def __init__(
+        self,
+        *,
+        held_out: frozenset[str],
+        uri: str,
+        name: str,
+        version: int,
+        device: str,
+        dtype: Any,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        from imagerag.embedding.encoder import load_encoder
+
+        self._retriever = Retriever(uri, name, version=version)
+        self._encoder = load_encoder(self._retriever.encoder.id, device, dtype)
+        self._retriever.check_encoder(self._encoder.identity)
+        self._held_out = held_out
+        sha256 = self._retriever.read(["id", "image_sha256"])
+        self._sha256 = dict(zip(sha256["id"].to_pylist(), sha256["image_sha256"].to_pylist(), strict=True))
+
+    def _make(self, rows: pa.Table) -> pa.Table:
+        prompts = rows["prompt"].combine_chunks().dictionary_encode()
+        embeds = self._encoder.encode_texts(prompts.dictionary.to_pylist())
+        found = self._retriever.search(embeds, min(_CANDIDATES, self._retriever.num_rows))
+        chosen = [
+            self._choose(found[prompt], own_sha256, is_held_out)
+            for prompt, own_sha256, is_held_out in zip(
+                prompts.indices.to_pylist(), rows["image_sha256"].to_pylist(), rows["is_held_out"].to_pylist(),
+                strict=True,
+            )
+        ]  # fmt: skip
+        return pa.table(
+            {
+                **{name: rows[name] for name in ("id", "prompt", "number", "is_held_out")},
+                "references": [[row.id for row in own] for own in chosen],
+                "embed": to_column(embeds[prompts.indices.to_numpy()].astype(np.float16)),
+            }
+        )
+
+    def _choose(self, found: list[Neighbour], own_sha256: str, is_held_out: bool) -> list[Neighbour]:
+        others = [
+            row
+            for row in found
+            if self._sha256[row.id] != own_sha256 and (is_held_out or row.caption not in self._held_out)
+        ]
+        return diversify(others, MAX_REFERENCES, _MOST_OF_ONE_CAPTION)
+
+
+def _to_rows(
+    ids: Iterable[str], prompts: pa.ChunkedArray, latents: "torch.Tensor", conditioner: "TextConditioner"
+) -> pa.Table:
+    from imagerag.hspace.features import to_cache
+
+    unique = prompts.combine_chunks().dictionary_encode()
+    text = conditioner.encode(unique.dictionary.to_pylist()).embeds[unique.indices.to_numpy().copy()]
+    columns = {"latents": to_column(to_cache(latents)), "text": to_column(to_cache(text))}
+    return pa.table({"id": ids, "prompt": prompts, **columns})

@@ -1,0 +1,114 @@
+"""A table of what was computed once: rows with ids that are only ever added, in a Lance dataset.
+
+What the rows depend on, beside their ids, is in the table's name as a digest. So rows never have to be compared with
+anything, and what is missing are the ids that are not there. Workers write fragments, which nobody sees; the driver
+commits them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import lance
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from lance import LanceDataset, LanceOperation
+from lance.fragment import FragmentMetadata, write_fragments
+
+from imagerag.errors import UserError
+from imagerag.locks import local_folder
+
+_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Table:
+    """It holds no open handle, so it can be pickled and sent to workers."""
+
+    uri: str
+    schema: pa.Schema
+
+    @classmethod
+    def keyed(cls, folder: str, name: str, key: Mapping[str, Any], columns: Sequence[pa.Field]) -> "Table":
+        """Return the table of rows that depend on `key`, which is anything that JSON can hold; `id` is added."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+        metadata = {b"imagerag.key": json.dumps(key, sort_keys=True).encode()}
+        schema = pa.schema([pa.field("id", pa.string(), nullable=False), *columns], metadata=metadata)
+        return cls(f"{folder.rstrip('/')}/{name}-{digest}.lance", schema)
+
+    @classmethod
+    def at(cls, uri: str) -> "Table":
+        """Return a table that is there already.
+
+        Raises:
+            UserError: if it is not.
+        """
+        try:
+            return cls(uri, lance.dataset(uri).schema)
+        except ValueError as error:
+            raise UserError(f"the training set's table {uri} is gone: make it again") from error
+
+    @property
+    def digest(self) -> str:
+        """What tells this table's rows from those of another key."""
+        return self.uri.rsplit("-", 1)[1].removesuffix(".lance")
+
+    def open(self) -> LanceDataset:
+        """Open the newest version, after making an empty table where there is none."""
+        try:
+            return lance.dataset(self.uri)
+        except ValueError as error:  # Lance has no exception of its own for this.
+            if "was not found" not in str(error):
+                raise
+            return lance.write_dataset(self.schema.empty_table(), self.uri, schema=self.schema, mode="create")
+
+    def ids(self) -> list[str]:
+        """Return the ids of all rows, in the order of `take`."""
+        ids: list[str] = self.open().to_table(columns=["id"])["id"].to_pylist()
+        return ids
+
+    def keep(self, ids: pa.ChunkedArray) -> None:
+        """Delete all rows but these, with their files, and what killed writers left behind."""
+        dataset = self.open()
+        own = dataset.to_table(columns=["id"])["id"]
+        doomed = own.filter(pc.invert(pc.is_in(own, ids)))
+        if len(doomed):
+            dataset.merge_insert("id").when_matched_delete().execute(pa.table({"id": doomed}))
+        dataset = self.open()
+        dataset.optimize.compact_files()
+        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=local_folder(self.uri) is not None)
+
+    def write(self, rows: pa.Table) -> list[str]:
+        """Write rows to files that belong to no version yet, and return what `commit` needs. Runs in any process."""
+        fragments = write_fragments(rows.select(self.schema.names).cast(self.schema), self.uri, schema=self.schema)
+        return [json.dumps(fragment.to_json()) for fragment in fragments]
+
+    def commit(self, fragments: Sequence[str]) -> None:
+        """Append fragments as one transaction."""
+        if fragments:
+            adopted = [FragmentMetadata.from_json(fragment) for fragment in fragments]
+            LanceDataset.commit(self.uri, LanceOperation.Append(adopted), read_version=self.open().version)
+
+
+def array_field(name: str, shape: Sequence[int]) -> pa.Field:
+    """Return a column of arrays of one shape, float16."""
+    return pa.field(
+        name, pa.list_(pa.float16(), int(np.prod(shape))), metadata={b"shape": json.dumps(list(shape)).encode()}
+    )
+
+
+def to_column(values: npt.NDArray[np.float16]) -> pa.Array:
+    """Return arrays (N, ...) as a column."""
+    return pa.FixedSizeListArray.from_arrays(values.reshape(-1), int(np.prod(values.shape[1:])))
+
+
+def from_column(column: pa.ChunkedArray, field: pa.Field) -> npt.NDArray[np.float16]:
+    """Return a column as arrays (N, ...)."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    values: npt.NDArray[np.float16] = flat.reshape(-1, *json.loads(field.metadata[b"shape"]))
+    return values
