@@ -7,7 +7,8 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from imagerag.artifacts import CachedFeatures, Download, Embedded, IndexBuild, Publication
+from imagerag.artifacts import CachedFeatures, Download, Embedded, Finetuned, IndexBuild, Publication, TrainingSet
+from imagerag.training.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,42 @@ def write_features_report(report: FeaturesReport) -> None:
     """Leave the report as a markdown artifact."""
     key = report.name.replace("_", "-")
     create_markdown_artifact(report.markdown(), key=f"features-{key}", description=f"Cached features of {report.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneReport:
+    """All that one run of `finetune` did: only a plan, where it was a dry run."""
+
+    name: str
+    plan: Plan
+    training_set: TrainingSet | None = None
+    finetuned: Finetuned | None = None
+
+    def markdown(self, finetuned: Finetuned, training_set: TrainingSet) -> str:
+        """The report as a page."""
+        rows = f"{training_set.num_real:,} of the index, {training_set.num_teacher:,} by the teacher"
+        figures = {
+            "base model": f"{finetuned.base} (digest {finetuned.base_digest})",
+            "index": f"version {finetuned.index_version}",
+            "rows": f"{rows}; {training_set.num_held_out:,} held out",
+            "steps": f"{finetuned.num_steps:,}; the best weights are of step {finetuned.best_step:,}",
+            "best validation score": f"{finetuned.best_score:.4f}",
+            "time": f"{finetuned.duration_s:.0f} s" if finetuned.is_new else "finished before",
+            "adapter": finetuned.uri,
+            "MLflow run": finetuned.run_id,
+        }
+        lines = [f"# {self.name}: fine-tuning", "", "| | |", "|---|---|"]
+        return "\n".join(lines + [f"| {figure} | {value} |" for figure, value in figures.items()])
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def write_finetune_report(report: FinetuneReport) -> None:
+    """Leave the report as a markdown artifact."""
+    assert report.finetuned is not None, report
+    assert report.training_set is not None, report
+    key = report.name.replace("_", "-")
+    markdown = report.markdown(report.finetuned, report.training_set)
+    create_markdown_artifact(markdown, key=f"finetune-{key}", description=f"An adapter for {report.name}")
 
 
 def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -8,7 +8,20 @@ import sys
 
 import typer
 
-from imagerag.cli import compare, corpus, demo, doctor, features, generate, index, sample, search, services, tiny
+from imagerag.cli import (
+    compare,
+    corpus,
+    demo,
+    doctor,
+    features,
+    finetune,
+    generate,
+    index,
+    sample,
+    search,
+    services,
+    tiny,
+)
 from imagerag.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +39,7 @@ app.command("reindex")(
     corpus.flow_command("reindex", "Make a corpus exactly its list: fetch what is new, drop what is gone.")
 )
 app.command()(features.features)
+app.command()(finetune.finetune)
 app.command()(search.search)
 app.command()(generate.generate)
 app.command()(compare.compare)

@@ -102,11 +102,11 @@ def open_pipeline(base: str, adapter: Path | None) -> "ImageRAGTurboPipeline":
 
     logging.disable_progress_bar()  # it counts the tensors of a file
     from imagerag.generation.base import load_base
+    from imagerag.generation.finetuned import load_finetuned
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
-    from imagerag.hspace.adapter import load_adapter
 
     loaded = load_base(base)
-    pipeline = ImageRAGTurboPipeline.from_base(loaded, None if adapter is None else load_adapter(adapter, loaded.unet))
+    pipeline = ImageRAGTurboPipeline.from_base(loaded, None if adapter is None else load_finetuned(adapter, loaded))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from imagerag.errors import UserError
@@ -15,8 +16,14 @@ if TYPE_CHECKING:
     from imagerag.settings import Settings
 
 
+FlowName = Literal["ingest", "reindex", "features", "finetune"]
+
+
 def run_flow(
-    flow: Literal["ingest", "reindex", "features"], options: Mapping[str, Any], parameters_file: Path | None = None
+    flow: FlowName,
+    options: Mapping[str, Any],
+    parameters_file: Path | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Check the parameters, then run a flow and return its report.
 
@@ -24,6 +31,7 @@ def run_flow(
         flow: Which one.
         options: Parameters that win over those in the file; nested ones are merged.
         parameters_file: JSON of more parameters.
+        defaults: Parameters that both win over.
 
     Raises:
         UserError: if a parameter breaks its rule; nothing has been started then.
@@ -36,13 +44,17 @@ def run_flow(
     settings.home.mkdir(parents=True, exist_ok=True)
     os.environ.update(prefect_environment(settings.home))
     run, model = _load(flow)
-    parameters = _validated(model, _merge(_read_parameters(parameters_file), options))
+    parameters = _validated(model, _merge(_merge(defaults, _read_parameters(parameters_file)), options))
     with prefect_session(settings):
         return run(parameters)
 
 
-def _load(flow: Literal["ingest", "reindex", "features"]) -> tuple[Any, Any]:
+def _load(flow: FlowName) -> tuple[Any, Any]:
     """Return the flow, and the model of its parameters."""
+    if flow == "finetune":
+        from flows.finetune import FinetuneParameters, finetune
+
+        return finetune, FinetuneParameters
     if flow == "features":
         from flows.features import FeaturesParameters, features
 

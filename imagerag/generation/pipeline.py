@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -23,6 +24,7 @@ from imagerag.generation.text import Condition, TextConditioner, unet_arguments
 from imagerag.hspace.adapter import HSpaceAdapter, gate
 from imagerag.hspace.features import encode_references, feature_identity
 from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SecondHalf, SlerpFusion
+from imagerag.hspace.lora import without_lora
 from imagerag.hspace.split import decode, encode
 from imagerag.retrieval.schema import Embeds
 
@@ -175,6 +177,7 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             prompt: one, or a batch of them.
             num_references: how many rows of the index each prompt is given; by default 4 for the adapter, 1 for slerp.
             fusion: how they are fused; by default by the adapter if there is one, else by slerp if there is an index.
+                LoRA that was trained with the adapter is used with it alone; without it there is the base model.
             w: of slerp: 1 is the base model, 0 the reference.
             adapter_scale: of what the adapter adds; 0 is the base model.
             similarity_threshold: instead of the pipeline's own.
@@ -213,15 +216,16 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             references = found.repeat_interleave(num_images_per_prompt)
         fuse = None if references is None else self._fusion(references, fusion, w, adapter_scale, threshold)
 
-        latents = self._sample(
-            self._noise(len(prompts) * num_images_per_prompt, generator, latents),  # z_T
-            condition.repeat_interleave(num_images_per_prompt),
-            fuse,
-            num_inference_steps,
-            guidance_scale,
-            generator,
-            callback_on_step_end,
-        )
+        with nullcontext() if fusion == "adapter" else without_lora(self.unet):
+            latents = self._sample(
+                self._noise(len(prompts) * num_images_per_prompt, generator, latents),  # z_T
+                condition.repeat_interleave(num_images_per_prompt),
+                fuse,
+                num_inference_steps,
+                guidance_scale,
+                generator,
+                callback_on_step_end,
+            )
         used: list[tuple[Reference, ...]] = [()] * len(latents)
         if references is not None and fuse is not None:
             used = references.used(fuse.shares)

@@ -11,6 +11,9 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody use
 
 from imagerag.errors import UserError
 
+_SHARPNESS = 50.0
+"""Of the choice among references; a difference in similarity of 0.1 is one of shares by a factor of 150."""
+
 
 def gate(similarities: torch.Tensor, threshold: float) -> torch.Tensor:
     """Return lambda of each reference: its similarity, cut to 0 to 1, and 0 where it is under the threshold.
@@ -49,10 +52,10 @@ class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
     Beyond the paper, first: the keys and values of all references are in one attention, each value weighted by its
     reference's own lambda, which for one reference is the paper's formula. Second: to what attention gathers, dh adds
     `g * sum_k a_k lambda_k (h_k - h_target)`, position by position, with a gate g of the target in -1 to 1 for each
-    channel, and with shares a_k of the references by how well their keys fit the target's queries as a whole. Attention
-    alone can only add to the target; this can also put a reference in its place, as slerp does (paper, Sec. 3.2), and
-    training finds that at once. Third: output projection and gate start at zero, so that training starts at the base
-    model. 36M parameters for SD 2.1.
+    channel, and with shares a_k that favour the reference that is nearest by text and in the H-space, since a mean of
+    pictures is no picture. Attention alone can only add to the target; this can also put a reference in its place, as
+    slerp does (paper, Sec. 3.2), and training finds that at once. Third: output projection and gate start at zero, so
+    that training starts at the base model. 36M parameters for SD 2.1.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -114,24 +117,20 @@ class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
         )
         added = self.to_out(attended.transpose(1, 2).flatten(2))
         gates = torch.tanh(self.to_gate(target))
-        added = added + gates * self._difference(query, key, weights, h_target, h_references)
+        added = added + gates * self._difference(target, references, weights, h_target, h_references)
         fused = h_target + scale * added.transpose(1, 2).reshape(size, channels, height, width).to(h_target.dtype)
         return torch.where(present.any(1).view(-1, 1, 1, 1), fused, h_target)
 
     def _difference(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        weights: torch.Tensor,
-        h_target: torch.Tensor,
-        h_references: torch.Tensor,
+        self, target: torch.Tensor, references: torch.Tensor, weights: torch.Tensor, h: torch.Tensor, hs: torch.Tensor
     ) -> torch.Tensor:
-        """Return how references differ from the target (B, H * W, C), by their shares and lambda."""
-        keys = key.unflatten(1, (weights.shape[1], -1))  # (B, K, H * W, D)
-        fit = torch.einsum("bpd,bkpd->bk", query, keys).float() / (query.shape[1] * query.shape[2] ** 0.5)
-        shares = torch.softmax(fit.masked_fill(weights <= 0, -1e9), dim=1) * weights
-        differences = h_references - h_target[:, None]
-        difference = torch.einsum("bk,bkchw->bchw", shares.to(differences.dtype), differences)
+        """Return how references `hs` differ from the target `h` (B, H * W, C), by their shares and lambda.
+
+        `target` (B, H * W, C) and `references` (B, K, H * W, C) are the same, normalised.
+        """
+        near = F.cosine_similarity(target[:, None], references, dim=-1).mean(-1) + weights
+        shares = torch.softmax((_SHARPNESS * near.float()).masked_fill(weights <= 0, -1e9), dim=1) * weights
+        difference = torch.einsum("bk,bkchw->bchw", shares.to(h.dtype), hs.to(h.dtype) - h[:, None])
         return difference.flatten(2).transpose(1, 2)
 
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ class RagData:
         chosen = self._choose(examples, references, rng)
         present = torch.from_numpy(chosen >= 0)
         h, embeds = self._read_index(chosen)
-        own = from_column(*self._take(self._examples, examples, "embed")).astype(np.float32)
+        own = from_column(*self._take(self._examples, examples, "embed"))
         similarities = torch.from_numpy(np.einsum("bkd,bd->bk", embeds, own))
         latents, text = self._read_latents(examples)
         noise = rng.standard_normal(latents.shape, np.float32)

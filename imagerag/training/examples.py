@@ -171,7 +171,7 @@ class Examples:
             pa.field("number", pa.int64()),  # of the teacher's examples; -1 for real ones
             pa.field("is_held_out", pa.bool_()),
             pa.field("references", pa.list_(pa.string())),
-            array_field("embed", (self.retriever.encoder.dim,)),
+            array_field("embed", (self.retriever.encoder.dim,), pa.float32()),
         ]
         return Table.keyed(self.folder, "references", key, columns)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from imagerag.generation.base import BaseModel
+from imagerag.generation.finetuned import ADAPTER, LORA
 from imagerag.generation.sheet import sheet
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
@@ -25,8 +26,6 @@ from imagerag.training.generator import Generator
 from imagerag.training.ladd import Ladd, Terms
 from imagerag.training.perceptual import Perceptual
 
-ADAPTER, LORA = "adapter", "lora"
-"""Folders of what is exported."""
 _BETAS, _HEADS_BETAS = (0.5, 0.99), (0.0, 0.99)
 _SHOWN = 12
 _SHOWINGS = (

@@ -16,11 +16,11 @@ from peft import LoraConfig
 from torch import nn
 
 from imagerag.hspace.adapter import HSpaceAdapter, gate
+from imagerag.hspace.lora import LORA_NAME, WEIGHTS_NAME
 from imagerag.hspace.split import decode, encode
 from imagerag.training.data import RagBatch
 from imagerag.training.diffusion import Diffusion
 
-LORA_NAME = "imagerag"
 _DECODER_LAYERS = r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut)"
 
 
@@ -40,7 +40,7 @@ class Generator(nn.Module):
         super().__init__()
         self.unet = unet.eval().requires_grad_(False)
         self.adapter = adapter.train().requires_grad_(learn_adapter)
-        self._diffusion = diffusion
+        self.diffusion = diffusion
         if lora_rank:
             lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=_DECODER_LAYERS)
             self.unet.add_adapter(lora, adapter_name=LORA_NAME)
@@ -48,14 +48,14 @@ class Generator(nn.Module):
 
     def forward(self, batch: RagBatch) -> torch.Tensor:
         """Return `z_hat_0` (B, C, H, W)."""
-        last = torch.full((len(batch.noise),), self._diffusion.last, device=batch.noise.device)
+        last = torch.full((len(batch.noise),), self.diffusion.last, device=batch.noise.device)
         with torch.no_grad():
-            noised = self._diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)  # z_T
+            noised = self.diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)  # z_T
             target = encode(self.unet, noised, last, batch.text)
         h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0))
         prediction = decode(self.unet, replace(target, h=h))
         # Where a UNet predicts noise, what it implies is some fifteen times as large as its error.
-        return self._diffusion.to_clean(prediction.float(), noised, last)
+        return self.diffusion.to_clean(prediction.float(), noised, last)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of what learns; the UNet stays as it is used."""
@@ -65,7 +65,7 @@ class Generator(nn.Module):
 
     def save_lora(self, folder: Path) -> None:
         """Write LoRA as `UNet2DConditionModel.load_lora_adapter` reads it."""
-        self.unet.save_lora_adapter(folder, adapter_name=LORA_NAME)
+        self.unet.save_lora_adapter(folder, adapter_name=LORA_NAME, weight_name=WEIGHTS_NAME)
 
     def learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what learns, by name."""

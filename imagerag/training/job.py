@@ -20,6 +20,7 @@ import fsspec
 from imagerag.artifacts import Finetuned, TrainingSet
 from imagerag.compute import start_ray, stop_ray
 from imagerag.errors import UserError
+from imagerag.generation.finetuned import MANIFEST
 from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from imagerag.training.data import RagData
     from imagerag.training.finetune import Finetuning
 
-MANIFEST = "finetune.json"
-"""In the folder of what was trained: where it comes from."""
 EXPERIMENT = "finetune"
 _STATE, _GRID = "state.pt", "validation.png"
 _SCORE = "score"

@@ -286,7 +286,7 @@ class ReferencesWorker(_Worker):
             {
                 **{name: rows[name] for name in ("id", "prompt", "number", "is_held_out")},
                 "references": [[row.id for row in own] for own in chosen],
-                "embed": to_column(embeds[prompts.indices.to_numpy()].astype(np.float16)),
+                "embed": to_column(embeds[prompts.indices.to_numpy()]),
             }
         )
 

@@ -23,6 +23,8 @@ from lance.fragment import FragmentMetadata, write_fragments
 from imagerag.errors import UserError
 from imagerag.locks import local_folder
 
+Arrays = npt.NDArray[np.floating[Any]]
+
 _DIGITS = 16
 
 
@@ -95,20 +97,19 @@ class Table:
             LanceDataset.commit(self.uri, LanceOperation.Append(adopted), read_version=self.open().version)
 
 
-def array_field(name: str, shape: Sequence[int]) -> pa.Field:
-    """Return a column of arrays of one shape, float16."""
-    return pa.field(
-        name, pa.list_(pa.float16(), int(np.prod(shape))), metadata={b"shape": json.dumps(list(shape)).encode()}
-    )
+def array_field(name: str, shape: Sequence[int], kind: pa.DataType | None = None) -> pa.Field:
+    """Return a column of arrays of one shape, float16 unless told otherwise."""
+    values = pa.list_(kind or pa.float16(), int(np.prod(shape)))
+    return pa.field(name, values, metadata={b"shape": json.dumps(list(shape)).encode()})
 
 
-def to_column(values: npt.NDArray[np.float16]) -> pa.Array:
+def to_column(values: Arrays) -> pa.Array:
     """Return arrays (N, ...) as a column."""
     return pa.FixedSizeListArray.from_arrays(values.reshape(-1), int(np.prod(values.shape[1:])))
 
 
-def from_column(column: pa.ChunkedArray, field: pa.Field) -> npt.NDArray[np.float16]:
+def from_column(column: pa.ChunkedArray, field: pa.Field) -> Arrays:
     """Return a column as arrays (N, ...)."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    values: npt.NDArray[np.float16] = flat.reshape(-1, *json.loads(field.metadata[b"shape"]))
+    values: Arrays = flat.reshape(-1, *json.loads(field.metadata[b"shape"]))
     return values

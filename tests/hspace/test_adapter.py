@@ -10,10 +10,11 @@ SIZE, COUNT, CHANNELS, SIDE = 4, 3, 32, 4
 
 @pytest.fixture
 def trained() -> HSpaceAdapter:
-    """An adapter whose output projection is no longer zero."""
+    """An adapter whose output projection and gate are no longer zero."""
     torch.manual_seed(0)
     adapter = HSpaceAdapter(CHANNELS, num_heads=4)
     torch.nn.init.normal_(adapter.to_out.weight, std=0.5)
+    torch.nn.init.normal_(adapter.to_gate.weight, std=0.5)
     return adapter.eval()
 
 
@@ -88,6 +89,26 @@ def test_one_reference_is_the_papers_formula(
     one = references[:, :1]
     added = [trained(target, one, torch.full((SIZE, 1), weight)) - target for weight in (0.4, 0.8)]
     assert torch.allclose(2 * added[0], added[1], atol=1e-5)
+
+
+def test_a_wide_open_gate_puts_the_reference_in_the_targets_place(
+    target: torch.Tensor, references: torch.Tensor
+) -> None:
+    adapter = HSpaceAdapter(CHANNELS, num_heads=4)
+    torch.nn.init.constant_(adapter.to_gate.bias, 100.0)
+    fused = adapter(target, references[:, :1], torch.ones(SIZE, 1))
+    assert torch.allclose(fused, references[:, 0], atol=1e-5)
+
+
+def test_of_several_references_the_nearest_is_followed(target: torch.Tensor, references: torch.Tensor) -> None:
+    """By text where that differs, else in the H-space: a mean of pictures is no picture."""
+    adapter = HSpaceAdapter(CHANNELS, num_heads=4)
+    torch.nn.init.constant_(adapter.to_gate.bias, 100.0)
+    like_target = references.clone()
+    like_target[:, 1] = target + 0.1 * references[:, 1]
+    assert torch.allclose(adapter(target, like_target, torch.ones(SIZE, COUNT)), like_target[:, 1], atol=1e-3)
+    by_text = adapter(target, references, torch.tensor([[0.2, 0.2, 1.0]]).expand(SIZE, -1))
+    assert torch.allclose(by_text, references[:, 2], atol=1e-3)
 
 
 def test_the_gate() -> None:

@@ -1,0 +1,42 @@
+"""Fine-tune: a published index with features becomes an adapter that uses it."""
+
+from prefect import flow
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from imagerag.settings import check_name
+from imagerag.training import config
+from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
+from tasks.finetune import plan_training, synthesize_examples, train_adapter
+from tasks.policy import hide_user_tracebacks
+from tasks.report import FinetuneReport, write_finetune_report
+
+
+class FinetuneParameters(BaseModel):
+    """What to learn from, and how; unset values are of the recipe `tiny`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="images", description="The corpus, which needs features of the base model.")
+    data: SynthesizeConfig = Field(default=config.tiny().data, description="What is learnt from.")
+    training: FinetuneConfig = Field(default=config.tiny().training, description="How it is learnt.")
+    workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="On which machines.")
+    dry_run: bool = Field(default=False, description="Only say what it would take.")
+
+    _check_name = field_validator("name")(check_name)
+
+
+@flow(name="finetune")
+def finetune(parameters: FinetuneParameters) -> FinetuneReport:
+    """Train an adapter and LoRA for an index by latent adversarial distillation.
+
+    Run it again at any time: it goes on with what was stopped, and redoes nothing that is done.
+    """
+    hide_user_tracebacks()
+    plan = plan_training(parameters.name, parameters.data, parameters.training)
+    if parameters.dry_run:
+        return FinetuneReport(name=parameters.name, plan=plan)
+    training_set = synthesize_examples(parameters.name, parameters.data)
+    finetuned = train_adapter(training_set, parameters.training, parameters.workers)
+    report = FinetuneReport(name=parameters.name, plan=plan, training_set=training_set, finetuned=finetuned)
+    write_finetune_report(report)
+    return report

@@ -1,0 +1,78 @@
+"""`imagerag finetune`: the flow, run here and now."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imagerag.cli.corpus import given
+from imagerag.cli.run import run_flow
+from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    from tasks.report import FinetuneReport
+
+
+class RecipeOption(StrEnum):
+    """Which values unset parameters have."""
+
+    TINY = "tiny"
+    SD_TURBO = "sd_turbo"
+
+
+def finetune(
+    name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
+    recipe: Annotated[
+        RecipeOption, typer.Option(help="What is not given: minutes on a laptop, or the paper's figures.")
+    ] = RecipeOption.TINY,
+    base: Annotated[
+        str | None, typer.Option(help="The student: a hub id and commit, or a diffusers folder; `tiny` if not given.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="The multi-step model, likewise.")] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="A text file with captions to learn nothing from; else 2 % of them are.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed is another training.")] = None,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Models in training at a time.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
+    parameters: Annotated[
+        Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
+    ] = None,
+) -> None:
+    """Train an adapter for an index, so that generation uses what the index has."""
+    options = {
+        "name": name,
+        "data": {"base": base, "teacher": teacher, "held_out": None if held_out is None else str(held_out.absolute())},
+        "training": {"steps": steps, "seed": seed},
+        "workers": {"num_workers": num_workers},
+        "dry_run": dry_run,
+    }
+    show_finetune(run_flow("finetune", given(options), parameters, defaults=_recipe(recipe, base, teacher)))
+
+
+def _recipe(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict[str, Any]:
+    """Return the parameters that a recipe stands for."""
+    from imagerag.training import config
+
+    if recipe is RecipeOption.TINY:
+        return config.tiny().model_dump()
+    if base is None or teacher is None:
+        raise UserError("the recipe sd_turbo needs --base and --teacher: SD-Turbo and SD 2.1, by hub id or folder")
+    return config.sd_turbo(base, teacher).model_dump()
+
+
+def show_finetune(report: "FinetuneReport") -> None:
+    """Print what a run did, or would take."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    if report.finetuned is None:
+        Console().print(Markdown(report.plan.markdown()))
+        return
+    finetuned = report.finetuned
+    what = f"trained {finetuned.num_steps:,} steps" if finetuned.is_new else "was trained before"
+    typer.echo(f"the adapter for {report.name} {what}; best at step {finetuned.best_step:,}")
+    typer.echo(f"adapter: {finetuned.uri}")
+    typer.echo(f"compare: imagerag compare 'a red dragon' --name {report.name} --adapter {finetuned.uri}")

@@ -1,0 +1,38 @@
+"""What a fine-tuning made, put onto its base model."""
+
+import json
+from pathlib import Path
+
+from imagerag.errors import UserError
+from imagerag.generation.base import BaseModel
+from imagerag.hspace.adapter import HSpaceAdapter, load_adapter
+from imagerag.hspace.lora import load_lora
+
+ADAPTER, LORA = "adapter", "lora"
+"""Its folders."""
+MANIFEST = "finetune.json"
+
+
+def load_finetuned(folder: Path, base: BaseModel) -> HSpaceAdapter:
+    """Load an adapter, and attach LoRA to its base model's UNet if there is some.
+
+    Args:
+        folder: what `imagerag finetune` wrote, or an adapter's alone.
+        base: the base model, which the adapter was trained for.
+
+    Raises:
+        UserError: if the folder holds no adapter, or one for another base model.
+    """
+    if not (folder / ADAPTER).is_dir():
+        return load_adapter(folder, base.unet)
+    if (folder / MANIFEST).is_file():
+        made_for = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["finetuned"]
+        if made_for["base_digest"] != base.identity.digest:
+            raise UserError(
+                f"the adapter in {folder} was trained for {made_for['base']} (digest {made_for['base_digest']}), not "
+                f"for {base.identity.id} (digest {base.identity.digest})"
+            )
+    adapter = load_adapter(folder / ADAPTER, base.unet)
+    if (folder / LORA).is_dir():
+        load_lora(base.unet, folder / LORA)
+    return adapter

@@ -1,0 +1,43 @@
+"""LoRA on the UNet's decoder, which is trained together with an adapter and used together with it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+
+LORA_NAME = "imagerag"
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+
+def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Attach the LoRA that a fine-tuning wrote."""
+    unet.load_lora_adapter(
+        folder,
+        weight_name=WEIGHTS_NAME,
+        prefix=None,
+        adapter_name=LORA_NAME,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    unet.requires_grad_(False)
+
+
+@contextmanager
+def without_lora(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Have a UNet as it was before a fine-tuning, for the block; what else is attached to it stays."""
+    layers = []
+    if LORA_NAME in getattr(unet, "peft_config", {}):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
+    active = [list(layer.active_adapters) for layer in layers]
+    for layer, names in zip(layers, active, strict=True):
+        layer.set_adapter([name for name in names if name != LORA_NAME])
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, active, strict=True):
+            layer.set_adapter(names)
+        if layers:
+            unet.requires_grad_(False)

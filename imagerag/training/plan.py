@@ -1,0 +1,230 @@
+"""What a fine-tuning will take, found out before anything starts: the models are built without their weights."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from imagerag.generation.spec import read_json
+from imagerag.training.config import FinetuneConfig
+from imagerag.training.examples import Examples
+
+if TYPE_CHECKING:
+    import torch
+
+    from imagerag.training.generator import Generator
+
+PEAK_TFLOPS = {"L40S": 362.0, "A100": 312.0, "H100": 989.0}
+"""bfloat16 with float32 sums, dense, as their data sheets say."""
+UTILISATION = 0.35
+"""Share of the peak that is assumed; what is reached depends on the machine."""
+_GIB = 2**30
+_ADAM_COPIES = 4  # the weight, its gradient and Adam's two moments
+_MEASURED_ROWS = 2
+_PROBES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Of one fine-tuning."""
+
+    num_rows: int
+    """To learn from."""
+    num_held_out: int
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    num_learning: int
+    """Parameters of adapter and LoRA."""
+    num_heads: int
+    """Parameters of the discriminator's heads."""
+    num_frozen: int
+    """Parameters of student and teacher."""
+    tflop_per_row: float
+    """Of one row in one step."""
+    weights_gib: float
+    """On each worker: models, gradients, optimizers and averages."""
+    activations_gib: float
+    """On each worker, of one micro-batch: what is kept for the backward pass."""
+    checkpoint_gib: float
+    training_set_gib: float
+
+    @property
+    def epochs(self) -> float:
+        """How often each row is learnt from."""
+        return self.steps * self.batch_size / self.num_rows
+
+    def seconds(self, peak_tflops: float, num_machines: int = 1) -> float:
+        """Return an estimate of the time on so many machines, at `UTILISATION` of their peak."""
+        return self._tflop / (peak_tflops * UTILISATION * num_machines)
+
+    @property
+    def _tflop(self) -> float:
+        return self.steps * self.batch_size * self.tflop_per_row
+
+    def markdown(self) -> str:
+        """Return the plan as a page."""
+        figures = {
+            "rows to learn from": f"{self.num_rows:,} ({self.num_held_out:,} held out)",
+            "steps": f"{self.steps:,} of {self.batch_size:,} rows, {self.epochs:,.1f} epochs",
+            "parameters": f"{self.num_learning / 1e6:,.2f}M learn, {self.num_heads / 1e6:,.2f}M in the discriminator's "
+            f"heads, {self.num_frozen / 1e6:,.1f}M stand still",
+            "memory of a worker": f"{self.weights_gib:,.2f} GiB and {self.activations_gib:,.2f} GiB of activations at "
+            f"{self.micro_batch_size} rows a time",
+            "checkpoint": f"{self.checkpoint_gib:,.3f} GiB, of which two are kept",
+            "training set": f"{self.training_set_gib:,.2f} GiB",
+            "computation": f"{_flop(self.tflop_per_row)} a row, {_flop(self._tflop)} in all",
+        }
+        lines = ["| | |", "|---|---|", *(f"| {figure} | {value} |" for figure, value in figures.items())]
+        counts = sorted({1, 8, 64})
+        lines += [
+            "",
+            f"Time at {UTILISATION:.0%} of the peak, which is an assumption:",
+            "",
+            f"| | {' | '.join(f'{count} GPU' + 's' * (count > 1) for count in counts)} |",
+            f"|---|{'---:|' * len(counts)}",
+        ]
+        lines += [
+            f"| {gpu} | {' | '.join(_time(self.seconds(peak, count)) for count in counts)} |"
+            for gpu, peak in PEAK_TFLOPS.items()
+        ]
+        lines += [f"| this machine's CPU | {_time(self.seconds(_cpu_tflops()))} |{' |' * (len(counts) - 1)}"]
+        return "\n".join(lines)
+
+
+def plan(examples: Examples, config: FinetuneConfig) -> Plan:
+    """Return what training on `examples` will take.
+
+    Raises:
+        UserError: if this can't be learnt from.
+    """
+    import diffusers
+    import torch
+
+    from imagerag.hspace.adapter import HSpaceAdapter
+    from imagerag.training.diffusion import Diffusion
+    from imagerag.training.discriminator import Discriminator
+    from imagerag.training.generator import Generator
+
+    examples.check()
+    scheduler = read_json(examples.base.parts["scheduler"].files[0])
+    diffusion = Diffusion(getattr(diffusers, scheduler["_class_name"]).from_config(scheduler))
+    with torch.device("meta"):
+        unet = _unet(read_json(examples.base.parts["unet"].files[0]))
+        adapter = HSpaceAdapter(unet.config.block_out_channels[-1], config.adapter_inner_dim)
+        generator = Generator(unet, adapter, diffusion, lora_rank=config.lora_rank)
+        teacher = _unet(read_json(examples.teacher.parts["unet"].files[0]))
+        discriminator = Discriminator(teacher, diffusion)
+    flop, saved = _measure(generator, discriminator, examples, config)
+    learning = sum(parameter.numel() for _, parameter in generator.learning())
+    heads = sum(parameter.numel() for parameter in discriminator.parameters())
+    frozen = sum(p.numel() for p in (*generator.parameters(), *teacher.parameters())) - learning
+    num_held_out, num_real = int(examples.is_held_out.sum()), examples.rows.num_rows
+    num_examples = num_real + examples.config.num_teacher_latents
+    row_bytes = 2 * sum(math.prod(_shape(field)) for field in examples.real_table.schema if field.metadata)
+    bytes_of_frozen = 4 if examples.config.base == "tiny" else 2
+    return Plan(
+        num_rows=num_examples - num_held_out,
+        num_held_out=num_held_out,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        num_learning=learning,
+        num_heads=heads,
+        num_frozen=frozen,
+        tflop_per_row=flop / 1e12,
+        weights_gib=(bytes_of_frozen * frozen + 4 * (_ADAM_COPIES + 1) * learning + 4 * _ADAM_COPIES * heads) / _GIB,
+        activations_gib=saved * config.micro_batch_size / _GIB,
+        checkpoint_gib=4 * (4 * learning + 3 * heads) / _GIB,
+        training_set_gib=row_bytes * num_examples / _GIB,
+    )
+
+
+def _unet(config: dict[str, Any]) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(config)
+
+
+def _measure(
+    generator: "Generator", discriminator: Any, examples: Examples, config: FinetuneConfig
+) -> tuple[float, float]:
+    """Return the operations of a row in a step and the bytes that the generator keeps of it for its backward pass."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from imagerag.training.data import RagBatch
+    from imagerag.training.ladd import Ladd
+
+    latents, text = (_shape(examples.real_table.schema.field(name)) for name in ("latents", "text"))
+    size, k = _MEASURED_ROWS, max(1, config.references.number)
+    with torch.device("meta"):
+        batch = RagBatch(
+            latents=torch.empty(size, *latents),
+            noise=torch.empty(size, *latents),
+            text=torch.empty(size, *text),
+            h_references=torch.empty(size, k, *examples.features.shape),
+            similarities=torch.empty(size, k),
+        )
+        ladd = Ladd(discriminator, generator.diffusion)
+        weights = config.losses.model_copy(update={"perceptual": 0.0})
+        parameters = {parameter.untyped_storage()._cdata for parameter in generator.parameters()}
+        with FlopCounterMode(display=False) as counter:
+            with _counted(parameters) as saved:
+                fake = generator(batch)
+            random = torch.Generator("cpu")
+            if config.losses.adversarial:
+                ladd.of_discriminator(fake, batch.latents, batch.text, random)[0].backward()
+            ladd.of_generator(fake, batch.latents, batch.text, random, weights)[0].backward()
+    element = 1.0 if examples.config.base == "tiny" else 0.5  # kept in bfloat16 rather than float32
+    return counter.get_total_flops() / size, sum(saved.values()) * element / size
+
+
+@contextmanager
+def _counted(known: set[int]) -> Iterator[dict[int, int]]:
+    """Note the bytes of every tensor that is kept for the backward pass, but for `known` ones."""
+    import torch
+
+    saved: dict[int, int] = {}
+
+    def note(tensor: "torch.Tensor") -> "torch.Tensor":
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield saved
+
+
+def _shape(field: Any) -> tuple[int, ...]:
+    return tuple(json.loads(field.metadata[b"shape"]))
+
+
+def _cpu_tflops() -> float:
+    """Return how fast this machine multiplies matrices."""
+    import torch
+
+    matrix = torch.randn(1024, 1024)
+    matrix @ matrix
+    started = time.perf_counter()
+    for _ in range(_PROBES):
+        matrix @ matrix
+    return _PROBES * 2 * 1024**3 / 1e12 / (time.perf_counter() - started)
+
+
+def _flop(tflop: float) -> str:
+    for unit, size in (("EFLOP", 1e6), ("PFLOP", 1e3), ("TFLOP", 1.0)):
+        if tflop >= size:
+            return f"{tflop / size:,.1f} {unit}"
+    return f"{tflop * 1e3:,.1f} GFLOP"
+
+
+def _time(seconds: float) -> str:
+    for unit, size, least in (("days", 86400, 2 * 86400), ("h", 3600, 2 * 3600), ("min", 60, 120)):
+        if seconds >= least:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} s"

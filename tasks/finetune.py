@@ -1,0 +1,55 @@
+"""A published index with features to a trained adapter."""
+
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
+
+from imagerag.artifacts import Finetuned, TrainingSet
+from imagerag.retrieval.search import Retriever
+from imagerag.settings import Settings
+from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
+from imagerag.training.examples import Examples
+from imagerag.training.job import finetune
+from imagerag.training.plan import Plan, plan
+from imagerag.training.synthesize import synthesize
+from tasks.policy import stage
+from tasks.progress import StageProgress
+
+
+@stage("plan")
+def plan_training(name: str, data: SynthesizeConfig, training: FinetuneConfig) -> Plan:
+    """Find out what the training will take, and leave it as an artifact."""
+    settings = Settings()
+    examples = Examples(Retriever(settings.index_uri, name), data, settings.training_of(name))
+    made = plan(examples, training)
+    create_markdown_artifact(
+        f"# {name}: what the training takes\n\n{made.markdown()}",
+        key=f"plan-{name.replace('_', '-')}",
+        description="Memory, steps and time, before anything starts",
+    )
+    return made
+
+
+@stage("synthesize")
+def synthesize_examples(name: str, config: SynthesizeConfig) -> TrainingSet:
+    """Make what the training learns from."""
+    with StageProgress("synthesize", "rows") as on_progress:
+        result = synthesize(name, config, Settings(), on_progress)
+    logger = get_run_logger()
+    if result.num_added == 0:
+        logger.info("nothing to make: all latents and references are there")
+    else:
+        logger.info("made %s rows of latents and references", f"{result.num_added:,}")
+    return result
+
+
+@stage("train")
+def train_adapter(training_set: TrainingSet, config: FinetuneConfig, workers: TrainWorkersConfig) -> Finetuned:
+    """Train the adapter, or go on where it was stopped."""
+    with StageProgress("train", "steps") as on_progress:
+        result = finetune(training_set, config, workers, Settings(), on_progress)
+    logger = get_run_logger()
+    if result.is_new:
+        logger.info("trained %s steps; the best weights are of step %s", result.num_steps, result.best_step)
+    else:
+        logger.info("nothing to train: %s was finished before", result.name)
+    return result

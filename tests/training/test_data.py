@@ -1,0 +1,137 @@
+"""What a step learns from."""
+
+import numpy as np
+import pytest
+import torch
+
+from imagerag.artifacts import TrainingSet
+from imagerag.errors import UserError
+from imagerag.generation.base import BaseModel, load_base
+from imagerag.hspace.features import encode_latents, encode_references, open_images
+from imagerag.training.config import FinetuneConfig, ReferenceChoice
+from imagerag.training.data import Loader, RagBatch, RagData, micro_batches
+from tests.generation.with_index import CAPTIONS, drawing
+from tests.training.conftest import HELD_OUT, World
+
+OWN = ReferenceChoice(number=3, none=0.0, random=0.0)
+
+
+@pytest.fixture
+def data(world: World, training_set: TrainingSet) -> RagData:
+    return RagData(training_set, world.identity)
+
+
+@pytest.fixture
+def base(world: World) -> BaseModel:
+    return load_base(world.base, "cpu")
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def config(**changes: object) -> FinetuneConfig:
+    values = {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "references": OWN}
+    return FinetuneConfig(**values | changes)  # type: ignore[arg-type]
+
+
+def example_of(data: RagData, caption: str) -> int:
+    """The example of the index's row with this caption."""
+    return next(row for row, prompt in enumerate(data.prompts) if prompt == caption and data._own[row] >= 0)
+
+
+def test_an_example_is_what_the_base_model_makes_of_its_row(data: RagData, base: BaseModel) -> None:
+    row = example_of(data, "doughnut")
+    batch = data.read(np.array([row]), OWN, rng())
+    image = drawing(CAPTIONS.index("doughnut"))
+    expected = encode_latents(base.vae, base.unet, open_images([image]))
+    assert torch.allclose(batch.latents, expected, atol=2e-3 * float(expected.abs().max()))
+    text = base.conditioner.encode(["doughnut"]).embeds
+    assert torch.allclose(batch.text, text, atol=2e-3 * float(text.abs().max()))
+
+
+def test_references_are_the_features_that_are_cached(data: RagData, base: BaseModel) -> None:
+    row = example_of(data, "castle")
+    batch = data.read(np.array([row]), OWN, rng())
+    expected = encode_references(base.vae, base.unet, base.conditioner, open_images([drawing(20)]), ["castle"])
+    assert torch.allclose(batch.h_references[0, 0], expected[0], atol=2e-3 * float(expected.abs().max()))
+    assert float(batch.similarities[0, 0]) == pytest.approx(1.0, abs=2e-3), "the other castle has the same caption"
+    assert (batch.similarities[0, 1:] < 0.9).all()
+
+
+def test_nothing_that_is_held_out_is_learnt_from_or_shown(data: RagData) -> None:
+    assert {data.prompts[row] for row in data.held_out} == set(HELD_OUT)
+    assert not {data.prompts[row] for row in data.learnt} & set(HELD_OUT)
+    own_of_held_out = set(data._own[data.held_out])
+    assert not own_of_held_out & set(data._references[data.learnt].ravel().tolist())
+    strange = ReferenceChoice(number=3, none=0.0, random=1.0)
+    shown = np.concatenate([data._choose(data.learnt, strange, rng(seed)) for seed in range(30)])
+    assert not own_of_held_out & set(shown.ravel().tolist())
+    assert len(set(shown.ravel().tolist()) - {-1}) == 8, "every other row is shown to something"
+
+
+def test_no_example_is_shown_itself_or_its_picture(data: RagData) -> None:
+    hashes = np.array(data._index.read(["image_sha256"])["image_sha256"].to_pylist())
+    for row in np.concatenate([data.learnt, data.held_out]):
+        own, references = data._own[row], data._references[row]
+        if own >= 0:
+            assert hashes[own] not in hashes[references[references >= 0]]
+    strange = ReferenceChoice(number=16, none=0.0, random=1.0)
+    for seed in range(20):
+        chosen = data._choose(data.learnt, strange, rng(seed))
+        assert (chosen != data._own[data.learnt][:, None])[chosen >= 0].all()
+
+
+def test_the_shares_are_what_was_asked_for(data: RagData) -> None:
+    choice = ReferenceChoice(number=3, none=0.25, random=0.5)
+    rows = np.resize(data.learnt, 4_000)
+    chosen = data._choose(rows, choice, rng())
+    assert (chosen == -1).all(1).mean() == pytest.approx(0.25, abs=0.03)
+    own = (chosen == data._references[rows, :3]).all(1).mean()
+    assert own == pytest.approx(0.25, abs=0.04)
+
+
+def test_a_row_without_references_has_none(data: RagData) -> None:
+    batch = data.read(data.learnt[:2], ReferenceChoice(number=3, none=1.0, random=0.0), rng())
+    assert (batch.similarities == -1).all()
+    assert (batch.h_references == 0).all()
+    assert data.read(data.learnt[:2], ReferenceChoice(number=0), rng()).h_references.shape[1] == 0
+
+
+def test_teachers_examples_have_references_too(data: RagData) -> None:
+    teachers = [row for row in data.learnt if data._own[row] < 0]
+    assert len(teachers) == 5
+    batch = data.read(np.array(teachers), OWN, rng())
+    assert (batch.similarities > -1).all()
+    assert batch.latents.std() > 0.1
+
+
+def test_every_example_is_learnt_from_before_any_is_again(data: RagData) -> None:
+    num = len(data.learnt)
+    seen = np.concatenate([rows for step in range(6) for rows in micro_batches(data, config(), step)])
+    for epoch in range(len(seen) // num):
+        assert sorted(seen[epoch * num : (epoch + 1) * num]) == sorted(data.learnt)
+
+
+def equal(one: RagBatch, other: RagBatch) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
+
+
+def test_batches_depend_on_nothing_but_their_number(data: RagData) -> None:
+    """Neither on where reading began, nor on how many workers share it."""
+    cpu = torch.device("cpu")
+    whole = [[load().batch for load in loads] for loads in Loader(data, config(), cpu).steps(0)]
+    assert len(whole) == 6
+    later = [[load().batch for load in loads] for loads in Loader(data, config(), cpu).steps(3)]
+    assert all(equal(a, b) for one, other in zip(whole[3:], later, strict=True) for a, b in zip(one, other, strict=True))
+    for rank in range(2):
+        share = [[load().batch for load in loads] for loads in Loader(data, config(), cpu, rank=rank, num_workers=2).steps(0)]
+        assert all(len(own) == 1 and equal(own[0], all_[rank]) for own, all_ in zip(share, whole, strict=True))
+    assert not equal(whole[0][0], whole[1][0])
+
+
+def test_a_set_whose_latents_are_gone_is_refused(own_world: World) -> None:
+    made = own_world.synthesize()
+    own_world.examples().real_table.keep(own_world.examples().rows["id"].slice(2))
+    with pytest.raises(UserError, match="lacks 2 latents, which were deleted: make it again"):
+        RagData(made, own_world.identity)
