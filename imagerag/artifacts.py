@@ -104,10 +104,11 @@ class Finetuned:
     run_id: str
     """Of MLflow."""
     num_steps: int
+    score: float
+    """Of the validation on what is held out: losses with references, but for the adversarial; smaller is better."""
     best_step: int
-    """Whose averaged weights these are."""
+    """The checkpoint with the best score, which is in the training's folder."""
     best_score: float
-    """Of the validation on what is held out; smaller is better."""
     is_new: bool
     """Whether this call trained; else it was finished before."""
     duration_s: float = 0.0

@@ -49,7 +49,7 @@ def train_adapter(training_set: TrainingSet, config: FinetuneConfig, workers: Tr
         result = finetune(training_set, config, workers, Settings(), on_progress)
     logger = get_run_logger()
     if result.is_new:
-        logger.info("trained %s steps; the best weights are of step %s", result.num_steps, result.best_step)
+        logger.info("trained %s steps; validation score %.4f", result.num_steps, result.score)
     else:
         logger.info("nothing to train: %s was finished before", result.name)
     return result

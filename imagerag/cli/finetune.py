@@ -73,6 +73,6 @@ def show_finetune(report: "FinetuneReport") -> None:
         return
     finetuned = report.finetuned
     what = f"trained {finetuned.num_steps:,} steps" if finetuned.is_new else "was trained before"
-    typer.echo(f"the adapter for {report.name} {what}; best at step {finetuned.best_step:,}")
+    typer.echo(f"the adapter for {report.name} {what}; validation score {finetuned.score:.4f}")
     typer.echo(f"adapter: {finetuned.uri}")
     typer.echo(f"compare: imagerag compare 'a red dragon' --name {report.name} --adapter {finetuned.uri}")

@@ -38,7 +38,7 @@ class Judge:
         return cls(_normalized(features - centre), concepts, centre)
 
     def recognised(
-        self, features: Features, concepts: Ints, candidates: Sequence[int] | Ints, itself: Ints | None = None
+        self, features: Features, concepts: Ints, candidates: Sequence[int] | Ints, ignored: Ints | None = None
     ) -> npt.NDArray[np.bool_]:
         """Return for each picture (B,) whether its concept is the nearest of `NUM_NAMES`, see `is_nearest`.
 
@@ -46,11 +46,13 @@ class Judge:
             features: of the pictures (B, D).
             concepts: what they should show (B,).
             candidates: concepts that the others are drawn from.
-            itself: a drawing of the judge's own that does not count for a picture (B,), where they are real ones.
+            ignored: drawings of the judge's own that do not count for a picture (B, K), -1 for none: itself, where it
+                is a real one, or what it may be a copy of.
         """
         similarities = _normalized(features - self.centre) @ self.features.T
-        if itself is not None:
-            similarities[np.arange(len(features)), itself] = -np.inf
+        if ignored is not None:
+            rows, columns = np.nonzero(ignored >= 0)
+            similarities[rows, ignored[rows, columns]] = -np.inf
         return is_nearest(similarities, self.concepts, concepts, candidates, NUM_NAMES)
 
 

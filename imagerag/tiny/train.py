@@ -1,8 +1,8 @@
 """Train the embedded base model: python -m imagerag.tiny.train --help.
 
-Five phases follow each other, on nothing but the `base` concepts of the sample corpus: the autoencoder; a UNet whose
-decoder reads pictures out of the H-space; the text's part in it; the teacher; the student. A stopped run goes on where
-it was. Losses and pictures go to MLflow.
+Six phases follow each other, on nothing but the `base` concepts of the sample corpus: the autoencoder; a UNet whose
+decoder reads pictures out of the H-space; the text's part in it; the teacher; the student; and the network of the
+perceptual loss, which fine-tuning has. A stopped run goes on where it was. Losses and pictures go to MLflow.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from imagerag.generation.base import load_conditioner
 from imagerag.settings import Settings
 from imagerag.tiny.data import Pictures, Prompts
 from imagerag.tiny.latents import Latents
+from imagerag.tiny.perceptual import PerceptualPhase
 from imagerag.tiny.prior import PriorPhase
 from imagerag.tiny.student import StudentPhase
 from imagerag.tiny.teacher import TeacherPhase, build_scheduler, build_unet
 from imagerag.tiny.vae import VaePhase, encode_all, normalize_latents
 from imagerag.training.loop import Phase, run
+from imagerag.training.perceptual import LatentNetwork
 from imagerag.training.tracking import Tracker, tracked
 
 _SPLIT = "base"
@@ -45,6 +47,7 @@ class Recipe:
     prior_steps: int = 2400
     teacher_steps: int = 1500
     student_steps: int = 1500
+    perceptual_steps: int = 1200
     batch_size: int = 64
     """Of all but the autoencoder and the text's part."""
 
@@ -79,6 +82,7 @@ class Training:
         }
         teacher = self._finished("teacher", UNet2DConditionModel, lambda: self._train_teacher(common))
         self._finished("unet", UNet2DConditionModel, lambda: self._train_student(teacher, common))
+        self._finished("perceptual", LatentNetwork, lambda: self._train_perceptual(latents))
         build_scheduler().save_pretrained(self._folder / "scheduler")
 
     def _finished(self, part: str, kind: type[ModelMixin], train: Callable[[], ModelMixin]) -> Any:
@@ -113,6 +117,17 @@ class Training:
         phase = StudentPhase(teacher, _copy(teacher), **common, steps=self._recipe.student_steps)
         self._run(phase)
         return phase.ema.module
+
+    def _train_perceptual(self, latents: Latents) -> ModelMixin:
+        concepts = {concept.codepoint: concept.name for concept in load_concepts()}
+        names = load_conditioner("tiny").encode([concepts[each] for each in self._pictures.codepoints]).sentences
+        assert names is not None, "the text encoder of `tiny` is one of sentences"
+        recipe = self._recipe
+        phase = PerceptualPhase(
+            latents, names.clone(), steps=recipe.perceptual_steps, seed=recipe.seed, device=self._device
+        )
+        self._run(phase)
+        return phase.network
 
     def _run(self, phase: Phase) -> None:
         run(phase, self._folder, self._tracker)

@@ -150,6 +150,7 @@ def tiny() -> Recipe:
             warmup_steps=20,
             ema_decay=0.98,
             checkpoint_every=100,
+            num_validated=96,
         ),
     )
 

@@ -96,7 +96,7 @@ class RagData:
 
     def read(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> RagBatch:
         """Return these examples (B,) with noise of `rng`, and references that are theirs, random or none."""
-        chosen = self._choose(examples, references, rng)
+        chosen = self.choose(examples, references, rng)
         present = torch.from_numpy(chosen >= 0)
         h, embeds = self._read_index(chosen)
         own = from_column(*self._take(self._examples, examples, "embed"))
@@ -111,8 +111,13 @@ class RagData:
             similarities=torch.where(present, similarities, -1.0),
         )
 
-    def _choose(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> Ints:
-        """Return rows of the index (B, K), -1 for none."""
+    def images(self) -> list[bytes]:
+        """Return the encoded pictures of all rows of the index."""
+        images: list[bytes] = self._index.read(["image"])["image"].to_pylist()
+        return images
+
+    def choose(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> Ints:
+        """Return what examples (B,) are shown, as rows of the index (B, K), -1 for none."""
         size, k = len(examples), references.number
         fate = rng.random(size)
         strangers = rng.choice(self._strangers, (size, k))

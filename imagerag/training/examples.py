@@ -101,9 +101,10 @@ class Examples:
             bound = self.config.held_out_share * 2**32
             return frozenset(caption for caption in captions if _number_of(caption) < bound)
         listed = frozenset(read_lines(self.config.held_out))
-        if not listed & captions:
+        held_out = frozenset(caption for caption in captions if caption.strip() in listed)
+        if not held_out:
             raise UserError(f"none of the {len(listed)} captions in {self.config.held_out} is in the index")
-        return listed
+        return held_out
 
     @cached_property
     def is_held_out(self) -> np.ndarray:
@@ -121,7 +122,8 @@ class Examples:
             captions = sorted(set(self.rows["caption"].to_pylist()) - self.held_out)
             return tuple(np.random.default_rng(self.config.seed).permutation(captions).tolist())
         listed = read_lines(self.config.prompts)
-        forbidden = [prompt for prompt in listed if prompt in self.held_out]
+        held_out = {caption.strip() for caption in self.held_out}
+        forbidden = [prompt for prompt in listed if prompt in held_out]
         if forbidden or not listed:
             what = f"{forbidden[0]!r}, which is held out" if forbidden else "nothing"
             raise UserError(f"the teacher's prompts are what is learnt from; {self.config.prompts} has {what}")

@@ -3,6 +3,9 @@
 The name of a training follows from its configuration and its inputs. So the same call goes on with a training that was
 stopped, and returns at once what was finished. Batches depend on nothing but their number and the seed, hence neither a
 restart nor another number of workers changes what is learnt from.
+
+What is kept are the averaged weights of the last step. The validation's losses favour blur, which the adversarial loss
+is there to take away, so their best step is kept as a checkpoint beside it and chosen by a person, if at all.
 """
 
 import hashlib
@@ -93,7 +96,7 @@ def finetune(
             # Workers that nobody waits for any more keep the cores that the next try needs.
             stop_ray()
             raise
-        checkpoint, metrics = min(result.best_checkpoints, key=lambda each: each[1][_SCORE])
+        best = min((metrics for _, metrics in result.best_checkpoints), key=lambda each: each[_SCORE])
         finetuned = Finetuned(
             uri=folder,
             name=key,
@@ -103,12 +106,13 @@ def finetune(
             index_version=training_set.index_version,
             run_id=run_id,
             num_steps=config.steps,
-            best_step=int(metrics["step"]),
-            best_score=float(metrics[_SCORE]),
+            score=float(result.metrics[_SCORE]),
+            best_step=int(best["step"]),
+            best_score=float(best[_SCORE]),
             is_new=True,
             duration_s=time.perf_counter() - started,
         )
-        _publish(checkpoint, finetuned, {"training_set": asdict(training_set), "config": config.model_dump()})
+        _publish(result.checkpoint, finetuned, {"training_set": asdict(training_set), "config": config.model_dump()})
     return finetuned
 
 

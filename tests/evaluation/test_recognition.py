@@ -29,10 +29,10 @@ def test_real_drawings_are_recognised_by_the_other_style(judged: tuple[np.ndarra
     features, concepts, _ = judged
     rows = np.arange(len(features))
     judge = Judge.of(features, concepts)
-    found = judge.recognised(features[rows], concepts[rows], range(concepts.max() + 1), itself=rows)
+    found = judge.recognised(features[rows], concepts[rows], range(concepts.max() + 1), ignored=rows[:, None])
     assert found.mean() > 0.45
     wrong = np.roll(concepts[rows], 83)  # far from it in Unicode, so unlike it
-    assert judge.recognised(features[rows], wrong, range(concepts.max() + 1), itself=rows).mean() < 0.05
+    assert judge.recognised(features[rows], wrong, range(concepts.max() + 1), ignored=rows[:, None]).mean() < 0.05
 
 
 def test_the_clip_score_prefers_the_right_name(judged: tuple[np.ndarray, np.ndarray, list[str]]) -> None:

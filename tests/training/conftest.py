@@ -1,7 +1,7 @@
 """A small index with features of a base model of random weights, and what is learnt from it."""
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,12 +105,10 @@ def world(world_folder: Path) -> World:
 
 
 @pytest.fixture
-def own_world(world_folder: Path, tmp_path: Path) -> Iterator[World]:
+def own_world(world_folder: Path, tmp_path: Path) -> World:
     """A world of this test's own."""
-    import shutil
-
     shutil.copytree(world_folder, tmp_path / "world", ignore=shutil.ignore_patterns("training"))
-    yield World(tmp_path / "world")
+    return World(tmp_path / "world")
 
 
 @pytest.fixture(scope="session")

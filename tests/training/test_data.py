@@ -65,7 +65,7 @@ def test_nothing_that_is_held_out_is_learnt_from_or_shown(data: RagData) -> None
     own_of_held_out = set(data._own[data.held_out])
     assert not own_of_held_out & set(data._references[data.learnt].ravel().tolist())
     strange = ReferenceChoice(number=3, none=0.0, random=1.0)
-    shown = np.concatenate([data._choose(data.learnt, strange, rng(seed)) for seed in range(30)])
+    shown = np.concatenate([data.choose(data.learnt, strange, rng(seed)) for seed in range(30)])
     assert not own_of_held_out & set(shown.ravel().tolist())
     assert len(set(shown.ravel().tolist()) - {-1}) == 8, "every other row is shown to something"
 
@@ -78,14 +78,14 @@ def test_no_example_is_shown_itself_or_its_picture(data: RagData) -> None:
             assert hashes[own] not in hashes[references[references >= 0]]
     strange = ReferenceChoice(number=16, none=0.0, random=1.0)
     for seed in range(20):
-        chosen = data._choose(data.learnt, strange, rng(seed))
+        chosen = data.choose(data.learnt, strange, rng(seed))
         assert (chosen != data._own[data.learnt][:, None])[chosen >= 0].all()
 
 
 def test_the_shares_are_what_was_asked_for(data: RagData) -> None:
     choice = ReferenceChoice(number=3, none=0.25, random=0.5)
     rows = np.resize(data.learnt, 4_000)
-    chosen = data._choose(rows, choice, rng())
+    chosen = data.choose(rows, choice, rng())
     assert (chosen == -1).all(1).mean() == pytest.approx(0.25, abs=0.03)
     own = (chosen == data._references[rows, :3]).all(1).mean()
     assert own == pytest.approx(0.25, abs=0.04)
@@ -119,14 +119,20 @@ def equal(one: RagBatch, other: RagBatch) -> bool:
 
 def test_batches_depend_on_nothing_but_their_number(data: RagData) -> None:
     """Neither on where reading began, nor on how many workers share it."""
-    cpu = torch.device("cpu")
-    whole = [[load().batch for load in loads] for loads in Loader(data, config(), cpu).steps(0)]
-    assert len(whole) == 6
-    later = [[load().batch for load in loads] for loads in Loader(data, config(), cpu).steps(3)]
-    assert all(equal(a, b) for one, other in zip(whole[3:], later, strict=True) for a, b in zip(one, other, strict=True))
+
+    def read(first: int = 0, **share: int) -> list[list[RagBatch]]:
+        steps = Loader(data, config(), torch.device("cpu"), **share).steps(first)
+        return [[load().batch for load in loads] for loads in steps]
+
+    whole = read()
+    assert [len(step) for step in whole] == [2] * 6
+    later = read(first=3)
+    assert all(
+        equal(a, b) for one, other in zip(whole[3:], later, strict=True) for a, b in zip(one, other, strict=True)
+    )
     for rank in range(2):
-        share = [[load().batch for load in loads] for loads in Loader(data, config(), cpu, rank=rank, num_workers=2).steps(0)]
-        assert all(len(own) == 1 and equal(own[0], all_[rank]) for own, all_ in zip(share, whole, strict=True))
+        share = read(rank=rank, num_workers=2)
+        assert all(len(own) == 1 and equal(own[0], step[rank]) for own, step in zip(share, whole, strict=True))
     assert not equal(whole[0][0], whole[1][0])
 
 

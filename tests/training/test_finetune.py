@@ -181,7 +181,10 @@ def test_what_is_exported_makes_the_same_picture(
     plain = ImageRAGTurboPipeline.from_base(load_base(world.base, "cpu"))
     plain.set_progress_bar_config(disable=True)
     without = pipeline(data.prompts[row], latents=batch.noise, fusion="none", output_type="latent").images
-    assert torch.equal(without, plain(data.prompts[row], latents=batch.noise, output_type="latent").images)
+    # Not bit for bit: a convolution's last digits depend on where in memory its weights are.
+    assert torch.allclose(
+        without, plain(data.prompts[row], latents=batch.noise, output_type="latent").images, atol=1e-6
+    )
     assert not torch.allclose(without, made.images, atol=5e-2)
     again = pipeline(data.prompts[row], latents=batch.noise, reference_ids=references, output_type="latent")
     assert torch.equal(again.images, made.images), "LoRA is back"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from imagerag.settings import Settings
 from imagerag.training import loop
-from imagerag.training.tracking import tracked
+from imagerag.training.tracking import tracked, tracking_uri
 
 
 class Line:
@@ -91,7 +92,9 @@ def test_a_loss_that_is_no_number_stops_it(tmp_path: Path, monkeypatch: pytest.M
 def test_mlflow_keeps_curves_and_pictures(tmp_path: Path) -> None:
     import mlflow
 
-    with tracked(tmp_path, "tiny", "run", {"rate": 0.1}) as tracker:
+    settings = Settings(home=tmp_path)
+    mlflow.set_tracking_uri(tracking_uri(settings))
+    with tracked(settings, "tiny", "run", {"rate": 0.1}) as tracker:
         loop.run(Line(), tmp_path, tracker)
     (run,) = mlflow.search_runs(experiment_names=["tiny"], output_format="list")
     assert run.info.status == "FINISHED"

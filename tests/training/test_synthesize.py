@@ -1,0 +1,136 @@
+"""A training set: made once, continued, and never more than what is missing."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from imagerag.errors import UserError
+from imagerag.generation.base import load_base
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.training.config import SynthesizeConfig
+from imagerag.training.synthesize import synthesize
+from imagerag.training.table import from_column
+from tests.generation.folders import write_sd
+from tests.generation.with_index import drawing
+from tests.training.conftest import HELD_OUT, NAME, World
+
+
+@pytest.mark.engines
+@pytest.mark.usefixtures("ray_session")
+def test_a_job_that_was_stopped_goes_on(own_world: World) -> None:
+    """On Ray: what was committed stays, and a third call has nothing to do."""
+    config = own_world.config(num_teacher_latents=3)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(done: int, total: int, note: str = "") -> None:
+        assert total == 10 + 3 + 13
+        raise StoppedError(note)
+
+    with pytest.raises(StoppedError, match="latents of pictures"):
+        synthesize(NAME, config, own_world.settings, stop)
+    seen: list[tuple[int, int, str]] = []
+    made = synthesize(NAME, config, own_world.settings, lambda *progress: seen.append(progress))
+    assert made.num_added == 3 + 13
+    assert seen[-1][:2] == (16, 16)
+    assert (made.num_real, made.num_teacher, made.num_held_out) == (10, 3, 2)
+    again = synthesize(NAME, config, own_world.settings, lambda *progress: pytest.fail(f"worked on {progress}"))
+    assert again.num_added == 0
+    here = own_world.synthesize(num_teacher_latents=3)
+    assert (here.references_uri, here.num_added) == (made.references_uri, 0), "the same set, wherever it was made"
+
+
+def test_another_version_of_the_index_costs_only_its_new_rows(own_world: World) -> None:
+    first = own_world.synthesize()
+    assert first.num_added == 10 + 10
+    own_world.add(10, ["green castle"], [drawing(30)])
+    second = own_world.synthesize()
+    assert second.num_added == 1 + 11, "one more picture's latents, and all references"
+    assert second.real_uri == first.real_uri
+    assert second.references_uri != first.references_uri
+
+
+def test_what_is_taken_down_is_in_no_training_set(own_world: World) -> None:
+    own_world.synthesize()
+    gone = own_world.store.ids().to_pylist()[0]
+    own_world.store.delete([gone])
+    own_world.fill()
+    from tests.retrieval.rows import index_and_publish
+
+    index_and_publish(own_world.store)
+    examples = own_world.examples()
+    examples.real_table.keep(examples.rows["id"])
+    assert gone not in own_world.examples().real_table.ids()
+    own_world.synthesize()
+    assert gone not in own_world.examples().references_table.ids()
+
+
+def test_more_teachers_latents_cost_only_the_new_ones(own_world: World) -> None:
+    own_world.synthesize(num_teacher_latents=2)
+    more = own_world.synthesize(num_teacher_latents=5)
+    assert more.num_added == 3 + 3
+
+
+def test_a_teachers_latent_is_its_picture_of_the_prompt(world: World, training_set: Any) -> None:
+    examples = world.examples(num_teacher_latents=5)
+    rows = examples.teacher_table.open().to_table()
+    pipeline = ImageRAGTurboPipeline.from_base(load_base(world.base, "cpu"))
+    pipeline.set_progress_bar_config(disable=True)
+    listed = examples.teacher_rows().to_pylist()
+    assert len({each["prompt"] for each in listed} & set(HELD_OUT)) == 0
+    for row in listed[:2]:
+        place = rows["id"].to_pylist().index(row["id"])
+        own = from_column(rows["latents"], examples.teacher_table.schema.field("latents"))[place]
+        expected = pipeline(
+            row["prompt"], num_inference_steps=2, guidance_scale=7.5, output_type="latent",
+            generator=torch.Generator().manual_seed(row["number"]),
+        ).images[0].numpy()  # fmt: skip
+        assert np.allclose(own, expected, atol=5e-3 * np.abs(expected).max())
+
+
+def test_without_a_file_the_same_captions_are_held_out_every_time(world: World) -> None:
+    chosen = [world.examples(held_out=None, held_out_share=0.3).held_out for _ in range(2)]
+    assert chosen[0] == chosen[1]
+    assert 0 < len(chosen[0]) < 10
+    assert world.examples(held_out=None, held_out_share=0.6).held_out > chosen[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes", "fault"),
+    [
+        ("nothing of this", {}, "none of the 1 captions in .* is in the index"),
+        (None, {}, "has to be a readable text file"),
+        ("red dragon\ngreen dragon\ncastle\nharp\ndoughnut\nllama\nbicycle\nrain cloud", {}, "all 10 rows are"),
+    ],
+)
+def test_what_holds_out_too_little_or_too_much_is_refused(
+    own_world: World, lines: str | None, changes: dict[str, Any], fault: str
+) -> None:
+    if lines is None:
+        own_world.held_out.unlink()
+    else:
+        own_world.held_out.write_text(lines)
+    with pytest.raises(UserError, match=fault):
+        own_world.examples(**changes).check()
+
+
+def test_prompts_that_are_held_out_are_refused(own_world: World) -> None:
+    path = own_world.held_out.with_name("prompts.txt")
+    path.write_text("a castle\nharp\n")
+    with pytest.raises(UserError, match="'harp', which is held out"):
+        own_world.examples(prompts=str(path), num_teacher_latents=1).teacher_rows()
+
+
+def test_a_teacher_of_another_shape_is_refused(own_world: World, tmp_path: Any) -> None:
+    teacher = str(write_sd(tmp_path))
+    with pytest.raises(UserError, match="cross_attention_dim is 384 in .* and 32 in"):
+        own_world.examples(teacher=teacher).check()
+
+
+def test_an_index_without_features_is_refused(own_world: World, tmp_path: Any) -> None:
+    config = SynthesizeConfig(base="tiny", teacher="tiny-teacher", held_out=str(own_world.held_out))
+    with pytest.raises(UserError, match=r"has cached features for .*, and none for tiny .*: `imagerag features` makes"):
+        synthesize(NAME, config, own_world.settings)
