@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imagerag.errors import UserError
-from imagerag.generation.base import BaseModel
-from imagerag.hspace.adapter import HSpaceAdapter, load_adapter
-from imagerag.hspace.lora import load_lora
+
+if TYPE_CHECKING:
+    from imagerag.generation.base import BaseModel
+    from imagerag.hspace.adapter import HSpaceAdapter
 
 ADAPTER, LORA = "adapter", "lora"
 """Its folders."""
 MANIFEST = "finetune.json"
 
 
-def load_finetuned(folder: Path, base: BaseModel) -> HSpaceAdapter:
+def load_finetuned(folder: Path, base: "BaseModel") -> "HSpaceAdapter":
     """Load an adapter, and attach LoRA to its base model's UNet if there is some.
 
     Args:
@@ -23,6 +25,9 @@ def load_finetuned(folder: Path, base: BaseModel) -> HSpaceAdapter:
     Raises:
         UserError: if the folder holds no adapter, or one for another base model.
     """
+    from imagerag.hspace.adapter import load_adapter
+    from imagerag.hspace.lora import load_lora
+
     if not (folder / ADAPTER).is_dir():
         return load_adapter(folder, base.unet)
     if (folder / MANIFEST).is_file():

@@ -28,7 +28,6 @@ from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, LossWeights, TrainWorkersConfig
-from imagerag.training.perceptual import check_perceptual
 from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
 from imagerag.workers import Dtype, StalledError, plan_workers
 
@@ -81,6 +80,8 @@ def finetune(
         FloatingPointError: if a gradient is not finite.
         StalledError: if no step ends for too long. Calling again goes on from the last checkpoint.
     """
+    from imagerag.training.perceptual import check_perceptual
+
     started = time.perf_counter()
     if config.losses.perceptual:
         check_perceptual(config.perceptual_network)

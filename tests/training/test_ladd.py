@@ -5,9 +5,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from imagerag.tiny.teacher import build_scheduler, build_unet
+from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import Discriminator, discriminator_loss, generator_loss
-from imagerag.training.ladd import Ladd, LossWeights
+from imagerag.training.ladd import Ladd
+from imagerag.training.perceptual import LatentDistance, LatentNetwork
 
 TEXT = torch.randn(8, 5, 384, generator=torch.Generator().manual_seed(1))
 
@@ -16,7 +18,8 @@ TEXT = torch.randn(8, 5, 384, generator=torch.Generator().manual_seed(1))
 def ladd() -> Ladd:
     torch.manual_seed(0)
     diffusion = Diffusion(build_scheduler())
-    return Ladd(Discriminator(build_unet(), diffusion), diffusion, max_timestep=600)
+    perceptual = LatentDistance(LatentNetwork(4, channels=(8, 16)), "small")
+    return Ladd(Discriminator(build_unet(), diffusion), diffusion, perceptual=perceptual, max_timestep=600)
 
 
 def _random() -> torch.Generator:
@@ -33,7 +36,9 @@ def test_only_the_heads_learn(ladd: Ladd) -> None:
     teacher: UNet2DConditionModel = ladd.discriminator._teacher[0]
     latents = torch.randn(2, 8, 4, 16, 16)
     fake = latents[0].clone().requires_grad_()
-    ladd.of_discriminator(fake, latents[1], TEXT, _random()).backward()
+    loss, terms = ladd.of_discriminator(fake, latents[1], TEXT, _random())
+    assert terms.keys() == {"discriminator", "accuracy"}
+    loss.backward()
     assert fake.grad is None, "the discriminator's loss must not train the generator"
     assert all(parameter.grad is not None for parameter in ladd.discriminator.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -49,19 +54,14 @@ def test_only_the_heads_learn(ladd: Ladd) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "terms"),
-    [
-        (LossWeights(), {"adversarial", "distillation"}),
-        (LossWeights(adversarial=0), {"distillation"}),
-        (LossWeights(distillation=0), {"adversarial"}),
-        (LossWeights(adversarial=0, distillation=0), set()),
-    ],
+    "names", [set(), {"adversarial"}, {"distillation"}, {"perceptual"}, set(LossWeights.model_fields)]
 )
-def test_each_term_can_be_switched_off(ladd: Ladd, weights: LossWeights, terms: set[str]) -> None:
+def test_each_term_can_be_switched_off(ladd: Ladd, names: set[str]) -> None:
+    weights = LossWeights(**{name: float(name in names) * 1.5 for name in LossWeights.model_fields})
     fake, real = torch.randn(2, 8, 4, 16, 16)
     loss, values = ladd.of_generator(fake, real, TEXT, _random(), weights)
-    assert values.keys() == terms
-    expected = sum(getattr(weights, name) * value for name, value in values.items())
+    assert values.keys() == names
+    expected = sum(getattr(weights, name) * float(value) for name, value in values.items())
     assert float(loss.detach()) == pytest.approx(expected, abs=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_it_tells_apart_what_is_different_and_nothing_else(ladd: Ladd, different
     for seed in range(12):
         real, fake = make(seed)
         optimizer.zero_grad()
-        ladd.of_discriminator(fake, real, TEXT, torch.Generator().manual_seed(seed)).backward()
+        ladd.of_discriminator(fake, real, TEXT, torch.Generator().manual_seed(seed))[0].backward()
         optimizer.step()
     accuracy = _accuracy(ladd, make)
     assert accuracy >= 0.95 if different else 0.25 < accuracy < 0.75
@@ -101,4 +101,4 @@ def test_it_trains_on_channels_last_features(ladd: Ladd) -> None:
     latents = torch.randn(2, 8, 4, 16, 16)
     one, other = (each.to(memory_format=torch.channels_last) for each in latents)
     ladd.discriminator._teacher[0].to(memory_format=torch.channels_last)
-    ladd.of_discriminator(one, other, TEXT, _random()).backward()
+    ladd.of_discriminator(one, other, TEXT, _random())[0].backward()

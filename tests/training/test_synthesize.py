@@ -126,7 +126,7 @@ def test_prompts_that_are_held_out_are_refused(own_world: World) -> None:
 
 def test_a_teacher_of_another_shape_is_refused(own_world: World, tmp_path: Any) -> None:
     teacher = str(write_sd(tmp_path))
-    with pytest.raises(UserError, match="cross_attention_dim is 384 in .* and 32 in"):
+    with pytest.raises(UserError, match=r"cross_attention_dim is 384 in .* and 32 in"):
         own_world.examples(teacher=teacher).check()
 
 

@@ -1,0 +1,64 @@
+"""What a plan says is what comes out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from imagerag.generation.base import load_base
+from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
+from imagerag.training.finetune import Finetuning
+from imagerag.training.plan import PEAK_TFLOPS, UTILISATION, plan
+from tests.training.conftest import World
+
+CONFIG = FinetuneConfig(
+    references=ReferenceChoice(number=2), losses=LossWeights(perceptual=0.0), steps=100, batch_size=8,
+    micro_batch_size=4, adapter_inner_dim=64, lora_rank=2,
+)  # fmt: skip
+
+
+def test_it_counts_what_a_training_has(world: World, tmp_path: Path) -> None:
+    made = plan(world.examples(num_teacher_latents=32), CONFIG)
+    base = load_base(world.base, "cpu")
+    teacher = load_base(world.base, "cpu").unet
+    frozen = sum(parameter.numel() for unet in (base.unet, teacher) for parameter in unet.parameters())
+    training = Finetuning(base, teacher, None, CONFIG)
+    assert made.num_learning == sum(parameter.numel() for _, parameter in training.generator.learning())
+    assert made.num_frozen == frozen
+    assert made.num_rows == 8 + 32
+    assert made.num_held_out == 2
+    assert made.epochs == pytest.approx(100 * 8 / 40)
+    torch.save(training.state_dict(), tmp_path / "state.pt")
+    training.export(tmp_path)
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    # Adam's moments come with the first step.
+    assert made.checkpoint_gib * 2**30 == pytest.approx(written + 8 * (made.num_learning + made.num_heads), rel=0.2)
+
+
+def test_time_is_computation_over_the_machines_share(world: World) -> None:
+    made = plan(world.examples(), CONFIG)
+    one, many = made.seconds(PEAK_TFLOPS["L40S"]), made.seconds(PEAK_TFLOPS["L40S"], 64)
+    assert one == pytest.approx(64 * many)
+    assert one == pytest.approx(100 * 8 * made.tflop_per_row / (362 * UTILISATION))
+    assert "64 GPUs" in made.markdown()
+
+
+def test_losses_that_are_switched_off_cost_nothing(world: World) -> None:
+    alone = CONFIG.model_copy(update={"losses": LossWeights(adversarial=0.0, perceptual=0.0)})
+    assert plan(world.examples(), alone).tflop_per_row < 0.8 * plan(world.examples(), CONFIG).tflop_per_row
+
+
+def test_the_encoder_keeps_no_activations(world: World) -> None:
+    """What is kept grows with the decoder alone: a fifth of what a UNet's whole forward pass keeps, or less."""
+    made = plan(world.examples(), CONFIG)
+    unet, kept = load_base(world.base, "cpu").unet.requires_grad_(True), 0
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    text = torch.randn(4, 32, 384)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        unet(torch.randn(4, 4, 8, 8), 999, text)
+    assert 0 < made.activations_gib * 2**30 < 0.9 * kept

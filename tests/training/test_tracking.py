@@ -1,0 +1,106 @@
+"""MLflow comes and goes; the training goes on."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from imagerag.errors import UserError
+from imagerag.settings import Settings
+from imagerag.training import tracking
+from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers",
+         "1", "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)],
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return server
+        time.sleep(0.5)
+    raise AssertionError("MLflow did not start")
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    import psutil
+
+    for process in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
+        process.kill()
+    server.wait()
+
+
+@pytest.mark.engines
+def test_a_server_that_is_lost_and_comes_back_misses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_RETRY_AFTER_S", 0.5)
+    port = free_port()
+    server = serve(tmp_path, port)
+    settings = Settings(home=tmp_path, mlflow_tracking_uri=f"http://127.0.0.1:{port}")
+    try:
+        run_id = start_run(settings, "test", "run", {"rate": 0.1}, {"digest": "abc"})
+        tracker = MlflowTracker(tracking_uri(settings), run_id)
+        tracker.metrics({"loss": 3.0}, 0)
+        while tracker._waiting.qsize():
+            time.sleep(0.05)
+        kill(server)
+        started = time.perf_counter()
+        for step in range(1, 20):
+            tracker.metrics({"loss": 3.0 / step}, step)
+        tracker.image("grid.png", Image.new("RGB", (8, 8)))
+        assert time.perf_counter() - started < 1, "nobody waits for MLflow"
+        time.sleep(1.5)
+        server = serve(tmp_path, port)
+        tracker.close()
+        client = tracker._client
+        assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == list(range(20))
+        assert [file.path for file in client.list_artifacts(run_id)] == ["grid.png"]
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert caplog.text.count("MLflow can't be reached; what is measured waits for it") == 1
+    finally:
+        kill(server)
+
+
+def test_one_that_never_comes_back_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_LEFT_AT_END_S", 1.0)
+    tracker = MlflowTracker(f"http://127.0.0.1:{free_port()}", "no run")
+    for step in range(3):
+        tracker.metrics({"loss": 1.0}, step)
+    tracker.close()
+    assert "MLflow was not reached again" in caplog.text
+
+
+def test_one_that_is_not_there_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match=f"MLflow at {uri} can't be used"):
+        start_run(Settings(home=tmp_path, mlflow_tracking_uri=uri), "test", "run", {})
+
+
+def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    run_id = start_run(settings, "test", "run", {"rate": 0.1})
+    MlflowTracker(tracking_uri(settings), run_id).close("FAILED")
+    assert start_run(settings, "test", "run", {"rate": 0.1}, run_id=run_id) == run_id
+    client = MlflowTracker(tracking_uri(settings), run_id)._client
+    assert client.get_run(run_id).info.status == "RUNNING"
+    assert len(client.search_runs(["1"])) == 1
