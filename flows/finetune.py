@@ -20,6 +20,7 @@ class FinetuneParameters(BaseModel):
     data: SynthesizeConfig = Field(default=config.tiny().data, description="What is learnt from.")
     training: FinetuneConfig = Field(default=config.tiny().training, description="How it is learnt.")
     workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="On which machines.")
+    group: str | None = Field(default=None, description="An MLflow run to nest this one's under, for ablations.")
     dry_run: bool = Field(default=False, description="Only say what it would take.")
 
     _check_name = field_validator("name")(check_name)
@@ -36,7 +37,7 @@ def finetune(parameters: FinetuneParameters) -> FinetuneReport:
     if parameters.dry_run:
         return FinetuneReport(name=parameters.name, plan=plan)
     training_set = synthesize_examples(parameters.name, parameters.data)
-    finetuned = train_adapter(training_set, parameters.training, parameters.workers)
+    finetuned = train_adapter(training_set, parameters.training, parameters.workers, parameters.group)
     report = FinetuneReport(name=parameters.name, plan=plan, training_set=training_set, finetuned=finetuned)
     write_finetune_report(report)
     return report

@@ -43,10 +43,12 @@ def synthesize_examples(name: str, config: SynthesizeConfig) -> TrainingSet:
 
 
 @stage("train")
-def train_adapter(training_set: TrainingSet, config: FinetuneConfig, workers: TrainWorkersConfig) -> Finetuned:
+def train_adapter(
+    training_set: TrainingSet, config: FinetuneConfig, workers: TrainWorkersConfig, group: str | None
+) -> Finetuned:
     """Train the adapter, or go on where it was stopped."""
     with StageProgress("train", "steps") as on_progress:
-        result = finetune(training_set, config, workers, Settings(), on_progress)
+        result = finetune(training_set, config, workers, Settings(), on_progress, group=group)
     logger = get_run_logger()
     if result.is_new:
         logger.info("trained %s steps; validation score %.4f", result.num_steps, result.score)

@@ -22,6 +22,7 @@ ALLOWED = {
         "imagerag/embedding/job.py",
         "imagerag/hspace/job.py",
         "imagerag/training/job.py",
+        "imagerag/training/worker.py",
         "imagerag/training/synthesize.py",
     ),
     "lance": ("imagerag/retrieval/", "imagerag/training/table.py", "imagerag/training/data.py"),

@@ -7,19 +7,19 @@ import typer
 
 if TYPE_CHECKING:
     from imagerag.settings import Settings
-    from tasks.report import CorpusReport
+    from tasks.report import CorpusReport, FinetuneReport
 
 CORPUS = "sample"
 NEIGHBOURS = 10
 QUERIES = ("a slice of watermelon", "a happy puppy", "rainy day", "something to write with")
-PROMPTS = ("a llama", "a doughnut", "a helicopter", "a castle", "a harp", "a slice of watermelon")
-"""All in the index, and none of them among the concepts that the base model was trained on."""
+PROMPTS = ("a llama", "a doughnut", "a helicopter", "a castle", "a harp", "an eggplant")
+"""All in the index, and none of them among the concepts that anything was trained on."""
 
 
 def demo(
     limit: Annotated[int | None, typer.Option(min=1, help="Ingest only so many images.")] = None,
 ) -> None:
-    """Run the main job on the sample corpus: serve it, ingest, search, cache features, and generate with the index."""
+    """Run the main job on the sample corpus: ingest, search, cache features, fine-tune, and generate with the index."""
     from imagerag.settings import Settings
 
     settings = Settings()
@@ -34,11 +34,13 @@ def demo(
     page = _search(settings)
     typer.echo("\n3. Encode every row with the base model `tiny`, so that references cost next to nothing later.")
     _cache_features()
-    typer.echo("\n4. Generate in one step, with and without references, and compare.")
-    comparison = _compare(settings)
+    typer.echo("\n4. Fine-tune an adapter on all but the held-out concepts; losses and pictures go to MLflow.")
+    adapter = _finetune(settings, limit)
+    typer.echo("\n5. Generate held-out concepts in one step, with and without references, and compare.")
+    comparison = _compare(settings, adapter)
     typer.echo(f"\nPictures:   {comparison}")
     typer.echo(f"Search:     {page}")
-    typer.echo(f"Generate:   .venv/bin/imagerag generate 'a red dragon' --name {CORPUS}")
+    typer.echo(f"Generate:   .venv/bin/imagerag generate 'a red dragon' --name {CORPUS} --adapter {adapter}")
     typer.echo(f"            .venv/bin/imagerag search 'a birthday party' --name {CORPUS} --html birthday.html")
     typer.echo("Prefect UI: make up (this run is in its history)")
 
@@ -82,10 +84,22 @@ def _cache_features() -> None:
     show_features(run_flow("features", {"name": CORPUS}))
 
 
-def _compare(settings: "Settings") -> Path:
+def _finetune(settings: "Settings", limit: int | None) -> Path:
+    from imagerag.cli.finetune import show_finetune
+    from imagerag.cli.run import run_flow
+    from imagerag.corpus.sample.server import write_held_out
+
+    held_out = {"held_out": str(write_held_out(settings.home))} if limit is None else {"held_out_share": 0.2}
+    report: FinetuneReport = run_flow("finetune", {"name": CORPUS, "data": held_out})
+    show_finetune(report)
+    assert report.finetuned is not None, report
+    return Path(report.finetuned.uri)
+
+
+def _compare(settings: "Settings", adapter: Path) -> Path:
     from imagerag.cli.compare import print_scores, run_comparison
 
     out = settings.home / CORPUS / "compare"
-    made = run_comparison(PROMPTS, name=CORPUS, base="tiny", teacher="tiny-teacher", adapter=None, seed=0, out=out)
+    made = run_comparison(PROMPTS, name=CORPUS, base="tiny", teacher="tiny-teacher", adapter=adapter, seed=0, out=out)
     print_scores(made)
     return out / "index.html"

@@ -36,6 +36,7 @@ def finetune(
     steps: Annotated[int | None, typer.Option(min=1, help="Updates.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed is another training.")] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Models in training at a time.")] = None,
+    group: Annotated[str | None, typer.Option(help="An MLflow run to nest this one's under, for ablations.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
     parameters: Annotated[
         Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
@@ -47,6 +48,7 @@ def finetune(
         "data": {"base": base, "teacher": teacher, "held_out": None if held_out is None else str(held_out.absolute())},
         "training": {"steps": steps, "seed": seed},
         "workers": {"num_workers": num_workers},
+        "group": group,
         "dry_run": dry_run,
     }
     show_finetune(run_flow("finetune", given(options), parameters, defaults=_recipe(recipe, base, teacher)))

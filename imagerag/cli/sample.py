@@ -15,7 +15,7 @@ def serve(
     """Serve the sample corpus over HTTP on loopback as a web site would, bad URLs included, until Ctrl-C."""
     import signal
 
-    from imagerag.corpus.sample.server import HOST, SampleServer, remembered_port, write_url_list
+    from imagerag.corpus.sample.server import HOST, SampleServer, remembered_port, write_held_out, write_url_list
     from imagerag.settings import Settings
 
     home = Settings().home
@@ -23,6 +23,7 @@ def serve(
         url_list = write_url_list(server, home, limit)
         typer.echo(f"serving   {server.url}")
         typer.echo(f"URL list  {url_list}")
+        typer.echo(f"held out  {write_held_out(home)}")
         typer.echo(f"ingest    imagerag ingest {url_list} --name sample --allow-host {HOST}")
         try:
             typer.echo("Ctrl-C ends it.")

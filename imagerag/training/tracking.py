@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PARENT, _GROUP = "mlflow.parentRunId", "imagerag.group"
 _RETRY_AFTER_S = 5.0
 _LEFT_AT_END_S = 60.0
 
@@ -87,9 +88,20 @@ def start_run(
     run_name: str,
     parameters: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
+    *,
     run_id: str | None = None,
+    group: str | None = None,
 ) -> str:
     """Start a run, or go on with the run `run_id`, and return its id.
+
+    Args:
+        settings: where MLflow is.
+        experiment: its experiment, which is made where there is none.
+        run_name: for people.
+        parameters: what went in.
+        tags: what else is to be known of it.
+        run_id: of a run that was stopped.
+        group: the name of a run under which this one is nested; it is made where there is none.
 
     Raises:
         UserError: if MLflow can't be reached.
@@ -103,13 +115,25 @@ def start_run(
         found = client.get_experiment_by_name(experiment)
         location = None if settings.mlflow_tracking_uri else (settings.home / "mlflow" / "artifacts").as_uri()
         number = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
-        run = client.create_run(number, run_name=run_name, tags=dict(tags or {}))
+        parent = {} if group is None else {_PARENT: _group(client, number, group)}
+        run = client.create_run(number, run_name=run_name, tags=dict(tags or {}) | parent)
         for name, value in parameters.items():
             client.log_param(run.info.run_id, name, value)
         started: str = run.info.run_id
     except Exception as error:
         raise UserError(f"MLflow at {uri} can't be used: {error}") from error
     return started
+
+
+def _group(client: "MlflowClient", experiment_id: str, name: str) -> str:
+    """Return the run that stands for a group of runs."""
+    quoted = name.replace("'", "")
+    found = client.search_runs([experiment_id], f"tags.`{_GROUP}` = '{quoted}'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    run = client.create_run(experiment_id, run_name=name, tags={_GROUP: quoted})
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
 
 
 def tracking_uri(settings: Settings) -> str:

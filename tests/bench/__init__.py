@@ -16,6 +16,7 @@ BENCHES = {
     "download": "images a second, beside plain img2dataset",
     "embed": "shards to committed rows at ViT-B/32 size, beside a bare open_clip loop on tensors",
     "features": "the cached-features job, beside a bare loop over the same encoder",
+    "finetune": "training steps through Ray Train, beside the same steps in a bare loop",
     "generate": "one step with references beside one without; search with features beside one without",
     "memory": "peak memory of embedding a corpus, beside one of a quarter of its size",
     "reindex": "time after 1 % of a list changed, beside a full ingest",

@@ -96,6 +96,16 @@ def test_one_that_is_not_there_is_refused_at_the_start(tmp_path: Path, monkeypat
         start_run(Settings(home=tmp_path, mlflow_tracking_uri=uri), "test", "run", {})
 
 
+def test_runs_of_a_group_are_nested(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    runs = [start_run(settings, "test", name, {}, group="ablations") for name in ("a", "b")]
+    client = MlflowTracker(tracking_uri(settings), runs[0])._client
+    parents = {client.get_run(run).data.tags["mlflow.parentRunId"] for run in runs}
+    (parent,) = parents
+    assert client.get_run(parent).info.run_name == "ablations"
+    assert len(client.search_runs(["1"])) == 3
+
+
 def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     run_id = start_run(settings, "test", "run", {"rate": 0.1})

@@ -11,7 +11,7 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from imagerag.corpus.sample import Drawing, load_drawings
+from imagerag.corpus.sample import Drawing, load_concepts, load_drawings
 from imagerag.corpus.sample.bad import bad_urls, send
 from imagerag.errors import UserError
 
@@ -148,6 +148,14 @@ def write_url_list(server: SampleServer, home: Path, limit: int | None = None) -
     sink = pa.BufferOutputStream()
     pq.write_table(server.url_list(limit), sink)
     _write(path, sink.getvalue().to_pybytes())
+    return path
+
+
+def write_held_out(home: Path) -> Path:
+    """Write the names of the concepts that nothing may learn from to the home's `sample/held_out.txt`."""
+    path = home / "sample" / "held_out.txt"
+    names = [concept.name for concept in load_concepts() if concept.split == "held_out"]
+    _write(path, "".join(f"{name}\n" for name in names).encode())
     return path
 
 

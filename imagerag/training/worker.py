@@ -1,0 +1,177 @@
+"""Fine-tuning on one worker of Ray Train: its models, its steps, its checkpoints.
+
+Heavy packages are imported when a worker begins: Ray's own processes import this module for nothing but its names.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagerag.artifacts import TrainingSet
+from imagerag.errors import UserError
+from imagerag.training.config import FinetuneConfig, LossWeights
+from imagerag.training.tracking import MlflowTracker
+from imagerag.workers import Dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from imagerag.retrieval.schema import FeatureIdentity
+    from imagerag.training.data import RagData
+    from imagerag.training.finetune import Finetuning
+
+STATE = "state.pt"
+"""In a checkpoint, beside what is exported: all that the next steps depend on."""
+SCORE = "score"
+_GRID = "validation.png"
+_LOG_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is told."""
+
+    training_set: TrainingSet
+    config: FinetuneConfig
+    dtype: Dtype
+    num_threads: int
+    tracking_uri: str
+    run_id: str
+
+
+class Board:
+    """Where workers say how far they are."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[int, str] | None = None
+
+    def put(self, done: int, note: str) -> None:
+        """Say it."""
+        self._latest = (done, note)
+
+    def take(self) -> tuple[int, str] | None:
+        """Return what was said last."""
+        return self._latest
+
+
+def train(arguments: dict[str, Any]) -> Exception | None:
+    """Train on one worker. What would fail again is returned: Ray starts workers anew that raise."""
+    task, board = arguments["task"], arguments["board"]
+    try:
+        _train_steps(task, board)
+    except (UserError, FloatingPointError) as error:
+        return error
+    return None
+
+
+def _train_steps(task: Task, board: Any) -> None:
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from imagerag.training.data import Loader, RagData
+
+    torch.set_num_threads(task.num_threads)  # Ray starts workers with one
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    training, features = _prepare(task, device, num_workers)
+    _resume(training, ray.train.get_checkpoint())
+    data = RagData(task.training_set, features)
+    loader = Loader(data, task.config, device, rank=rank, num_workers=num_workers)
+    tracker = MlflowTracker(task.tracking_uri, task.run_id) if rank == 0 else None
+    started, first = time.monotonic(), training.done
+    for loads in loader.steps(first):
+        values = training.step(loads)
+        done, steps = training.done, task.config.steps
+        is_checkpoint = done % task.config.checkpoint_every == 0 or done == steps
+        if rank == 0 and tracker is not None:
+            values["samples_per_s"] = task.config.batch_size / values["step_s"]
+            if done % _LOG_EVERY == 0 or is_checkpoint:
+                tracker.metrics(values | _memory(device), done)
+            left_s = (time.monotonic() - started) / (done - first) * (steps - done)
+            board.put.remote(done, f"{_losses(values)}, {values['samples_per_s']:.0f} rows/s, {_minutes(left_s)} left")
+        if is_checkpoint:
+            _report(training, data, rank, tracker)
+    if tracker is not None:
+        tracker.close()
+
+
+def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Finetuning, FeatureIdentity]":
+    """Load the models, and return the training at its start and whose features it needs."""
+    import ray.train.torch
+    import torch
+
+    from imagerag.generation.base import load_base
+    from imagerag.hspace.features import feature_identity
+    from imagerag.training.finetune import Finetuning
+    from imagerag.training.perceptual import load_perceptual
+
+    own = task.training_set
+    weights: Dtype = "fp32" if task.dtype == "fp32" else "bf16"
+    base, teacher = load_base(own.base, str(device), weights), load_base(own.teacher, str(device), weights)
+    for loaded, digest in ((base, own.base_digest), (teacher, own.teacher_digest)):
+        if loaded.identity.digest != digest:
+            raise UserError(
+                f"{loaded.identity.id} must be the same on every machine; its digest is {digest} in the training set "
+                f"and {loaded.identity.digest} on a worker"
+            )
+    config = task.config
+    perceptual = load_perceptual(config.perceptual_network, device) if config.losses.perceptual else None
+    training = Finetuning(
+        base,
+        teacher.unet,
+        perceptual,
+        config,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[weights],
+        wrap=ray.train.torch.prepare_model if num_workers > 1 else lambda module: module,
+    )
+    return training, feature_identity(base.identity, base.unet.config)
+
+
+def _report(training: "Finetuning", data: "RagData", rank: int, tracker: MlflowTracker | None) -> None:
+    """Validate, and hand a checkpoint to Ray, which all workers wait for."""
+    import ray.train
+    import torch
+
+    if tracker is None:
+        ray.train.report({}, checkpoint=None)
+        return
+    values, picture = training.validate(data)
+    tracker.metrics({f"validation/{name}": value for name, value in values.items()}, training.done)
+    tracker.image(f"validation/{training.done:06d}.png", picture)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(training.state_dict(), Path(folder) / STATE)
+        training.export(Path(folder))
+        picture.save(Path(folder) / _GRID)
+        checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({SCORE: values[SCORE], "step": training.done}, checkpoint=checkpoint)
+
+
+def _resume(training: "Finetuning", checkpoint: Any) -> None:
+    import torch
+
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+        training.load_state_dict(state)
+
+
+def _losses(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {values[name]:.3f}" for name in LossWeights.model_fields if name in values)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _memory(device: "torch.device") -> dict[str, float]:
+    """Return the most memory that this worker has used, in GiB."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

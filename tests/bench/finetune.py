@@ -1,0 +1,169 @@
+"""Fine-tuning `tiny` through Ray Train, beside the same steps in a bare loop that has its batches in memory."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from imagerag.artifacts import TrainingSet
+from imagerag.corpus.sample import load_drawings
+from imagerag.embedding.encoder import load_encoder
+from imagerag.generation.base import load_base
+from imagerag.hspace.config import FeaturesConfig
+from imagerag.hspace.features import feature_identity
+from imagerag.hspace.job import cache_features
+from imagerag.hspace.split import EncoderOutput, encode
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig, tiny
+from imagerag.training.data import Loaded, Loader, RagData
+from imagerag.training.finetune import Finetuning
+from imagerag.training.job import finetune
+from imagerag.training.perceptual import load_perceptual
+from imagerag.training.synthesize import synthesize
+from tests.bench.harness import Row, Scale, alternate, in_fresh_process, median
+from tests.retrieval.rows import append, fixed_size_lists, index_and_publish, make_rows
+
+BAR = 0.95
+BAR_DATA = 0.05
+NAME = "bench"
+NUM_ROWS: dict[Scale, int] = {"small": 400, "full": 2_000}
+STEPS: dict[Scale, int] = {"small": 12, "full": 60}
+WARM_UP = 4
+"""Steps that are not timed."""
+REPETITIONS: dict[Scale, int] = {"small": 1, "full": 3}
+_CPU = torch.device("cpu")
+
+
+def run(scale: Scale, folder: Path) -> list[Row]:
+    """Train the same steps in either way, in turn."""
+    settings = Settings(home=folder)
+    made = in_fresh_process(_make_set, folder, NUM_ROWS[scale])
+    training_set = TrainingSet(**made)
+    config = tiny().training.model_copy(update={"steps": STEPS[scale], "adversarial_share": 1.0, "num_validated": 8})
+    config = config.model_copy(update={"checkpoint_every": STEPS[scale]})
+    number = iter(range(1_000))
+
+    def ours() -> tuple[float, float]:
+        # Another seed is another training.
+        own = config.model_copy(update={"seed": next(number)})
+        return in_fresh_process(_time_job, settings.home, training_set, own)
+
+    jobs, loops = alternate(REPETITIONS[scale], ours, partial(in_fresh_process, _time_loop, training_set, config))
+    rate = config.batch_size / median([step_s for step_s, _ in jobs])
+    kept, kept_by_all = in_fresh_process(_kept, training_set, config)
+    return [
+        Row(
+            what=f"`tiny`, batches of {config.batch_size}, all losses, one worker",
+            unit="rows/s",
+            ours=rate,
+            peer=config.batch_size / median(loops),
+            peer_name="the same steps in a loop, batches in memory",
+            at_least=BAR,
+        ),
+        Row(
+            what="time that a step waits for its data",
+            unit="ms",
+            ours=1000 * median([data_s for _, data_s in jobs]),
+            peer=1000 * median([step_s for step_s, _ in jobs]),
+            peer_name="the whole step",
+            at_most=BAR_DATA,
+        ),
+        Row(
+            what=f"kept of {config.micro_batch_size} rows for the generator's backward pass",
+            unit="MiB",
+            ours=kept / 2**20,
+            peer=kept_by_all / 2**20,
+            peer_name="with the encoder's activations",
+        ),
+    ]
+
+
+def _make_set(folder: Path, num_rows: int) -> dict[str, object]:
+    settings = Settings(home=folder)
+    store, encoder = Store(settings.index_uri, NAME), load_encoder("tiny", "cpu")
+    store.open_or_create(encoder.identity)
+    drawings = load_drawings()[:: max(1, len(load_drawings()) // num_rows)][:num_rows]
+    captions = [drawing.concept.name for drawing in drawings]
+    embeds = fixed_size_lists(encoder.encode_texts(captions))
+    images = [drawing.image for drawing in drawings]
+    rows = make_rows(
+        0, len(drawings), encoder.identity, caption=captions, image=images, text_embed=embeds, image_embed=embeds
+    )
+    append(store, rows)
+    cache_features(store, FeaturesConfig(), settings)
+    index_and_publish(store)
+    return asdict(synthesize(NAME, SynthesizeConfig(held_out_share=0.1), settings))
+
+
+def _time_job(folder: Path, training_set: TrainingSet, config: FinetuneConfig) -> tuple[float, float]:
+    """Seconds of a step, from one report to another, and what of them it waited for data."""
+    reports: list[tuple[int, float]] = []
+
+    def report(done: int, total: int, note: str = "") -> None:
+        if WARM_UP <= done < total:  # the last one comes after validation and checkpoint
+            reports.append((done, time.perf_counter()))
+
+    settings = Settings(home=folder)
+    made = finetune(training_set, config, TrainWorkersConfig(num_workers=1), settings, report)
+    (first, started), (last, ended) = reports[0], reports[-1]
+    return (ended - started) / (last - first), _mean_data_s(settings, made.run_id)
+
+
+def _mean_data_s(settings: Settings, run_id: str) -> float:
+    from mlflow import MlflowClient
+
+    from imagerag.training.tracking import tracking_uri
+
+    history = MlflowClient(tracking_uri(settings)).get_metric_history(run_id, "data_s")
+    return float(np.mean([metric.value for metric in history]))
+
+
+def _time_loop(training_set: TrainingSet, config: FinetuneConfig) -> float:
+    """Seconds of a step."""
+    training, batches = _prepare(training_set, config)
+    started = 0.0
+    for step, loads in enumerate(batches):
+        if step == WARM_UP:
+            started = time.perf_counter()
+        training.step(loads)
+    return (time.perf_counter() - started) / (len(batches) - WARM_UP)
+
+
+def _prepare(training_set: TrainingSet, config: FinetuneConfig) -> tuple[Finetuning, list[list[partial[Loaded]]]]:
+    base = load_base("tiny", "cpu")
+    data = RagData(training_set, feature_identity(base.identity, base.unet.config))
+    steps = [[load() for load in loads] for loads in Loader(data, config, _CPU).steps(0)]
+    batches = [[partial(lambda loaded: loaded, loaded) for loaded in loads] for loads in steps]
+    teacher = load_base("tiny-teacher", "cpu").unet
+    return Finetuning(base, teacher, load_perceptual("tiny", _CPU), config), batches
+
+
+def _kept(training_set: TrainingSet, config: FinetuneConfig) -> tuple[int, int]:
+    """Bytes that are kept for the backward pass, as it is and with a graph through the encoder."""
+    training, batches = _prepare(training_set, config.model_copy(update={"steps": 1}))
+    batch = batches[0][0]().batch
+    generator = training.generator
+
+    def with_graph() -> tuple[torch.Tensor, EncoderOutput]:
+        last = torch.full((len(batch.noise),), generator.diffusion.last)
+        return generator(batch), encode(generator.unet, batch.noise.clone().requires_grad_(), last, batch.text)
+
+    return _saved(lambda: generator(batch)), _saved(with_graph)
+
+
+def _saved(forward: Callable[[], object]) -> int:
+    seen: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = forward()
+    del kept
+    return sum(seen.values())
