@@ -60,7 +60,7 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
         identity=files.identity,
         vae=vae.to(device),
         unet=_load(UNet2DConditionModel, parts["unet"], torch_dtype).to(device),
-        scheduler=_load_scheduler(parts["scheduler"]),
+        scheduler=load_scheduler(parts["scheduler"]),
         tokenizers=tuple(_load_tokenizer(parts[f"tokenizer{name}"]) for name in names),
         text_encoders=tuple(encoder.to(device) for encoder in encoders),
     )
@@ -87,7 +87,12 @@ def _load(kind: type[ModelMixin], part: Part, dtype: torch.dtype) -> Any:
     return loaded.eval().requires_grad_(False)
 
 
-def _load_scheduler(part: Part) -> Any:
+def load_scheduler(part: Part) -> Any:
+    """Load a base model's scheduler.
+
+    Raises:
+        UserError: if it is none of diffusers'.
+    """
     import diffusers
 
     name = read_json(part.files[0]).get("_class_name")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -117,6 +118,19 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             base_digest=base.identity.digest,
             **second,
         )
+
+    def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> None:
+        """Write the pipeline as `from_pretrained` reads it: base model, adapter, and which index it uses.
+
+        Raises:
+            UserError: if LoRA is attached, which a base model's folder has no place for.
+        """
+        if getattr(self.unet, "peft_config", None):
+            raise UserError(
+                "a pipeline with LoRA can't be saved as a whole: keep the folder that `imagerag finetune` wrote, which "
+                "load_finetuned puts onto its base model"
+            )
+        super().save_pretrained(save_directory, **arguments)
 
     def use_index(self, uri: str, name: str) -> Self:
         """Take references from the published index of a corpus, opened now.

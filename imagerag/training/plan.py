@@ -46,9 +46,9 @@ class Plan:
     tflop_per_row: float
     """Of one row in one step."""
     weights_gib: float
-    """On each worker: models, gradients, optimizers and averages."""
+    """On each GPU: what is frozen in bfloat16; what learns, its gradients, moments and averages in float32."""
     activations_gib: float
-    """On each worker, of one micro-batch: what is kept for the backward pass."""
+    """On each GPU, of one micro-batch: what is kept for the generator's backward pass, in bfloat16."""
     checkpoint_gib: float
     training_set_gib: float
 
@@ -72,8 +72,8 @@ class Plan:
             "steps": f"{self.steps:,} of {self.batch_size:,} rows, {self.epochs:,.1f} epochs",
             "parameters": f"{self.num_learning / 1e6:,.2f}M learn, {self.num_heads / 1e6:,.2f}M in the discriminator's "
             f"heads, {self.num_frozen / 1e6:,.1f}M stand still",
-            "memory of a worker": f"{self.weights_gib:,.2f} GiB and {self.activations_gib:,.2f} GiB of activations at "
-            f"{self.micro_batch_size} rows a time",
+            "memory of a GPU worker": f"{self.weights_gib:,.2f} GiB and {self.activations_gib:,.2f} GiB of "
+            f"activations at {self.micro_batch_size} rows a time",
             "checkpoint": f"{self.checkpoint_gib:,.3f} GiB, of which two are kept",
             "training set": f"{self.training_set_gib:,.2f} GiB",
             "computation": f"{_flop(self.tflop_per_row)} a row, {_flop(self._tflop)} in all",
@@ -101,21 +101,21 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
     Raises:
         UserError: if this can't be learnt from.
     """
-    import diffusers
     import torch
 
+    from imagerag.generation.base import load_scheduler
     from imagerag.hspace.adapter import HSpaceAdapter
     from imagerag.training.diffusion import Diffusion
     from imagerag.training.discriminator import Discriminator
     from imagerag.training.generator import Generator
 
     examples.check()
-    scheduler = read_json(examples.base.parts["scheduler"].files[0])
-    diffusion = Diffusion(getattr(diffusers, scheduler["_class_name"]).from_config(scheduler))
+    diffusion = Diffusion(load_scheduler(examples.base.parts["scheduler"]))
     with torch.device("meta"):
         unet = _unet(read_json(examples.base.parts["unet"].files[0]))
         adapter = HSpaceAdapter(unet.config.block_out_channels[-1], config.adapter_inner_dim)
-        generator = Generator(unet, adapter, diffusion, lora_rank=config.lora_rank)
+        learn = config.references.number > 0
+        generator = Generator(unet, adapter, diffusion, lora_rank=config.lora_rank, learn_adapter=learn)
         teacher = _unet(read_json(examples.teacher.parts["unet"].files[0]))
         discriminator = Discriminator(teacher, diffusion)
     flop, saved = _measure(generator, discriminator, examples, config)
@@ -125,7 +125,6 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
     num_held_out, num_real = int(examples.is_held_out.sum()), examples.rows.num_rows
     num_examples = num_real + examples.config.num_teacher_latents
     row_bytes = 2 * sum(math.prod(_shape(field)) for field in examples.real_table.schema if field.metadata)
-    bytes_of_frozen = 4 if examples.config.base == "tiny" else 2
     return Plan(
         num_rows=num_examples - num_held_out,
         num_held_out=num_held_out,
@@ -136,7 +135,7 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
         num_heads=heads,
         num_frozen=frozen,
         tflop_per_row=flop / 1e12,
-        weights_gib=(bytes_of_frozen * frozen + 4 * (_ADAM_COPIES + 1) * learning + 4 * _ADAM_COPIES * heads) / _GIB,
+        weights_gib=(2 * frozen + 4 * (_ADAM_COPIES + 1) * learning + 4 * _ADAM_COPIES * heads) / _GIB,
         activations_gib=saved * config.micro_batch_size / _GIB,
         checkpoint_gib=4 * (4 * learning + 3 * heads) / _GIB,
         training_set_gib=row_bytes * num_examples / _GIB,
@@ -179,8 +178,7 @@ def _measure(
             if config.losses.adversarial:
                 ladd.of_discriminator(fake, batch.latents, batch.text, random)[0].backward()
             ladd.of_generator(fake, batch.latents, batch.text, random, weights)[0].backward()
-    element = 1.0 if examples.config.base == "tiny" else 0.5  # kept in bfloat16 rather than float32
-    return counter.get_total_flops() / size, sum(saved.values()) * element / size
+    return counter.get_total_flops() / size, sum(saved.values()) / 2 / size  # in bfloat16 rather than float32
 
 
 @contextmanager

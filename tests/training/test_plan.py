@@ -49,7 +49,7 @@ def test_losses_that_are_switched_off_cost_nothing(world: World) -> None:
 
 
 def test_the_encoder_keeps_no_activations(world: World) -> None:
-    """What is kept grows with the decoder alone: a fifth of what a UNet's whole forward pass keeps, or less."""
+    """What is kept is less than what a UNet's whole forward pass keeps, though there is an adapter."""
     made = plan(world.examples(), CONFIG)
     unet, kept = load_base(world.base, "cpu").unet.requires_grad_(True), 0
 
@@ -61,4 +61,5 @@ def test_the_encoder_keeps_no_activations(world: World) -> None:
     text = torch.randn(4, 32, 384)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         unet(torch.randn(4, 4, 8, 8), 999, text)
-    assert 0 < made.activations_gib * 2**30 < 0.9 * kept
+    # In bfloat16, half as much as here.
+    assert 0 < 2 * made.activations_gib * 2**30 < 0.9 * kept
