@@ -225,4 +225,4 @@ def _time(seconds: float) -> str:
     for unit, size, least in (("days", 86400, 2 * 86400), ("h", 3600, 2 * 3600), ("min", 60, 120)):
         if seconds >= least:
             return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} s"
+    return f"{seconds:,.0f} s" if seconds >= 1 else "under 1 s"

@@ -1,0 +1,60 @@
+"""`imagerag finetune`: what it refuses before anything starts, and what it makes of a recipe."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from imagerag.cli import app
+from imagerag.cli.finetune import RecipeOption, _recipe
+from imagerag.cli.run import _load, _merge, _validated
+from imagerag.errors import UserError
+from imagerag.training import config
+
+COMMIT = "0" * 40
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGERAG_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parameters", "fault"),
+    [
+        (["--recipe", "sd_turbo"], "{}", "the recipe sd_turbo needs --base and --teacher"),
+        (["--base", "sd-turbo"], "{}", "a base model is"),
+        (["--name", "A b"], "{}", "a corpus name has 1 to 63 characters"),
+        ([], '{"training": {"batch_size": 30}}', "multiple of micro_batch_size, got 30 and 32"),
+        ([], '{"training": {"references": {"none": 0.9, "random": 0.9}}}', "add up to 1 at most"),
+        ([], '{"training": {"references": {"number": 0}, "lora_rank": 0}}', "there is nothing to train"),
+        (
+            [],
+            '{"training": {"losses": {"adversarial": 0, "distillation": 0, "perceptual": 0}}}',
+            "all losses are switched off",
+        ),
+        ([], '{"training": {"learning_rate": -1}}', "learning_rate: Input should be greater than 0; got -1"),
+        ([], '{"training": {"epochs": 3}}', "training.epochs: Extra inputs are not permitted; got 3"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused(tmp_path: Path, arguments: list[str], parameters: str, fault: str) -> None:
+    path = tmp_path / "parameters.json"
+    path.write_text(parameters)
+    with pytest.raises(UserError, match=fault):
+        CliRunner().invoke(app, ["finetune", *arguments, "--parameters", str(path)], catch_exceptions=False)
+
+
+def test_the_papers_recipe_has_the_papers_figures() -> None:
+    model = _load("finetune")[1]
+    recipe = _recipe(RecipeOption.SD_TURBO, f"stabilityai/sd-turbo@{COMMIT}", f"stabilityai/sd-2-1@{COMMIT}")
+    parameters = _validated(model, _merge(recipe, {"name": "catalogue", "training": {"seed": 3}}))
+    training, data = parameters.training, parameters.data
+    assert (training.learning_rate, training.batch_size, training.steps, training.seed) == (1e-5, 2_048, 20_000, 3)
+    assert (training.losses.distillation, training.losses.perceptual) == (2.5, 1.0)
+    assert training.max_timestep is None
+    assert (data.num_teacher_latents, data.guidance_scale) == (3_000_000, 7.5)
+
+
+def test_without_a_recipe_the_flow_has_that_of_tiny() -> None:
+    parameters = _load("finetune")[1]()
+    assert (parameters.data, parameters.training) == (config.tiny().data, config.tiny().training)
