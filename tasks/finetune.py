@@ -14,6 +14,9 @@ from imagerag.training.synthesize import synthesize
 from tasks.policy import stage
 from tasks.progress import StageProgress
 
+_LONGEST_DAYS = 30
+"""The paper trains for a week."""
+
 
 @stage("plan")
 def plan_training(name: str, data: SynthesizeConfig, training: FinetuneConfig) -> Plan:
@@ -29,7 +32,7 @@ def plan_training(name: str, data: SynthesizeConfig, training: FinetuneConfig) -
     return made
 
 
-@stage("synthesize")
+@stage("synthesize", timeout_days=_LONGEST_DAYS)
 def synthesize_examples(name: str, config: SynthesizeConfig) -> TrainingSet:
     """Make what the training learns from."""
     with StageProgress("synthesize", "rows") as on_progress:
@@ -42,7 +45,7 @@ def synthesize_examples(name: str, config: SynthesizeConfig) -> TrainingSet:
     return result
 
 
-@stage("train")
+@stage("train", timeout_days=_LONGEST_DAYS)
 def train_adapter(
     training_set: TrainingSet, config: FinetuneConfig, workers: TrainWorkersConfig, group: str | None
 ) -> Finetuned:

@@ -16,8 +16,8 @@ R = TypeVar("R")
 _DAY_S = 24 * 3600
 
 
-def stage(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """Make a function the Prefect task of one stage.
+def stage(name: str, *, timeout_days: int = 1) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function the Prefect task of one stage, which is ended after `timeout_days`.
 
     A retry continues what is unfinished, because every stage keeps its own markers; for the same reason Prefect's
     cache, which would be a second memory, is off.
@@ -27,7 +27,7 @@ def stage(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
         retries=2,
         retry_delay_seconds=[10, 60],
         retry_condition_fn=_is_worth_retrying,
-        timeout_seconds=_DAY_S,
+        timeout_seconds=timeout_days * _DAY_S,
         cache_policy=NO_CACHE,
     )
 

@@ -44,7 +44,9 @@ class Plan:
     num_frozen: int
     """Parameters of student and teacher."""
     tflop_per_row: float
-    """Of one row in one step."""
+    """Of one row in one step, without the perceptual loss, whose network is small."""
+    teacher_tflop: float
+    """Of all that the teacher makes, before the training."""
     weights_gib: float
     """On each GPU: what is frozen in bfloat16; what learns, its gradients, moments and averages in float32."""
     activations_gib: float
@@ -63,7 +65,7 @@ class Plan:
 
     @property
     def _tflop(self) -> float:
-        return self.steps * self.batch_size * self.tflop_per_row
+        return self.teacher_tflop + self.steps * self.batch_size * self.tflop_per_row
 
     def markdown(self) -> str:
         """Return the plan as a page."""
@@ -76,7 +78,8 @@ class Plan:
             f"activations at {self.micro_batch_size} rows a time",
             "checkpoint": f"{self.checkpoint_gib:,.3f} GiB, of which two are kept",
             "training set": f"{self.training_set_gib:,.2f} GiB",
-            "computation": f"{_flop(self.tflop_per_row)} a row, {_flop(self._tflop)} in all",
+            "computation": f"{_flop(self.tflop_per_row)} a row, {_flop(self._tflop)} in all, of which "
+            f"{_flop(self.teacher_tflop)} for the teacher's latents",
         }
         lines = ["| | |", "|---|---|", *(f"| {figure} | {value} |" for figure, value in figures.items())]
         counts = sorted({1, 8, 64})
@@ -118,6 +121,8 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
         generator = Generator(unet, adapter, diffusion, lora_rank=config.lora_rank, learn_adapter=learn)
         teacher = _unet(read_json(examples.teacher.parts["unet"].files[0]))
         discriminator = Discriminator(teacher, diffusion)
+    pictures = examples.config.num_teacher_latents
+    predictions = pictures * examples.config.num_inference_steps * (1 + (examples.config.guidance_scale > 1))
     flop, saved = _measure(generator, discriminator, examples, config)
     learning = sum(parameter.numel() for _, parameter in generator.learning())
     heads = sum(parameter.numel() for parameter in discriminator.parameters())
@@ -135,6 +140,7 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
         num_heads=heads,
         num_frozen=frozen,
         tflop_per_row=flop / 1e12,
+        teacher_tflop=predictions * _forward_flop(teacher, examples) / 1e12,
         weights_gib=(2 * frozen + 4 * (_ADAM_COPIES + 1) * learning + 4 * _ADAM_COPIES * heads) / _GIB,
         activations_gib=saved * config.micro_batch_size / _GIB,
         checkpoint_gib=4 * (4 * learning + 3 * heads) / _GIB,
@@ -181,6 +187,17 @@ def _measure(
     return counter.get_total_flops() / size, sum(saved.values()) / 2 / size  # in bfloat16 rather than float32
 
 
+def _forward_flop(unet: Any, examples: Examples) -> float:
+    """Return the operations of one prediction of one row."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    latents, text = (_shape(examples.real_table.schema.field(name)) for name in ("latents", "text"))
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet(torch.empty(1, *latents), torch.zeros(1), torch.empty(1, *text))
+    return float(counter.get_total_flops())
+
+
 @contextmanager
 def _counted(known: set[int]) -> Iterator[dict[int, int]]:
     """Note the bytes of every tensor that is kept for the backward pass, but for `known` ones."""
@@ -218,7 +235,7 @@ def _flop(tflop: float) -> str:
     for unit, size in (("EFLOP", 1e6), ("PFLOP", 1e3), ("TFLOP", 1.0)):
         if tflop >= size:
             return f"{tflop / size:,.1f} {unit}"
-    return f"{tflop * 1e3:,.1f} GFLOP"
+    return f"{tflop * 1e3:,.1f} GFLOP" if tflop else "none"
 
 
 def _time(seconds: float) -> str:

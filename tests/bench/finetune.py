@@ -31,11 +31,11 @@ from tests.retrieval.rows import append, fixed_size_lists, index_and_publish, ma
 BAR = 0.95
 BAR_DATA = 0.05
 NAME = "bench"
-NUM_ROWS: dict[Scale, int] = {"small": 400, "full": 2_000}
-STEPS: dict[Scale, int] = {"small": 12, "full": 60}
+NUM_ROWS: dict[Scale, int] = {"small": 400, "full": 1_000}
+STEPS: dict[Scale, int] = {"small": 12, "full": 40}
 WARM_UP = 4
 """Steps that are not timed."""
-REPETITIONS: dict[Scale, int] = {"small": 1, "full": 3}
+REPETITIONS: dict[Scale, int] = {"small": 1, "full": 2}
 _CPU = torch.device("cpu")
 
 

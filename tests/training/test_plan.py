@@ -43,6 +43,17 @@ def test_time_is_computation_over_the_machines_share(world: World) -> None:
     assert "64 GPUs" in made.markdown()
 
 
+def test_the_teachers_pictures_are_counted(world: World) -> None:
+    without, guided, plain = (
+        plan(world.examples(num_teacher_latents=count, guidance_scale=scale), CONFIG)
+        for count, scale in ((0, 7.5), (10, 7.5), (10, 1.0))
+    )
+    assert without.teacher_tflop == 0
+    assert guided.teacher_tflop == pytest.approx(2 * plain.teacher_tflop)
+    assert 0.1 * without.tflop_per_row < plain.teacher_tflop / 20 < without.tflop_per_row, "two steps of ten pictures"
+    assert guided.seconds(1.0) > without.seconds(1.0)
+
+
 def test_losses_that_are_switched_off_cost_nothing(world: World) -> None:
     alone = CONFIG.model_copy(update={"losses": LossWeights(adversarial=0.0, perceptual=0.0)})
     assert plan(world.examples(), alone).tflop_per_row < 0.8 * plan(world.examples(), CONFIG).tflop_per_row
