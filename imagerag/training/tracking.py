@@ -159,6 +159,7 @@ def tracked(settings: Settings, experiment: str, run_name: str, parameters: Mapp
 
 def _client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table that it makes
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
