@@ -72,9 +72,9 @@ def test_sample_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
         command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     ) as server:
         assert server.stdout is not None
-        lines = [server.stdout.readline() for _ in range(4)]
+        lines = [server.stdout.readline() for _ in range(5)]
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0
     url_list = pq.read_table(tmp_path / "sample" / "urls.parquet")
     assert lines[0].split()[1] in url_list["url"][0].as_py()
-    assert f"imagerag ingest {tmp_path}/sample/urls.parquet" in lines[2]
+    assert f"imagerag ingest {tmp_path}/sample/urls.parquet" in lines[3]

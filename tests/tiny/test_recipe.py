@@ -14,8 +14,10 @@ from imagerag.tiny.latents import Latents
 from imagerag.tiny.train import Recipe, Training
 from tests.training.test_loop import Kept as _Kept
 
-RECIPE = Recipe(vae_steps=3, hspace_steps=4, prior_steps=4, teacher_steps=4, student_steps=4, batch_size=8)
-PARTS = ["vae", "teacher", "unet"]
+RECIPE = Recipe(
+    vae_steps=3, hspace_steps=4, prior_steps=4, teacher_steps=4, student_steps=4, perceptual_steps=4, batch_size=8
+)
+PARTS = ["vae", "teacher", "unet", "perceptual"]
 
 
 class Kept(_Kept):
@@ -45,7 +47,14 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     manifest = json.loads((whole / "manifest.json").read_text())
     assert set(manifest["code_points"]) == {drawing.concept.codepoint for drawing in drawings}
     assert manifest["recipe"]["student_steps"] == 4
-    assert {name.split("/")[0] for name in kept.images} == {"vae", "hspace", "prior", "teacher", "student"}
+    assert {name.split("/")[0] for name in kept.images} == {
+        "vae",
+        "hspace",
+        "prior",
+        "teacher",
+        "student",
+        "perceptual",
+    }
     expected = _weights(whole)
     assert expected["unet"].keys() == expected["teacher"].keys()
     assert all(value.dtype == torch.float16 for value in expected["unet"].values())

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +195,11 @@ def _train_workers() -> list[psutil.Process]:
     children = psutil.Process().children(recursive=True)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        found = [child for child in children if "TrainWorker" in " ".join(child.cmdline())]
+        found = []
+        for child in children:
+            with suppress(psutil.Error):  # it may have ended since
+                found += [child] if "TrainWorker" in " ".join(child.cmdline()) else []
         if found:
             return found
         children = psutil.Process().children(recursive=True)
-    raise AssertionError([child.cmdline() for child in children])
+    raise AssertionError(children)
