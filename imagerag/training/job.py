@@ -22,6 +22,7 @@ import fsspec
 from imagerag.artifacts import Finetuned, TrainingSet
 from imagerag.compute import start_ray, stop_ray
 from imagerag.errors import UserError
+from imagerag.files import read_json, write_json
 from imagerag.generation.finetuned import MANIFEST
 from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
@@ -68,7 +69,8 @@ def finetune(
         check_perceptual(config.perceptual_network)
     key = key_of(training_set, config)
     folder = f"{settings.training_of(training_set.index_name)}/finetuned/{key}"
-    if (done := _read_manifest(folder)) is not None:
+    if (manifest := read_json(f"{folder}/{MANIFEST}")) is not None:
+        done = Finetuned(**manifest["finetuned"])
         return replace(done, is_new=False, duration_s=time.perf_counter() - started)
     with writer_lock(settings.training_of(training_set.index_name), key):
         start_ray(settings)
@@ -176,15 +178,12 @@ def _tracked_run(
     group: str | None,
 ) -> str:
     """Return the MLflow run of a training: the one that it had before it was stopped, or a new one."""
-    known = None
-    with suppress(FileNotFoundError), fsspec.open(path) as file:
-        known = json.load(file)["run_id"]
+    known = (read_json(path) or {}).get("run_id")
     parameters = _flat(config.model_dump()) | {"base": training_set.base, "teacher": training_set.teacher}
     tags = {name: str(value) for name, value in asdict(training_set).items() if "digest" in name or "uri" in name}
     tags["index_version"] = str(training_set.index_version)
     run_id = start_run(settings, EXPERIMENT, key, parameters, tags, run_id=known, group=group)
-    with fsspec.open(path, "w", auto_mkdir=True) as file:
-        json.dump({"run_id": run_id}, file)
+    write_json(path, {"run_id": run_id})
     return run_id
 
 
@@ -197,15 +196,7 @@ def _publish(checkpoint: Any, finetuned: Finetuned, about: dict[str, Any]) -> No
                 target = f"{folder}/{path.relative_to(trained).as_posix()}"
                 filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
                 filesystem.put_file(str(path), target)
-    partial = f"{folder}/{MANIFEST}.partial"
-    filesystem.pipe_file(partial, json.dumps({"finetuned": asdict(finetuned)} | about, indent=1).encode())
-    filesystem.mv(partial, f"{folder}/{MANIFEST}")
-
-
-def _read_manifest(folder: str) -> Finetuned | None:
-    with suppress(FileNotFoundError), fsspec.open(f"{folder}/{MANIFEST}") as file:
-        return Finetuned(**json.load(file)["finetuned"])
-    return None
+    write_json(f"{finetuned.uri}/{MANIFEST}", {"finetuned": asdict(finetuned)} | about)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
