@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from imagerag.errors import UserError
 from imagerag.generation.spec import check_spec
-from imagerag.workers import Dtype, WorkersConfig
+from imagerag.workers import WorkersConfig
 
 RecipeName = Literal["tiny", "sd_turbo"]
 
@@ -123,7 +123,9 @@ class FinetuneConfig(_Config):
 class TrainWorkersConfig(WorkersConfig):
     """The machines of a training. How many there are changes nothing but the order of sums."""
 
-    dtype: Dtype | None = Field(default=None, description="Of autocast; unset: bf16 on GPUs, fp32 on CPUs.")
+    dtype: Literal["fp32", "bf16"] | None = Field(
+        default=None, description="Of autocast; unset: bf16 on GPUs, fp32 on CPUs."
+    )
     max_failures: int = Field(default=3, ge=0, description="Workers may die so often before the training fails.")
 
 

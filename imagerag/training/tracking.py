@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from PIL import Image
 
@@ -44,6 +44,14 @@ class MlflowTracker:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
+        # It may have failed before.
+        self._waiting.put(partial(self._client.update_run, run_id, status="RUNNING"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close("FINISHED" if kind is None else "FAILED")
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker`."""
@@ -110,7 +118,7 @@ def start_run(
     client = _client(uri)
     try:
         if run_id is not None and client.get_run(run_id).info.lifecycle_stage == "active":
-            client.set_terminated(run_id, "RUNNING")
+            client.update_run(run_id, status="RUNNING")
             return run_id
         found = client.get_experiment_by_name(experiment)
         location = None if settings.mlflow_tracking_uri else (settings.home / "mlflow" / "artifacts").as_uri()
@@ -148,13 +156,8 @@ def tracking_uri(settings: Settings) -> str:
 @contextmanager
 def tracked(settings: Settings, experiment: str, run_name: str, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
     """Open an MLflow run for the block, which ends with it."""
-    tracker = MlflowTracker(tracking_uri(settings), start_run(settings, experiment, run_name, parameters))
-    try:
+    with MlflowTracker(tracking_uri(settings), start_run(settings, experiment, run_name, parameters)) as tracker:
         yield tracker
-    except BaseException:
-        tracker.close("FAILED")
-        raise
-    tracker.close()
 
 
 def _client(uri: str) -> "MlflowClient":

@@ -5,15 +5,15 @@ Heavy packages are imported when a worker begins: Ray's own processes import thi
 
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.training.config import FinetuneConfig, LossWeights
 from imagerag.training.tracking import MlflowTracker
-from imagerag.workers import Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Task:
 
     training_set: TrainingSet
     config: FinetuneConfig
-    dtype: Dtype
+    dtype: Literal["fp32", "bf16"]
     num_threads: int
     tracking_uri: str
     run_id: str
@@ -80,22 +80,21 @@ def _train_steps(task: Task, board: Any) -> None:
     _resume(training, ray.train.get_checkpoint())
     data = RagData(task.training_set, features)
     loader = Loader(data, task.config, device, rank=rank, num_workers=num_workers)
-    tracker = MlflowTracker(task.tracking_uri, task.run_id) if rank == 0 else None
     started, first = time.monotonic(), training.done
-    for loads in loader.steps(first):
-        values = training.step(loads)
-        done, steps = training.done, task.config.steps
-        is_checkpoint = done % task.config.checkpoint_every == 0 or done == steps
-        if rank == 0 and tracker is not None:
-            values["samples_per_s"] = task.config.batch_size / values["step_s"]
-            if done % _LOG_EVERY == 0 or is_checkpoint:
-                tracker.metrics(values | _memory(device), done)
-            left_s = (time.monotonic() - started) / (done - first) * (steps - done)
-            board.put.remote(done, f"{_losses(values)}, {values['samples_per_s']:.0f} rows/s, {_minutes(left_s)} left")
-        if is_checkpoint:
-            _report(training, data, rank, tracker)
-    if tracker is not None:
-        tracker.close()
+    with MlflowTracker(task.tracking_uri, task.run_id) if rank == 0 else nullcontext() as tracker:
+        for loads in loader.steps(first):
+            values = training.step(loads)
+            done, steps = training.done, task.config.steps
+            is_checkpoint = done % task.config.checkpoint_every == 0 or done == steps
+            if tracker is not None:
+                values["samples_per_s"] = task.config.batch_size / values["step_s"]
+                if done % _LOG_EVERY == 0 or is_checkpoint:
+                    tracker.metrics(values | _memory(device), done)
+                left_s = (time.monotonic() - started) / (done - first) * (steps - done)
+                rows_per_s = f"{values['samples_per_s']:.0f} rows/s"
+                board.put.remote(done, f"{_losses(values)}, {rows_per_s}, {_minutes(left_s)} left")
+            if is_checkpoint:
+                _report(training, data, tracker)
 
 
 def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Finetuning, FeatureIdentity]":
@@ -109,8 +108,7 @@ def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Fin
     from imagerag.training.perceptual import load_perceptual
 
     own = task.training_set
-    weights: Dtype = "fp32" if task.dtype == "fp32" else "bf16"
-    base, teacher = load_base(own.base, str(device), weights), load_base(own.teacher, str(device), weights)
+    base, teacher = load_base(own.base, str(device), task.dtype), load_base(own.teacher, str(device), task.dtype)
     for loaded, digest in ((base, own.base_digest), (teacher, own.teacher_digest)):
         if loaded.identity.digest != digest:
             raise UserError(
@@ -124,13 +122,13 @@ def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Fin
         teacher.unet,
         perceptual,
         config,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[weights],
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[task.dtype],
         wrap=ray.train.torch.prepare_model if num_workers > 1 else lambda module: module,
     )
     return training, feature_identity(base.identity, base.unet.config)
 
 
-def _report(training: "Finetuning", data: "RagData", rank: int, tracker: MlflowTracker | None) -> None:
+def _report(training: "Finetuning", data: "RagData", tracker: MlflowTracker | None) -> None:
     """Validate, and hand a checkpoint to Ray, which all workers wait for."""
     import ray.train
     import torch
