@@ -104,7 +104,7 @@ def finetune(
 
 def key_of(training_set: TrainingSet, config: FinetuneConfig) -> str:
     """Return the name of the training: a digest of all that its result depends on."""
-    inputs = {
+    inputs: dict[str, Any] = {
         "version": _VERSION,
         "base": training_set.base_digest,
         "teacher": training_set.teacher_digest,
@@ -112,6 +112,10 @@ def key_of(training_set: TrainingSet, config: FinetuneConfig) -> str:
         "num_teacher": training_set.num_teacher,
         "config": config.model_dump(),
     }
+    if config.losses.perceptual:
+        from imagerag.training.perceptual import perceptual_digest
+
+        inputs["perceptual"] = perceptual_digest(config.perceptual_network)
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 

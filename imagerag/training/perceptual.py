@@ -1,5 +1,6 @@
 """Distance of latents as a network sees them (LPIPS, arXiv 1801.03924, on latents: E-LatentLPIPS, arXiv 2405.05967)."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
 from imagerag import tiny
+from imagerag.digests import digest_of
 from imagerag.errors import UserError
 
 _ELATENTLPIPS = "elatentlpips:"
@@ -49,6 +51,14 @@ def check_perceptual(spec: str) -> None:
             f"the perceptual loss needs a latent network: `tiny`, a folder of one or {_ELATENTLPIPS}"
             f"{'|'.join(_ENCODERS)}, or a weight of 0; {_folder_of(spec)} has no config.json"
         )
+
+
+def perceptual_digest(spec: str) -> str:
+    """Return what tells one network from another of the same name."""
+    if spec.startswith(_ELATENTLPIPS):
+        return version("elatentlpips")
+    folder = _folder_of(spec)
+    return digest_of({path.name: path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"}})
 
 
 def load_perceptual(spec: str, device: torch.device) -> Perceptual:
