@@ -29,7 +29,8 @@ _EMBEDDINGS = ("text_embed", "image_embed")
 _FRAGMENT_ROWS = 2_048
 """Fragments below this are merged. It bounds what a small update rewrites, images and features included, and is what a
 worker of the features job has in hand."""
-_NUM_QUERIES = 100
+_NUM_QUERIES = 400
+"""With 100 the measured recall was up to 0.02 above that of 400."""
 _MAX_GROWTH = 2
 """Partitions are trained anew when the table has grown by this factor; up to then, new rows join the old partitions."""
 _NUM_STEPS = 4
@@ -45,8 +46,9 @@ class IndexConfig(BaseModel):
         ge=1_000,
         description="Tables with fewer rows are searched exactly, without a vector index.",
     )
+    # At 0.98, one prompt in a hundred of the sample corpus lost the concept that exact search finds.
     target_recall: float = Field(
-        default=0.98,
+        default=0.99,
         ge=0.5,
         le=1.0,
         description="A search looks into as few partitions of the index as reach this recall@10.",

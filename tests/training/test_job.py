@@ -20,6 +20,7 @@ from imagerag.generation.finetuned import ADAPTER, LORA, MANIFEST
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice, TrainWorkersConfig
 from imagerag.training.job import EXPERIMENT, finetune, key_of
+from imagerag.training.perceptual import LatentNetwork
 from imagerag.training.tracking import tracking_uri
 
 pytestmark = pytest.mark.engines
@@ -118,6 +119,33 @@ def test_what_was_finished_is_not_trained_again(
     assert (again.uri, again.run_id, again.score) == (made.uri, made.run_id, made.score)
 
 
+def test_a_driver_that_is_killed_before_it_publishes_trains_nothing_again(
+    undisturbed: tuple[Finetuned, dict[int, float]], training_set: TrainingSet
+) -> None:
+    made, run = undisturbed
+    settings = Settings(home=Path(made.uri).parents[3])
+    weights = weights_of(made)
+    for path in (Path(made.uri, MANIFEST), *Path(made.uri, LORA).iterdir()):
+        path.unlink()
+    again = finetune(training_set, make_config(), WORKERS, settings, lambda *_: pytest.fail("a step"))
+    assert (again.uri, again.run_id, again.score) == (made.uri, made.run_id, made.score)
+    assert (again.best_step, again.best_score) == (made.best_step, made.best_score)
+    assert all((weights_of(again)[name] == weight).all() for name, weight in weights.items())
+    assert curve(settings, again.run_id) == run
+
+
+def test_another_perceptual_network_under_the_same_name_is_another_training(
+    training_set: TrainingSet, tmp_path: Path
+) -> None:
+    folder = tmp_path / "network"
+    LatentNetwork(channels=(8, 8)).save_pretrained(folder)
+    config = make_config(losses=LossWeights(), perceptual_network=str(folder))
+    first = key_of(training_set, config)
+    assert key_of(training_set, config) == first
+    LatentNetwork(channels=(8, 8)).save_pretrained(folder)
+    assert key_of(training_set, config) != first
+
+
 def test_a_worker_that_is_killed_is_replaced(
     undisturbed: tuple[Finetuned, dict[int, float]], training_set: TrainingSet, settings: Settings
 ) -> None:
@@ -173,9 +201,13 @@ def test_a_driver_that_is_killed_goes_on(
 
 
 def test_a_gradient_that_is_no_number_ends_it_at_once(training_set: TrainingSet, settings: Settings) -> None:
+    from mlflow import MlflowClient
+
     config = make_config(learning_rate=1e30, steps=6)
     with pytest.raises(FloatingPointError, match=r"step \d: .*grad_norm is (nan|inf) with .*learning_rate=1e\+30"):
         finetune(training_set, config, WORKERS, settings)
+    run = MlflowClient(tracking_uri(settings)).search_runs(["1"])[0]
+    assert run.info.status == "FAILED"
 
 
 def test_workers_that_do_not_divide_the_batch_are_refused(training_set: TrainingSet, settings: Settings) -> None:

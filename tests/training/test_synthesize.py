@@ -9,9 +9,9 @@ import torch
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.table import from_column
 from imagerag.training.config import SynthesizeConfig
 from imagerag.training.synthesize import synthesize
-from imagerag.training.table import from_column
 from tests.generation.folders import write_sd
 from tests.generation.with_index import drawing
 from tests.training.conftest import HELD_OUT, NAME, World
@@ -64,6 +64,9 @@ def test_what_is_taken_down_is_in_no_training_set(own_world: World) -> None:
     examples = own_world.examples()
     examples.real_table.keep(examples.rows["id"])
     assert gone not in own_world.examples().real_table.ids()
+    version = examples.real_table.open().version
+    examples.real_table.keep(examples.rows["id"])
+    assert examples.real_table.open().version == version, "nothing to delete, nothing rewritten"
     own_world.synthesize()
     assert gone not in own_world.examples().references_table.ids()
 
