@@ -22,6 +22,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from imagerag.errors import UserError
 from imagerag.locks import local_folder
+from imagerag.retrieval.index import compact
 
 Arrays = npt.NDArray[np.floating[Any]]
 
@@ -75,14 +76,18 @@ class Table:
         return ids
 
     def keep(self, ids: pa.ChunkedArray) -> None:
-        """Delete all rows but these, with their files, and what killed writers left behind."""
+        """Delete all rows but these from every version, with what killed writers left behind.
+
+        Rewrites only files that hold such a row. A training that reads one of them fails, and has to: it is taken down.
+        """
         dataset = self.open()
         own = dataset.to_table(columns=["id"])["id"]
         doomed = own.filter(pc.invert(pc.is_in(own, ids)))
-        if len(doomed):
-            dataset.merge_insert("id").when_matched_delete().execute(pa.table({"id": doomed}))
+        if not len(doomed):
+            return
+        dataset.merge_insert("id").when_matched_delete().execute(pa.table({"id": doomed}))
         dataset = self.open()
-        dataset.optimize.compact_files()
+        compact(dataset, deleted_share=0.0)
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=local_folder(self.uri) is not None)
 
     def write(self, rows: pa.Table) -> list[str]:

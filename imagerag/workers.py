@@ -1,10 +1,12 @@
 """What every job that maps a model over rows with Ray Data has in common: its configuration, its plan and its watch."""
 
+import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from imagerag.errors import UserError
@@ -58,6 +60,36 @@ def plan_workers(nodes: list[dict[str, Any]], config: WorkersConfig) -> tuple[st
 def resources_of(device: str, num_threads: int) -> dict[str, int]:
     """Return what Ray reserves for one worker."""
     return {"num_gpus": 1} if device == "cuda" else {"num_cpus": num_threads}
+
+
+def mapped(
+    parts: Sequence[pa.Table], worker: type, arguments: Mapping[str, Any], config: WorkersConfig
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows that workers return for parts of a table, as they come.
+
+    Args:
+        parts: what a worker is given at a time, and loses if it dies.
+        worker: is made in a process of its own, and called with parts.
+        arguments: what it is made with, beside its `device`, `dtype` and `num_threads`.
+        config: its machines.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan and every finished execution
+    device, num_workers, num_threads = plan_workers(ray.nodes(), config)
+    dataset = ray.data.from_arrow(list(parts))
+    dataset.context.enable_progress_bars = False
+    dataset.context.raise_original_map_exception = True
+    results = dataset.map_batches(
+        worker,
+        fn_constructor_kwargs={"device": device, "dtype": config.dtype, "num_threads": num_threads, **arguments},
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=min(num_workers, len(parts))),
+        **resources_of(device, num_threads),
+    )
+    yield from results.iter_rows()
 
 
 def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T, None, None]:

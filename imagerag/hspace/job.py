@@ -5,9 +5,8 @@ file that belongs to no version yet; the driver commits it as soon as it is ther
 driver, a job that dies loses what its workers had in hand, and the next one computes what is missing.
 """
 
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -24,9 +23,7 @@ from imagerag.retrieval import features
 from imagerag.retrieval.schema import FeatureIdentity, Features
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-from imagerag.workers import Dtype, plan_workers, resources_of, watched
-
-_LOG_LEVEL_OF_RAY = logging.ERROR  # it tells of every plan and every finished execution
+from imagerag.workers import Dtype, mapped, watched
 
 
 def cache_features(
@@ -52,7 +49,9 @@ def cache_features(
         num_missing, machine_s = sum(fragments.values()), 0.0
         if fragments:
             start_ray(settings)
-            batches = partial(_filled, fragments, store, version, identity, config)
+            parts = [pa.table({"fragment": [each], "num_rows": [count]}) for each, count in fragments.items()]
+            arguments = {"identity": identity, "store": store, "version": version, "batch_size": config.batch_size}
+            batches = partial(mapped, parts, Worker, arguments, config)
             try:
                 machine_s = _commit_all(batches, num_missing, store, version, config, on_progress)
             except BaseException:
@@ -123,38 +122,6 @@ class Worker:
 
         base = self._base
         return to_cache(encode_references(base.vae, base.unet, base.conditioner, open_images(images), captions))
-
-
-def _filled(
-    fragments: dict[int, int], store: Store, version: int, identity: FeatureIdentity, config: FeaturesConfig
-) -> Iterator[dict[str, Any]]:
-    """Yield what `Worker` returns, fragment by fragment."""
-    import ray
-    from ray.data import ActorPoolStrategy
-
-    logging.getLogger("ray.data").setLevel(_LOG_LEVEL_OF_RAY)
-    device, num_workers, num_threads = plan_workers(ray.nodes(), config)
-    rows = [{"fragment": fragment, "num_rows": count} for fragment, count in fragments.items()]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset.context.enable_progress_bars = False
-    dataset.context.raise_original_map_exception = True
-    filled = dataset.map_batches(
-        Worker,
-        fn_constructor_kwargs={
-            "identity": identity,
-            "store": store,
-            "version": version,
-            "device": device,
-            "dtype": config.dtype,
-            "num_threads": num_threads,
-            "batch_size": config.batch_size,
-        },
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(num_workers, len(rows))),
-        **resources_of(device, num_threads),
-    )
-    yield from filled.iter_rows()
 
 
 def _commit_all(

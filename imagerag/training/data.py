@@ -22,8 +22,8 @@ from imagerag.retrieval.features import to_features
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
+from imagerag.table import Table, from_column
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
-from imagerag.training.table import Table, from_column
 
 if TYPE_CHECKING:
     from lance import LanceDataset

@@ -20,8 +20,8 @@ from imagerag.generation.spec import BaseFiles, read_json, resolve
 from imagerag.hspace.job import identity_of
 from imagerag.retrieval.schema import FeatureIdentity
 from imagerag.retrieval.search import Retriever
+from imagerag.table import Table, array_field
 from imagerag.training.config import SynthesizeConfig
-from imagerag.training.table import Table, array_field
 
 MAX_REFERENCES = 16
 """Kept of each example."""

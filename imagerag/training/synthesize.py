@@ -5,8 +5,8 @@ version of their table yet; the driver commits them as they come. So a job that 
 and the next one computes what is missing.
 """
 
-import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -23,10 +23,10 @@ from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ranking import diversify
 from imagerag.retrieval.search import Neighbour, Retriever
 from imagerag.settings import Settings
+from imagerag.table import Table, to_column
 from imagerag.training.config import SynthesizeConfig
 from imagerag.training.examples import MAX_REFERENCES, Examples
-from imagerag.training.table import Table, to_column
-from imagerag.workers import plan_workers, resources_of, watched
+from imagerag.workers import mapped, watched
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +71,10 @@ def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tu
     if num_missing:
         start_ray(settings)
         try:
-            for job in jobs:
-                with closing(watched(partial(_filled, job, config), config.stall_timeout_s)) as results:
+            for job in (each for each in jobs if each.rows.num_rows):
+                arguments = {"batch_size": config.batch_size, **job.arguments}
+                results_of = partial(mapped, job.parts(), job.worker, arguments, config)
+                with closing(watched(results_of, config.stall_timeout_s)) as results:
                     for result in results:
                         job.table.commit(result["fragments"])
                         num_done += result["num_rows"]
@@ -117,6 +119,10 @@ class _Job:
         # A prompt's text is encoded, and its references are searched, once for all its rows that follow each other.
         self.rows = rows.filter(pc.invert(pc.is_in(rows["id"], present))).sort_by("prompt")
 
+    def parts(self) -> list[pa.Table]:
+        """Return its rows as a worker is given them."""
+        return [self.rows.slice(start, _ROWS_OF_A_TASK) for start in range(0, self.rows.num_rows, _ROWS_OF_A_TASK)]
+
 
 def _jobs(examples: Examples) -> Iterator[_Job]:
     rows, retriever = examples.rows, examples.retriever
@@ -147,37 +153,7 @@ def _jobs(examples: Examples) -> Iterator[_Job]:
     yield _Job(table, listed, ReferencesWorker, "references", arguments)
 
 
-def _filled(job: _Job, config: SynthesizeConfig) -> Iterator[dict[str, Any]]:
-    """Yield what the workers wrote, part by part."""
-    if job.rows.num_rows == 0:
-        return
-    import ray
-    from ray.data import ActorPoolStrategy
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan and every finished execution
-    device, num_workers, num_threads = plan_workers(ray.nodes(), config)
-    parts = [job.rows.slice(start, _ROWS_OF_A_TASK) for start in range(0, job.rows.num_rows, _ROWS_OF_A_TASK)]
-    dataset = ray.data.from_arrow(parts)
-    dataset.context.enable_progress_bars = False
-    dataset.context.raise_original_map_exception = True
-    written = dataset.map_batches(
-        job.worker,
-        fn_constructor_kwargs={
-            "device": device,
-            "dtype": config.dtype,
-            "num_threads": num_threads,
-            "batch_size": config.batch_size,
-            **job.arguments,
-        },
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(num_workers, len(parts))),
-        **resources_of(device, num_threads),
-    )
-    yield from written.iter_rows()
-
-
-class _Worker:
+class _Worker(ABC):
     """Makes rows in a process of its own and writes them."""
 
     def __init__(self, *, table: Table, num_threads: int, batch_size: int) -> None:
@@ -194,8 +170,9 @@ class _Worker:
         seconds = time.perf_counter() - started
         return pa.table({"fragments": [fragments], "num_rows": [rows.num_rows], "machine_s": [seconds]})
 
+    @abstractmethod
     def _make(self, rows: pa.Table) -> pa.Table:
-        raise NotImplementedError
+        """Return the rows of the table for rows of the job."""
 
 
 class RealWorker(_Worker):
