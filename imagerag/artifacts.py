@@ -115,6 +115,45 @@ class Finetuned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation left."""
+
+    uri: str
+    """The folder with `index.html`, `table.md`, `grid.png` and `results.json`."""
+    name: str
+    """A digest of all that it depends on."""
+    adapter: str
+    """The folder of the candidate."""
+    index_name: str
+    index_version: int
+    run_id: str
+    """Of MLflow."""
+    num_prompts: int
+    metrics: Mapping[str, float]
+    """Means by way and metric: `adapter/recognised`."""
+    is_new: bool
+    """Whether this call measured; else it was finished before."""
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A version of the registered model."""
+
+    name: str
+    """The registered model's."""
+    version: int
+    uri: str
+    """`models:/<name>/<version>`, as MLflow loads it."""
+    run_id: str
+    """Of the training."""
+    is_new: bool
+    """Whether this call made the version; else the same was registered before."""
+    portable: bool
+    """Whether it carries a copy of its index."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexBuild:
     """An index over a table version, and how good it was found to be."""
 

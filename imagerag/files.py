@@ -1,18 +1,27 @@
 """Small files that are whole or not there, in a folder or an object store."""
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+def write_file(uri: str, content: bytes) -> None:
+    """Write a file; a reader never sees half of it."""
+    filesystem, path = fsspec.url_to_fs(uri)
+    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    filesystem.pipe_file(f"{path}.partial", content)
+    filesystem.mv(f"{path}.partial", path)
 
 
 def write_json(uri: str, values: dict[str, Any]) -> None:
-    """Write what JSON can hold; a reader never sees half of it."""
-    filesystem, path = fsspec.url_to_fs(uri)
-    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    filesystem.pipe_file(f"{path}.partial", json.dumps(values, indent=1).encode())
-    filesystem.mv(f"{path}.partial", path)
+    """Write what JSON can hold, likewise."""
+    write_file(uri, json.dumps(values, indent=1).encode())
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
@@ -21,3 +30,15 @@ def read_json(uri: str) -> dict[str, Any] | None:
         values: dict[str, Any] = json.load(file)
         return values
     return None
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """Yield a folder on this machine: itself where it is one, else a copy for the length of the block."""
+    filesystem, path = fsspec.url_to_fs(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        yield Path(path)
+        return
+    with TemporaryDirectory() as folder:
+        filesystem.get(f"{path.rstrip('/')}/", f"{folder}/", recursive=True)
+        yield Path(folder)

@@ -7,7 +7,19 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from imagerag.artifacts import CachedFeatures, Download, Embedded, Finetuned, IndexBuild, Publication, TrainingSet
+from imagerag.artifacts import (
+    CachedFeatures,
+    Download,
+    Embedded,
+    Evaluated,
+    Finetuned,
+    IndexBuild,
+    Publication,
+    Registered,
+    TrainingSet,
+)
+from imagerag.evaluation.gate import Decision
+from imagerag.evaluation.results import PAGE, read_results
 from imagerag.training.plan import Plan
 
 
@@ -133,6 +145,74 @@ def write_finetune_report(report: FinetuneReport) -> None:
     key = report.name.replace("_", "-")
     markdown = report.markdown(report.finetuned, report.training_set)
     create_markdown_artifact(markdown, key=f"finetune-{key}", description=f"An adapter for {report.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReport:
+    """All that one run of `evaluate` did."""
+
+    name: str
+    evaluated: Evaluated
+    decision: Decision
+    registered: Registered
+
+    def markdown(self) -> str:
+        """The report as a page."""
+        state = "champion" if self.decision.passed else "candidate"
+        lines = [f"# {self.name}: evaluation", "", f"`{self.registered.uri}` is {state}.", "", self.decision.markdown()]
+        lines += ["", "## Measured", "", read_results(self.evaluated.uri).markdown()]
+        lines += [f"Pictures: `{self.evaluated.uri}/{PAGE}`", "", f"MLflow run: `{self.evaluated.run_id}`"]
+        return "\n".join(lines)
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def write_evaluate_report(report: EvaluateReport) -> None:
+    """Leave the report as a markdown artifact."""
+    key = report.name.replace("_", "-")
+    create_markdown_artifact(report.markdown(), key=f"evaluation-{key}", description=f"An adapter for {report.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of a pipeline's run."""
+
+    name: str
+    made: str
+    """What it made now; nothing where all was done before."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineReport:
+    """All that one run of `pipeline` did."""
+
+    name: str
+    flow_run_id: str
+    stages: tuple[Stage, ...]
+    corpus: CorpusReport
+    features: FeaturesReport
+    finetune: FinetuneReport
+    evaluate: EvaluateReport
+
+    def summary(self) -> str:
+        """What was made now and what before."""
+        lines = [f"# {self.name}: from URLs to a model", "", "| | made now | seconds |", "|---|---|---:|"]
+        for stage in self.stages:
+            lines.append(f"| {stage.name} | {stage.made or 'nothing: done before'} | {stage.seconds:.0f} |")
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """The report as a page."""
+        return f"{self.summary()}\n\n{self.evaluate.markdown()}"
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def write_pipeline_report(report: PipelineReport) -> None:
+    """Leave the report as a markdown artifact."""
+    key = report.name.replace("_", "-")
+    create_markdown_artifact(
+        report.markdown(), key=f"pipeline-{key}", description=f"From URLs to a model: {report.name}"
+    )
 
 
 def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:

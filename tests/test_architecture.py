@@ -26,7 +26,7 @@ ALLOWED = {
     "lance": ("imagerag/retrieval/", "imagerag/table.py", "imagerag/training/data.py"),
     "lancedb": ("imagerag/retrieval/",),
     "img2dataset": ("imagerag/corpus/",),
-    "mlflow": ("imagerag/training/tracking.py",),
+    "mlflow": ("imagerag/training/tracking.py", "imagerag/registry/"),
     "typer": ("imagerag/cli/",),
 }
 

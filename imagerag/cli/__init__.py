@@ -13,10 +13,12 @@ from imagerag.cli import (
     corpus,
     demo,
     doctor,
+    evaluate,
     features,
     finetune,
     generate,
     index,
+    registry,
     sample,
     search,
     services,
@@ -40,9 +42,15 @@ app.command("reindex")(
 )
 app.command()(features.features)
 app.command()(finetune.finetune)
+app.command()(evaluate.evaluate)
+app.command()(evaluate.pipeline)
 app.command()(search.search)
 app.command()(generate.generate)
 app.command()(compare.compare)
+app.command()(registry.models)
+app.command()(registry.promote)
+app.command()(registry.rollback)
+app.command()(registry.pull)
 app.add_typer(tiny.app, name="tiny")
 app.add_typer(index.app, name="index")
 app.add_typer(sample.app, name="sample")

@@ -1,105 +1,183 @@
-"""`imagerag demo`: the main job, on the sample corpus, with every engine real."""
+"""`imagerag demo`: the whole mission on the sample corpus, with every engine real."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from imagerag.evaluation.growth import Growth
     from imagerag.settings import Settings
-    from tasks.report import CorpusReport, FinetuneReport
+    from tasks.report import PipelineReport
 
 CORPUS = "sample"
 NEIGHBOURS = 10
 QUERIES = ("a slice of watermelon", "a happy puppy", "rainy day", "something to write with")
-PROMPTS = ("a llama", "a doughnut", "a helicopter", "a castle", "a harp", "an eggplant")
-"""All in the index, and none of them among the concepts that anything was trained on."""
+_STEPS = 120
+"""Of the training: half of the recipe's."""
+_DOWNLOAD = {
+    "allowed_hosts": ["127.0.0.1"],
+    "image_format": "webp",  # as the drawings are served, so that they are kept as they are
+    "timeout_s": 5,
+    "shard_size": 500,
+}
 
 
 def demo(
-    limit: Annotated[int | None, typer.Option(min=1, help="Ingest only so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=300, help="Ingest only so many images.")] = None,
 ) -> None:
-    """Run the main job on the sample corpus: ingest, search, cache features, fine-tune, and generate with the index."""
+    """Run the whole mission on the sample corpus: from a list of URLs to a registered model that knows new images."""
+    from imagerag.files import read_json, write_json
     from imagerag.settings import Settings
 
     settings = Settings()
+    folder = settings.home / CORPUS
     typer.echo(f"Everything this makes is kept in {settings.home}. Run it again: what is done is skipped.\n")
-    typer.echo("1. Serve the sample corpus on loopback, as a web site would, bad URLs included; ingest its URL list.")
-    report = _ingest(settings, limit)
+    done = read_json(f"{folder}/demo.json")
+    if done is None:
+        typer.echo("1. Serve the sample corpus on loopback, as a web site would, bad URLs included; download, embed,")
+        typer.echo("   index, cache features, fine-tune, evaluate on held-out concepts, pass the gate, register.")
+        report = _pipeline(settings, limit)
+        done = {
+            "version": report.evaluate.registered.version,
+            "evaluation": report.evaluate.evaluated.uri,
+            "adapter": report.evaluate.evaluated.adapter,
+            "flow_run": report.flow_run_id,
+            "passed": report.evaluate.decision.passed,
+        }
+        write_json(f"{folder}/demo.json", done)
+    else:
+        typer.echo(f"1. The model was made before; delete {folder / 'demo.json'} to make it again.")
 
-    from imagerag.cli.corpus import show_report
-
-    show_report(report)
-    typer.echo("\n2. Search the published index.")
-    page = _search(settings)
-    typer.echo("\n3. Encode every row with the base model `tiny`, so that references cost next to nothing later.")
-    _cache_features()
-    typer.echo("\n4. Fine-tune an adapter on all but the held-out concepts; losses and pictures go to MLflow.")
-    adapter = _finetune(settings, limit)
-    typer.echo("\n5. Generate held-out concepts in one step, with and without references, and compare.")
-    comparison = _compare(settings, adapter)
-    typer.echo(f"\nPictures:   {comparison}")
-    typer.echo(f"Search:     {page}")
-    typer.echo(f"Generate:   .venv/bin/imagerag generate 'a red dragon' --name {CORPUS} --adapter {adapter}")
-    typer.echo(f"            .venv/bin/imagerag search 'a birthday party' --name {CORPUS} --html birthday.html")
+    typer.echo(f"\n2. Pull version {done['version']} of the model, as an application would.")
+    model = _pull(settings, done["version"])
+    typer.echo(f"   {model}")
+    typer.echo("\n3. Add a drawing style and new concepts to the index by `reindex`, and generate them, untrained.")
+    _grow(settings, limit)
+    growth = _compare(settings, model, limit)
+    if growth.before is not None and growth.after is not None:
+        typer.echo(f"   recognised among {growth.before.num}: before {growth.before}, after {growth.after}")
+    page = _write_page(settings, done, growth)
+    typer.echo(f"\nAll of it:  {page}")
+    typer.echo(f"Search:     {_search(settings)}")
+    typer.echo(f"Generate:   .venv/bin/imagerag generate 'a red dragon' --name {CORPUS} --adapter {done['adapter']}")
     typer.echo("Prefect UI: make up (this run is in its history)")
 
 
-def _ingest(settings: "Settings", limit: int | None) -> "CorpusReport":
+def _pipeline(settings: "Settings", limit: int | None) -> "PipelineReport":
+    from imagerag.cli.evaluate import show_evaluation
+    from imagerag.cli.run import run_flow
+    from imagerag.corpus.sample.server import (
+        SampleServer,
+        remembered_port,
+        write_held_out,
+        write_prompts,
+        write_url_list,
+    )
+
+    with SampleServer(port=remembered_port(settings.home)) as server:
+        url_list = write_url_list(server, settings.home, limit=limit, later=False)
+        options: dict[str, Any] = {
+            "corpus": {"url_list": str(url_list), "name": CORPUS, "download": _DOWNLOAD},
+            "data": {"held_out": str(write_held_out(settings.home))},
+            "training": {"steps": _STEPS},
+            "evaluation": {"prompts": str(write_prompts(settings.home))},
+        }
+        if limit is not None:  # what is held out may be too little to recognise anything among
+            options["gate"] = {"metric": "text_score"}
+        report: PipelineReport = run_flow("pipeline", options, defaults=_defaults())
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(report.summary()))
+    show_evaluation(report.evaluate)
+    return report
+
+
+def _defaults() -> dict[str, Any]:
+    from imagerag.training import config
+
+    return config.tiny().model_dump()
+
+
+def _pull(settings: "Settings", version: int) -> Path:
+    from imagerag.registry.versions import pull
+
+    out = settings.home / CORPUS / f"model-{version}"
+    if not out.exists():
+        pull(settings, str(version), out)
+    return out
+
+
+def _grow(settings: "Settings", limit: int | None) -> None:
+    from imagerag.cli.corpus import show_report
+    from imagerag.cli.features import show_features
     from imagerag.cli.run import run_flow
     from imagerag.corpus.sample.server import SampleServer, remembered_port, write_url_list
 
     with SampleServer(port=remembered_port(settings.home)) as server:
         url_list = write_url_list(server, settings.home, limit=limit)
-        options = {
-            "url_list": str(url_list),
-            "name": CORPUS,
-            # WebP, as the drawings are served, so that they are kept as they are.
-            "download": {"allowed_hosts": ["127.0.0.1"], "image_format": "webp", "timeout_s": 5, "shard_size": 500},
-        }
-        report: CorpusReport = run_flow("ingest", options)
-        return report
+        show_report(run_flow("reindex", {"url_list": str(url_list), "name": CORPUS, "download": _DOWNLOAD}))
+    show_features(run_flow("features", {"name": CORPUS}))
+
+
+def _compare(settings: "Settings", model: Path, limit: int | None) -> "Growth":
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it counts the tensors of a file
+    from imagerag.corpus.sample.server import later_concepts
+    from imagerag.evaluation.growth import measure_growth
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+
+    pipeline = ImageRAGTurboPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [concept.name for concept in later_concepts()]
+    return measure_growth(pipeline, settings.index_uri, CORPUS, prompts)
+
+
+def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") -> Path:
+    from imagerag.evaluation.compare_page import render_comparisons
+    from imagerag.evaluation.results import PAGE, read_results
+    from imagerag.registry.versions import MODEL_NAME
+    from imagerag.retrieval.page import write_whole
+    from imagerag.retrieval.search import Retriever
+    from imagerag.services import find
+
+    results = read_results(done["evaluation"])
+    prefect, mlflow = (find(settings.home, name) for name in ("prefect-server", "mlflow-server"))
+    links = {
+        "pictures of held-out concepts in every way, with their references": f"{done['evaluation']}/{PAGE}",
+        "the run in Prefect": f"{prefect.url if prefect else ''}/runs/flow-run/{done['flow_run']}",
+        f"{MODEL_NAME}, version {done['version']}, in MLflow": f"{mlflow.url if mlflow else ''}/#/models/{MODEL_NAME}",
+    }
+    tables = [("The model on concepts that nothing was trained on", list(results.rows()))]
+    if growth.before is not None and growth.after is not None:
+        head = ["", f"recognised among {growth.before.num}"]
+        rows = [head, ["before", str(growth.before)], ["after", str(growth.after)]]
+        tables.append(("New concepts, before and after they were added to the index, without any training", rows))
+    html = render_comparisons(
+        "evaluate.html",
+        growth.comparisons,
+        Retriever(settings.index_uri, CORPUS),
+        title="imagerag demo: the sample corpus",
+        tables=tables,
+        notes=results.notes(),
+        links=links,
+    )
+    page = settings.home / CORPUS / "demo.html"
+    write_whole(page, html)
+    return page
 
 
 def _search(settings: "Settings") -> Path:
-    from imagerag.cli.search import Mode, open_index, print_neighbours, search_text
+    from imagerag.cli.search import Mode, open_index, search_text
     from imagerag.retrieval.page import Section, write_page
     from imagerag.retrieval.search import Filters
 
     retriever, encoder = open_index(settings, CORPUS)
-    sections = []
-    for query in QUERIES:
-        neighbours = search_text(retriever, encoder, query, NEIGHBOURS, Mode.CAPTION, Filters())
-        print_neighbours(query, neighbours)
-        sections.append(Section(query, neighbours))
+    sections = [
+        Section(query, search_text(retriever, encoder, query, NEIGHBOURS, Mode.CAPTION, Filters())) for query in QUERIES
+    ]
     page = settings.home / CORPUS / "search.html"
     write_page(page, title="imagerag search: the sample corpus", sections=sections)
     return page
-
-
-def _cache_features() -> None:
-    from imagerag.cli.features import show_features
-    from imagerag.cli.run import run_flow
-
-    show_features(run_flow("features", {"name": CORPUS}))
-
-
-def _finetune(settings: "Settings", limit: int | None) -> Path:
-    from imagerag.cli.finetune import show_finetune
-    from imagerag.cli.run import run_flow
-    from imagerag.corpus.sample.server import write_held_out
-
-    held_out = {"held_out": str(write_held_out(settings.home))} if limit is None else {"held_out_share": 0.2}
-    report: FinetuneReport = run_flow("finetune", {"name": CORPUS, "data": held_out})
-    show_finetune(report)
-    assert report.finetuned is not None, report
-    return Path(report.finetuned.uri)
-
-
-def _compare(settings: "Settings", adapter: Path) -> Path:
-    from imagerag.cli.compare import print_scores, run_comparison
-
-    out = settings.home / CORPUS / "compare"
-    made = run_comparison(PROMPTS, name=CORPUS, base="tiny", teacher="tiny-teacher", adapter=adapter, seed=0, out=out)
-    print_scores(made)
-    return out / "index.html"

@@ -7,6 +7,7 @@ import typer
 if TYPE_CHECKING:
     from imagerag.artifacts import Publication
     from imagerag.retrieval.store import Store
+    from imagerag.retrieval.takedown import Removal
 
 app = typer.Typer(help="Show, publish, roll back and take down.", no_args_is_help=True)
 
@@ -86,6 +87,27 @@ def remove(
     take_down(shards_uri, urls=url or (), sha256s=hashes)
     removal = takedown.remove(store, image_sha256s=hashes)
     typer.echo(f"removed {removal.num_rows} rows; the table is at version {removal.version}")
+    _name_models(name, removal)
+
+
+def _name_models(name: str, removal: "Removal") -> None:
+    """Tell which registered models need their makers' attention after a takedown."""
+    from imagerag.registry.versions import MODEL_NAME, versions_with_copy
+    from imagerag.settings import Settings
+
+    for label in removal.unpinned:
+        why = "used removed rows" if label in removal.pinned_by else "used an earlier version"
+        typer.echo(
+            f"{label} {why}, and can't load any more unless it is portable: register it again on version "
+            f"{removal.version}"
+        )
+    clean = [label for label in removal.unpinned if label not in removal.pinned_by]
+    for info in versions_with_copy(Settings(), name):
+        if not any(label.startswith(f"{MODEL_NAME}-{info.version}-") for label in clean):
+            typer.echo(
+                f"version {info.version} of {MODEL_NAME} is portable and holds a copy of version "
+                f"{info.pinned('index_version')} of the index, removed rows included if it had them: delete it"
+            )
 
 
 def _store(name: str) -> "Store":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from imagerag.settings import Settings
 
 
-FlowName = Literal["ingest", "reindex", "features", "finetune"]
+FlowName = Literal["ingest", "reindex", "features", "finetune", "evaluate", "pipeline"]
 
 
 def run_flow(
@@ -51,18 +51,11 @@ def run_flow(
 
 def _load(flow: FlowName) -> tuple[Any, Any]:
     """Return the flow, and the model of its parameters."""
-    if flow == "finetune":
-        from flows.finetune import FinetuneParameters, finetune
+    from importlib import import_module
 
-        return finetune, FinetuneParameters
-    if flow == "features":
-        from flows.features import FeaturesParameters, features
-
-        return features, FeaturesParameters
-    from flows.ingest import CorpusParameters, ingest
-    from flows.reindex import reindex
-
-    return (ingest if flow == "ingest" else reindex), CorpusParameters
+    module = import_module(f"flows.{flow}")
+    model = {"ingest": "Corpus", "reindex": "Corpus"}.get(flow, flow.capitalize())
+    return getattr(module, flow), getattr(module, f"{model}Parameters")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Cell:
     title: str
     image: Image.Image
     score: float
-    """By `Scorer`."""
+    """By `Scorer`; NaN where it was not asked."""
     seconds: float
     """Of the whole call that made it, retrieval included. The oracle's is that of all its tries."""
     references: tuple[Reference, ...]

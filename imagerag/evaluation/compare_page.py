@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,17 +17,7 @@ _MAX_ROWS_IN_SHEET = 64
 def write_comparison(folder: Path, comparisons: Sequence[Comparison], retriever: Retriever, *, title: str) -> None:
     """Write `index.html`, which needs nothing else, `grid.png` and `scores.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    used = {reference.id for each in comparisons for cell in each.cells for reference in cell.references}
-    images = {row.id: row.image for row in retriever.fetch(sorted(used), images=True)} if used else {}
-    html = render(
-        "imagerag.evaluation",
-        "compare.html",
-        {"png": _png, "thumbnail": lambda id: data_uri(images[id] or b""), "web_link": web_link},
-        title=title,
-        comparisons=comparisons,
-        version=retriever.version,
-    )
-    write_whole(folder / "index.html", html)
+    write_whole(folder / "index.html", render_comparisons("compare.html", comparisons, retriever, title=title))
     titles = " | ".join(cell.title for cell in comparisons[0].cells)
     rows = [
         (f"{each.prompt}  ({titles})" if number == 0 else each.prompt, [cell.image for cell in each.cells])
@@ -36,6 +26,20 @@ def write_comparison(folder: Path, comparisons: Sequence[Comparison], retriever:
     sheet(rows).save(folder / "grid.png")
     scores = [{"prompt": each.prompt, "cells": [_numbers(cell) for cell in each.cells]} for each in comparisons]
     write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+
+
+def render_comparisons(template: str, comparisons: Sequence[Comparison], retriever: Retriever, **values: object) -> str:
+    """Return the page that a template makes of comparisons, with the references' pictures in it."""
+    used = {reference.id for each in comparisons for cell in each.cells for reference in cell.references}
+    images = {row.id: row.image for row in retriever.fetch(sorted(used), images=True)} if used else {}
+    filters: dict[str, Callable[..., object]] = {
+        "png": _png,
+        "thumbnail": lambda id: data_uri(images[id] or b""),
+        "web_link": web_link,
+    }
+    return render(
+        "imagerag.evaluation", template, filters, comparisons=comparisons, version=retriever.version, **values
+    )
 
 
 def _numbers(cell: Cell) -> dict[str, object]:

@@ -1,16 +1,18 @@
 """Features of pictures by a network that knows ImageNet and nothing of ours: EfficientNet-Lite0."""
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
 from imagerag.digests import sha256_of
+from imagerag.embedding.encoder import to_rgb
 from imagerag.errors import UserError
 
 Features = npt.NDArray[np.float32]
@@ -59,6 +61,17 @@ def load_feature_network() -> FeatureNetwork:
     network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
     network.reset_classifier(0)
     return FeatureNetwork(network)
+
+
+def features_of(pictures: Sequence[Image.Image]) -> Features:
+    """Return features (N, 1280) of pictures of any size."""
+    batches = (pictures[start : start + _BATCH_SIZE] for start in range(0, len(pictures), _BATCH_SIZE))
+    return load_feature_network()(torch.stack([_to_tensor(picture) for picture in batch]) for batch in batches)
+
+
+def _to_tensor(picture: Image.Image) -> torch.Tensor:
+    pixels = np.asarray(to_rgb(picture).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
 
 
 def _weights_path() -> Path:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
 
 
 @dataclass(frozen=True)
@@ -25,5 +24,7 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
     data = np.asarray(values, float)
     if np.ptp(data) == 0:
         return Estimate(float(data[0]), float(data[0]), float(data[0]), len(data))
+    from scipy.stats import bootstrap  # takes a second, which flows that measure nothing need not pay
+
     interval = bootstrap((data,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
     return Estimate(float(data.mean()), float(interval.low), float(interval.high), len(data))

@@ -38,9 +38,14 @@ class Judge:
         return cls(_normalized(features - centre), concepts, centre)
 
     def recognised(
-        self, features: Features, concepts: Ints, candidates: Sequence[int] | Ints, ignored: Ints | None = None
+        self,
+        features: Features,
+        concepts: Ints,
+        candidates: Sequence[int] | Ints,
+        ignored: Ints | None = None,
+        num_names: int = NUM_NAMES,
     ) -> npt.NDArray[np.bool_]:
-        """Return for each picture (B,) whether its concept is the nearest of `NUM_NAMES`, see `is_nearest`.
+        """Return for each picture (B,) whether its concept is the nearest of `num_names`, see `is_nearest`.
 
         Args:
             features: of the pictures (B, D).
@@ -48,12 +53,13 @@ class Judge:
             candidates: concepts that the others are drawn from.
             ignored: drawings of the judge's own that do not count for a picture (B, K), -1 for none: itself, where it
                 is a real one, or what it may be a copy of.
+            num_names: of which one is right.
         """
         similarities = _normalized(features - self.centre) @ self.features.T
         if ignored is not None:
             rows, columns = np.nonzero(ignored >= 0)
             similarities[rows, ignored[rows, columns]] = -np.inf
-        return is_nearest(similarities, self.concepts, concepts, candidates, NUM_NAMES)
+        return is_nearest(similarities, self.concepts, concepts, candidates, num_names)
 
 
 def is_nearest(

@@ -11,22 +11,19 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import numpy as np
-import torch
 from PIL import Image
 
-from imagerag.embedding.encoder import to_rgb
-from imagerag.evaluation.features import Features, load_feature_network
-from imagerag.evaluation.recognition import ClipJudge
+from imagerag.evaluation.features import Features, features_of
+from imagerag.evaluation.recognition import ClipJudge, Floats
 from imagerag.hspace.features import open_images
 from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
 
-_NUM_ROWS = 2000
+NUM_ROWS = 2000
+"""That it is fitted to."""
 _RIDGE = 3000.0
 """Of 100 to 30,000, the best at telling the captions of 1,000 other drawings of the sample corpus from wrong ones (AUC
 0.94)."""
-_SIDE = 128
-_BATCH_SIZE = 64
 
 
 class Scorer:
@@ -36,11 +33,15 @@ class Scorer:
         self._judge = judge
 
     @classmethod
+    def fit(cls, images: Sequence[bytes], embeds: Embeds) -> "Scorer":
+        """Fit to encoded pictures and their captions' embeddings (N, D)."""
+        return cls(ClipJudge.fit(features_of(open_images(images)), embeds, _RIDGE))
+
+    @classmethod
     def of(cls, retriever: Retriever, cache: Path) -> "Scorer":
         """Fit to a sample of the index's rows, always the same, or read from a file what was fitted before."""
         if not cache.exists():
-            images, embeds = retriever.sample(_NUM_ROWS)
-            fitted = ClipJudge.fit(_features(open_images(images)), embeds, _RIDGE)
+            fitted = cls.fit(*retriever.sample(NUM_ROWS))._judge
             cache.parent.mkdir(parents=True, exist_ok=True)
             with NamedTemporaryFile(dir=cache.parent, suffix=".partial", delete=False) as file:
                 np.savez(file, **asdict(fitted))
@@ -50,16 +51,9 @@ class Scorer:
 
     def scores(self, pictures: Sequence[Image.Image], embeds: Embeds) -> list[float]:
         """Return the cosine of each picture and its text's embedding (N, D), -1 to 1."""
-        scores: list[float] = self._judge.scores(_features(pictures), embeds).tolist()
+        scores: list[float] = self.scores_of(features_of(pictures), embeds).tolist()
         return scores
 
-
-def _features(pictures: Sequence[Image.Image]) -> Features:
-    network = load_feature_network()
-    batches = (pictures[start : start + _BATCH_SIZE] for start in range(0, len(pictures), _BATCH_SIZE))
-    return network(torch.stack([_to_tensor(picture) for picture in batch]) for batch in batches)
-
-
-def _to_tensor(picture: Image.Image) -> torch.Tensor:
-    pixels = np.asarray(to_rgb(picture).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
+    def scores_of(self, features: Features, embeds: Embeds) -> Floats:
+        """Return the same of pictures whose features (N, 1280) are known."""
+        return self._judge.scores(features, embeds)

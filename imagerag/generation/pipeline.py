@@ -20,6 +20,7 @@ from imagerag.errors import UserError
 from imagerag.generation.arguments import Given, check_fusion, check_given, check_prompts, check_sampling
 from imagerag.generation.base import BaseModel
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
+from imagerag.generation.saving import align, attach_beside, save_beside
 from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import Condition, TextConditioner, unet_arguments
 from imagerag.hspace.adapter import HSpaceAdapter, gate
@@ -27,6 +28,7 @@ from imagerag.hspace.features import encode_references, feature_identity
 from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SecondHalf, SlerpFusion
 from imagerag.hspace.lora import without_lora
 from imagerag.hspace.split import decode, encode
+from imagerag.locks import local_folder
 from imagerag.retrieval.schema import Embeds
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -67,6 +69,8 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         base_digest: str | None = None,
         index_uri: str | None = None,
         index_name: str | None = None,
+        index_version: int | None = None,
+        has_lora: bool = False,
         similarity_threshold: float = 0.0,
     ) -> None:
         """Make a pipeline of its parts; `from_base` and `from_pretrained` are easier.
@@ -77,6 +81,8 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             base_digest: which base model it is, and so whose cached features it can use.
             index_uri: the LanceDB database with the index that references come from.
             index_name: its corpus.
+            index_version: the version of it that is used, whatever is published; by default what is published.
+            has_lora: whether LoRA belongs to the adapter, which `from_pretrained` then finds beside it.
             similarity_threshold: references whose caption is less similar to the prompt have no effect.
         """
         super().__init__()
@@ -95,6 +101,8 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             base_digest=base_digest,
             index_uri=index_uri,
             index_name=index_name,
+            index_version=index_version,
+            has_lora=has_lora,
             similarity_threshold=similarity_threshold,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -107,7 +115,7 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         second = dict(
             zip(("tokenizer_2", "text_encoder_2"), (*base.tokenizers[1:], *base.text_encoders[1:]), strict=False)
         )
-        return cls(
+        pipeline = cls(
             vae=base.vae,
             unet=base.unet,
             scheduler=base.scheduler,
@@ -118,27 +126,44 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             base_digest=base.identity.digest,
             **second,
         )
+        align(pipeline)
+        return pipeline
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
+        """Load what `save_pretrained` or `imagerag pull` wrote, or any base model in diffusers' format.
+
+        Raises:
+            UserError: if LoRA belongs to it and is not there.
+        """
+        pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **arguments)
+        attach_beside(pipeline, Path(pretrained_model_name_or_path))
+        align(pipeline)
+        return pipeline
 
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> None:
-        """Write the pipeline as `from_pretrained` reads it: base model, adapter, and which index it uses.
+        """Write the pipeline as `from_pretrained` reads it: base model, adapter, LoRA, and which index it uses.
 
         Raises:
-            UserError: if LoRA is attached, which a base model's folder has no place for.
+            UserError: if LoRA is attached that is not the adapter's.
         """
-        if getattr(self.unet, "peft_config", None):
-            raise UserError(
-                "a pipeline with LoRA can't be saved as a whole: keep the folder that `imagerag finetune` wrote, which "
-                "load_finetuned puts onto its base model"
-            )
-        super().save_pretrained(save_directory, **arguments)
+        savable = save_beside(self, Path(save_directory))
+        super(ImageRAGTurboPipeline, savable).save_pretrained(save_directory, **arguments)
 
-    def use_index(self, uri: str, name: str) -> Self:
-        """Take references from the published index of a corpus, opened now.
+    def use_index(self, uri: str, name: str, version: int | None = None) -> Self:
+        """Take references from the index of a corpus, opened now.
+
+        Args:
+            uri: the LanceDB database.
+            name: the corpus.
+            version: the one to stay on; by default the published one.
 
         Raises:
-            UserError: if there is none, or it is empty.
+            UserError: if there is no such index or version, or it is empty.
         """
-        self.register_to_config(index_uri=uri, index_name=name)
+        folder = local_folder(uri)
+        uri = uri if folder is None else str(folder.absolute())
+        self.register_to_config(index_uri=uri, index_name=name, index_version=version)
         self._index = None
         assert self.index is not None, (uri, name)
         return self
@@ -151,7 +176,9 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
                 raise UserError("a pipeline that isn't told its base_digest can't use an index's cached features")
             base = BaseIdentity(id=self.config.base_id or "unnamed", digest=self.config.base_digest)
             identity = feature_identity(base, self.unet.config)
-            self._index = ReferenceIndex(self.config.index_uri, self.config.index_name, identity, self.text_encoder)
+            self._index = ReferenceIndex(
+                self.config.index_uri, self.config.index_name, identity, self.text_encoder, self.config.index_version
+            )
         return self._index
 
     def encode_queries(self, texts: Sequence[str]) -> Embeds:

@@ -98,22 +98,41 @@ class References:
 
 
 class ReferenceIndex:
-    """The published index of a corpus, searched by prompts, with the features of one base model.
+    """The index of a corpus, searched by prompts, with the features of one base model.
 
     Attributes:
         identity: of the features.
         retriever: what searches.
 
     Raises:
-        UserError: if nothing is published, or the index is empty.
+        UserError: if nothing is published, the pinned version is gone, or the index is empty.
     """
 
-    def __init__(self, uri: str, name: str, identity: FeatureIdentity, text_encoder: "PreTrainedModel") -> None:
-        """Open the index. `text_encoder` is the base model's, which may be the index's own as well."""
-        from imagerag.retrieval.search import Retriever  # takes a second, which only an index's users pay
+    def __init__(
+        self,
+        uri: str,
+        name: str,
+        identity: FeatureIdentity,
+        text_encoder: "PreTrainedModel",
+        version: int | None = None,
+    ) -> None:
+        """Open the index.
 
+        Args:
+            uri: of the database.
+            name: of the corpus.
+            identity: of the features.
+            text_encoder: the base model's, which may be the index's own as well.
+            version: the pinned one; by default the published one.
+        """
+        from imagerag.retrieval.pins import require_version
+        from imagerag.retrieval.search import Retriever  # takes a second, which only an index's users pay
+        from imagerag.retrieval.store import Store
+
+        if version is not None:
+            require_version(Store(uri, name), version)
         self.identity = identity
-        self.retriever = Retriever(uri, name)
+        self.retriever = Retriever(uri, name, version=version)
         if self.retriever.num_rows == 0:
             raise UserError(f"the index {name!r} is empty: nothing can be retrieved")
         self._name = name

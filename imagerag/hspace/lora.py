@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DConditionModel
 
 LORA_NAME = "imagerag"
@@ -21,6 +22,20 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
         local_files_only=True,
     )
     unet.requires_grad_(False)
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write the LoRA as `load_lora` reads it."""
+    unet.save_lora_adapter(folder, adapter_name=LORA_NAME, weight_name=WEIGHTS_NAME)
+
+
+def copy_without_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Return the UNet as it was before a LoRA was attached. It shares the weights with `unet`."""
+    weights = {name.replace(".base_layer.", "."): weight for name, weight in unet.state_dict().items()}
+    with torch.device("meta"):
+        copy: UNet2DConditionModel = UNet2DConditionModel.from_config(unet.config)
+    copy.load_state_dict({name: weight for name, weight in weights.items() if ".lora_" not in name}, assign=True)
+    return copy
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
 import fsspec
@@ -59,6 +59,26 @@ class Store:
         raise UserError(
             f"there is no table {self.name!r} in {self.uri}: `imagerag ingest` makes it from a list of image URLs"
         )
+
+    def has(self, version: int) -> bool:
+        """Whether the table is there, and has this version."""
+        return self._open(version) is not None
+
+    def created_at(self, version: int) -> datetime:
+        """Return when a version was made. It tells it from one of the same number in a table made anew."""
+        timestamp: datetime = self.dataset(version).get_version()["timestamp"]
+        return timestamp.astimezone(UTC)
+
+    def copy(self, version: int, uri: str) -> "Store":
+        """Copy a version with its indexes into another database. It has the same number there, and is the only one.
+
+        Rows come in the same order and searches find the same as here.
+        """
+        copy = Store(uri, self.name)
+        if (folder := local_folder(uri)) is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.dataset(version).deep_clone(copy.table_uri, version)
+        return copy
 
     def _open(self, version: int | None = None) -> LanceDataset | None:
         try:

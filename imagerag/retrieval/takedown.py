@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from imagerag.errors import UserError
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import Column, block, blocked, matches
 from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.pins import pins, unpin
 from imagerag.retrieval.publish import PublishConfig, check_rows, drop_history, move_tag, published_version
 from imagerag.retrieval.store import Store
 
@@ -23,6 +25,10 @@ class Removal:
     version: int
     """The table's version without the rows: the published one, if any was published before."""
     published: bool
+    pinned_by: tuple[str, ...]
+    """Labels of the pins whose version held a removed row."""
+    unpinned: tuple[str, ...]
+    """Labels of all pins there were: their versions are gone, whether they held such a row or not."""
 
     @property
     def num_rows(self) -> int:
@@ -37,8 +43,8 @@ def remove(
 
     The values and the ids of the rows are blocked first, so that no later version with such a row is published. Then
     the rows are deleted, the remaining ones are rewritten and indexed anew, readers are moved to the result, and all
-    earlier versions are deleted: **no rollback past a takedown is possible**, and readers that are still on an earlier
-    version must refresh. If it is killed, call it again with the same values.
+    earlier versions are deleted, pinned ones too: **no rollback past a takedown is possible**, and readers that are
+    still on an earlier version must refresh. If it is killed, call it again with the same values.
 
     On an object store, files that a killed writer left there may hold the bytes for up to seven days more.
 
@@ -48,6 +54,8 @@ def remove(
     wanted: dict[Column, list[str]] = {"id": list(ids), "url": list(urls), "image_sha256": list(image_sha256s)}
     with store.writer_lock():
         rows = find(store, urls=urls, ids=ids, image_sha256s=image_sha256s)
+        pinned = pins(store)
+        holders = _versions_with(store, set(pinned.values()), rows["id"])
         _restore_published_if_unhealthy(store)
         for column, values in wanted.items():
             block(store, column, values)
@@ -60,6 +68,8 @@ def remove(
         if published:
             move_tag(store, version)
             drop_history(store)
+        for label in pinned:
+            unpin(store, label)
         store.clean_up()
     return Removal(
         ids=tuple(rows["id"].to_pylist()),
@@ -67,6 +77,8 @@ def remove(
         image_sha256s=tuple(rows["image_sha256"].to_pylist()),
         version=version,
         published=published,
+        pinned_by=tuple(sorted(label for label, version in pinned.items() if version in holders)),
+        unpinned=tuple(sorted(pinned)),
     )
 
 
@@ -94,6 +106,12 @@ def find(
             raise UserError(f"no row of table {store.name!r} has the {column} {min(missing)!r}; nothing was taken down")
         found.append(rows.filter(matches(rows, column, values)))
     return pa.concat_tables(found).group_by(["id", "url", "image_sha256"]).aggregate([])
+
+
+def _versions_with(store: Store, versions: set[int], ids: pa.ChunkedArray) -> set[int]:
+    """Return those of the versions that hold one of the rows."""
+    own = {version: store.dataset(version).to_table(columns=["id"])["id"] for version in versions}
+    return {version for version, column in own.items() if pc.any(pc.is_in(column, ids.combine_chunks())).as_py()}
 
 
 def _restore_published_if_unhealthy(store: Store) -> None:

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import nn
 
 from imagerag.hspace.adapter import HSpaceAdapter, gate
-from imagerag.hspace.lora import LORA_NAME, WEIGHTS_NAME
+from imagerag.hspace.lora import LORA_NAME, save_lora
 from imagerag.hspace.split import decode, encode
 from imagerag.training.data import RagBatch
 from imagerag.training.diffusion import Diffusion
@@ -64,8 +64,8 @@ class Generator(nn.Module):
         return self
 
     def save_lora(self, folder: Path) -> None:
-        """Write LoRA as `UNet2DConditionModel.load_lora_adapter` reads it."""
-        self.unet.save_lora_adapter(folder, adapter_name=LORA_NAME, weight_name=WEIGHTS_NAME)
+        """Write LoRA as `load_lora` reads it."""
+        save_lora(self.unet, folder)
 
     def learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what learns, by name."""

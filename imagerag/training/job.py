@@ -102,6 +102,32 @@ def finetune(
     return finetuned
 
 
+def read_finetuned(folder: str) -> Finetuned:
+    """Return what a training left in a folder, wherever that is now.
+
+    Raises:
+        UserError: if there is nothing of the kind.
+    """
+    manifest = read_json(f"{folder}/{MANIFEST}")
+    if manifest is None:
+        raise UserError(f"there is no {MANIFEST} in {folder}: `imagerag finetune` makes one")
+    return replace(Finetuned(**manifest["finetuned"]), uri=folder, is_new=False)
+
+
+def newest_finetuned(settings: Settings, name: str) -> Finetuned:
+    """Return what the last finished training on a corpus left.
+
+    Raises:
+        UserError: if none was finished.
+    """
+    filesystem, folder = fsspec.url_to_fs(f"{settings.training_of(name)}/finetuned")
+    manifests = filesystem.glob(f"{folder}/*/{MANIFEST}")
+    if not manifests:
+        raise UserError(f"no adapter was trained on {name!r} yet: `imagerag finetune --name {name}` does it")
+    newest = max(manifests, key=filesystem.modified)
+    return read_finetuned(filesystem.unstrip_protocol(newest.rsplit("/", 1)[0]).removeprefix("file://"))
+
+
 def key_of(training_set: TrainingSet, config: FinetuneConfig) -> str:
     """Return the name of the training: a digest of all that its result depends on."""
     inputs: dict[str, Any] = {

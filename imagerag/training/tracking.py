@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from PIL import Image
@@ -39,7 +41,7 @@ class MlflowTracker:
     """Sends to an MLflow run in the background; what can't be sent now waits in memory, and the training goes on."""
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
-        self._client, self._run_id = _client(tracking_uri), run_id
+        self._client, self._run_id = mlflow_client(tracking_uri), run_id
         self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
@@ -64,6 +66,16 @@ class MlflowTracker:
     def image(self, name: str, image: Image.Image) -> None:
         """See `Tracker`."""
         self._waiting.put(partial(self._client.log_image, self._run_id, image, artifact_file=name))
+
+    def file(self, name: str, content: bytes) -> None:
+        """Keep a file."""
+        self._waiting.put(partial(self._log_file, name, content))
+
+    def _log_file(self, name: str, content: bytes) -> None:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(content)
+            self._client.log_artifact(self._run_id, str(path))
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run once all is sent, or after a minute without success."""
@@ -115,7 +127,7 @@ def start_run(
         UserError: if MLflow can't be reached.
     """
     uri = tracking_uri(settings)
-    client = _client(uri)
+    client = mlflow_client(uri)
     try:
         if run_id is not None and client.get_run(run_id).info.lifecycle_stage == "active":
             client.update_run(run_id, status="RUNNING")
@@ -160,8 +172,11 @@ def tracked(settings: Settings, experiment: str, run_name: str, parameters: Mapp
         yield tracker
 
 
-def _client(uri: str) -> "MlflowClient":
+def mlflow_client(uri: str) -> "MlflowClient":
+    """Return MLflow's client of a server or database, which need not be there."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # with its own 7, it takes minutes to give up
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table that it makes
     from mlflow import MlflowClient
 

@@ -6,7 +6,8 @@ import pytest
 from imagerag.errors import UserError
 from imagerag.retrieval.blocklist import block, blocked, is_blocked
 from imagerag.retrieval.index import IndexConfig, build_index
-from imagerag.retrieval.publish import published_rows, published_version, rollback, status
+from imagerag.retrieval.pins import pin, pins, unpin
+from imagerag.retrieval.publish import PublishConfig, published_rows, published_version, rollback, status
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove
@@ -143,3 +144,41 @@ def test_a_table_that_was_never_published_stays_so(store: Store) -> None:
     removal = remove(store, urls=["https://example.org/1.png"])
     assert (removal.num_rows, removal.published) == (1, False)
     assert (store.count(), published_version(store)) == (4, None)
+
+
+def test_a_takedown_drops_all_pins_and_names_those_that_held_the_row(history: Store) -> None:
+    first, *_, last = sorted(entry.version for entry in status(history).history)
+    pin(history, first, "model-1")
+    pin(history, last, "model-2")
+    for start in (31, 41, 51, 61, 71):
+        append(history, make_rows(start, start + 10))
+        index_and_publish(history)
+    assert first not in [entry.version for entry in status(history).history], "only the pin keeps it"
+    removal = remove(history, urls=["https://example.org/25.png"])
+    assert (removal.pinned_by, removal.unpinned) == (("model-2",), ("model-1", "model-2"))
+    assert pins(history) == {}
+    assert len(history.dataset().versions()) == 1
+
+
+def test_takedown_finds_rows_that_only_a_pinned_version_holds(history: Store) -> None:
+    pin(history, history.version, "model-1")
+    history.delete(make_rows(0, 30)["id"].combine_chunks())
+    index_and_publish(history, PublishConfig(keep=1, max_shrink=1.0))
+    assert Retriever(history.uri, history.name, version=pins(history)["model-1"]).num_rows == 31
+    removal = remove(history, urls=["https://example.org/7.png"])
+    assert (removal.num_rows, removal.pinned_by) == (1, ("model-1",))
+    assert files_with(history, b"picture number 7") == []
+
+
+def test_a_pin_moves_and_is_let_go(history: Store) -> None:
+    first, second, *_ = sorted(entry.version for entry in status(history).history)
+    pin(history, first, "model-1")
+    pin(history, second, "model-1")
+    assert pins(history) == {"model-1": second}
+    unpin(history, "model-1")
+    unpin(history, "model-1")
+    assert pins(history) == {}
+    with pytest.raises(
+        UserError, match=rf"version 99 of the index .*version {published_version(history)} is published"
+    ):
+        pin(history, 99, "model-1")

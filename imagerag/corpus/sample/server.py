@@ -11,7 +11,7 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from imagerag.corpus.sample import Drawing, load_concepts, load_drawings
+from imagerag.corpus.sample import Concept, Drawing, load_concepts, load_drawings
 from imagerag.corpus.sample.bad import bad_urls, send
 from imagerag.errors import UserError
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 _ORDER_SEED = 2602_12640
+LATER_STYLE = "emojione"
+_LATER_EVERY = 8
 
 BAD_URLS = bad_urls()
 """What the bad URLs are and how each must end. Every server answers with a set of its own, which begins anew."""
@@ -66,16 +68,23 @@ class SampleServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def url_list(self, limit: int | None = None) -> "pa.Table":
+    def url_list(self, limit: int | None = None, *, later: bool = True) -> "pa.Table":
         """Return url, caption, source and licence of all drawings and bad URLs, always in the same mixed order.
 
         Args:
             limit: how many drawings; a smaller list's are also in every larger one. The bad URLs are always there.
+            later: whether what a corpus might get later is among them: one style, and `later_concepts`.
         """
         import pyarrow as pa
 
         order = random.Random(_ORDER_SEED)  # noqa: S311 (an order, not a secret)
         drawings = order.sample(list(self._drawings.items()), len(self._drawings))[:limit]
+        if not later:
+            new = {concept.codepoint for concept in later_concepts()}
+            drawings = [
+                (path, each) for path, each in drawings
+                if each.style.name != LATER_STYLE and each.concept.codepoint not in new
+            ]  # fmt: skip
         rows: list[dict[str, str | None]] = [
             {"url": self.url + path, "caption": d.concept.name, "source": d.style.title, "licence": d.style.licence}
             for path, d in drawings
@@ -139,14 +148,19 @@ def remembered_port(home: Path) -> int:
     return port
 
 
-def write_url_list(server: SampleServer, home: Path, limit: int | None = None) -> Path:
+def later_concepts() -> tuple[Concept, ...]:
+    """Return some concepts that nothing is trained on, which the sample corpus can do without at first."""
+    return tuple(concept for concept in load_concepts() if concept.split == "held_out")[::_LATER_EVERY]
+
+
+def write_url_list(server: SampleServer, home: Path, limit: int | None = None, *, later: bool = True) -> Path:
     """Write the server's list to the home's `sample/urls.parquet`, replacing it at once; return the path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = home / "sample" / "urls.parquet"
     sink = pa.BufferOutputStream()
-    pq.write_table(server.url_list(limit), sink)
+    pq.write_table(server.url_list(limit, later=later), sink)
     _write(path, sink.getvalue().to_pybytes())
     return path
 
@@ -156,6 +170,15 @@ def write_held_out(home: Path) -> Path:
     path = home / "sample" / "held_out.txt"
     names = [concept.name for concept in load_concepts() if concept.split == "held_out"]
     _write(path, "".join(f"{name}\n" for name in names).encode())
+    return path
+
+
+def write_prompts(home: Path) -> Path:
+    """Write the same names with their groups, but for `later_concepts`, to the home's `sample/prompts.txt`."""
+    path = home / "sample" / "prompts.txt"
+    later = later_concepts()
+    concepts = [each for each in load_concepts() if each.split == "held_out" and each not in later]
+    _write(path, "".join(f"{each.name}\t{each.group}\n" for each in concepts).encode())
     return path
 
 

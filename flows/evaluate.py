@@ -1,0 +1,49 @@
+"""Evaluate: a trained adapter is measured, registered, and made champion if it is better."""
+
+from prefect import flow
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from imagerag.evaluation.config import EvaluateConfig, GateConfig
+from imagerag.registry.champion import present_champion
+from imagerag.settings import Settings, check_name
+from imagerag.training.job import newest_finetuned, read_finetuned
+from tasks.evaluate import evaluate_adapter, pass_gate, register_model
+from tasks.policy import hide_user_tracebacks
+from tasks.report import EvaluateReport, write_evaluate_report
+
+
+class EvaluateParameters(BaseModel):
+    """What to measure, and what to reach."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="images", description="The corpus, with a published index.")
+    adapter: str | None = Field(
+        default=None, description="A folder that a training left; unset: that of the corpus's last training."
+    )
+    evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What is generated and measured.")
+    gate: GateConfig = Field(default=GateConfig(), description="What a candidate must reach to become champion.")
+    portable: bool = Field(
+        default=False, description="Pack the index into the model, for machines that can't reach the store."
+    )
+
+    _check_name = field_validator("name")(check_name)
+
+
+@flow(name="evaluate")
+def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
+    """Compare an adapter with base model, teacher and champion; register it, and make it champion if it is better.
+
+    Run it again at any time: pictures that are there are not made again, and nothing is registered twice.
+    """
+    hide_user_tracebacks()
+    settings = Settings()
+    adapter = parameters.adapter
+    finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
+    champion = present_champion(settings, finetuned)
+    evaluated = evaluate_adapter(finetuned, parameters.evaluation, champion)
+    decision = pass_gate(evaluated, parameters.gate, champion)
+    registered = register_model(finetuned, evaluated, decision, portable=parameters.portable)
+    report = EvaluateReport(name=parameters.name, evaluated=evaluated, decision=decision, registered=registered)
+    write_evaluate_report(report)
+    return report

@@ -1,0 +1,120 @@
+"""Pipeline: from a list of image URLs to a registered champion, by the other flows; what is done is skipped."""
+
+import time
+from collections.abc import Callable
+from typing import Self, TypeVar
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flows.evaluate import EvaluateParameters, evaluate
+from flows.features import FeaturesParameters, features
+from flows.finetune import FinetuneParameters, finetune
+from flows.ingest import CorpusParameters, ingest
+from imagerag.errors import UserError
+from imagerag.evaluation.config import EvaluateConfig, GateConfig
+from imagerag.hspace.config import FeaturesConfig
+from imagerag.training import config
+from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
+from tasks.policy import hide_user_tracebacks
+from tasks.report import EvaluateReport, PipelineReport, Stage, write_pipeline_report
+
+R = TypeVar("R")
+
+
+class PipelineParameters(BaseModel):
+    """What each part is given; the parts after `corpus` are about its index."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    corpus: CorpusParameters = Field(description="What to index, and how.")
+    features: FeaturesConfig = Field(default=FeaturesConfig(), description="How cached features are made.")
+    data: SynthesizeConfig = Field(default=config.tiny().data, description="What is learnt from.")
+    training: FinetuneConfig = Field(default=config.tiny().training, description="How it is learnt.")
+    workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="The machines of the training.")
+    evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What is generated and measured.")
+    gate: GateConfig = Field(default=GateConfig(), description="What a candidate must reach to become champion.")
+    portable: bool = Field(default=False, description="Pack the index into the registered model.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.features.base != self.data.base:
+            raise UserError(
+                f"features are made by the base model that learns to use them: features.base is {self.features.base} "
+                f"and data.base is {self.data.base}"
+            )
+        return self
+
+
+@flow(name="pipeline")
+def pipeline(parameters: PipelineParameters) -> PipelineReport:
+    """Make a champion of a list of image URLs: ingest, features, finetune, evaluate.
+
+    Run it again at any time: every part continues what is unfinished and says what was done before.
+    """
+    hide_user_tracebacks()
+    name = parameters.corpus.name
+    corpus, corpus_s = _timed(lambda: ingest(parameters.corpus))
+    cached, cached_s = _timed(lambda: features(FeaturesParameters(name=name, features=parameters.features)))
+    trained, trained_s = _timed(
+        lambda: finetune(
+            FinetuneParameters(
+                name=name, data=parameters.data, training=parameters.training, workers=parameters.workers
+            )
+        )
+    )
+    assert trained.finetuned is not None, trained
+    assert trained.training_set is not None, trained
+    adapter = trained.finetuned.uri
+    evaluated, evaluated_s = _timed(
+        lambda: evaluate(
+            EvaluateParameters(
+                name=name,
+                adapter=adapter,
+                evaluation=parameters.evaluation,
+                gate=parameters.gate,
+                portable=parameters.portable,
+            )
+        )
+    )
+    fetched, added = corpus.download.num_fetched, corpus.embedded.num_added
+    stages = (
+        Stage(name="ingest", made=f"{fetched:,} fetched, {added:,} rows" if fetched or added else "", seconds=corpus_s),
+        Stage(name="features", made=_rows(cached.cached.num_added), seconds=cached_s),
+        Stage(
+            name="finetune",
+            made=f"{trained.finetuned.num_steps:,} steps" if trained.finetuned.is_new else "",
+            seconds=trained_s,
+        ),
+        Stage(
+            name="evaluate",
+            made=_measured(evaluated),
+            seconds=evaluated_s,
+        ),
+    )
+    report = PipelineReport(
+        name=name,
+        flow_run_id=str(flow_run.id),
+        stages=stages,
+        corpus=corpus,
+        features=cached,
+        finetune=trained,
+        evaluate=evaluated,
+    )
+    write_pipeline_report(report)
+    return report
+
+
+def _timed(run: Callable[[], R]) -> tuple[R, float]:
+    started = time.perf_counter()
+    return run(), time.perf_counter() - started
+
+
+def _measured(report: EvaluateReport) -> str:
+    made = [f"{report.evaluated.num_prompts:,} prompts"] if report.evaluated.is_new else []
+    return ", ".join(made + ([report.registered.uri] if report.registered.is_new else []))
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} rows" if count else ""

@@ -1,0 +1,73 @@
+"""`imagerag evaluate` and `imagerag pipeline`: the flows, run here and now."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from imagerag.cli.corpus import given
+from imagerag.cli.run import run_flow
+
+if TYPE_CHECKING:
+    from tasks.report import EvaluateReport
+
+ParametersOption = Annotated[
+    Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
+]
+
+
+def evaluate(
+    name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="What `imagerag finetune` wrote; that of the last training if not given.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A text file with a prompt on each line, a tab and its category; else what was held out."),
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=2, help="At most so many.")] = None,
+    metric: Annotated[str | None, typer.Option(help="By which the gate decides; `recognised` if not given.")] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="Pack the index into the model.")] = False,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Models at work at a time.")] = None,
+    parameters: ParametersOption = None,
+) -> None:
+    """Measure an adapter, register it as a model, and make it champion if it is better than what there is."""
+    options = {
+        "name": name,
+        "adapter": None if adapter is None else str(adapter.absolute()),
+        "evaluation": {
+            "prompts": None if prompts is None else str(prompts.absolute()),
+            "num_prompts": num_prompts,
+            "num_workers": num_workers,
+        },
+        "gate": {"metric": metric},
+        "portable": portable,
+    }
+    show_evaluation(run_flow("evaluate", given(options), parameters))
+
+
+def pipeline(
+    url_list: Annotated[str, typer.Argument(help="Image URLs and captions: parquet, csv, csv.gz or jsonl.")],
+    name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
+    parameters: ParametersOption = None,
+) -> None:
+    """Make a champion of a list of image URLs: ingest, features, finetune, evaluate; what is done is skipped."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    report = run_flow("pipeline", given({"corpus": {"url_list": url_list, "name": name}}), parameters)
+    Console().print(Markdown(report.markdown()))
+
+
+def show_evaluation(report: "EvaluateReport") -> None:
+    """Print what a run found."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from imagerag.evaluation.results import PAGE, read_results
+
+    console = Console()
+    console.print(Markdown(read_results(report.evaluated.uri).markdown()))
+    console.print(Markdown(report.decision.markdown()))
+    typer.echo(f"{report.registered.uri} is {'champion' if report.decision.passed else 'a candidate'}")
+    typer.echo(f"page: {report.evaluated.uri}/{PAGE}")

@@ -1,0 +1,82 @@
+"""`imagerag models`, `promote`, `rollback` and `pull`: the registered model, without MLflow's UI."""
+
+import getpass
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imagerag.errors import UserError
+
+ReasonOption = Annotated[str, typer.Option(help="Why, for those who look at it later.")]
+
+
+def models() -> None:
+    """List the versions of the registered model: which is in use, of what it was made, who promoted it and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from imagerag.registry.versions import MODEL_NAME, list_versions
+    from imagerag.settings import Settings
+
+    table = Table(title=MODEL_NAME, title_justify="left")
+    for column in ("version", "aliases", "registered", "base model", "index", "training", "promoted"):
+        table.add_column(column)
+    for info in list_versions(Settings()):
+        index = f"{info.pinned('index_name')} {info.pinned('index_version')}{', portable' if info.portable else ''}"
+        promoted = f"{info.pinned('promoted_by')}: {info.pinned('reason')}" if info.pinned("reason") else ""
+        table.add_row(
+            str(info.version),
+            ", ".join(info.aliases),
+            f"{info.created_at:%Y-%m-%d %H:%M}",
+            info.pinned("base"),
+            index if info.signed else "not registered by imagerag",
+            info.pinned("training"),
+            promoted,
+        )
+    Console().print(table)
+
+
+def promote(
+    version: Annotated[int, typer.Argument(help="Of the registered model; `imagerag models` lists them.")],
+    reason: ReasonOption,
+) -> None:
+    """Make a version of the registered model the champion."""
+    from imagerag.registry.versions import promote as promote_version
+    from imagerag.settings import Settings
+
+    promote_version(Settings(), version, reason=reason, author=_user())
+    typer.echo(f"version {version} is the champion")
+
+
+def rollback(reason: ReasonOption) -> None:
+    """Make the previous champion the champion again."""
+    from imagerag.registry.versions import rollback as roll_back
+    from imagerag.settings import Settings
+
+    version = roll_back(Settings(), reason=reason, author=_user())
+    typer.echo(f"version {version} is the champion again")
+
+
+def pull(
+    out: Annotated[Path, typer.Option(help="The folder to write, which is not there yet.")],
+    alias: Annotated[str | None, typer.Option(help="Of the version; `champion` if nothing is given.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Its number instead.")] = None,
+) -> None:
+    """Write a registered model as a diffusers folder, for `ImageRAGTurboPipeline.from_pretrained`."""
+    if alias is not None and version is not None:
+        raise UserError("a version is named by --alias or by --version, not by both")
+    from imagerag.registry.versions import pull as pull_version
+    from imagerag.settings import Settings
+
+    info = pull_version(Settings(), alias or str(version or "champion"), out)
+    index = "with its index" if info.portable else f"for the index {info.pinned('index_name')!r}"
+    typer.echo(f"version {info.version} is in {out}, {index} at version {info.pinned('index_version')}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"user {os.getuid()}"

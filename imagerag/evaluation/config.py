@@ -1,0 +1,79 @@
+"""How models are evaluated, and what a candidate must reach: every value checked when it is built."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from imagerag.errors import UserError
+from imagerag.workers import WorkersConfig
+
+WayName = Literal["base", "slerp", "adapter", "random", "no_references", "champion", "teacher"]
+MetricName = Literal["recognised", "text_score", "clip_score", "aesthetics", "tifa", "frechet", "kernel", "fid", "cmmd"]
+
+
+class MetricFiles(BaseModel):
+    """Weights that metrics need. Nothing is fetched: a metric whose files are not given is reported as not measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clip: str | None = Field(
+        default=None,
+        description="A transformers folder of a CLIP that neither retrieves nor conditions, for CLIP score and CMMD.",
+    )
+    inception: str | None = Field(
+        default=None, description="A file of torch-fidelity's weights-inception-2015-12-05, for FID."
+    )
+    aesthetic_head: str | None = Field(
+        default=None, description="A file of LAION's aesthetic predictor for the embeddings of `clip`."
+    )
+    tifa_questions: str | None = Field(default=None, description="A JSON file of questions as TIFA publishes them.")
+    tifa_vqa: str | None = Field(
+        default=None, description="A transformers folder of a visual question answering model, for TIFA."
+    )
+
+
+class EvaluateConfig(WorkersConfig):
+    """What is generated and measured."""
+
+    prompts: str | None = Field(
+        default=None,
+        description="A text file with a prompt on each line, and after a tab its category if it has one; unset: the "
+        "captions that the training held out.",
+    )
+    num_prompts: int = Field(default=200, ge=2, description="At most so many, chosen by the seed.")
+    images_per_prompt: int = Field(default=1, ge=1, le=64, description="Each from a noise of its own.")
+    ways: tuple[WayName, ...] = Field(
+        default=("base", "slerp", "adapter", "random", "no_references", "champion", "teacher"),
+        description="How pictures are made; the champion is left out where there is none.",
+    )
+    num_references: int | None = Field(default=None, ge=1, le=16, description="Unset: 4 for adapters, 1 for slerp.")
+    slerp_w: float = Field(default=0.8, ge=0, le=1, description="1 is the base model, 0 the reference.")
+    teacher_steps: int = Field(default=25, ge=1, le=1000, description="Of the teacher.")
+    teacher_guidance: float | None = Field(default=None, ge=0, description="Unset: the paper's 7.5, 3 for `tiny`.")
+    files: MetricFiles = Field(default=MetricFiles(), description="Weights that metrics need.")
+    batch_size: int = Field(default=16, ge=1, le=256, description="Pictures that a worker makes at a time.")
+    seed: int = Field(default=0, ge=0, description="Of the noise, the random references and the choice of prompts.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not {"base", "adapter"} <= set(self.ways):
+            raise UserError(f"the gate compares `adapter` with `base`: both have to be among the ways; got {self.ways}")
+        return self
+
+
+class GateConfig(BaseModel):
+    """What a candidate must reach to become champion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: MetricName = Field(
+        default="recognised",
+        description="It has to be better than the base model's and the champion's: the 95 % interval of the paired "
+        "difference lies above zero.",
+    )
+    max_loss: float = Field(
+        default=0.1,
+        ge=0,
+        description="Every other metric may be worse than the base model's by this share of it at most.",
+    )
+    max_slowdown: float = Field(default=2.0, ge=1, description="A picture may take so many times the base model's.")

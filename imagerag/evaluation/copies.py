@@ -1,0 +1,83 @@
+"""Is a picture a copy of what it was shown, and were the prompts' pictures learnt from?"""
+
+import numpy as np
+from PIL import Image
+
+from imagerag.artifacts import TrainingSet
+from imagerag.embedding.encoder import to_rgb
+from imagerag.evaluation.features import Features
+from imagerag.evaluation.metrics import Pictures, Real
+from imagerag.evaluation.recognition import Floats, Ints
+from imagerag.evaluation.results import Copies, Leakage
+from imagerag.hspace.features import open_images
+from imagerag.retrieval.recall import to_numpy
+from imagerag.retrieval.schema import Embeds
+from imagerag.retrieval.search import Retriever
+from imagerag.table import Table
+
+_QUANTILE = 0.999
+_THUMBNAIL = 32
+_NEAR_DUPLICATE = 4.0
+"""Mean difference of thumbnails' values, of 255. The sample corpus has faces below it that differ in their mouths."""
+_BLOCK_ROWS = 1024
+
+
+def measure_copies(pictures: Pictures, threshold: float) -> Copies | None:
+    """Compare each picture with what it was shown, where the index's pictures of the prompts are among it."""
+    real, shown = _centred(pictures.real.features, pictures.real.features), pictures.shown
+    rows = np.nonzero((shown >= 0).any(1))[0]
+    if len(rows) == 0:
+        return None
+    own = _centred(pictures.features[rows], pictures.real.features)
+    similarities = np.einsum("nd,nkd->nk", own, real[shown[rows]])
+    nearest = np.where(shown[rows] >= 0, similarities, -1).max(1)
+    return Copies(similarity=float(nearest.mean()), threshold=threshold, share=float((nearest > threshold).mean()))
+
+
+def threshold_of(real: Real) -> float:
+    """Return the similarity above which two different pictures hardly ever are."""
+    features = _centred(real.features, real.features)
+    similarities = (features @ features.T)[np.triu_indices(len(features), 1)]
+    return float(np.quantile(similarities[similarities < 1 - 1e-4], _QUANTILE))
+
+
+def measure_leakage(retriever: Retriever, prompts: tuple[str, ...], training_set: TrainingSet) -> Leakage:
+    """Compare the evaluation's prompts and pictures with what the adapter learnt from."""
+    examples = Table.at(training_set.references_uri).open().to_table(columns=["id", "prompt", "is_held_out"])
+    learnt_rows = examples.filter(np.logical_not(examples["is_held_out"].to_numpy()))
+    learnt = {prompt.strip() for prompt in learnt_rows["prompt"].to_pylist()}
+    rows = retriever.read(["id", "caption", "image_sha256", "image_embed"])
+    captions = np.array([caption.strip() for caption in rows["caption"].to_pylist()])
+    is_own = np.isin(captions, prompts)
+    is_learnt = np.isin(rows["id"].to_pylist(), learnt_rows["id"].to_pylist()) & ~is_own
+    sha256, embeds = np.array(rows["image_sha256"].to_pylist()), to_numpy(rows["image_embed"])
+    return Leakage(
+        num_prompts_in_index=len(set(prompts) & set(captions)),
+        num_prompts_learnt=len(set(prompts) & learnt),
+        num_images=int(is_own.sum()),
+        num_images_learnt=int(np.isin(sha256[is_own], sha256[is_learnt]).sum()),
+        num_near_duplicates=_count_near(retriever, np.nonzero(is_own)[0], np.nonzero(is_learnt)[0], embeds),
+    )
+
+
+def _count_near(retriever: Retriever, own: Ints, learnt: Ints, embeds: Embeds) -> int:
+    """Compare each picture with the learnt one that the retriever takes for the most similar."""
+    if len(own) == 0 or len(learnt) == 0:
+        return 0
+    parts = np.split(embeds[own], range(_BLOCK_ROWS, len(own), _BLOCK_ROWS))
+    nearest = np.concatenate([(part @ embeds[learnt].T).argmax(1) for part in parts])
+    thumbnails = [
+        np.stack([_thumbnail(image) for image in open_images(retriever.take(rows, ["image"])["image"].to_pylist())])
+        for rows in (own, learnt[nearest])
+    ]
+    return int((np.abs(thumbnails[0] - thumbnails[1]).mean((1, 2, 3)) < _NEAR_DUPLICATE).sum())
+
+
+def _thumbnail(image: Image.Image) -> Floats:
+    return np.asarray(to_rgb(image).resize((_THUMBNAIL, _THUMBNAIL)), np.float32)
+
+
+def _centred(features: Features, real: Features) -> Floats:
+    centred = features - real.mean(0)
+    unit: Floats = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    return unit

@@ -1,0 +1,119 @@
+"""The gate: whether a candidate may become champion, and why."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from imagerag.errors import UserError
+from imagerag.evaluation.config import GateConfig
+from imagerag.evaluation.intervals import Estimate, estimate
+from imagerag.evaluation.results import Results, WayResults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """One rule, and what was seen."""
+
+    rule: str
+    passed: bool
+    seen: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What the gate says, and why."""
+
+    passed: bool
+    reasons: tuple[Reason, ...]
+
+    def markdown(self) -> str:
+        """Return the decision as a page."""
+        outcome = "**The candidate passes.**" if self.passed else "**The candidate does not pass.**"
+        lines = [outcome, "", "| rule | | seen |", "|---|---|---|"]
+        return "\n".join(
+            lines
+            + [f"| {each.rule} | {'pass' if each.passed else '**fail**'} | {each.seen} |" for each in self.reasons]
+        )
+
+    def summary(self) -> str:
+        """Return it in one line."""
+        failed = [each for each in self.reasons if not each.passed]
+        return "; ".join(f"{each.rule}: {each.seen}" for each in failed or self.reasons)
+
+
+def decide(results: Results, config: GateConfig, *, has_champion: bool) -> Decision:
+    """Compare the candidate with the base model and with the present champion, if there is one.
+
+    Args:
+        results: of the evaluation.
+        config: what has to be reached.
+        has_champion: whether there is a champion with other weights, with which the candidate has to be compared.
+
+    Raises:
+        UserError: if the gate's metric was not measured, or has no values for single prompts to pair.
+    """
+    candidate, base, champion = (results.way(name) for name in ("adapter", "base", "champion"))
+    assert candidate is not None, results.ways
+    assert base is not None, results.ways
+    if config.metric not in results.metrics:
+        reason = results.not_measured.get(config.metric, "is not among the metrics")
+        raise UserError(f"the gate's metric {config.metric} was not measured: it {reason}")
+    if candidate.scores[config.metric].by_prompt is None:
+        raise UserError(f"the gate needs a metric of single pictures, which {config.metric} is not")
+    reasons = [_beats(results, config, candidate, base)]
+    if champion is not None:
+        reasons.append(_beats(results, config, candidate, champion))
+    elif has_champion:
+        reasons.append(Reason(rule="better than the champion", passed=False, seen="the two were not compared"))
+    for name in results.metrics:
+        if name != config.metric:
+            reasons.append(_loses_little(results, name, candidate, base, config.max_loss))
+    reasons.append(_is_fast(candidate, base, config.max_slowdown))
+    reasons.append(
+        Reason(
+            rule="no prompt was learnt from",
+            passed=results.leakage.num_prompts_learnt == 0,
+            seen=f"{results.leakage.num_prompts_learnt} were",
+        )
+    )
+    return Decision(passed=all(each.passed for each in reasons), reasons=tuple(reasons))
+
+
+def paired(one: WayResults, other: WayResults, metric: str, *, larger_is_better: bool = True) -> Estimate:
+    """Return how much better one way is, prompt by prompt."""
+    first, second = (way.scores[metric].values for way in (one, other))  # type: ignore[index]
+    differences = (first - second) * (1 if larger_is_better else -1)
+    return estimate(differences[~np.isnan(differences)])
+
+
+def _beats(results: Results, config: GateConfig, candidate: WayResults, other: WayResults) -> Reason:
+    about = results.metrics[config.metric]
+    gain = paired(candidate, other, config.metric, larger_is_better=about.larger_is_better)
+    return Reason(
+        rule=f"{about.title}: better than the {other.title}",
+        passed=gain.low > 0,
+        seen=f"paired gain {gain} over {gain.num} prompts; the interval has to lie above 0",
+    )
+
+
+def _loses_little(results: Results, metric: str, candidate: WayResults, base: WayResults, max_loss: float) -> Reason:
+    about = results.metrics[metric]  # type: ignore[index]
+    own, others = (way.scores[metric].estimate.mean for way in (candidate, base))  # type: ignore[index]
+    loss = (others - own) * (1 if about.larger_is_better else -1)
+    allowed = max_loss * abs(others)
+    return Reason(
+        rule=f"{about.title}: at most {max_loss:.0%} worse than the base",
+        passed=loss <= allowed,
+        seen=f"{own:.3f} after {others:.3f}",
+    )
+
+
+def _is_fast(candidate: WayResults, base: WayResults, most: float) -> Reason:
+    assert candidate.latency is not None, candidate
+    assert base.latency is not None, base
+    own, others = candidate.latency.total, base.latency.total
+    return Reason(
+        rule=f"latency: at most {most} times the base's",
+        passed=own <= most * others,
+        seen=f"{own:.1f} ms after {others:.1f} ms",
+    )

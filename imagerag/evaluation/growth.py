@@ -1,0 +1,67 @@
+"""What new rows of an index change, without any training: the same model and noise before and after."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from imagerag.evaluation.compare import Cell, Comparison
+from imagerag.evaluation.intervals import Estimate, estimate
+from imagerag.evaluation.metrics import NotMeasuredError, Pictures, Real, Recognised
+from imagerag.evaluation.pictures import Made
+from imagerag.evaluation.ways import Way
+from imagerag.generation.batch import generate
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Pictures of prompts that an index had no rows for, and then has."""
+
+    comparisons: tuple[Comparison, ...]
+    before: Estimate | None
+    """Share of pictures whose prompt is recognised among all of them; None where the prompts are too few to tell."""
+    after: Estimate | None
+
+
+def measure_growth(pipeline: ImageRAGTurboPipeline, uri: str, name: str, prompts: Sequence[str]) -> Growth:
+    """Make pictures with the index version that a pipeline has, then with the published one, which it is left with."""
+    before, seconds_before = _make(pipeline, "before", prompts)
+    pipeline.use_index(uri, name)
+    after, seconds_after = _make(pipeline, "after", prompts)
+    assert pipeline.index is not None
+    real = Real.of(pipeline.index.retriever, prompts)
+    comparisons = tuple(
+        Comparison(
+            prompt=prompt,
+            cells=tuple(
+                Cell(
+                    title=f"{made.way.title} the new rows",
+                    image=made.images[number],
+                    score=math.nan,
+                    seconds=seconds / len(prompts),
+                    references=made.references[number],
+                )
+                for made, seconds in ((before, seconds_before), (after, seconds_after))
+            ),
+        )
+        for number, prompt in enumerate(prompts)
+    )
+    try:
+        judge = Recognised(real)
+    except NotMeasuredError:
+        return Growth(comparisons, None, None)
+    numbers = np.arange(len(prompts))
+    shares = [
+        estimate(np.asarray(judge.measure(Pictures(made, tuple(prompts), numbers, real)))) for made in (before, after)
+    ]
+    return Growth(comparisons, *shares)
+
+
+def _make(pipeline: ImageRAGTurboPipeline, title: str, prompts: Sequence[str]) -> tuple[Made, float]:
+    started = time.perf_counter()
+    made = list(generate(pipeline, prompts, [0]))
+    way = Way(name="adapter", title=title, base="", base_digest="")
+    return Made(way, [each.image for each in made], [each.references for each in made]), time.perf_counter() - started

@@ -1,0 +1,78 @@
+"""An evaluation as files: a page that needs nothing else, its table as text, and a grid of pictures."""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from imagerag.evaluation.compare import Cell, Comparison
+from imagerag.evaluation.compare_page import render_comparisons
+from imagerag.evaluation.metrics import Pictures
+from imagerag.evaluation.results import GRID, PAGE, TABLE, Results
+from imagerag.generation.sheet import sheet
+from imagerag.retrieval.search import Retriever
+
+_SHOWN = 12
+
+
+def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retriever) -> dict[str, bytes]:
+    """Return the files' contents by their names."""
+    chosen = _chosen(results)
+    comparisons = [_comparison(results, pictures, number) for number in chosen]
+    html = render_comparisons(
+        "evaluate.html",
+        comparisons,
+        retriever,
+        title=f"imagerag evaluate: {results.base} with {retriever.name}",
+        tables=[
+            ("Means with 95 % bootstrap intervals over prompts", list(results.rows())),
+            ("Retrieval", list(results.retrieval_rows())),
+            ("By category", list(results.slices())),
+        ],
+        notes=results.notes(),
+    )
+    titles = " | ".join(way.title for way in results.ways)
+    rows: list[tuple[str, list[Image.Image]]] = [
+        (f"{each.prompt}  ({titles})" if not number else each.prompt, [cell.image for cell in each.cells])
+        for number, each in enumerate(comparisons)
+    ]
+    grid = io.BytesIO()
+    sheet(rows).save(grid, "PNG")
+    return {PAGE: html.encode(), TABLE: results.markdown().encode(), GRID: grid.getvalue()}
+
+
+def _chosen(results: Results) -> list[int]:
+    """Return prompts to show: as many failures of the adapter as successes, where that was measured, else the first."""
+    adapter = results.way("adapter")
+    assert adapter is not None, results.ways
+    if "recognised" not in adapter.scores:
+        return list(range(len(results.prompts)))[:_SHOWN]
+    values = adapter.scores["recognised"].values
+    good, bad = np.nonzero(values > 0)[0], np.nonzero(values == 0)[0]
+    return [*good[: _SHOWN // 2].tolist(), *bad[: _SHOWN - len(good[: _SHOWN // 2])].tolist()]
+
+
+def _comparison(results: Results, pictures: Sequence[Pictures], number: int) -> Comparison:
+    return Comparison(prompt=results.prompts[number], cells=tuple(_cells(results, pictures, number)))
+
+
+def _cells(results: Results, pictures: Sequence[Pictures], number: int) -> Iterator[Cell]:
+    """Yield the first picture of a prompt in every way."""
+    for way, own in zip(results.ways, pictures, strict=True):
+        first = int(np.argmax(own.numbers == number))
+        scored = {name: score.by_prompt[number] for name, score in way.scores.items() if score.by_prompt is not None}
+        notes = [
+            f"{results.metrics[name].title}: {'not measured' if value is None else f'{value:.2f}'}"
+            for name, value in scored.items()
+        ]
+        assert way.latency is not None, way
+        yield Cell(
+            title=way.title,
+            image=own.made.images[first],
+            score=math.nan,
+            seconds=way.latency.total / 1000,
+            references=own.made.references[first],
+            note=", ".join(notes),
+        )

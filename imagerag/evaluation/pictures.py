@@ -1,0 +1,292 @@
+"""Pictures of the prompts in every way, made on Ray, each once: what is there is not made again.
+
+A way's pictures are in a table whose key is what they depend on. So another candidate costs only its own pictures, and
+an evaluation that was stopped goes on.
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from imagerag.compute import start_ray, stop_ray
+from imagerag.evaluation.config import EvaluateConfig, WayName
+from imagerag.evaluation.results import Latency
+from imagerag.evaluation.ways import Way
+from imagerag.files import local_copy
+from imagerag.generation.references import Reference
+from imagerag.progress import OnProgress
+from imagerag.settings import Settings
+from imagerag.table import Table
+from imagerag.workers import mapped, watched
+
+if TYPE_CHECKING:
+    import torch
+
+    from imagerag.evaluation.timed import TimedPipeline
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+
+_VERSION = 1
+"""Of how pictures are made: another one makes other tables."""
+_ROWS_OF_A_TASK = 64
+_COLUMNS = (
+    pa.field("prompt", pa.string()),
+    pa.field("seed", pa.int64()),
+    pa.field("image", pa.large_binary()),
+    pa.field("references", pa.string()),
+)
+_PARTS = ("text", "retrieval", "denoising", "decoding")
+_TIMED_PROMPTS = 12
+_FEWEST_TIMED = 3
+_TIMED_S = 5.0
+"""For each way, after which no further prompt begins."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The pictures of one way, in the order of the prompts, some of each."""
+
+    way: Way
+    images: list[Image.Image]
+    references: list[tuple[Reference, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexVersion:
+    """Which index references come from."""
+
+    uri: str
+    name: str
+    version: int
+
+
+class PictureJob:
+    """The pictures of some prompts in some ways, and how long one takes."""
+
+    def __init__(
+        self, prompts: Sequence[str], ways: Sequence[Way], index: IndexVersion, config: EvaluateConfig, folder: str
+    ) -> None:
+        """Args: folder: of the tables."""
+        self._prompts, self._ways, self._index, self._config = prompts, ways, index, config
+        key = {"version": _VERSION}
+        self._tables = {
+            way.name: Table.keyed(folder, "pictures", key | way.key(asdict(index)), _COLUMNS) for way in ways
+        }
+        seeds = [_seed_of(prompt, number, config.seed) for prompt in prompts for number in range(self._each)]
+        repeated = [prompt for prompt in prompts for _ in range(self._each)]
+        self._wanted = pa.table({"id": list(map(_row_id, repeated, seeds)), "prompt": repeated, "seed": seeds})
+
+    @property
+    def _each(self) -> int:
+        return self._config.images_per_prompt
+
+    def make(self, settings: Settings, on_progress: OnProgress) -> int:
+        """Make what is missing, and return how many pictures that was."""
+        missing = {way.name: self._missing(self._tables[way.name]) for way in self._ways}
+        total, done = int(sum(rows.num_rows for rows in missing.values())), 0
+        if total == 0:
+            return 0
+        parts = [
+            part.append_column("way", pa.array([name] * part.num_rows))
+            for name, rows in missing.items()
+            for part in (rows.slice(start, _ROWS_OF_A_TASK) for start in range(0, rows.num_rows, _ROWS_OF_A_TASK))
+        ]
+        arguments = {"ways": self._ways, "tables": self._tables, "index": self._index, "config": self._config}
+        for result in self._run(PictureWorker, parts, arguments, settings):
+            self._tables[result["way"]].commit(result["fragments"])
+            done += result["num_rows"]
+            on_progress(done, total, result["way"])
+        assert done == total, f"{done} pictures were made instead of {total}"
+        return total
+
+    def time(self, settings: Settings) -> dict[str, Latency]:
+        """Measure how long one picture takes in each way, on one worker that does nothing else."""
+        parts = [pa.table({"way": [way.name for way in self._ways]})]
+        arguments = {
+            "ways": self._ways, "index": self._index, "config": self._config, "prompts": self._prompts[:_TIMED_PROMPTS]
+        }  # fmt: skip
+        alone = self._config.model_copy(update={"num_workers": 1})
+        results = self._run(LatencyWorker, parts, arguments, settings, alone)
+        return {result["way"]: Latency(**json.loads(result["latency"])) for result in results}
+
+    def read(self) -> Iterator[Made]:
+        """Yield each way's pictures."""
+        for way in self._ways:
+            rows = self._tables[way.name].open().to_table()
+            order = pc.index_in(self._wanted["id"], rows["id"].combine_chunks())
+            own = rows.take(order)
+            yield Made(
+                way,
+                [Image.open(io.BytesIO(image), formats=["PNG"]).convert("RGB") for image in own["image"].to_pylist()],
+                [tuple(Reference(**each) for each in json.loads(text)) for text in own["references"].to_pylist()],
+            )
+
+    def _missing(self, table: Table) -> pa.Table:
+        present = pa.array(table.ids(), pa.string())
+        return self._wanted.filter(pc.invert(pc.is_in(self._wanted["id"], present)))
+
+    def _run(
+        self,
+        worker: type,
+        parts: list[pa.Table],
+        arguments: dict[str, Any],
+        settings: Settings,
+        config: EvaluateConfig | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        config = config or self._config
+        start_ray(settings)
+        try:
+            with closing(watched(partial(mapped, parts, worker, arguments, config), config.stall_timeout_s)) as results:
+                yield from results
+        except BaseException:
+            # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
+            stop_ray()
+            raise
+
+
+class _Worker:
+    """Holds pipelines in a process of its own, each loaded when it is first needed."""
+
+    def __init__(
+        self,
+        *,
+        ways: Sequence[Way],
+        index: IndexVersion,
+        config: EvaluateConfig,
+        device: str,
+        dtype: Any,
+        num_threads: int,
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)  # Ray starts workers with one
+        self._ways = {way.name: way for way in ways}
+        self._index, self._config, self._device, self._dtype = index, config, device, dtype
+        self._pipelines: dict[tuple[str, str | None], TimedPipeline] = {}
+
+    def _pipeline(self, way: Way) -> "TimedPipeline":
+        known = (way.base, way.adapter)
+        if known not in self._pipelines:
+            from imagerag.evaluation.timed import TimedPipeline
+            from imagerag.generation.base import load_base
+            from imagerag.generation.finetuned import load_finetuned
+
+            base, adapter = load_base(way.base, self._device, self._dtype), None
+            if way.adapter is not None:
+                with local_copy(way.adapter) as folder:
+                    adapter = load_finetuned(folder, base)
+            pipeline = TimedPipeline.from_base(base, adapter)
+            pipeline.set_progress_bar_config(disable=True)
+            if any(each.num_references for each in self._ways.values() if (each.base, each.adapter) == known):
+                pipeline.use_index(self._index.uri, self._index.name, self._index.version)
+            self._pipelines[known] = pipeline
+        return self._pipelines[known]
+
+    def _arguments(self, way: Way, prompts: list[str], pipeline: "ImageRAGTurboPipeline") -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "fusion": way.fusion,
+            "num_references": way.num_references,
+            "w": way.w,
+            "num_inference_steps": way.steps,
+            "guidance_scale": way.guidance,
+        }
+        if way.is_random:
+            assert pipeline.index is not None
+            ids = pipeline.index.retriever.read(["id"])["id"].to_pylist()
+            arguments["reference_ids"] = [
+                [ids[number] for number in _rng(prompt, self._config.seed).integers(len(ids), size=way.num_references)]
+                for prompt in prompts
+            ]
+        return arguments
+
+
+class PictureWorker(_Worker):
+    """Makes pictures and writes them."""
+
+    def __init__(self, *, tables: dict[str, Table], **common: Any) -> None:
+        super().__init__(**common)
+        self._tables = tables
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Return one row: the `way`, the JSON of the `fragments` written and `num_rows`."""
+        name = rows["way"][0].as_py()
+        size = self._config.batch_size
+        made = [self._make(self._ways[name], rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
+        fragments = self._tables[name].write(pa.concat_tables(made))
+        return pa.table({"way": [name], "fragments": [fragments], "num_rows": [rows.num_rows]})
+
+    def _make(self, way: Way, rows: pa.Table) -> pa.Table:
+        pipeline, prompts = self._pipeline(way), rows["prompt"].to_pylist()
+        generators = list(map(_generator, rows["seed"].to_pylist()))
+        output = pipeline(prompts, generator=generators, **self._arguments(way, prompts, pipeline))
+        references = [json.dumps([asdict(each) for each in own]) for own in output.references]
+        images = pa.array(list(map(_png, output.images)), pa.large_binary())
+        return rows.drop_columns(["way"]).append_column("image", images).append_column("references", [references])
+
+
+class LatencyWorker(_Worker):
+    """Measures how long single pictures take."""
+
+    def __init__(self, *, prompts: Sequence[str], **common: Any) -> None:
+        super().__init__(**common)
+        self._prompts = prompts
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Return the JSON of each `way`'s `latency`. The ways take turns, so that they share what else is going on."""
+        measured: dict[WayName, list[list[float]]] = {name: [] for name in rows["way"].to_pylist()}
+        started = time.perf_counter()
+        for number, prompt in enumerate([self._prompts[0], *self._prompts]):
+            for name, own in measured.items():
+                own.append(self._time(self._ways[name], prompt, number))
+            if number >= _FEWEST_TIMED and time.perf_counter() - started > _TIMED_S * len(measured):
+                break
+        # The first call loads what the others have.
+        medians = [1000 * np.median(own[1:], axis=0) for own in measured.values()]
+        latencies = [Latency(**dict(zip((*_PARTS, "total"), each.tolist(), strict=True))) for each in medians]
+        return pa.table({"way": list(measured), "latency": [json.dumps(asdict(each)) for each in latencies]})
+
+    def _time(self, way: Way, prompt: str, seed: int) -> list[float]:
+        """Return the seconds of a picture's parts, then of all."""
+        pipeline = self._pipeline(way)
+        arguments = self._arguments(way, [prompt], pipeline)
+        pipeline.seconds.clear()
+        started = time.perf_counter()
+        pipeline(prompt, generator=_generator(seed), **arguments)
+        total = time.perf_counter() - started
+        parts = [pipeline.seconds.get(part, 0.0) for part in _PARTS[1:]]
+        return [total - sum(parts), *parts, total]
+
+
+def _generator(seed: int) -> "torch.Generator":
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _seed_of(prompt: str, number: int, seed: int) -> int:
+    """Return the same seed for a prompt whatever other prompts there are."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{number}\0{prompt}".encode()).digest()[:4])
+
+
+def _row_id(prompt: str, seed: int) -> str:
+    return f"{hashlib.sha256(prompt.encode()).hexdigest()[:24]}-{seed}"
+
+
+def _rng(prompt: str, seed: int) -> np.random.Generator:
+    return np.random.default_rng(_seed_of(prompt, -1, seed))

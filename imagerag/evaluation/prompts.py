@@ -1,0 +1,54 @@
+"""What pictures are made of: prompts of a file, or the captions that a training held out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from imagerag.artifacts import TrainingSet
+from imagerag.errors import UserError
+from imagerag.evaluation.config import EvaluateConfig
+from imagerag.generation.arguments import check_prompts
+from imagerag.table import Table
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts, each with its category, or with an empty one."""
+
+    texts: tuple[str, ...]
+    categories: tuple[str, ...]
+
+
+def read_prompts(config: EvaluateConfig, training_set: TrainingSet) -> Prompts:
+    """Return the prompts of an evaluation, in an order that does not depend on their number.
+
+    Raises:
+        UserError: if a file can't be read or has fewer than two prompts, or one is not fit for the pipeline.
+    """
+    listed = _of_file(config.prompts) if config.prompts is not None else _held_out(training_set)
+    if len(listed) < 2:
+        raise UserError(
+            f"an evaluation needs at least two prompts; {config.prompts or 'what the training held out'} has "
+            f"{len(listed)}"
+        )
+    texts = sorted(listed)
+    chosen = np.random.default_rng(config.seed).permutation(len(texts))[: config.num_prompts]
+    prompts = [texts[number] for number in chosen]
+    check_prompts(prompts)
+    return Prompts(tuple(prompts), tuple(listed[prompt] for prompt in prompts))
+
+
+def _of_file(path: str) -> dict[str, str]:
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts have to be a readable text file; {path}: {error}") from error
+    pairs = (line.partition("\t") for line in lines if line.strip())
+    return {prompt.strip(): category.strip() for prompt, _, category in pairs}
+
+
+def _held_out(training_set: TrainingSet) -> dict[str, str]:
+    examples = Table.at(training_set.references_uri).open()
+    rows = examples.to_table(columns=["prompt"], filter="is_held_out")
+    return {prompt.strip(): "" for prompt in rows["prompt"].to_pylist()}

@@ -1,0 +1,112 @@
+"""All metrics of an evaluation: those that can be measured, and of the others what they lack."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+
+from imagerag.embedding.encoder import load_encoder
+from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid
+from imagerag.evaluation.config import EvaluateConfig, MetricName
+from imagerag.evaluation.intervals import Estimate
+from imagerag.evaluation.metrics import (
+    Distance,
+    Metric,
+    NotMeasuredError,
+    Pictures,
+    Real,
+    Recognised,
+    TextScore,
+    by_prompt,
+    mean_of,
+)
+from imagerag.evaluation.prompts import Prompts
+from imagerag.evaluation.results import MetricAbout, Score
+from imagerag.evaluation.tifa import Tifa
+from imagerag.retrieval.search import Retriever
+
+_FILES: dict[MetricName, tuple[str, ...]] = {
+    "clip_score": ("clip",),
+    "aesthetics": ("clip", "aesthetic_head"),
+    "tifa": ("tifa_questions", "tifa_vqa"),
+    "fid": ("inception",),
+    "cmmd": ("clip",),
+}
+"""What each metric needs of `MetricFiles`."""
+
+
+class Suite:
+    """Loaded once for an evaluation.
+
+    Attributes:
+        not_measured: metrics, and what they lack.
+    """
+
+    def __init__(self, config: EvaluateConfig, prompts: Prompts, real: Real, retriever: Retriever) -> None:
+        """Load what there is.
+
+        Raises:
+            UserError: if a given file is not what it should be.
+        """
+        self._num_prompts = len(prompts.texts)
+        self._metrics: list[Metric] = []
+        self.not_measured: dict[str, str] = {}
+        for name, make in _makers(config, prompts, real, retriever):
+            lacking = [field for field in _FILES.get(name, ()) if getattr(config.files, field) is None]
+            if lacking:
+                self.not_measured[name] = f"needs {' and '.join(f'files.{field}' for field in lacking)}"
+                continue
+            try:
+                self._metrics.append(make())
+            except NotMeasuredError as error:
+                self.not_measured[name] = str(error)
+
+    @property
+    def about(self) -> dict[MetricName, MetricAbout]:
+        """What was measured."""
+        return {
+            each.name: MetricAbout(title=each.title, larger_is_better=each.larger_is_better) for each in self._metrics
+        }
+
+    def measure(self, pictures: Pictures) -> dict[MetricName, Score]:
+        """Measure one way; a metric that can't be measured of it is measured of none."""
+        scores = {}
+        for metric in list(self._metrics):
+            try:
+                scores[metric.name] = self._score(metric, pictures)
+            except NotMeasuredError as error:
+                self.not_measured[metric.name] = str(error)
+                self._metrics.remove(metric)
+        return scores
+
+    def _score(self, metric: Metric, pictures: Pictures) -> Score:
+        value = metric.measure(pictures)
+        if isinstance(value, Estimate):
+            return Score(estimate=value)
+        values = by_prompt(value, pictures.numbers, self._num_prompts)
+        return Score(estimate=mean_of(values), by_prompt=tuple(None if np.isnan(v) else float(v) for v in values))
+
+
+def _makers(
+    config: EvaluateConfig, prompts: Prompts, real: Real, retriever: Retriever
+) -> Iterator[tuple[MetricName, Callable[[], Metric]]]:
+    files = config.files
+
+    @cache
+    def clip() -> Clip:
+        return Clip(files.clip or "", retriever.encoder.id)
+
+    yield "fid", lambda: Fid(files.inception or "", real)
+    yield "cmmd", lambda: Cmmd(clip(), real)
+    yield "frechet", lambda: Distance("frechet", real)
+    yield "kernel", lambda: Distance("kernel", real)
+    yield "clip_score", lambda: ClipScore(clip(), prompts.texts)
+    yield "aesthetics", lambda: Aesthetics(clip(), files.aesthetic_head or "")
+    yield "tifa", lambda: Tifa(files.tifa_questions or "", files.tifa_vqa or "", prompts.texts)
+    yield "recognised", lambda: Recognised(real)
+
+    def text_score() -> Metric:
+        embeds = load_encoder(retriever.encoder.id).encode_texts(list(prompts.texts))
+        return TextScore(retriever, prompts.texts, embeds)
+
+    yield "text_score", text_score

@@ -1,0 +1,85 @@
+"""TIFA: does a picture answer the questions that its prompt raises (arXiv 2303.11897)?"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imagerag.errors import UserError
+from imagerag.evaluation.config import MetricName
+from imagerag.evaluation.metrics import NotMeasuredError, Pictures, Value
+
+_FIELDS = ("caption", "question", "choices", "answer")
+
+
+class Tifa:
+    """The share of a prompt's questions that a visual question answering model answers as they should be."""
+
+    name: MetricName = "tifa"
+    title = "TIFA"
+    larger_is_better = True
+
+    def __init__(self, questions: str, model: str, prompts: Sequence[str]) -> None:
+        """Read the questions and load the model.
+
+        Args:
+            questions: TIFA's published format: a list of objects with caption, question, choices and answer.
+            model: a transformers folder of a model that classifies answers (ViLT).
+            prompts: what pictures are made of.
+
+        Raises:
+            UserError: if a file is not what it should be.
+            NotMeasuredError: if there are no questions about any prompt.
+        """
+        self._questions = _read(questions)
+        if not set(self._questions) & set(prompts):
+            raise NotMeasuredError(f"none of the prompts is a caption in files.tifa_questions, {questions}")
+        from transformers import ViltForQuestionAnswering, ViltProcessor
+
+        folder = Path(model).expanduser()
+        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+            raise UserError(f"files.tifa_vqa has to be a transformers folder with safetensors; {model} is not")
+        self._processor = ViltProcessor.from_pretrained(folder, local_files_only=True)
+        self._model = ViltForQuestionAnswering.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        self._model.eval()
+        self._answers = {label.lower(): number for number, label in self._model.config.id2label.items()}
+
+    def measure(self, pictures: Pictures) -> Value:
+        """Return the share for each picture; NaN where there are no questions about its prompt."""
+        return np.array(
+            [
+                np.mean([self._is_right(image, each) for each in self._questions[prompt]])
+                if prompt in self._questions
+                else np.nan
+                for image, prompt in zip(pictures.made.images, pictures.prompts, strict=True)
+            ]
+        )
+
+    def _is_right(self, image: Any, question: dict[str, Any]) -> bool:
+        """Whether the right one of the choices is the model's preferred one; of unknown ones none is."""
+        import torch
+
+        known = [choice for choice in question["choices"] if choice.lower() in self._answers]
+        if not known:
+            return False
+        with torch.inference_mode():
+            inputs = self._processor(image, question["question"], return_tensors="pt", truncation=True)
+            logits = self._model(**inputs).logits[0]
+        best = max(known, key=lambda choice: float(logits[self._answers[choice.lower()]]))
+        return bool(best.lower() == question["answer"].lower())
+
+
+def _read(path: str) -> dict[str, list[dict[str, Any]]]:
+    try:
+        listed = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"files.tifa_questions has to be a readable JSON file; {path}: {error}") from error
+    if not isinstance(listed, list) or not all(isinstance(each, dict) and set(_FIELDS) <= set(each) for each in listed):
+        raise UserError(f"files.tifa_questions has to be a list of objects with {', '.join(_FIELDS)}; {path} is not")
+    questions: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for each in listed:
+        questions[each["caption"].strip()].append(each)
+    return dict(questions)

@@ -1,0 +1,241 @@
+"""A registered model's own folder: the trained weights, all that a picture depends on beside them, and every digest.
+
+    imagerag.json       the manifest
+    adapter/  lora/     safetensors
+    index/              a copy of the index's version, if the model is portable
+
+The base model is pinned by its digest and not in it. Nothing is loaded before every file has the manifest's digest.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from imagerag.artifacts import Finetuned
+from imagerag.digests import sha256_of
+from imagerag.errors import UserError
+from imagerag.generation.finetuned import ADAPTER, LORA, load_finetuned
+from imagerag.generation.spec import BaseFiles, read_json, resolve
+from imagerag.locks import local_folder
+from imagerag.retrieval.publish import move_tag
+from imagerag.retrieval.store import Store
+
+if TYPE_CHECKING:
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+    from imagerag.retrieval.schema import FeatureIdentity
+    from imagerag.retrieval.search import Retriever
+    from imagerag.workers import Dtype
+
+MANIFEST, INDEX = "imagerag.json", "index"
+DISTRIBUTION = "imagerag-turbo"
+_HUB = re.compile(r"(?P<id>[^/]+/[^/]+)@(?P<revision>[0-9a-f]{40})")
+_WEIGHTS_SUFFIXES = (".json", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a picture depends on."""
+
+    base_id: str
+    """`tiny`, a hub id or a folder."""
+    base_revision: str | None
+    """The commit, of a base model from the hub."""
+    base_digest: str
+    encoder_id: str
+    """Of the retriever."""
+    encoder_digest: str
+    index_uri: str
+    """Where the index was when the model was registered."""
+    index_name: str
+    index_version: int
+    index_created_at: str
+    portable: bool
+    """Whether the folder has a copy of that index's version, which is used instead."""
+    features_digest: str
+    training: str
+    """The training's name: a digest of all that it depended on."""
+    run_id: str
+    """Of the training, in MLflow."""
+    packages: Mapping[str, str]
+    """Versions of this package and of what it depends on."""
+    files: Mapping[str, str]
+    """SHA-256 of every file beside the manifest, by its path."""
+
+    @property
+    def base(self) -> str:
+        """What `load_base` is given."""
+        return self.base_id if self.base_revision is None else f"{self.base_id}@{self.base_revision}"
+
+    @property
+    def content(self) -> str:
+        """A digest of it all, but for the copy of the index, whose files are other ones each time it is made."""
+        files = {path: digest for path, digest in self.files.items() if not path.startswith(f"{INDEX}/")}
+        return hashlib.sha256(_to_json(replace(self, files=files))).hexdigest()
+
+    @property
+    def requirements(self) -> list[str]:
+        """What has to be installed beside this package, for pip."""
+        # A local version (`2.13.0+cpu`) names a build that package indexes do not have.
+        return [f"{name}=={own.split('+')[0]}" for name, own in self.packages.items() if name != DISTRIBUTION]
+
+
+def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable: bool) -> Manifest:
+    """Write the folder of a trained adapter and of the index's version that `retriever` has opened.
+
+    A portable one lacks its index still, see `add_index`.
+
+    Raises:
+        UserError: if the base model at hand is not the one that was trained for, the index has no features of it, or
+            what was trained is not safetensors.
+    """
+    _copy_weights(finetuned.uri, folder)
+    base = resolve(finetuned.base)
+    _check_base(base, finetuned.base_digest)
+    features = _features_of(base)
+    retriever.count_without(features)  # which has to have some
+    hub = _HUB.fullmatch(base.identity.id)
+    index_folder = local_folder(retriever.uri)
+    manifest = Manifest(
+        base_id=base.identity.id if hub is None else hub["id"],
+        base_revision=None if hub is None else hub["revision"],
+        base_digest=base.identity.digest,
+        encoder_id=retriever.encoder.id,
+        encoder_digest=retriever.encoder.digest,
+        index_uri=retriever.uri if index_folder is None else str(index_folder.absolute()),
+        index_name=retriever.name,
+        index_version=retriever.version,
+        index_created_at=Store(retriever.uri, retriever.name).created_at(retriever.version).isoformat(),
+        portable=portable,
+        features_digest=features.digest,
+        training=finetuned.name,
+        run_id=finetuned.run_id,
+        packages=_installed(),
+        files=_digests(folder),
+    )
+    _write(folder, manifest)
+    return manifest
+
+
+def add_index(folder: Path, manifest: Manifest) -> Manifest:
+    """Put a copy of the index into a folder, published there, and return its manifest then."""
+    store = Store(manifest.index_uri, manifest.index_name)
+    move_tag(store.copy(manifest.index_version, str(folder / INDEX)), manifest.index_version)
+    manifest = replace(manifest, files=_digests(folder))
+    _write(folder, manifest)
+    return manifest
+
+
+def read(folder: Path) -> Manifest:
+    """Return the manifest, after making sure that the folder's files are those that it lists.
+
+    Raises:
+        UserError: if a file is missing, is another one or is not listed, or the manifest is none.
+    """
+    try:
+        manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"a registered model has {MANIFEST}, as this package writes it; {folder}: {error}") from error
+    found = _digests(folder)
+    for path in sorted(found.keys() | manifest.files.keys()):
+        if found.get(path) != manifest.files.get(path):
+            raise UserError(
+                f"{folder / path} was changed after the model was registered: its SHA-256 is "
+                f"{found.get(path, 'that of no file')}, and the manifest says {manifest.files.get(path, 'nothing')}. "
+                "It is not used: register the model again"
+            )
+    return manifest
+
+
+def load(folder: Path, device: str | None = None, dtype: "Dtype | None" = None) -> "ImageRAGTurboPipeline":
+    """Load the pipeline of a registered model's folder. Device and dtype are as `load_base` takes them.
+
+    Raises:
+        UserError: if a file was changed, or the base model or the index is not the pinned one.
+    """
+    from imagerag.generation.base import load_base
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+
+    manifest = read(folder)
+    files = resolve(manifest.base)
+    _check_base(files, manifest.base_digest)
+    if (features := _features_of(files)).digest != manifest.features_digest:
+        raise UserError(
+            f"the model was registered with features of digest {manifest.features_digest}; this version of the package "
+            f"makes {features.digest} of the same base model: use {DISTRIBUTION} {manifest.packages[DISTRIBUTION]}"
+        )
+    base = load_base(manifest.base, device, dtype)
+    pipeline = ImageRAGTurboPipeline.from_base(base, load_finetuned(folder, base))
+    pipeline.set_progress_bar_config(disable=True)
+    uri = str(folder / INDEX) if manifest.portable else manifest.index_uri
+    pipeline.use_index(uri, manifest.index_name, manifest.index_version)
+    if not manifest.portable:
+        _check_index(manifest)
+    return pipeline
+
+
+def _check_base(base: BaseFiles, digest: str) -> None:
+    if base.identity.digest != digest:
+        raise UserError(
+            f"the model was trained for a base model of digest {digest}; {base.identity.id} has the digest "
+            f"{base.identity.digest} here: it is another one, or was changed"
+        )
+
+
+def _check_index(manifest: Manifest) -> None:
+    found = Store(manifest.index_uri, manifest.index_name).created_at(manifest.index_version).isoformat()
+    if found != manifest.index_created_at:
+        raise UserError(
+            f"version {manifest.index_version} of the index {manifest.index_name!r} in {manifest.index_uri} is not the "
+            f"pinned one: it was made {found}, and that {manifest.index_created_at}. The index was made anew since: "
+            "register the model again on it"
+        )
+
+
+def _features_of(base: BaseFiles) -> "FeatureIdentity":
+    from imagerag.hspace.features import feature_identity
+
+    return feature_identity(base.identity, read_json(base.parts["unet"].files[0]))
+
+
+def _copy_weights(uri: str, folder: Path) -> None:
+    filesystem, root = fsspec.url_to_fs(uri)
+    for part in (ADAPTER, LORA):
+        found = filesystem.find(f"{root}/{part}")
+        if not found and part == ADAPTER:
+            raise UserError(f"what is registered has a trained adapter; there is no {uri}/{ADAPTER}")
+        for path in found:
+            target = folder / part / path.removeprefix(f"{root}/{part}/")
+            if target.suffix not in _WEIGHTS_SUFFIXES:
+                raise UserError(f"trained weights are safetensors, described by JSON; {path} is neither")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(path, str(target))
+
+
+def _installed() -> dict[str, str]:
+    wanted = [each for each in metadata.requires(DISTRIBUTION) or [] if "extra ==" not in each]
+    names = [re.split(r"[^\w.-]", each, maxsplit=1)[0] for each in wanted]
+    return {name: metadata.version(name) for name in sorted([DISTRIBUTION, *names])}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in _files(folder)}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+
+
+def _to_json(manifest: Manifest) -> bytes:
+    values: dict[str, Any] = asdict(manifest)
+    return json.dumps(values, indent=1, sort_keys=True).encode()
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_bytes(_to_json(manifest))

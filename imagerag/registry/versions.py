@@ -1,0 +1,388 @@
+"""Versions of the registered model in MLflow: made, listed, promoted, rolled back and fetched.
+
+A version's tag holds the digest of its manifest, which holds those of all files: what has no such tag, or other
+files, was not registered by this package and is not used. Aliases are what others ask for: `candidate` is what was
+registered last, `champion` the one in use, `previous` the champion before it.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from imagerag.artifacts import Finetuned, Registered
+from imagerag.digests import sha256_of
+from imagerag.errors import UserError
+from imagerag.locks import writer_lock
+from imagerag.registry import package
+from imagerag.registry.card import CARD, GRID, model_card, sources_of
+from imagerag.registry.lineage import log_inputs, run_of
+from imagerag.registry.model import FOLDER, check_model, write_model
+from imagerag.registry.package import Manifest
+from imagerag.retrieval.pins import pin, require_version
+from imagerag.retrieval.publish import require_published
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+from imagerag.training.tracking import mlflow_client, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MODEL_NAME = "imagerag-turbo"
+CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+_TAG = "imagerag."
+_MANIFEST_TAG, _CONTENT_TAG = f"{_TAG}manifest", f"{_TAG}content"
+_INDEX_KEYS = ("index_uri", "index_name", "index_version")
+_PINNED = ("base", "base_digest", "encoder_id", *_INDEX_KEYS, "features_digest", "training", "portable")
+"""What of the manifest is a tag, so that it can be seen and searched for."""
+_MAX_DESCRIPTION = 5_000
+"""Characters; the column of MLflow's database."""
+_DIGITS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionInfo:
+    """A version of the registered model."""
+
+    version: int
+    aliases: tuple[str, ...]
+    created_at: datetime
+    run_id: str
+    """Of the training."""
+    tags: Mapping[str, str]
+
+    @property
+    def signed(self) -> bool:
+        """Whether it was registered by this package."""
+        return _MANIFEST_TAG in self.tags
+
+    @property
+    def portable(self) -> bool:
+        """Whether it carries a copy of its index."""
+        return self.pinned("portable") == "True"
+
+    def pinned(self, name: str) -> str:
+        """Return what it pins: `base`, `index_name`, `index_version` and so on; nothing where it is not signed."""
+        return self.tags.get(_TAG + name, "")
+
+
+def register(
+    finetuned: Finetuned,
+    settings: Settings,
+    *,
+    index_version: int | None = None,
+    results: str = "",
+    grid: Path | None = None,
+    tags: Mapping[str, str] = MappingProxyType({}),
+    portable: bool = False,
+) -> Registered:
+    """Make a version of a trained adapter and an index, and let `candidate` name it.
+
+    The same content is one version, however often it is registered. The index's version is pinned in its store, and so
+    outlives later publications.
+
+    Args:
+        finetuned: what was trained.
+        settings: where MLflow and the index are.
+        index_version: of the index; by default the published one.
+        results: a table for the card, in markdown.
+        grid: a picture for the card, a PNG.
+        tags: of the version.
+        portable: whether it carries a copy of the index, for machines that can't reach the store.
+
+    Raises:
+        UserError: if MLflow, the training's run, the base model or the index is not to be had, or what was trained
+            does not fit them.
+    """
+    from imagerag.retrieval.search import Retriever
+
+    store = Store(settings.index_uri, finetuned.index_name)
+    with _writing(settings) as client, TemporaryDirectory() as temporary:
+        run = run_of(client, finetuned.run_id)
+        # The store's lock keeps its version from being cleaned up before it is pinned.
+        with store.writer_lock():
+            index_version = require_published(store) if index_version is None else index_version
+            require_version(store, index_version)
+            retriever = Retriever(store.uri, store.name, version=index_version)
+            folder = Path(temporary, "package")
+            manifest = package.pack(folder, finetuned, retriever, portable=portable)
+            known = [each for each in _versions(client) if each.tags.get(_CONTENT_TAG) == manifest.content]
+            if known:
+                version = known[0].version
+            else:
+                manifest = package.add_index(folder, manifest) if portable else manifest
+                card = model_card(manifest, sources_of(retriever), results, has_grid=grid is not None)
+                model = write_model(Path(temporary, "model"), folder, manifest, card, grid)
+                log_inputs(client, finetuned, manifest)
+                version = _create(client, run, model, folder, manifest, card, tags)
+            pin(store, index_version, f"{MODEL_NAME}-{version}-{manifest.content[:_DIGITS]}")
+        if _aliases(client).get(CANDIDATE) != version:
+            client.set_registered_model_alias(MODEL_NAME, CANDIDATE, str(version))
+    return Registered(
+        name=MODEL_NAME,
+        version=version,
+        uri=f"models:/{MODEL_NAME}/{version}",
+        run_id=finetuned.run_id,
+        is_new=not known,
+        portable=portable,
+    )
+
+
+def resolve_version(settings: Settings, alias_or_version: str) -> VersionInfo:
+    """Return the version with this alias or number.
+
+    Raises:
+        UserError: if MLflow can't be used, or there is none.
+    """
+    with _registry(settings) as client:
+        return _resolve(client, alias_or_version)
+
+
+def list_versions(settings: Settings) -> list[VersionInfo]:
+    """Return all versions, the newest first.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    with _registry(settings) as client:
+        return _versions(client)
+
+
+def versions_with_copy(settings: Settings, index_name: str) -> list[VersionInfo]:
+    """Return the versions that carry a copy of an index. Makes no MLflow where there is none.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    if settings.mlflow_tracking_uri is None and not (settings.home / "mlflow" / "mlflow.db").is_file():
+        return []
+    return [info for info in list_versions(settings) if info.portable and info.pinned("index_name") == index_name]
+
+
+def promote(
+    settings: Settings,
+    version: int,
+    *,
+    reason: str,
+    author: str,
+    tags: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Make a version the champion, and the champion so far `previous`. Nothing moves if it is the champion already.
+
+    Raises:
+        UserError: if there is no such version, it was not registered by this package, or no reason is given.
+    """
+    _check_reason(reason)
+    with _writing(settings) as client:
+        _check_signed(_resolve(client, str(version)))
+        champion = _aliases(client).get(CHAMPION)
+        if champion == version:
+            return
+        _tag(client, version, {**tags, f"{_TAG}promoted_by": author, f"{_TAG}reason": reason})
+        if champion is not None:
+            client.set_registered_model_alias(MODEL_NAME, PREVIOUS, str(champion))
+        client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(version))
+
+
+def rollback(settings: Settings, *, reason: str, author: str) -> int:
+    """Make the previous champion the champion again, and return its version. There is no previous one then.
+
+    Raises:
+        UserError: if there is none, or no reason is given.
+    """
+    _check_reason(reason)
+    with _writing(settings) as client:
+        aliases = _aliases(client)
+        champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
+        if champion is None or previous is None or previous == champion:
+            now = "there is no champion" if champion is None else f"version {champion} is the champion"
+            raise UserError(f"{MODEL_NAME} has no previous champion to go back to; {now}. `imagerag promote` makes one")
+        _tag(client, champion, {f"{_TAG}rolled_back_by": author, f"{_TAG}rollback_reason": reason})
+        client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(previous))
+        # Twice in a panic is not once and back.
+        client.delete_registered_model_alias(MODEL_NAME, PREVIOUS)
+        return previous
+
+
+def download(settings: Settings, version: int, to: Path) -> Path:
+    """Fetch a version's files, make sure that they are what was registered, and return the model's own folder.
+
+    Nothing of them is run or unpickled. `to` is written as a whole, or not at all.
+
+    Raises:
+        UserError: if MLflow or the version is not to be had, the version was not registered by this package, has a
+            pickle or was changed, or there is something at `to`.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    _check_free(to)
+    with _registry(settings) as client:
+        digest = _check_signed(_resolve(client, str(version)))
+        source = client.get_model_version_download_uri(MODEL_NAME, str(version))
+    with _partial(to) as partial:
+        try:
+            fetched = download_artifacts(source, dst_path=str(partial), tracking_uri=tracking_uri(settings))
+        except Exception as error:
+            raise UserError(f"the files of {MODEL_NAME} {version} can't be fetched from {source}: {error}") from error
+        check_model(Path(fetched), digest)
+        Path(fetched).rename(to)
+    return to / FOLDER
+
+
+def pull(settings: Settings, alias_or_version: str, out: Path) -> VersionInfo:
+    """Write a version as `ImageRAGTurboPipeline.from_pretrained` loads it: base model, adapter, LoRA, card.
+
+    A portable version brings its index; another one names the index's place and version.
+
+    Raises:
+        UserError: as of `download`, and if the base model or the index is not the pinned one.
+    """
+    _check_free(out)
+    info = resolve_version(settings, alias_or_version)
+    with _partial(out) as partial:
+        folder = download(settings, info.version, partial / "model")
+        pipeline = package.load(folder, device="cpu", dtype="fp32")
+        pulled = partial / "pulled"
+        if info.portable:
+            pipeline.register_to_config(index_uri=package.INDEX)
+        pipeline.save_pretrained(pulled)
+        for path in (folder / package.MANIFEST, partial / "model" / CARD, partial / "model" / GRID):
+            if path.is_file():
+                shutil.copy(path, pulled)
+        if info.portable:
+            shutil.copytree(folder / package.INDEX, pulled / package.INDEX)
+        pulled.rename(out)
+    return info
+
+
+@contextmanager
+def _registry(settings: Settings) -> Iterator["MlflowClient"]:
+    """Yield MLflow's client.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    uri = tracking_uri(settings)
+    try:
+        client = mlflow_client(uri)
+        client.search_registered_models(max_results=1)
+    except Exception as error:
+        raise UserError(f"MLflow at {uri} can't be used: {error}") from error
+    yield client
+
+
+@contextmanager
+def _writing(settings: Settings) -> Iterator["MlflowClient"]:
+    """Yield MLflow's client, while no other process of this home changes versions or aliases."""
+    with writer_lock(str(settings.home / "mlflow"), "registry"), _registry(settings) as client:
+        yield client
+
+
+def _versions(client: "MlflowClient") -> list[VersionInfo]:
+    names: dict[int, list[str]] = {}
+    for alias, version in sorted(_aliases(client).items()):
+        names.setdefault(version, []).append(alias)
+    found = client.search_model_versions(f"name = '{MODEL_NAME}'")
+    infos = [
+        VersionInfo(
+            version=int(each.version),
+            aliases=tuple(names.get(int(each.version), ())),
+            created_at=datetime.fromtimestamp(each.creation_timestamp / 1000, UTC),
+            run_id=each.run_id or "",
+            tags=dict(each.tags),
+        )
+        for each in found
+    ]
+    return sorted(infos, key=lambda info: -info.version)
+
+
+def _aliases(client: "MlflowClient") -> dict[str, int]:
+    found = client.search_registered_models(f"name = '{MODEL_NAME}'")
+    return {alias: int(version) for model in found for alias, version in model.aliases.items()}
+
+
+def _resolve(client: "MlflowClient", alias_or_version: str) -> VersionInfo:
+    infos = _versions(client)
+    for info in infos:
+        if alias_or_version in (str(info.version), *info.aliases):
+            return info
+    if not infos:
+        raise UserError(f"no version of {MODEL_NAME} is registered yet; asked for {alias_or_version!r}")
+    numbers = ", ".join(str(info.version) for info in reversed(infos))
+    aliases = ", ".join(sorted(alias for info in infos for alias in info.aliases)) or "none"
+    raise UserError(
+        f"{MODEL_NAME} has no version or alias {alias_or_version!r}; versions: {numbers}; aliases: {aliases}"
+    )
+
+
+def _check_signed(info: VersionInfo) -> str:
+    """Return the digest of the version's manifest.
+
+    Raises:
+        UserError: if it has none.
+    """
+    if not info.signed:
+        raise UserError(
+            f"version {info.version} of {MODEL_NAME} has no tag {_MANIFEST_TAG}, so it was not registered by this "
+            "package, and nothing tells what is in it: it is not used"
+        )
+    return info.tags[_MANIFEST_TAG]
+
+
+def _check_reason(reason: str) -> None:
+    if not reason.strip():
+        raise UserError("say why, for those who look at it later: the reason is empty")
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} is there already, and nothing is overwritten: name a folder that is not there")
+
+
+def _tag(client: "MlflowClient", version: int, tags: Mapping[str, str]) -> None:
+    for name, value in tags.items():
+        client.set_model_version_tag(MODEL_NAME, str(version), name, value)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path`, for what is moved there when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", suffix=".partial", dir=path.parent) as folder:
+        yield Path(folder)
+
+
+def _create(
+    client: "MlflowClient",
+    run: Any,
+    model: Path,
+    folder: Path,
+    manifest: Manifest,
+    card: str,
+    tags: Mapping[str, str],
+) -> int:
+    from mlflow.exceptions import MlflowException
+
+    digest = sha256_of(folder / package.MANIFEST)
+    # A place of its own: a run may have several versions, and what a killed call left must not get into one.
+    place = f"models/{digest[:_DIGITS]}"
+    client.log_artifacts(run.info.run_id, str(model), place)
+    try:
+        client.create_registered_model(MODEL_NAME, description="One-step text-to-image generation with references")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    pinned = {_TAG + name: str(getattr(manifest, name)) for name in _PINNED}
+    made = client.create_model_version(
+        MODEL_NAME,
+        source=f"{run.info.artifact_uri}/{place}",
+        run_id=run.info.run_id,
+        tags=dict(tags) | pinned | {_MANIFEST_TAG: digest, _CONTENT_TAG: manifest.content},
+        description=card if len(card) <= _MAX_DESCRIPTION else f"{card[: _MAX_DESCRIPTION - 1]}…",
+    )
+    return int(made.version)

@@ -1,0 +1,76 @@
+"""A trained adapter to a measured, registered model, and to the champion if it is better."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import fsspec
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
+
+from imagerag.artifacts import Evaluated, Finetuned, Registered
+from imagerag.evaluation.config import EvaluateConfig, GateConfig
+from imagerag.evaluation.gate import Decision, decide
+from imagerag.evaluation.results import GRID, read_results
+from imagerag.registry.champion import Champion
+from imagerag.registry.versions import promote, register
+from imagerag.settings import Settings
+from tasks.policy import stage
+from tasks.progress import StageProgress
+
+_LONGEST_DAYS = 7
+_AUTHOR = "the gate"
+
+
+@stage("evaluate", timeout_days=_LONGEST_DAYS)
+def evaluate_adapter(finetuned: Finetuned, config: EvaluateConfig, champion: Champion | None) -> Evaluated:
+    """Make pictures in every way, and measure them."""
+    from imagerag.evaluation.job import evaluate  # imports torch, which other flows need not wait for
+
+    with StageProgress("evaluate", "pictures") as on_progress:
+        folder = None if champion is None else champion.folder
+        result = evaluate(finetuned, config, Settings(), on_progress, champion=folder)
+    logger = get_run_logger()
+    if not result.is_new:
+        logger.info("nothing to measure: %s was finished before", result.name)
+    return result
+
+
+@stage("gate")
+def pass_gate(evaluated: Evaluated, config: GateConfig, champion: Champion | None) -> Decision:
+    """Decide whether the candidate may become champion, and leave the reasons as an artifact."""
+    decision = decide(read_results(evaluated.uri), config, has_champion=champion is not None)
+    key = evaluated.index_name.replace("_", "-")
+    create_markdown_artifact(
+        f"# {evaluated.index_name}: the gate\n\n{decision.markdown()}\n",
+        key=f"gate-{key}",
+        description="Whether the candidate may become champion, and why",
+    )
+    return decision
+
+
+@stage("register")
+def register_model(finetuned: Finetuned, evaluated: Evaluated, decision: Decision, *, portable: bool) -> Registered:
+    """Register the candidate with its results, and make it champion if it passed the gate."""
+    settings = Settings()
+    tags = {
+        "imagerag.gate": "passed" if decision.passed else "failed",
+        "imagerag.gate_reasons": decision.summary(),
+        "imagerag.evaluation_run": evaluated.run_id,
+    }
+    with TemporaryDirectory() as folder:
+        grid = Path(folder) / GRID
+        filesystem, remote = fsspec.url_to_fs(f"{evaluated.uri}/{GRID}")
+        filesystem.get_file(remote, str(grid))
+        registered = register(
+            finetuned,
+            settings,
+            index_version=evaluated.index_version,
+            results=read_results(evaluated.uri).markdown(),
+            grid=grid,
+            tags=tags,
+            portable=portable,
+        )
+    if decision.passed:
+        promote(settings, registered.version, reason=decision.summary(), author=_AUTHOR)
+    get_run_logger().info("%s %s", registered.uri, "is champion" if decision.passed else "stays a candidate")
+    return registered

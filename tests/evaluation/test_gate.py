@@ -1,0 +1,130 @@
+"""The gate's rules, and the table that people read."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from imagerag.errors import UserError
+from imagerag.evaluation.config import EvaluateConfig, GateConfig
+from imagerag.evaluation.gate import decide
+from imagerag.evaluation.intervals import estimate
+from imagerag.evaluation.results import (
+    Copies,
+    Latency,
+    Leakage,
+    MetricAbout,
+    Results,
+    Retrieval,
+    Score,
+    WayResults,
+)
+
+NUM = 80
+
+
+def way(name: str, values: np.ndarray, *, ms: float = 100.0, distance: float = 5.0) -> WayResults:
+    return WayResults(
+        name=name,
+        title=name,
+        function_evaluations=1,
+        num_pictures=NUM,
+        scores={
+            "clip_score": Score(estimate=estimate(values), by_prompt=tuple(values.tolist())),
+            "frechet": Score(estimate=estimate([distance, distance])),
+        },
+        latency=Latency(text=1.0, retrieval=2.0, denoising=3.0, decoding=4.0, total=ms),
+        retrieval=Retrieval(hit_rate=0.5, similarity=0.6, gated=0.1),
+        copies=Copies(similarity=0.4, threshold=0.8, share=0.02),
+    )
+
+
+def results(*ways: WayResults, **changes: Any) -> Results:
+    leakage = Leakage(
+        num_prompts_in_index=NUM, num_prompts_learnt=0, num_images=90, num_images_learnt=0, num_near_duplicates=3
+    )
+    values: dict[str, Any] = {
+        "base": "tiny", "adapter": "a", "index": "i, version 3", "machine": "m", "ways": ways, "leakage": leakage,
+        "prompts": tuple(f"p{number}" for number in range(NUM)),
+        "categories": tuple("even" if number % 2 == 0 else "odd" for number in range(NUM)),
+        "metrics": {"clip_score": MetricAbout(title="CLIP score", larger_is_better=True),
+                    "frechet": MetricAbout(title="distance", larger_is_better=False)},
+        "not_measured": {"tifa": "needs files.tifa_questions"},
+    }  # fmt: skip
+    return Results(**values | changes)
+
+
+NOISE = np.random.default_rng(0).normal(0.3, 0.1, NUM)
+BETTER = NOISE + 0.02 + np.random.default_rng(1).normal(0, 0.02, NUM)
+"""By less than prompts differ among each other, but for nearly every prompt: only pairs tell."""
+CONFIG = GateConfig(metric="clip_score")
+
+
+def failed(found: Results, *, has_champion: bool = False) -> list[str]:
+    return [each.rule for each in decide(found, CONFIG, has_champion=has_champion).reasons if not each.passed]
+
+
+def test_better_on_the_same_prompts_passes_though_the_intervals_overlap() -> None:
+    base, candidate = way("base", NOISE), way("adapter", BETTER)
+    assert base.scores["clip_score"].estimate.high > candidate.scores["clip_score"].estimate.low
+    decision = decide(results(base, candidate), CONFIG, has_champion=False)
+    assert decision.passed
+    assert "**The candidate passes.**" in decision.markdown()
+
+
+def test_no_better_than_chance_does_not_pass() -> None:
+    same = NOISE + np.random.default_rng(2).normal(0, 0.02, NUM)
+    assert failed(results(way("base", NOISE), way("adapter", same))) == ["CLIP score: better than the base"]
+
+
+def test_the_champion_has_to_be_beaten_too() -> None:
+    base, candidate = way("base", NOISE), way("adapter", BETTER)
+    assert failed(results(base, candidate, way("champion", BETTER + 0.01)), has_champion=True) == [
+        "CLIP score: better than the champion"
+    ]
+    assert failed(results(base, candidate, way("champion", BETTER - 0.01 * NOISE)), has_champion=True) == []
+    assert failed(results(base, candidate), has_champion=True) == ["better than the champion"], "it was not compared"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"distance": 5.6}, "distance: at most 10% worse than the base"),
+        ({"ms": 201.0}, "latency: at most 2.0 times the base's"),
+    ],
+)
+def test_losing_too_much_elsewhere_does_not_pass(changes: dict[str, float], rule: str) -> None:
+    assert failed(results(way("base", NOISE), way("adapter", BETTER, **changes))) == [rule]
+
+
+def test_prompts_that_were_learnt_from_do_not_pass() -> None:
+    found = results(way("base", NOISE), way("adapter", BETTER))
+    leaked = replace(found, leakage=replace(found.leakage, num_prompts_learnt=1))
+    assert failed(leaked) == ["no prompt was learnt from"]
+
+
+def test_a_metric_that_was_not_measured_or_has_no_pairs_is_refused() -> None:
+    found = results(way("base", NOISE), way("adapter", BETTER))
+    with pytest.raises(UserError, match=r"tifa was not measured: it needs files\.tifa_questions"):
+        decide(found, GateConfig(metric="tifa"), has_champion=False)
+    with pytest.raises(UserError, match="needs a metric of single pictures, which frechet is not"):
+        decide(found, GateConfig(metric="frechet"), has_champion=False)
+    with pytest.raises(ValidationError, match="both have to be among the ways"):
+        EvaluateConfig(ways=("adapter", "teacher"))
+
+
+def test_results_survive_json_and_say_what_was_not_measured() -> None:
+    values = NOISE.copy()
+    by_prompt = (None, *values[1:].tolist())
+    found = results(way("base", NOISE), way("adapter", BETTER))
+    scores = dict(found.ways[0].scores) | {"clip_score": Score(estimate=estimate(values[1:]), by_prompt=by_prompt)}
+    found = replace(found, ways=(replace(found.ways[0], scores=scores), found.ways[1]))
+    assert Results.from_json(found.to_json()) == found
+    text = found.markdown()
+    assert "Not measured: tifa, which needs files.tifa_questions." in text
+    assert "| base | 1 | 0.3" in text
+    assert "| odd | 40 |" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:4])

@@ -1,0 +1,160 @@
+"""An evaluation on Ray: made once, continued, and never more than what is missing."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imagerag.artifacts import Finetuned
+from imagerag.errors import UserError
+from imagerag.evaluation import pictures
+from imagerag.evaluation.config import EvaluateConfig, MetricFiles
+from imagerag.evaluation.job import EXPERIMENT, evaluate
+from imagerag.evaluation.results import GRID, PAGE, RESULTS, TABLE, read_results
+from imagerag.settings import Settings
+from imagerag.training.job import newest_finetuned, read_finetuned
+from imagerag.training.tracking import tracking_uri
+from tests.evaluation.networks import write_clip
+from tests.training.conftest import HELD_OUT, NAME, World
+
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session")]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    clip = str(write_clip(tmp_path_factory.mktemp("clip")))
+    return EvaluateConfig(images_per_prompt=2, teacher_steps=2, batch_size=2, files=MetricFiles(clip=clip))
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
+    own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
+) -> None:
+    own, settings = finetuned(own_world), own_world.settings
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(done: int, total: int, note: str = "") -> None:
+        assert total == 6 * 2 * 2, "six ways, two prompts, two pictures of each"
+        raise StoppedError(note)
+
+    with pytest.raises(StoppedError, match="base"):
+        evaluate(own, config, settings, stop)
+    seen: list[tuple[int, int, str]] = []
+    made = evaluate(own, config, settings, lambda *each: seen.append(each))
+    assert next(total for _, total, _ in seen) == 5 * 2 * 2, "those of one way were there"
+    assert made.is_new
+    assert {path.name for path in Path(made.uri).iterdir()} == {PAGE, TABLE, GRID, RESULTS}
+    results = read_results(made.uri)
+    assert set(results.prompts) == set(HELD_OUT)
+    assert [way.name for way in results.ways] == ["base", "slerp", "adapter", "random", "no_references", "teacher"]
+    assert set(results.metrics) == {"clip_score"}
+    assert "needs 100 rows of the index that are no prompts" in results.not_measured["text_score"]
+    assert results.not_measured["fid"] == "needs files.inception"
+    assert results.leakage.num_prompts_learnt == 0
+    assert results.leakage.num_images == 2
+    for way in results.ways:
+        assert way.num_pictures == 4
+        assert way.latency is not None
+        parts = way.latency
+        assert parts.total == pytest.approx(parts.text + parts.retrieval + parts.denoising + parts.decoding, rel=0.5)
+        assert (way.retrieval is not None) == (way.name in ("slerp", "adapter", "random"))
+    adapter, random = results.way("adapter"), results.way("random")
+    assert adapter is not None
+    assert random is not None
+    assert adapter.retrieval is not None
+    assert random.retrieval is not None
+    assert adapter.retrieval.hit_rate == 1
+    assert adapter.retrieval.similarity > random.retrieval.similarity
+
+    again = evaluate(own, config, settings, lambda *each: pytest.fail(f"worked on {each}"))
+    assert not again.is_new
+    assert again.metrics == made.metrics
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri(settings))
+    (experiment,) = client.search_experiments(filter_string=f"name = '{EXPERIMENT}'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == made.run_id
+    assert run.data.metrics["adapter/clip_score"] == pytest.approx(made.metrics["adapter/clip_score"])
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {PAGE, TABLE, GRID}
+
+
+def test_another_candidate_costs_only_its_own_pictures(
+    own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
+) -> None:
+    """And the same weights in another folder cost nothing, as champion too."""
+    first = finetuned(own_world)
+    ways = ("base", "adapter", "champion")
+    config = config.model_copy(update={"ways": ways, "images_per_prompt": 1})
+    evaluate(first, config, own_world.settings)
+    second = finetuned(own_world)
+    assert second.uri != first.uri
+    totals: list[int] = []
+    made = evaluate(
+        second, config, own_world.settings, lambda done, total, *_: totals.append(total), champion=first.uri
+    )
+    assert totals[0] == 2, "two prompts by the new adapter"
+    results = read_results(made.uri)
+    assert [way.name for way in results.ways] == list(ways)
+    scores = [way.scores["clip_score"].values for way in results.ways]
+    assert not np.allclose(scores[1], scores[2])
+
+
+def test_a_way_is_what_the_pipeline_makes(
+    own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
+) -> None:
+    from imagerag.generation.base import load_base
+    from imagerag.generation.finetuned import load_finetuned
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+
+    own = finetuned(own_world)
+    config = config.model_copy(update={"ways": ("base", "adapter"), "images_per_prompt": 1})
+    made = evaluate(own, config, own_world.settings)
+    base = load_base(own.base, "cpu")
+    pipeline = ImageRAGTurboPipeline.from_base(base, load_finetuned(Path(own.uri), base))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.use_index(own_world.settings.index_uri, NAME)
+    results = read_results(made.uri)
+    from imagerag.evaluation.ways import ways_of
+
+    job = pictures.PictureJob(
+        results.prompts,
+        ways_of(config, own, own.base, None),
+        pictures.IndexVersion(uri=own_world.settings.index_uri, name=NAME, version=made.index_version),
+        config,
+        f"{own_world.settings.training_of(NAME)}/evaluations",
+    )
+    for way in job.read():
+        for prompt, image in zip(results.prompts, way.images, strict=True):
+            generator = torch.Generator().manual_seed(pictures._seed_of(prompt, 0, 0))
+            fusion, count = ("adapter", 4) if way.way.name == "adapter" else ("none", 0)
+            expected = pipeline(prompt, generator=generator, fusion=fusion, num_references=count).images[0]
+            difference = np.abs(np.asarray(image, int) - np.asarray(expected, int))
+            assert difference.max() <= 1, "a batch's sums are in another order"
+
+
+def test_mistakes_are_named_before_anything_starts(
+    own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig, tmp_path: Path
+) -> None:
+    own, settings = finetuned(own_world), own_world.settings
+    with pytest.raises(UserError, match=r"there is no finetune.json in .*nowhere"):
+        read_finetuned(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no adapter was trained on 'other' yet"):
+        newest_finetuned(settings, "other")
+    assert newest_finetuned(settings, NAME) == replace(own, is_new=False)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\n")
+    with pytest.raises(UserError, match=r"at least two prompts; .*prompts.txt has 1"):
+        evaluate(own, config.model_copy(update={"prompts": str(prompts)}), settings)
+    with pytest.raises(UserError, match="prompts have to be a readable text file"):
+        evaluate(own, config.model_copy(update={"prompts": str(tmp_path)}), settings)
+    with pytest.raises(UserError, match="there is no table 'other'"):
+        evaluate(replace(own, index_name="other"), config, Settings(home=settings.home))
+    assert not (settings.home / "mlflow").exists()
+    assert json.loads(Path(own.uri, "finetune.json").read_text())

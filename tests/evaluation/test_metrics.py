@@ -1,0 +1,186 @@
+"""What metrics say of drawings, where it is known what they should say."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imagerag.corpus.sample import Drawing, load_drawings
+from imagerag.errors import UserError
+from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid
+from imagerag.evaluation.copies import measure_copies, threshold_of
+from imagerag.evaluation.metrics import Distance, NotMeasuredError, Pictures, Real, Recognised, by_prompt, mean_of
+from imagerag.evaluation.pictures import Made
+from imagerag.evaluation.tifa import Tifa
+from imagerag.evaluation.ways import Way
+from imagerag.generation.references import Reference
+from tests.evaluation.networks import CLIP_DIM, write_clip, write_head, write_inception, write_vilt
+
+WAY = Way(name="adapter", title="adapter", base="", base_digest="")
+
+
+def open_image(drawing: Drawing) -> Image.Image:
+    return Image.open(io.BytesIO(drawing.image)).convert("RGB")
+
+
+def reference(id: str) -> Reference:
+    return Reference(id=id, caption="", url="", source="", licence="", similarity=0.9, weight=1.0)
+
+
+def pictures_of(
+    real: Real, images: list[Image.Image], numbers: np.ndarray, shown: list[tuple[str, ...]] | None = None
+) -> Pictures:
+    references = [tuple(map(reference, own)) for own in shown or [()] * len(images)]
+    return Pictures(Made(WAY, images, references), tuple(map(str, numbers)), numbers, real)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[Real, list[Image.Image], np.ndarray]:
+    """Held-out drawings in two styles as real ones, and those of a third as if they had been generated."""
+    by_style = {
+        style: {d.concept.name: d for d in load_drawings(styles=[style], splits=["held_out"])}
+        for style in ("noto", "twemoji", "noto-v1")
+    }
+    names = sorted(set.intersection(*(set(own) for own in by_style.values())))
+    listed = [
+        (style, number, by_style[style][name]) for style in ("twemoji", "noto-v1") for number, name in enumerate(names)
+    ]
+    real = Real(
+        [f"{style}-{number}" for style, number, _ in listed],
+        [open_image(each) for _, _, each in listed],
+        np.array([number for _, number, _ in listed]),
+    )
+    return real, [open_image(by_style["noto"][name]) for name in names], np.arange(len(names))
+
+
+def test_drawings_of_another_style_are_recognised(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+    """Measured: 0.82, and 0.00 with wrong prompts; chance is 0.01."""
+    real, images, numbers = drawn
+    judge = Recognised(real)
+    assert np.mean(judge.measure(pictures_of(real, images, numbers))) > 0.7
+    assert np.mean(judge.measure(pictures_of(real, images, np.roll(numbers, 40)))) < 0.06
+
+
+def test_a_copy_is_not_recognised_by_what_it_copies(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+    """It is as good as the copied drawing is at telling what the remaining one shows. Measured: 0.41."""
+    real, _, numbers = drawn
+    half = len(real.ids) // 2
+    copies, shown = real.images[:half], [(id,) for id in real.ids[:half]]
+    judge = Recognised(real)
+    assert np.mean(judge.measure(pictures_of(real, copies, numbers))) == 1
+    assert 0.3 < np.mean(judge.measure(pictures_of(real, copies, numbers, shown))) < 0.6
+
+
+def test_copies_are_found_and_drawings_of_the_same_are_none(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+    """Measured: 1.00 and 0.03."""
+    real, images, numbers = drawn
+    half, threshold = len(real.ids) // 2, threshold_of(real)
+    shown = [(id,) for id in real.ids[:half]]
+    copies = measure_copies(pictures_of(real, real.images[:half], numbers, shown), threshold)
+    others = measure_copies(pictures_of(real, images, numbers, shown), threshold)
+    assert copies is not None
+    assert others is not None
+    assert copies.share > 0.97
+    assert others.share < 0.1
+    assert measure_copies(pictures_of(real, images, numbers), threshold) is None, "shown nothing"
+
+
+def test_too_little_is_not_measured(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+    real, images, numbers = drawn
+    few = Real(real.ids[:10], real.images[:10], real.prompts[:10])
+    with pytest.raises(NotMeasuredError, match="at least 20 of the prompts, as their captions; there are 10"):
+        Recognised(few)
+    with pytest.raises(NotMeasuredError, match="needs 100 pictures of the index for the prompts; there are 10"):
+        Distance("frechet", few)
+    with pytest.raises(NotMeasuredError, match="needs 100 pictures of each way"):
+        Distance("kernel", real).measure(pictures_of(real, images[:10], numbers[:10]))
+    with pytest.raises(NotMeasuredError, match="at least two prompts; 1 could"):
+        mean_of(np.array([np.nan, 1.0]))
+
+
+def test_prompts_without_pictures_in_the_index_count_for_nothing(
+    drawn: tuple[Real, list[Image.Image], np.ndarray],
+) -> None:
+    real, images, numbers = drawn
+    unknown = numbers.max() + 1
+    pictures = pictures_of(real, [images[0], images[0]], np.array([0, unknown]))
+    values = np.asarray(Recognised(real).measure(pictures))
+    assert np.isnan(values).tolist() == [False, True]
+    means = by_prompt(np.array([1.0, 0.0, 1.0]), np.array([0, 0, 2]), 3)
+    assert means[0] == 0.5
+    assert np.isnan(means[1])
+
+
+def test_clip_scores_follow_its_embeddings(drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path) -> None:
+    real, images, numbers = drawn
+    clip = Clip(str(write_clip(tmp_path / "clip")), "tiny")
+    own, prompts = pictures_of(real, images[:3], numbers[:3]), ["a", "bc", "def"]
+    scores = np.asarray(ClipScore(clip, prompts).measure(own))
+    expected = (clip.images(images[:3]) * clip.texts(prompts)).sum(1)
+    assert scores == pytest.approx(expected)
+    assert np.linalg.norm(clip.images(images[:3]), axis=1) == pytest.approx(1, abs=1e-5)
+    cmmd = Cmmd(clip, real)
+    same = pictures_of(real, real.images, real.prompts)
+    noise = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (64, 64, 3), np.uint8)) for n in range(120)]
+    near, far = (cmmd.measure(each).mean for each in (same, pictures_of(real, noise, np.arange(120))))  # type: ignore[union-attr]
+    assert abs(near) < 0.1 * far
+    head = write_head(tmp_path / "head.safetensors", CLIP_DIM, 8, 1)
+    values = np.asarray(Aesthetics(clip, str(head)).measure(own))
+    assert values.shape == (3,)
+    assert len(set(values.tolist())) == 3
+    with pytest.raises(UserError, match=f"embeddings of 7; files.clip has them of {CLIP_DIM}"):
+        Aesthetics(clip, str(write_head(tmp_path / "other.safetensors", 7, 1))).measure(own)
+
+
+def test_the_retriever_is_no_evaluator(tmp_path: Path) -> None:
+    folder = write_clip(tmp_path / "clip")
+    with pytest.raises(UserError, match="the evaluator must not be the retriever"):
+        Clip(str(folder), str(folder))
+    with pytest.raises(UserError, match="has to be a transformers folder with safetensors"):
+        Clip(str(tmp_path), "tiny")
+
+
+def test_tifa_counts_right_answers(drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path) -> None:
+    real, images, _ = drawn
+    model, questions = str(write_vilt(tmp_path / "vilt")), tmp_path / "questions.json"
+
+    def ask(answer: str, *choices: str) -> dict[str, object]:
+        return {"caption": "0", "question": "is it red?", "choices": choices, "answer": answer}
+
+    # Of two choices, one is the model's preferred one, whichever that is; of one that it does not know, none is.
+    questions.write_text(json.dumps([ask("yes", "yes", "no"), ask("no", "yes", "no"), ask("blue", "blue")]))
+    tifa = Tifa(str(questions), model, ["0", "1"])
+    values = np.asarray(tifa.measure(pictures_of(real, images[:2], np.array([0, 1]))))
+    assert values[0] == pytest.approx(1 / 3)
+    assert np.isnan(values[1])
+    with pytest.raises(NotMeasuredError, match="none of the prompts is a caption"):
+        Tifa(str(questions), model, ["something else"])
+    questions.write_text(json.dumps([{"caption": "0"}]))
+    with pytest.raises(UserError, match="a list of objects with caption, question, choices, answer"):
+        Tifa(str(questions), model, ["0"])
+
+
+def test_inception_is_read_without_running_what_a_file_holds(
+    drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path
+) -> None:
+    real, _, _ = drawn
+    few = Real(real.ids[:2], real.images[:2], real.prompts[:2])
+    with pytest.raises(NotMeasuredError, match="there are 2"):
+        Fid(str(write_inception(tmp_path / "inception.pth")), few)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="has to hold torch-fidelity's InceptionV3"):
+        Fid(str(tmp_path / "other.pth"), few)
+
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "harmed",)  # type: ignore[return-value]
+
+    (tmp_path / "hostile.pth").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match="can't be read as a file of tensors"):
+        Fid(str(tmp_path / "hostile.pth"), few)
+    assert not (tmp_path / "harmed").exists()

@@ -1,0 +1,53 @@
+"""`evaluate` through a real Prefect server, to a champion in a real MLflow."""
+
+from collections.abc import Callable
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows.evaluate import EvaluateParameters, evaluate
+from imagerag.artifacts import Finetuned
+from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
+from imagerag.registry.versions import CANDIDATE, CHAMPION, list_versions
+from tests.evaluation.networks import write_clip
+from tests.training.conftest import NAME, World
+
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefect_api_url")]
+
+
+def aliases(world: World) -> dict[str, int]:
+    return {alias: info.version for info in list_versions(world.settings) for alias in info.aliases}
+
+
+def test_candidates_are_registered_and_only_a_better_one_is_champion(
+    own_world: World,
+    finetuned: Callable[..., Finetuned],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    monkeypatch.setenv("IMAGERAG_HOME", str(own_world.settings.home))
+    clip = str(write_clip(tmp_path_factory.mktemp("clip")))
+    config = EvaluateConfig(ways=("base", "adapter", "champion"), files=MetricFiles(clip=clip))
+    strict = GateConfig(metric="clip_score", max_slowdown=100)
+    first = finetuned(own_world, tracked=True)
+    parameters = EvaluateParameters(name=NAME, evaluation=config, gate=strict)
+    report = evaluate(parameters)
+    assert report.evaluated.adapter == first.uri, "that of the last training"
+    assert report.registered.is_new
+    won = {CHAMPION: 1} if report.decision.passed else {}
+    assert aliases(own_world) == {CANDIDATE: 1} | won
+    (info,) = list_versions(own_world.settings)
+    assert info.tags["imagerag.gate"] == ("passed" if report.decision.passed else "failed")
+    assert "paired gain" in info.tags["imagerag.gate_reasons"]
+    assert info.tags["imagerag.evaluation_run"] == report.evaluated.run_id
+    assert info.run_id == first.run_id
+
+    again = evaluate(parameters)
+    assert not again.evaluated.is_new
+    assert not again.registered.is_new
+    assert len(list_versions(own_world.settings)) == 1
+
+    with get_client(sync_client=True) as client:
+        texts = [str(artifact.data) for artifact in client.read_artifacts()]
+    assert any("the gate" in text and "better than the base" in text for text in texts)
+    assert any(f"`{report.registered.uri}` is" in text and "CLIP score" in text for text in texts)

@@ -1,0 +1,111 @@
+"""A pipeline that is saved and loaded: with LoRA, and with an index that is pinned or lies beside it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from imagerag.errors import UserError
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.hspace.lora import LORA_NAME
+from imagerag.retrieval.pins import pin
+from imagerag.retrieval.publish import PublishConfig
+from imagerag.retrieval.store import Store
+from tests.generation.with_index import BASE, drawing, fill, make_adapter, make_pipeline, sentences, write_store
+from tests.retrieval.rows import append, fixed_size_lists, index_and_publish, make_rows
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = write_store(tmp_path / "index", make_pipeline())
+    fill(store, make_pipeline())
+    index_and_publish(store)
+    return store
+
+
+def add_lora(pipeline: ImageRAGTurboPipeline, name: str = LORA_NAME) -> None:
+    torch.manual_seed(2)
+    layers = r"up_blocks\..*\.(to_q|conv1|conv_shortcut)"
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False), adapter_name=name)
+
+
+def latents(pipeline: ImageRAGTurboPipeline, **arguments: Any) -> torch.Tensor:
+    made: torch.Tensor = pipeline(
+        "a red dragon", generator=torch.Generator().manual_seed(0), output_type="latent", **arguments
+    ).images
+    return made
+
+
+def load(folder: Path) -> ImageRAGTurboPipeline:
+    pipeline = ImageRAGTurboPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_lora_comes_back_bit_for_bit_and_the_base_model_is_as_it_was(store: Store, tmp_path: Path) -> None:
+    plain = make_pipeline()
+    pipeline = make_pipeline(make_adapter()).use_index(store.uri, store.name)
+    add_lora(pipeline)
+    expected = latents(pipeline)
+    assert not torch.allclose(expected, latents(plain), atol=1e-2)
+
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert torch.equal(latents(pipeline), expected), "saving changes nothing"
+    loaded = load(tmp_path / "saved")
+    assert torch.equal(latents(loaded), expected)
+    assert torch.equal(latents(loaded, fusion="none"), latents(plain))
+    without = make_pipeline(unet=type(plain.unet).from_pretrained(tmp_path / "saved" / "unet"))
+    assert torch.equal(latents(without), latents(plain)), "what is in the folder is the base model itself"
+
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(latents(load(tmp_path / "again")), expected)
+    shutil.rmtree(tmp_path / "saved" / "lora")
+    with pytest.raises(UserError, match=r"LoRA belongs to the pipeline in .*pytorch_lora_weights.safetensors does not"):
+        load(tmp_path / "saved")
+
+
+def test_lora_of_another_origin_is_not_saved(tmp_path: Path) -> None:
+    pipeline = make_pipeline(make_adapter())
+    add_lora(pipeline, "style")
+    with pytest.raises(UserError, match="no other; 'style' is attached"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_pinned_version_stays_whatever_is_published(store: Store, tmp_path: Path) -> None:
+    version = store.version
+    pipeline = make_pipeline(make_adapter()).use_index(store.uri, store.name, version)
+    expected = latents(pipeline)
+    pipeline.save_pretrained(tmp_path / "saved")
+    pin(store, version, "a-model")
+    embeds = fixed_size_lists(sentences(make_pipeline(), ["a red dragon"]))
+    rows = make_rows(
+        20, 21, store.encoder, caption=["a red dragon"], image=[drawing(20)], text_embed=embeds, image_embed=embeds
+    )
+    append(store, rows)
+    fill(store, make_pipeline())
+    index_and_publish(store, PublishConfig(keep=1))
+    assert torch.equal(latents(load(tmp_path / "saved")), expected)
+    moved = make_pipeline(make_adapter()).use_index(store.uri, store.name)
+    assert not torch.equal(latents(moved), expected), "the published version finds the new row"
+
+    gone, now = version + 1, store.version
+    with pytest.raises(UserError, match=rf"version {gone} of the index 'images' .*not to be had: version {now} is pub"):
+        make_pipeline().use_index(store.uri, store.name, gone)
+    shutil.rmtree(store.table_uri)
+    with pytest.raises(UserError, match=rf"version {version} of the index .*there is no such table"):
+        latents(load(tmp_path / "saved"))
+
+
+def test_an_index_that_lies_beside_is_found_wherever_the_folder_is(store: Store, tmp_path: Path) -> None:
+    pipeline = make_pipeline(make_adapter()).use_index(store.uri, store.name)
+    expected = latents(pipeline)
+    pipeline.register_to_config(index_uri="index")
+    pipeline.save_pretrained(tmp_path / "saved")
+    shutil.move(store.uri, tmp_path / "saved" / "index")
+    shutil.move(tmp_path / "saved", tmp_path / "moved")
+    assert torch.equal(latents(load(tmp_path / "moved")), expected)
+    assert BASE.digest == load(tmp_path / "moved").config.base_digest

@@ -1,0 +1,54 @@
+"""`imagerag models`, `promote`, `rollback` and `pull`, and what a takedown says of models."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from imagerag.cli import app
+from imagerag.errors import UserError
+from imagerag.registry.versions import register, resolve_version
+from tests.registry.conftest import Home
+
+
+@pytest.fixture
+def own(home: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("IMAGERAG_HOME", str(home.settings.home))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LOGNAME", "ada")
+    return home
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_models_are_promoted_and_rolled_back_by_name_and_with_a_reason(own: Home, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        register(own.finetuned(name), own.settings)
+    assert "version 1 is the champion" in run("promote", 1, "--reason", "the first")
+    run("promote", 2, "--reason", "sharper")
+    assert resolve_version(own.settings, "champion").tags["imagerag.promoted_by"] == "ada"
+    listed = run("models")
+    for part in ("candidate, champion", "previous", "ada: sharper", "images"):
+        assert part in listed, part
+    assert "version 1 is the champion again" in run("rollback", "--reason", "too blue")
+    assert CliRunner().invoke(app, ["promote", "2"]).exit_code == 2, "without a reason"
+    with pytest.raises(UserError, match="not by both"):
+        run("pull", "--alias", "champion", "--version", "1", "--out", tmp_path / "pulled")
+    assert f"version 2 is in {tmp_path / 'pulled'}, for the index" in run(
+        "pull", "--version", 2, "--out", tmp_path / "pulled"
+    )
+
+
+def test_a_takedown_names_the_models_that_used_the_rows(own: Home) -> None:
+    register(own.finetuned("first"), own.settings)
+    register(own.finetuned("second"), own.settings, portable=True)
+    ids = own.store.ids().to_pylist()
+    said = run("index", "remove", "--id", ids[0], "--yes")
+    assert "imagerag-turbo-1-" in said
+    assert "used removed rows, and can't load any more unless it is portable: register it again on version " in said
+    assert "version 2 of imagerag-turbo is portable and holds a copy" in said
+    assert "imagerag-turbo-1" not in run("index", "remove", "--id", ids[1], "--yes")

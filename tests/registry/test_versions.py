@@ -1,0 +1,278 @@
+"""Versions of the model in a real MLflow: what they pin, which one is used, and which ones are refused."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from imagerag.artifacts import Registered
+from imagerag.errors import UserError
+from imagerag.registry import package
+from imagerag.registry.versions import (
+    MODEL_NAME,
+    VersionInfo,
+    download,
+    list_versions,
+    promote,
+    pull,
+    register,
+    resolve_version,
+    rollback,
+)
+from imagerag.retrieval.pins import pins
+from imagerag.retrieval.publish import PublishConfig
+from imagerag.retrieval.takedown import remove
+from imagerag.settings import Settings
+from tests.registry.conftest import NAME, Home
+from tests.retrieval.rows import append, index_and_publish, make_rows
+
+WHY = {"reason": "it is better", "author": "somebody"}
+
+
+def of_alias(home: Home) -> dict[str, int]:
+    return {alias: info.version for info in list_versions(home.settings) for alias in info.aliases}
+
+
+def publish_more(home: Home) -> int:
+    """Publish another version, and keep none before it."""
+    start = 100 + home.store.count()
+    append(home.store, make_rows(start, start + 1, home.store.encoder))
+    home.publish()
+    return index_and_publish(home.store, PublishConfig(keep=1)).version or 0
+
+
+def test_a_version_pins_all_that_its_pictures_depend_on(champion: Home, tmp_path: Path) -> None:
+    info = resolve_version(champion.settings, "champion")
+    finetuned = champion.finetuned("first")
+    assert (info.version, info.run_id, info.portable) == (1, finetuned.run_id, False)
+    assert info.tags["gate"] == "passed"
+    assert (info.tags["imagerag.promoted_by"], info.tags["imagerag.reason"]) == ("somebody", "it is better")
+    manifest = package.read(download(champion.settings, 1, tmp_path / "model"))
+    assert (manifest.base, manifest.base_digest) == (str(champion.base), finetuned.base_digest)
+    assert (manifest.index_uri, manifest.index_name) == (champion.settings.index_uri, NAME)
+    assert (manifest.index_version, manifest.encoder_digest) == (champion.store.version, champion.store.encoder.digest)
+    assert (manifest.training, manifest.run_id) == ("first", finetuned.run_id)
+    assert manifest.packages.keys() >= {"imagerag-turbo", "torch", "diffusers", "pylance"}
+    assert {path.split("/")[0] for path in manifest.files} == {"adapter", "lora"}
+    assert all("==" in each and "+" not in each for each in manifest.requirements)
+    assert not any(each.startswith("imagerag") for each in manifest.requirements)
+
+    folder = tmp_path / "model"
+    assert (folder / "requirements.txt").read_text().splitlines() == manifest.requirements
+    example = json.loads((folder / "serving_input_example.json").read_text())
+    assert example["dataframe_split"] == {"columns": ["prompt"], "data": [["a red dragon"]]}
+    assert example["params"] == {"seed": 0, "num_images": 1}
+    card = (folder / "README.md").read_text()
+    for part in ("| metric | value |", "![Pictures of each prompt](grid.png)", "| even | CC0-1.0 | 4 |", "## Limits"):
+        assert part in card, part
+    assert (folder / "grid.png").is_file()
+    described = champion.client.get_model_version(MODEL_NAME, "1").description
+    assert described.startswith("# ImageRAGTurbo")
+
+
+def test_a_version_leads_to_its_run_and_its_data(champion: Home) -> None:
+    run = champion.client.get_run(champion.finetuned("first").run_id)
+    (named,) = run.inputs.dataset_inputs
+    source = json.loads(named.dataset.source)
+    assert source == {"uri": champion.store.table_uri, "version": champion.store.version}
+    assert {tag.value for tag in named.tags} == {"training"}
+
+
+def test_the_same_content_is_one_version(home: Home) -> None:
+    first, again = (register(home.finetuned("first"), home.settings) for _ in range(2))
+    assert (first.version, first.is_new, first.uri) == (1, True, "models:/imagerag-turbo/1")
+    assert again == replace(first, is_new=False)
+    portable = [register(home.finetuned("first"), home.settings, portable=True) for _ in range(2)]
+    assert [(each.version, each.is_new) for each in portable] == [(2, True), (2, False)]
+    assert of_alias(home) == {"candidate": 2}
+    assert register(home.finetuned("first"), home.settings) == again
+    assert of_alias(home) == {"candidate": 1}
+
+
+def test_two_registrations_at_once(home: Home) -> None:
+    made: list[Registered] = []
+    names = ("first", "second", "first")
+    threads = [
+        threading.Thread(target=lambda name=name: made.append(register(home.finetuned(name), home.settings)))
+        for name in names
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted((each.version, each.is_new) for each in made) in (
+        [(1, False), (1, True), (2, True)], [(1, True), (2, False), (2, True)],
+    )  # fmt: skip
+    assert of_alias(home) == {"candidate": made[-1].version}
+    assert set(pins(home.store).values()) == {home.store.version}
+    assert len(pins(home.store)) == 2
+
+
+def test_promoted_and_rolled_back(home: Home) -> None:
+    settings = home.settings
+    for name in ("first", "second"):
+        register(home.finetuned(name), settings)
+    for _ in range(2):
+        promote(settings, 1, **WHY)
+    assert of_alias(home) == {"candidate": 2, "champion": 1}
+    with pytest.raises(UserError, match="no previous champion to go back to; version 1 is the champion"):
+        rollback(settings, **WHY)
+    for _ in range(2):
+        promote(settings, 2, **WHY, tags={"gate": "waived"})
+    assert of_alias(home) == {"candidate": 2, "champion": 2, "previous": 1}
+    assert resolve_version(settings, "champion").tags["gate"] == "waived"
+    assert rollback(settings, reason="too blue", author="somebody") == 1
+    assert of_alias(home) == {"candidate": 2, "champion": 1}
+    assert resolve_version(settings, "2").tags["imagerag.rollback_reason"] == "too blue"
+    with pytest.raises(UserError, match="no previous champion"):
+        rollback(settings, **WHY)
+    with pytest.raises(UserError, match="the reason is empty"):
+        promote(settings, 2, reason=" ", author="somebody")
+
+
+def test_the_pinned_index_outlives_later_publications_but_no_takedown(home: Home, tmp_path: Path) -> None:
+    version = home.store.version
+    register(home.finetuned("first"), home.settings)
+    now = publish_more(home)
+    assert register(home.finetuned("first"), home.settings).version == 2
+    assert register(home.finetuned("first"), home.settings, index_version=version).version == 1
+    assert package.load(download(home.settings, 1, tmp_path / "old")).index.retriever.version == version
+
+    removal = remove(home.store, urls=["https://example.org/3.png"])
+    first, second = removal.pinned_by
+    assert (first[:17], second[:17]) == ("imagerag-turbo-1-", "imagerag-turbo-2-")
+    published = home.store.version
+    expected = rf"version {version} of the index 'images' .* not to be had: version {published} is published now"
+    with pytest.raises(UserError, match=expected):
+        pull(home.settings, "1", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    with pytest.raises(UserError, match=rf"version {now} of the index"):
+        register(home.finetuned("first"), home.settings, index_version=now)
+
+
+def test_an_index_that_was_made_anew_is_another_one(home: Home, tmp_path: Path) -> None:
+    register(home.finetuned("first"), home.settings)
+    manifest = package.read(download(home.settings, 1, tmp_path / "model"))
+    other = home.store.copy(manifest.index_version, str(tmp_path / "other"))
+    shutil.rmtree(home.store.table_uri)
+    with pytest.raises(UserError, match="there is no such table"):
+        pull(home.settings, "1", tmp_path / "pulled")
+    shutil.move(other.table_uri, home.store.table_uri)
+    with pytest.raises(UserError, match="is not the pinned one: it was made"):
+        pull(home.settings, "1", tmp_path / "pulled")
+
+
+def test_what_is_not_there(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list_versions(home.settings) == []
+    with pytest.raises(UserError, match="no version of imagerag-turbo is registered yet; asked for 'champion'"):
+        pull(home.settings, "champion", tmp_path / "pulled")
+    finetuned = home.finetuned("first")
+    register(finetuned, home.settings)
+    with pytest.raises(UserError, match="no version or alias 'best'; versions: 1; aliases: candidate"):
+        resolve_version(home.settings, "best")
+    with pytest.raises(UserError, match="no version or alias '7'"):
+        promote(home.settings, 7, **WHY)
+    with pytest.raises(UserError, match="MLflow has no run 'nothing'"):
+        register(replace(finetuned, run_id="nothing"), home.settings)
+    with pytest.raises(UserError, match=r"is there already, and nothing is overwritten"):
+        pull(home.settings, "1", home.base)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    unreachable = Settings(home=home.settings.home, mlflow_tracking_uri="http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"MLflow at http://127.0.0.1:9 can't be used"):
+        list_versions(unreachable)
+
+
+def test_what_does_not_fit_is_not_registered(home: Home) -> None:
+    finetuned = home.finetuned("first")
+    with pytest.raises(UserError, match=rf"base model of digest {'0' * 64}; .* has the digest {finetuned.base_digest}"):
+        register(replace(finetuned, base_digest="0" * 64), home.settings)
+    with pytest.raises(UserError, match=r"the index has cached features for .*, and none for tiny"):
+        register(replace(finetuned, base="tiny", base_digest=_digest_of_tiny()), home.settings)
+    (Path(finetuned.uri) / "lora" / "optimizer.pt").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=r"trained weights are safetensors, .*optimizer.pt is neither"):
+        register(finetuned, home.settings)
+    with pytest.raises(UserError, match=r"there is no .*/nowhere/adapter"):
+        register(replace(finetuned, uri="/nowhere"), home.settings)
+    assert list_versions(home.settings) == []
+
+
+def _digest_of_tiny() -> str:
+    from imagerag.generation.spec import resolve
+
+    return resolve("tiny").identity.digest
+
+
+def _change_weights(model: Path) -> None:
+    weights = model / "artifacts/package/adapter/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+def _change_weights_and_manifest(model: Path) -> None:
+    _change_weights(model)
+    path = model / "artifacts/package/imagerag.json"
+    manifest = json.loads(path.read_text())
+    changed = model / "artifacts/package/adapter/diffusion_pytorch_model.safetensors"
+    manifest["files"]["adapter/diffusion_pytorch_model.safetensors"] = hashlib.sha256(changed.read_bytes()).hexdigest()
+    path.write_text(json.dumps(manifest))
+
+
+def _add_file(model: Path) -> None:
+    (model / "artifacts/package/adapter/more.json").write_text("{}")
+
+
+def _add_pickle(model: Path) -> None:
+    (model / "python_model.pkl").write_bytes(b"not even read")
+
+
+def _name_pickle(model: Path) -> None:
+    described = (model / "MLmodel").read_text()
+    (model / "MLmodel").write_text(described.replace("model_code_path: ", "python_model: "))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_change_weights, r"adapter/diffusion_pytorch_model.safetensors was changed after the model was registered"),
+        (_change_weights_and_manifest, r"imagerag.json was changed after the model was registered: .* tag says"),
+        (_add_file, r"adapter/more.json was changed .* the manifest says nothing"),
+        (_add_pickle, r"the model has python_model.pkl, a pickle"),
+        (_name_pickle, r"the model's code is a pickle"),
+    ],
+)
+def test_what_was_changed_is_not_used(home: Home, tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
+    register(home.finetuned("second"), home.settings)
+    change(Path(home.client.get_model_version(MODEL_NAME, "1").source.removeprefix("file://")))
+    with pytest.raises(UserError, match=message):
+        pull(home.settings, "1", tmp_path / "out" / "pulled")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_version_that_others_made_is_not_used(home: Home, tmp_path: Path) -> None:
+    client = home.client
+    client.create_registered_model(MODEL_NAME)
+    client.create_model_version(MODEL_NAME, str(home.base))
+    for use in (lambda: pull(home.settings, "1", tmp_path / "pulled"), lambda: promote(home.settings, 1, **WHY)):
+        with pytest.raises(UserError, match=r"version 1 of imagerag-turbo has no tag imagerag.manifest"):
+            use()
+    assert [info.signed for info in list_versions(home.settings)] == [False]
+    assert isinstance(list_versions(home.settings)[0], VersionInfo)
+
+
+def test_another_base_model_at_the_same_place_is_refused(home: Home, tmp_path: Path) -> None:
+    register(home.finetuned("second"), home.settings)
+    folder = download(home.settings, 1, tmp_path / "model")
+    manifest = package.read(folder)
+    moved = tmp_path / "base"
+    shutil.copytree(home.base, moved)
+    config = moved / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"v_prediction"', '"epsilon"'))
+    package._write(folder, replace(manifest, base_id=str(moved)))
+    with pytest.raises(UserError, match=rf"base model of digest {manifest.base_digest}; {moved} has the digest"):
+        package.load(folder)
