@@ -1,10 +1,13 @@
 """Ray: a cluster by address, or one on this machine for as long as the process needs it."""
 
 import os
+import threading
 import warnings
 
 from imagerag.settings import Settings
 
+# A thread that still uses Ray after its end would start another one by accident.
+_ENV = {"RAY_ENABLE_AUTO_CONNECT": "0"}
 _LOCAL_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -29,9 +32,8 @@ def start_ray(settings: Settings) -> None:
     A Ray that is initialised already is used as it is. Otherwise this connects to `settings.ray_address`, or starts
     Ray on this machine, on loopback and with free ports.
     """
-    if settings.ray_address is None:
-        # Ray reads these when it is first imported.
-        os.environ.update(_LOCAL_ENV)
+    # Ray reads these when it is first imported.
+    os.environ.update(_ENV | (_LOCAL_ENV if settings.ray_address is None else {}))
     import ray
 
     if ray.is_initialized():
@@ -51,5 +53,10 @@ def start_ray(settings: Settings) -> None:
 def stop_ray() -> None:
     """End this process's Ray, or its connection to a cluster; `start_ray` begins anew."""
     import ray
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
+    # One that is still at work would use Ray after its end, and Ray's answer to that is to exit the process.
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            thread.shutdown(force=True)
     ray.shutdown()

@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -130,6 +131,6 @@ def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T
 
 def _cause(error: BaseException) -> BaseException:
     """Return the exception that a worker raised, without what Ray wrapped it in and referred to in its traceback."""
-    from ray.exceptions import RayTaskError
-
-    return (error.cause if isinstance(error, RayTaskError) else error).with_traceback(None)
+    ray = sys.modules.get("ray")  # which is imported by `start_ray` alone, after it has set the environment for it
+    wrapped = ray is not None and isinstance(error, ray.exceptions.RayTaskError)
+    return (error.cause if wrapped else error).with_traceback(None)  # type: ignore[attr-defined]

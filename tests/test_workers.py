@@ -2,12 +2,18 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from imagerag.compute import start_ray, stop_ray
 from imagerag.errors import UserError
-from imagerag.workers import StalledError, WorkersConfig, plan_workers, watched
+from imagerag.settings import Settings
+from imagerag.workers import StalledError, WorkersConfig, mapped, plan_workers, watched
 
 
 @pytest.mark.parametrize(
@@ -53,3 +59,30 @@ def test_a_watched_error_is_raised() -> None:
 
     with pytest.raises(KeyError, match="fault"):
         list(watched(results, timeout_s=5))
+
+
+class Slow:
+    """A worker whose parts take a while."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        time.sleep(0.3)
+        return rows
+
+
+@pytest.mark.engines
+@pytest.mark.usefixtures("ray_session")
+def test_ray_can_be_stopped_under_a_job_and_started_again(tmp_path: Path) -> None:
+    """Ray exits the process where a thread still uses it after its end."""
+    parts = [pa.table({"number": [number]}) for number in range(12)]
+    settings = Settings(home=tmp_path)
+    for _ in range(2):
+        start_ray(settings)
+        with closing(watched(partial(mapped, parts, Slow, {}, WorkersConfig()), 60)) as results:
+            assert "number" in next(results)
+        stop_ray()
+    start_ray(settings)
+    rows = list(watched(partial(mapped, parts, Slow, {}, WorkersConfig()), 60))
+    assert sorted(row["number"] for row in rows) == list(range(12))

@@ -77,8 +77,7 @@ def evaluate(
         return replace(Evaluated(**known["evaluated"]), is_new=False, duration_s=time.perf_counter() - started)
     with writer_lock(parent, key):
         job = PictureJob(prompts.texts, ways, index, config, parent)
-        job.make(settings, on_progress)
-        latencies = job.time(settings)
+        latencies = job.run(settings, on_progress)
         results, pictures = _measure(job, config, prompts, ways, retriever, training_set, latencies, on_progress)
         files = to_files(results, pictures, retriever)
         run_id = _track(key, finetuned, config, results, files, settings)

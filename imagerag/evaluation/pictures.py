@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from imagerag.compute import start_ray, stop_ray
-from imagerag.evaluation.config import EvaluateConfig, WayName
+from imagerag.evaluation.config import EvaluateConfig
 from imagerag.evaluation.results import Latency
 from imagerag.evaluation.ways import Way
 from imagerag.files import local_copy
@@ -45,6 +45,11 @@ _COLUMNS = (
     pa.field("image", pa.large_binary()),
     pa.field("references", pa.string()),
 )
+_RESULT = pa.schema(
+    {"way": pa.string(), "fragments": pa.list_(pa.string()), "num_rows": pa.int64(), "latencies": pa.string()}
+)
+_TIMING = "timing"
+"""In the place of a way: the part of a job in which all ways are timed."""
 _PARTS = ("text", "retrieval", "denoising", "decoding")
 _TIMED_PROMPTS = 12
 _FEWEST_TIMED = 3
@@ -90,34 +95,27 @@ class PictureJob:
     def _each(self) -> int:
         return self._config.images_per_prompt
 
-    def make(self, settings: Settings, on_progress: OnProgress) -> int:
-        """Make what is missing, and return how many pictures that was."""
+    def run(self, settings: Settings, on_progress: OnProgress) -> dict[str, Latency]:
+        """Make the pictures that are missing, and return how long one takes in each way."""
         missing = {way.name: self._missing(self._tables[way.name]) for way in self._ways}
         total, done = int(sum(rows.num_rows for rows in missing.values())), 0
-        if total == 0:
-            return 0
+        latencies: dict[str, Latency] = {}
         parts = [
             part.append_column("way", pa.array([name] * part.num_rows))
             for name, rows in missing.items()
             for part in (rows.slice(start, _ROWS_OF_A_TASK) for start in range(0, rows.num_rows, _ROWS_OF_A_TASK))
         ]
-        arguments = {"ways": self._ways, "tables": self._tables, "index": self._index, "config": self._config}
-        for result in self._run(PictureWorker, parts, arguments, settings):
-            self._tables[result["way"]].commit(result["fragments"])
-            done += result["num_rows"]
-            on_progress(done, total, result["way"])
+        timed = self._wanted.slice(0, _TIMED_PROMPTS)
+        parts.append(timed.append_column("way", pa.array([_TIMING] * timed.num_rows)))
+        for result in self._results(parts, settings):
+            if result["latencies"]:
+                latencies = {name: Latency(**own) for name, own in json.loads(result["latencies"]).items()}
+            else:
+                self._tables[result["way"]].commit(result["fragments"])
+                done += result["num_rows"]
+                on_progress(done, total, result["way"])
         assert done == total, f"{done} pictures were made instead of {total}"
-        return total
-
-    def time(self, settings: Settings) -> dict[str, Latency]:
-        """Measure how long one picture takes in each way, on one worker that does nothing else."""
-        parts = [pa.table({"way": [way.name for way in self._ways]})]
-        arguments = {
-            "ways": self._ways, "index": self._index, "config": self._config, "prompts": self._prompts[:_TIMED_PROMPTS]
-        }  # fmt: skip
-        alone = self._config.model_copy(update={"num_workers": 1})
-        results = self._run(LatencyWorker, parts, arguments, settings, alone)
-        return {result["way"]: Latency(**json.loads(result["latency"])) for result in results}
+        return latencies
 
     def read(self) -> Iterator[Made]:
         """Yield each way's pictures."""
@@ -135,18 +133,12 @@ class PictureJob:
         present = pa.array(table.ids(), pa.string())
         return self._wanted.filter(pc.invert(pc.is_in(self._wanted["id"], present)))
 
-    def _run(
-        self,
-        worker: type,
-        parts: list[pa.Table],
-        arguments: dict[str, Any],
-        settings: Settings,
-        config: EvaluateConfig | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        config = config or self._config
+    def _results(self, parts: list[pa.Table], settings: Settings) -> Iterator[dict[str, Any]]:
+        config = self._config
+        arguments = {"ways": self._ways, "tables": self._tables, "index": self._index, "config": config}
         start_ray(settings)
         try:
-            with closing(watched(partial(mapped, parts, worker, arguments, config), config.stall_timeout_s)) as results:
+            with closing(watched(partial(mapped, parts, Worker, arguments, config), config.stall_timeout_s)) as results:
                 yield from results
         except BaseException:
             # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
@@ -154,13 +146,14 @@ class PictureJob:
             raise
 
 
-class _Worker:
-    """Holds pipelines in a process of its own, each loaded when it is first needed."""
+class Worker:
+    """Holds pipelines in a process of its own, each loaded when it is first needed; makes pictures and writes them."""
 
     def __init__(
         self,
         *,
         ways: Sequence[Way],
+        tables: dict[str, Table],
         index: IndexVersion,
         config: EvaluateConfig,
         device: str,
@@ -170,9 +163,53 @@ class _Worker:
         import torch
 
         torch.set_num_threads(num_threads)  # Ray starts workers with one
-        self._ways = {way.name: way for way in ways}
-        self._index, self._config, self._device, self._dtype = index, config, device, dtype
+        self._ways: dict[str, Way] = {way.name: way for way in ways}
+        self._tables, self._index, self._config, self._device, self._dtype = tables, index, config, device, dtype
         self._pipelines: dict[tuple[str, str | None], TimedPipeline] = {}
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Return one row: the `way`, the JSON of the `fragments` written and `num_rows`, or the JSON of `latencies`."""
+        name, size = rows["way"][0].as_py(), self._config.batch_size
+        fragments, latencies = [], ""
+        if name == _TIMING:
+            latencies = json.dumps(self._time_all(rows["prompt"].to_pylist()))
+        else:
+            made = [self._make(self._ways[name], rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
+            fragments = self._tables[name].write(pa.concat_tables(made))
+        values = {"way": [name], "fragments": [fragments], "num_rows": [rows.num_rows], "latencies": [latencies]}
+        return pa.table(values, schema=_RESULT)
+
+    def _make(self, way: Way, rows: pa.Table) -> pa.Table:
+        pipeline, prompts = self._pipeline(way), rows["prompt"].to_pylist()
+        generators = list(map(_generator, rows["seed"].to_pylist()))
+        output = pipeline(prompts, generator=generators, **self._arguments(way, prompts, pipeline))
+        references = [json.dumps([asdict(each) for each in own]) for own in output.references]
+        images = pa.array(list(map(_png, output.images)), pa.large_binary())
+        return rows.drop_columns(["way"]).append_column("image", images).append_column("references", [references])
+
+    def _time_all(self, prompts: list[str]) -> dict[str, dict[str, float]]:
+        """Return each way's `Latency`. The ways take turns, so that they share what else is going on."""
+        measured: dict[str, list[list[float]]] = {name: [] for name in self._ways}
+        started = time.perf_counter()
+        for number, prompt in enumerate([prompts[0], *prompts]):
+            for name, own in measured.items():
+                own.append(self._time(self._ways[name], prompt, number))
+            if number >= _FEWEST_TIMED and time.perf_counter() - started > _TIMED_S * len(measured):
+                break
+        # The first call loads what the others have.
+        medians = {name: 1000 * np.median(own[1:], axis=0) for name, own in measured.items()}
+        return {name: dict(zip((*_PARTS, "total"), own.tolist(), strict=True)) for name, own in medians.items()}
+
+    def _time(self, way: Way, prompt: str, seed: int) -> list[float]:
+        """Return the seconds of a picture's parts, then of all."""
+        pipeline = self._pipeline(way)
+        arguments = self._arguments(way, [prompt], pipeline)
+        pipeline.seconds.clear()
+        started = time.perf_counter()
+        pipeline(prompt, generator=_generator(seed), **arguments)
+        total = time.perf_counter() - started
+        parts = [pipeline.seconds.get(part, 0.0) for part in _PARTS[1:]]
+        return [total - sum(parts), *parts, total]
 
     def _pipeline(self, way: Way) -> "TimedPipeline":
         known = (way.base, way.adapter)
@@ -208,63 +245,6 @@ class _Worker:
                 for prompt in prompts
             ]
         return arguments
-
-
-class PictureWorker(_Worker):
-    """Makes pictures and writes them."""
-
-    def __init__(self, *, tables: dict[str, Table], **common: Any) -> None:
-        super().__init__(**common)
-        self._tables = tables
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return one row: the `way`, the JSON of the `fragments` written and `num_rows`."""
-        name = rows["way"][0].as_py()
-        size = self._config.batch_size
-        made = [self._make(self._ways[name], rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
-        fragments = self._tables[name].write(pa.concat_tables(made))
-        return pa.table({"way": [name], "fragments": [fragments], "num_rows": [rows.num_rows]})
-
-    def _make(self, way: Way, rows: pa.Table) -> pa.Table:
-        pipeline, prompts = self._pipeline(way), rows["prompt"].to_pylist()
-        generators = list(map(_generator, rows["seed"].to_pylist()))
-        output = pipeline(prompts, generator=generators, **self._arguments(way, prompts, pipeline))
-        references = [json.dumps([asdict(each) for each in own]) for own in output.references]
-        images = pa.array(list(map(_png, output.images)), pa.large_binary())
-        return rows.drop_columns(["way"]).append_column("image", images).append_column("references", [references])
-
-
-class LatencyWorker(_Worker):
-    """Measures how long single pictures take."""
-
-    def __init__(self, *, prompts: Sequence[str], **common: Any) -> None:
-        super().__init__(**common)
-        self._prompts = prompts
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return the JSON of each `way`'s `latency`. The ways take turns, so that they share what else is going on."""
-        measured: dict[WayName, list[list[float]]] = {name: [] for name in rows["way"].to_pylist()}
-        started = time.perf_counter()
-        for number, prompt in enumerate([self._prompts[0], *self._prompts]):
-            for name, own in measured.items():
-                own.append(self._time(self._ways[name], prompt, number))
-            if number >= _FEWEST_TIMED and time.perf_counter() - started > _TIMED_S * len(measured):
-                break
-        # The first call loads what the others have.
-        medians = [1000 * np.median(own[1:], axis=0) for own in measured.values()]
-        latencies = [Latency(**dict(zip((*_PARTS, "total"), each.tolist(), strict=True))) for each in medians]
-        return pa.table({"way": list(measured), "latency": [json.dumps(asdict(each)) for each in latencies]})
-
-    def _time(self, way: Way, prompt: str, seed: int) -> list[float]:
-        """Return the seconds of a picture's parts, then of all."""
-        pipeline = self._pipeline(way)
-        arguments = self._arguments(way, [prompt], pipeline)
-        pipeline.seconds.clear()
-        started = time.perf_counter()
-        pipeline(prompt, generator=_generator(seed), **arguments)
-        total = time.perf_counter() - started
-        parts = [pipeline.seconds.get(part, 0.0) for part in _PARTS[1:]]
-        return [total - sum(parts), *parts, total]
 
 
 def _generator(seed: int) -> "torch.Generator":

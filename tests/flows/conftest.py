@@ -1,5 +1,6 @@
 """What flows are tried on."""
 
+from tests.evaluation.conftest import finetuned
 from tests.training.conftest import own_world, world_folder
 
-__all__ = ["own_world", "world_folder"]
+__all__ = ["finetuned", "own_world", "world_folder"]
