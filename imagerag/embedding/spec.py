@@ -74,7 +74,7 @@ def resolve(spec: str) -> EncoderFiles:
 
 
 def _is_folder(spec: str) -> bool:
-    return spec.startswith(("/", ".", "~")) or (spec != "" and Path(spec).is_dir())
+    return spec.startswith(("/", ".", "~")) or (spec not in ("", TINY) and Path(spec).is_dir())
 
 
 def _folder_of(spec: str) -> Path:

@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_folder(spec: str) -> bool:
-    return spec.startswith(("/", ".", "~")) or (spec != "" and Path(spec).is_dir())
+    return spec.startswith(("/", ".", "~")) or (spec not in ("", TINY, TINY_TEACHER) and Path(spec).is_dir())
 
 
 def _tiny_folders(unet: str, only: Collection[str]) -> dict[str, Path]:

@@ -5,6 +5,7 @@ import pytest
 
 from imagerag.embedding.spec import check_spec, resolve
 from imagerag.errors import UserError
+from imagerag.generation.spec import resolve as resolve_base
 from tests.embedding.conftest import write_encoder
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
@@ -61,3 +62,12 @@ def test_the_digest_is_of_the_content(encoder_folder: Path, tmp_path: Path) -> N
     config.write_text(config.read_text().replace("0.5", "0.4"))
     assert resolve(str(copied)).identity.digest != identity.digest
     assert resolve(str(write_encoder(tmp_path / "two", seed=1))).identity.digest != identity.digest
+
+
+def test_a_folder_called_tiny_is_not_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tiny", "tiny-teacher"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve("tiny").identity.id == "tiny"
+    assert resolve_base("tiny").identity.id == "tiny"
+    assert resolve_base("tiny-teacher").identity.id == "tiny-teacher"
