@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml infra/constraints.txt
 	@$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes dataclasses
 	@touch $@
 
-demo: $(STAMP)  ## Run the main job on the sample corpus: download, embed, index, publish, search.
+demo: $(STAMP)  ## Run the whole mission on the sample corpus: from a list of URLs to a registered model.
 	@$(BIN)/imagerag demo
 
 test: $(STAMP)  ## Run the unit and engine tests.

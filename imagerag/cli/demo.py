@@ -1,5 +1,8 @@
 """`imagerag demo`: the whole mission on the sample corpus, with every engine real."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +16,8 @@ if TYPE_CHECKING:
 CORPUS = "sample"
 NEIGHBOURS = 10
 QUERIES = ("a slice of watermelon", "a happy puppy", "rainy day", "something to write with")
-_STEPS = 120
-"""Of the training: half of the recipe's."""
+_STEPS = 100
+"""Of the training: less than half of the recipe's."""
 _DOWNLOAD = {
     "allowed_hosts": ["127.0.0.1"],
     "image_format": "webp",  # as the drawings are served, so that they are kept as they are
@@ -27,12 +30,18 @@ def demo(
     limit: Annotated[int | None, typer.Option(min=300, help="Ingest only so many images.")] = None,
 ) -> None:
     """Run the whole mission on the sample corpus: from a list of URLs to a registered model that knows new images."""
-    from imagerag.files import read_json, write_json
     from imagerag.settings import Settings
 
     settings = Settings()
-    folder = settings.home / CORPUS
     typer.echo(f"Everything this makes is kept in {settings.home}. Run it again: what is done is skipped.\n")
+    with _one_prefect(settings):
+        _demo(settings, limit)
+
+
+def _demo(settings: "Settings", limit: int | None) -> None:
+    from imagerag.files import read_json, write_json
+
+    folder = settings.home / CORPUS
     done = read_json(f"{folder}/demo.json")
     if done is None:
         typer.echo("1. Serve the sample corpus on loopback, as a web site would, bad URLs included; download, embed,")
@@ -62,6 +71,18 @@ def demo(
     typer.echo(f"Search:     {_search(settings)}")
     typer.echo(f"Generate:   .venv/bin/imagerag generate 'a red dragon' --name {CORPUS} --adapter {done['adapter']}")
     typer.echo("Prefect UI: make up (this run is in its history)")
+
+
+@contextmanager
+def _one_prefect(settings: "Settings") -> Iterator[None]:
+    """Have all flows inside the block share one server, which takes seconds to start."""
+    from imagerag.services import prefect_environment, prefect_server
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    os.environ.update(prefect_environment(settings.home))
+    with prefect_server(settings) as api_url:
+        os.environ["IMAGERAG_PREFECT_API_URL"] = api_url
+        yield
 
 
 def _pipeline(settings: "Settings", limit: int | None) -> "PipelineReport":
@@ -122,9 +143,11 @@ def _grow(settings: "Settings", limit: int | None) -> None:
 
 
 def _compare(settings: "Settings", model: Path, limit: int | None) -> "Growth":
+    from diffusers.utils import logging as logging_of_diffusers
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it counts the tensors of a file
+    for each in (logging, logging_of_diffusers):
+        each.disable_progress_bar()  # they count the tensors of a file
     from imagerag.corpus.sample.server import later_concepts
     from imagerag.evaluation.growth import measure_growth
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
@@ -142,14 +165,20 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
     from imagerag.retrieval.page import write_whole
     from imagerag.retrieval.search import Retriever
     from imagerag.services import find
+    from imagerag.training.tracking import tracking_uri
 
     results = read_results(done["evaluation"])
-    prefect, mlflow = (find(settings.home, name) for name in ("prefect-server", "mlflow-server"))
-    links = {
-        "pictures of held-out concepts in every way, with their references": f"{done['evaluation']}/{PAGE}",
-        "the run in Prefect": f"{prefect.url if prefect else ''}/runs/flow-run/{done['flow_run']}",
-        f"{MODEL_NAME}, version {done['version']}, in MLflow": f"{mlflow.url if mlflow else ''}/#/models/{MODEL_NAME}",
-    }
+    links = {"pictures of held-out concepts in every way, with their references": f"{done['evaluation']}/{PAGE}"}
+    notes = results.notes()
+    if server := find(settings.home, "prefect-server"):
+        links["the run in Prefect"] = f"{server.url}/runs/flow-run/{done['flow_run']}"
+    else:
+        notes.insert(0, f"The run in Prefect: `make up`, and at its address /runs/flow-run/{done['flow_run']}.")
+    place = f"/#/models/{MODEL_NAME}/versions/{done['version']}"
+    if settings.mlflow_tracking_uri:
+        links["the model in MLflow"] = f"{settings.mlflow_tracking_uri}{place}"
+    else:
+        notes.insert(0, f"The model in MLflow: `mlflow ui --backend-store-uri {tracking_uri(settings)}`, and {place}.")
     tables = [("The model on concepts that nothing was trained on", list(results.rows()))]
     if growth.before is not None and growth.after is not None:
         head = ["", f"recognised among {growth.before.num}"]
@@ -161,7 +190,7 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
         Retriever(settings.index_uri, CORPUS),
         title="imagerag demo: the sample corpus",
         tables=tables,
-        notes=results.notes(),
+        notes=notes,
         links=links,
     )
     page = settings.home / CORPUS / "demo.html"

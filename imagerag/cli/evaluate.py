@@ -63,11 +63,20 @@ def show_evaluation(report: "EvaluateReport") -> None:
     """Print what a run found."""
     from rich.console import Console
     from rich.markdown import Markdown
+    from rich.table import Table
 
     from imagerag.evaluation.results import PAGE, read_results
 
-    console = Console()
-    console.print(Markdown(read_results(report.evaluated.uri).markdown()))
+    console, results = Console(), read_results(report.evaluated.uri)
+    head, *rows = ([*row[:-1]] for row in results.rows())  # the split of the time is on the page
+    table = Table(title=f"{results.base} with {results.index}", title_justify="left")
+    for title in head:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*(cell.replace(" [", "\n[") for cell in row))
+    console.print(table)
+    for note in results.notes():
+        console.print(note)
     console.print(Markdown(report.decision.markdown()))
     typer.echo(f"{report.registered.uri} is {'champion' if report.decision.passed else 'a candidate'}")
     typer.echo(f"page: {report.evaluated.uri}/{PAGE}")

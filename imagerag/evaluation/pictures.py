@@ -51,9 +51,9 @@ _RESULT = pa.schema(
 _TIMING = "timing"
 """In the place of a way: the part of a job in which all ways are timed."""
 _PARTS = ("text", "retrieval", "denoising", "decoding")
-_TIMED_PROMPTS = 12
+_TIMED_PROMPTS = 8
 _FEWEST_TIMED = 3
-_TIMED_S = 5.0
+_TIMED_S = 2.5
 """For each way, after which no further prompt begins."""
 
 

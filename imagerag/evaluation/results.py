@@ -151,7 +151,7 @@ class Results:
     def rows(self) -> Iterator[list[str]]:
         """Yield the table, line by line, its head first."""
         titles = [about.title + (" ↑" if about.larger_is_better else " ↓") for about in self.metrics.values()]
-        yield ["", "NFE", *titles, "copies", "ms per image", "text + retrieval + denoising + decoding"]
+        yield ["", "NFE", *titles, "copies", "ms per image", "of it text + retrieval + denoising + decoding"]
         for way in self.ways:
             scores = [_cell(way.scores.get(name)) for name in self.metrics]
             copies = "" if way.copies is None else f"{way.copies.share:.3f}"
@@ -182,7 +182,11 @@ class Results:
         """Return what has to be said beside the tables."""
         seen = self.leakage
         return [
-            *(f"Not measured: {name}, which {reason}." for name, reason in self.not_measured.items()),
+            *(
+                ["Not measured: " + "; ".join(f"{name} ({why})" for name, why in self.not_measured.items()) + "."]
+                if self.not_measured
+                else []
+            ),
             f"Of {len(self.prompts)} prompts, {seen.num_prompts_in_index} are captions of the index, and "
             f"{seen.num_prompts_learnt} were learnt from. Of the index's {seen.num_images} pictures of them, "
             f"{seen.num_images_learnt} were learnt from under another caption, and {seen.num_near_duplicates} have a "

@@ -31,6 +31,8 @@ class IndexRecord:
     """Partitions that a search by a column looks into; nothing for `exact`."""
     recall_at_10: float
     num_unindexed_rows: int
+    rows: str = ""
+    """A digest of the rows' ids: the same rows in the same partitions need not be measured again."""
     config: dict[str, Any]
     """The `IndexConfig` that it was built with."""
 

@@ -1,5 +1,6 @@
 """Indexes over a table: vectors, chosen by size and with their recall measured, and the words of captions."""
 
+import hashlib
 import logging
 import time
 from math import isqrt
@@ -111,7 +112,10 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
     nprobes: dict[str, int] = {}
     recall = 1.0
     dataset = store.dataset()
-    if kind != EXACT:
+    rows = _digest_of_rows(dataset)
+    if last is not None and (last.rows, last.kind, last.num_trained_rows) == (rows, kind, num_trained_rows):
+        nprobes, recall = last.nprobes, last.recall_at_10
+    elif kind != EXACT:
         probes = make_probes(dataset, _NUM_QUERIES)
         nprobes, recall = fewest_probes(dataset, probes, isqrt(num_trained_rows), config.target_recall)
     record = IndexRecord(
@@ -122,11 +126,17 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
         nprobes=nprobes,
         recall_at_10=recall,
         num_unindexed_rows=max(table.index_stats(index.name).num_unindexed_rows for index in table.list_indices()),
+        rows=rows,
         config=config.model_dump(),
     )
     write_record(dataset, record)
     on_progress(_NUM_STEPS, _NUM_STEPS, f"recall@10 {recall:.3f}")
     return record
+
+
+def _digest_of_rows(dataset: LanceDataset) -> str:
+    ids = sorted(dataset.to_table(columns=["id"])["id"].to_pylist())
+    return hashlib.sha256("".join(ids).encode()).hexdigest()
 
 
 def compact(dataset: LanceDataset, deleted_share: float) -> None:

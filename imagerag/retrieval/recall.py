@@ -4,8 +4,10 @@ A neighbour counts as found when its similarity reaches that of the tenth exact 
 embeddings can stand in for each other (as in ann-benchmarks, https://github.com/erikbern/ann-benchmarks).
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 
 import numpy as np
@@ -73,19 +75,24 @@ def fewest_probes(
 ) -> tuple[dict[str, int], float]:
     """Return how many partitions a search by each column must look into to reach the target, and the worst recall.
 
-    A column's worst probe decides. Where even all partitions do not reach the target, they are the answer.
+    A column's worst probe decides. Where even all partitions do not reach the target, they are the answer. Recall grows
+    with the partitions, so few of the numbers in question have to be tried.
     """
+    numbers = [min(_FEWEST_PROBES, num_partitions)]
+    while numbers[-1] < num_partitions:
+        numbers.append(min(ceil(_GROWTH * numbers[-1]), num_partitions))
     nprobes: dict[str, int] = {}
     worst = 1.0
     for column in dict.fromkeys(probe.column for probe in probes):
         own = [probe for probe in probes if probe.column == column]
-        nprobes[column] = min(_FEWEST_PROBES, num_partitions)
-        while True:
-            recall = min(probe.recall(dataset, nprobes[column]) for probe in own)
-            if recall >= target or nprobes[column] == num_partitions:
-                break
-            nprobes[column] = min(ceil(_GROWTH * nprobes[column]), num_partitions)
-        worst = min(worst, recall)
+
+        @cache
+        def recall(number: int, own: tuple[Probe, ...] = tuple(own)) -> float:
+            return min(probe.recall(dataset, number) for probe in own)
+
+        place = min(bisect_left(numbers, target, key=recall), len(numbers) - 1)
+        nprobes[column] = numbers[place]
+        worst = min(worst, recall(numbers[place]))
     return nprobes, worst
 
 

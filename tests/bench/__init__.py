@@ -20,6 +20,7 @@ BENCHES = {
     "generate": "one step with references beside one without; search with features beside one without",
     "memory": "peak memory of embedding a corpus, beside one of a quarter of its size",
     "reindex": "time after 1 % of a list changed, beside a full ingest",
+    "serve": "a registered model: pull to first picture; pyfunc and HTTP beside the bare pipeline",
     "search": "latency, recall and build time at 1k and 100k rows, beside faiss-cpu",
 }
 

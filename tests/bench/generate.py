@@ -54,9 +54,9 @@ def run(scale: Scale, folder: Path) -> list[Row]:
 
 def _step(scale: Scale, folder: Path) -> list[Row]:
     """One step at 512x512, text encoded, without the autoencoder, which is the same for both."""
-    pipeline = _sd21()
+    pipeline = sd21()
     identity = feature_identity(_SD21, pipeline.unet.config)
-    store = _index(folder / "sd", _ROWS_OF_SD, identity)
+    store = make_index(folder / "sd", _ROWS_OF_SD, identity)
     pipeline.use_index(store.uri, store.name)
 
     def measure(**arguments: object) -> float:
@@ -86,7 +86,7 @@ def _fetch(scale: Scale, folder: Path) -> list[Row]:
     """Neighbours with the features of `tiny`, 6 kB each."""
     num_rows = NUM_ROWS[scale]
     identity = FeatureIdentity(base="tiny", digest="1" * 64, shape=_TINY_SHAPE)
-    store = _index(folder / "tiny", num_rows, identity)
+    store = make_index(folder / "tiny", num_rows, identity)
     retriever = Retriever(store.uri, store.name)
     queries = make_vectors(NUM_QUERIES, seed=1)[:, None]
 
@@ -111,7 +111,7 @@ def _fetch(scale: Scale, folder: Path) -> list[Row]:
     ]
 
 
-def _sd21() -> ImageRAGTurboPipeline:
+def sd21() -> ImageRAGTurboPipeline:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**SD21_UNET).eval()
     adapter = HSpaceAdapter(channels=1280).eval()
@@ -129,7 +129,7 @@ def _sd21() -> ImageRAGTurboPipeline:
     )  # fmt: skip
 
 
-def _index(folder: Path, num_rows: int, identity: FeatureIdentity) -> Store:
+def make_index(folder: Path, num_rows: int, identity: FeatureIdentity) -> Store:
     """Publish rows that are found by the embedded encoder, with features of random numbers."""
     store = Store(str(folder), "images")
     encoder = resolve("tiny").identity

@@ -123,7 +123,7 @@ def test_results_survive_json_and_say_what_was_not_measured() -> None:
     found = replace(found, ways=(replace(found.ways[0], scores=scores), found.ways[1]))
     assert Results.from_json(found.to_json()) == found
     text = found.markdown()
-    assert "Not measured: tifa, which needs files.tifa_questions." in text
+    assert "Not measured: tifa (needs files.tifa_questions)." in text
     assert "| base | 1 | 0.3" in text
     assert "| odd | 40 |" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
