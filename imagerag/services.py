@@ -1,4 +1,4 @@
-"""The engines that run beside a flow on one machine: a Prefect server and a worker, on loopback, one set a home.
+"""The engines that run beside a flow on one machine: Prefect server and worker, MLflow, on loopback, one set a home.
 
 `up` starts them to stay, `prefect_server` lends one for the duration of a run. Either keeps its database, logs and
 process records under `home`, so that two homes on one machine never meet.
@@ -24,6 +24,7 @@ from imagerag.errors import UserError
 from imagerag.settings import Settings
 
 WORK_POOL = "imagerag"
+PREFECT, WORKER, MLFLOW = "prefect-server", "prefect-worker", "mlflow-server"
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 10.0
@@ -74,7 +75,7 @@ def prefect_server(settings: Settings) -> Iterator[str]:
     if settings.prefect_api_url is not None:
         yield settings.prefect_api_url
         return
-    service = find(settings.home, "prefect-server")
+    service = find(settings.home, PREFECT)
     if service is not None:
         yield f"{service.url}/api"
         return
@@ -94,20 +95,23 @@ def find(home: Path, name: str) -> Service | None:
     return service if service.running else None
 
 
-def up(home: Path, project: Path) -> tuple[Service, Service]:
-    """Start the Prefect server and a worker to stay, and deploy all flows; what runs already is left as it is.
+def up(settings: Settings, project: Path) -> tuple[Service, ...]:
+    """Start a Prefect server, a worker and an MLflow server to stay, and deploy all flows; what runs already is left.
+
+    An engine that the settings give the address of is not started.
 
     Args:
-        home: Holds the engines' state.
+        settings: its home holds the engines' state.
         project: The folder of the flows and of `infra/prefect.yaml`.
 
     Raises:
         UserError: if `project` has no `infra/prefect.yaml`.
     """
-    deployments = project / "infra" / "prefect.yaml"
+    home, deployments = settings.home, project / "infra" / "prefect.yaml"
     if not deployments.is_file():
         raise UserError(f"the deployments are described in {deployments}, which does not exist; run from a checkout")
-    server = find(home, "prefect-server") or _start_server(home, stay=True)
+    mlflow = None if settings.mlflow_tracking_uri else find(home, MLFLOW) or _start_mlflow(settings)
+    server = find(home, PREFECT) or _start_server(home, stay=True)
     environment = prefect_environment(home, f"{server.url}/api") | {
         "IMAGERAG_HOME": str(home),
         "IMAGERAG_PROJECT": str(project),
@@ -115,17 +119,19 @@ def up(home: Path, project: Path) -> tuple[Service, Service]:
     pool = ("work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
     _prefect(pool, environment, project)
     _prefect(("deploy", "--all", "--prefect-file", str(deployments)), environment, project)
-    worker = find(home, "prefect-worker")
+    worker = find(home, WORKER)
     if worker is None:
-        command = ("worker", "start", "--pool", WORK_POOL, "--type", "process")
-        worker = _start(home, "prefect-worker", command, environment, url=server.url, stay=True)
-    return server, worker
+        command = ("prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
+        worker = _start(home, WORKER, command, environment, url=server.url, stay=True)
+    if mlflow is not None:
+        _await_healthy(mlflow, f"{mlflow.url}/health", home)
+    return tuple(each for each in (server, worker, mlflow) if each is not None)
 
 
 def down(home: Path) -> list[Service]:
     """Stop what `up` started, with everything below it; returns what was running."""
     stopped = []
-    for name in ("prefect-worker", "prefect-server"):
+    for name in (WORKER, PREFECT, MLFLOW):
         service = find(home, name)
         if service is not None:
             _stop(service)
@@ -155,10 +161,28 @@ def _start_server(home: Path, *, stay: bool) -> Service:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     environment = prefect_environment(home, f"{url}/api") | {"PREFECT_UI_API_URL": f"{url}/api"}
-    command = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
-    service = _start(home, "prefect-server", command, environment, url=url, stay=stay)
+    command = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+    service = _start(home, PREFECT, command, environment, url=url, stay=stay)
     _await_healthy(service, f"{url}/api/health", home)
     return service
+
+
+def _start_mlflow(settings: Settings) -> Service:
+    """Start an MLflow server on the database that runs without a server write to as well. It is not awaited."""
+    from imagerag.training.tracking import tracking_uri
+
+    port = free_port()
+    artifacts = (settings.home / "mlflow" / "artifacts").as_uri()
+    command = (
+        "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", tracking_uri(settings), "--artifacts-destination", artifacts,
+    )  # fmt: skip
+    environment = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # it starts others by name
+    }
+    return _start(settings.home, MLFLOW, command, environment, url=f"http://127.0.0.1:{port}", stay=True)
 
 
 def _start(
@@ -168,7 +192,7 @@ def _start(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, *([] if stay else _DYING_WITH_PARENT), "-m", "prefect", *command],
+            [sys.executable, *([] if stay else _DYING_WITH_PARENT), "-m", *command],
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=out,

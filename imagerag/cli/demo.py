@@ -70,7 +70,7 @@ def _demo(settings: "Settings", limit: int | None) -> None:
     typer.echo(f"\nAll of it:  {page}")
     typer.echo(f"Search:     {_search(settings)}")
     typer.echo(f"Generate:   .venv/bin/imagerag generate 'a red dragon' --name {CORPUS} --adapter {done['adapter']}")
-    typer.echo("Prefect UI: make up (this run is in its history)")
+    typer.echo("UIs:        make up (this run is in Prefect's history, the model in MLflow)")
 
 
 @contextmanager
@@ -103,9 +103,11 @@ def _pipeline(settings: "Settings", limit: int | None) -> "PipelineReport":
             "data": {"held_out": str(write_held_out(settings.home))},
             "training": {"steps": _STEPS},
             "evaluation": {"prompts": str(write_prompts(settings.home))},
+            # Finding references takes about as long as a picture of this small a model.
+            "gate": {"max_slowdown": 3.0},
         }
         if limit is not None:  # what is held out may be too little to recognise anything among
-            options["gate"] = {"metric": "text_score"}
+            options["gate"]["metric"] = "text_score"
         report: PipelineReport = run_flow("pipeline", options, defaults=_defaults())
     from rich.console import Console
     from rich.markdown import Markdown
@@ -164,21 +166,21 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
     from imagerag.registry.versions import MODEL_NAME
     from imagerag.retrieval.page import write_whole
     from imagerag.retrieval.search import Retriever
-    from imagerag.services import find
-    from imagerag.training.tracking import tracking_uri
+    from imagerag.services import MLFLOW, PREFECT, find
 
     results = read_results(done["evaluation"])
     links = {"pictures of held-out concepts in every way, with their references": f"{done['evaluation']}/{PAGE}"}
     notes = results.notes()
-    if server := find(settings.home, "prefect-server"):
+    if server := find(settings.home, PREFECT):
         links["the run in Prefect"] = f"{server.url}/runs/flow-run/{done['flow_run']}"
     else:
         notes.insert(0, f"The run in Prefect: `make up`, and at its address /runs/flow-run/{done['flow_run']}.")
     place = f"/#/models/{MODEL_NAME}/versions/{done['version']}"
-    if settings.mlflow_tracking_uri:
-        links["the model in MLflow"] = f"{settings.mlflow_tracking_uri}{place}"
+    mlflow = find(settings.home, MLFLOW)
+    if address := settings.mlflow_tracking_uri or (mlflow.url if mlflow else None):
+        links["the model in MLflow"] = f"{address}{place}"
     else:
-        notes.insert(0, f"The model in MLflow: `mlflow ui --backend-store-uri {tracking_uri(settings)}`, and {place}.")
+        notes.insert(0, f"The model in MLflow: `make up`, and at its address {place}.")
     tables = [("The model on concepts that nothing was trained on", list(results.rows()))]
     if growth.before is not None and growth.after is not None:
         head = ["", f"recognised among {growth.before.num}"]

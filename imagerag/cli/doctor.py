@@ -84,10 +84,18 @@ def _engines() -> Iterator[Finding]:
         answers = services.answers(f"{settings.prefect_api_url}/health")
         remedy = "" if answers else "start that server, or unset IMAGERAG_PREFECT_API_URL"
         yield Finding("Prefect", f"{settings.prefect_api_url} {'answers' if answers else 'does not answer'}", remedy)
-    elif (server := services.find(settings.home, "prefect-server")) is not None:
+    elif (server := services.find(settings.home, services.PREFECT)) is not None:
         yield Finding("Prefect", f"server at {server.url}, process {server.pid}")
     else:
         yield Finding("Prefect", "embedded: started for each run (`make up` starts one to stay, with the UI)")
+    if settings.mlflow_tracking_uri is not None:
+        answers = services.answers(f"{settings.mlflow_tracking_uri}/health")
+        remedy = "" if answers else "start that server, or unset IMAGERAG_MLFLOW_TRACKING_URI"
+        yield Finding("MLflow", f"{settings.mlflow_tracking_uri} {'answers' if answers else 'does not answer'}", remedy)
+    elif (server := services.find(settings.home, services.MLFLOW)) is not None:
+        yield Finding("MLflow", f"server at {server.url}, process {server.pid}")
+    else:
+        yield Finding("MLflow", "embedded: a database under the home (`make up` starts a server with the UI)")
     yield Finding("Ray", settings.ray_address or "embedded: started on this machine for each run")
     yield Finding("GPU", _gpu())
 

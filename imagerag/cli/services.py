@@ -1,4 +1,4 @@
-"""`imagerag up` and `imagerag down`: the Prefect server and worker of this home."""
+"""`imagerag up` and `imagerag down`: the servers and the worker of this home."""
 
 from pathlib import Path
 
@@ -6,17 +6,19 @@ import typer
 
 
 def up() -> None:
-    """Start the Prefect server and a worker for this home, and deploy all flows."""
+    """Start Prefect's and MLflow's servers and a worker for this home, and deploy all flows."""
     import flows
     from imagerag import services
     from imagerag.settings import Settings
 
     assert flows.__file__ is not None
     settings = Settings()
-    typer.echo(f"Starting Prefect for {settings.home} (about half a minute the first time).")
-    server, worker = services.up(settings.home, project=Path(flows.__file__).parent.parent)
-    typer.echo(f"Prefect UI  {server.url}")
-    typer.echo(f"worker      process {worker.pid}, work pool {services.WORK_POOL}")
+    typer.echo(f"Starting Prefect and MLflow for {settings.home} (about half a minute the first time).")
+    started = {each.name: each for each in services.up(settings, project=Path(flows.__file__).parent.parent)}
+    mlflow = started.get(services.MLFLOW)
+    typer.echo(f"Prefect UI  {started[services.PREFECT].url}")
+    typer.echo(f"MLflow UI   {settings.mlflow_tracking_uri if mlflow is None else mlflow.url}")
+    typer.echo(f"worker      process {started[services.WORKER].pid}, work pool {services.WORK_POOL}")
     typer.echo(f"logs        {settings.home / 'logs'}")
 
 

@@ -15,6 +15,7 @@ import pytest
 from imagerag import services
 from imagerag.errors import UserError
 from imagerag.settings import Settings
+from imagerag.training.tracking import start_run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -36,16 +37,22 @@ def _deployments(url: str) -> set[str]:
 @pytest.mark.engines
 def test_up_deploys_every_flow_on_loopback_and_down_ends_everything(tmp_path: Path) -> None:
     try:
-        server, worker = services.up(tmp_path, project=ROOT)
+        settings = Settings(home=tmp_path)
+        server, worker, mlflow = services.up(settings, project=ROOT)
         assert services.answers(f"{server.url}/api/health")
-        assert _listening_addresses(server.pid) == {"127.0.0.1"}
+        assert services.answers(f"{mlflow.url}/api/2.0/mlflow/experiments/search?max_results=1")
+        for each in (server, mlflow):
+            assert _listening_addresses(each.pid) == {"127.0.0.1"}
+        run_id = start_run(settings, "test", "without the server", {})
+        assert services.answers(f"{mlflow.url}/api/2.0/mlflow/runs/get?run_id={run_id}"), "they share a database"
         flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__"}
         assert _deployments(server.url) == flows
-        assert services.up(tmp_path, project=ROOT) == (server, worker), "a second `up` starts nothing new"
-        processes = [psutil.Process(service.pid) for service in (server, worker)]
+        assert services.up(settings, project=ROOT) == (server, worker, mlflow), "a second `up` starts nothing new"
+        parents = [psutil.Process(service.pid) for service in (server, worker, mlflow)]
+        processes = [*parents, *(child for each in parents for child in each.children(recursive=True))]
     finally:
         stopped = services.down(tmp_path)
-    assert [service.name for service in stopped] == ["prefect-worker", "prefect-server"]
+    assert [service.name for service in stopped] == ["prefect-worker", "prefect-server", "mlflow-server"]
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
     assert services.find(tmp_path, "prefect-server") is None
     assert services.down(tmp_path) == []
@@ -86,4 +93,4 @@ def test_a_record_of_another_process_is_not_believed(tmp_path: Path) -> None:
 
 def test_up_needs_the_deployments(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prefect\.yaml"):
-        services.up(tmp_path / "home", project=tmp_path)
+        services.up(Settings(home=tmp_path / "home"), project=tmp_path)

@@ -1,0 +1,87 @@
+"""`pipeline` from a list of URLs to a registered model, with every engine real and a small base model."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from flows.ingest import CorpusParameters
+from flows.pipeline import PipelineParameters, pipeline
+from imagerag.corpus.sample.server import SampleServer
+from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
+from imagerag.hspace.config import FeaturesConfig
+from imagerag.registry.versions import list_versions
+from imagerag.settings import Settings
+from imagerag.training.config import (
+    FinetuneConfig,
+    LossWeights,
+    ReferenceChoice,
+    SynthesizeConfig,
+    TrainWorkersConfig,
+)
+from tests.evaluation.networks import write_clip
+from tests.generation.folders import write_sd
+
+NUM_IMAGES = 40
+
+
+def parameters(folder: Path, url_list: Path) -> PipelineParameters:
+    base = str(write_sd(folder / "base"))
+    return PipelineParameters(
+        corpus=CorpusParameters(
+            url_list=str(url_list),
+            name="flow",
+            download={"allowed_hosts": ["127.0.0.1"], "image_format": "webp", "timeout_s": 1, "retries": 1},
+        ),
+        features=FeaturesConfig(base=base),
+        data=SynthesizeConfig(base=base, teacher=base, held_out_share=0.2, num_inference_steps=2),
+        training=FinetuneConfig(
+            references=ReferenceChoice(number=2), losses=LossWeights(perceptual=0.0), steps=2, batch_size=4,
+            micro_batch_size=4, adapter_inner_dim=64, lora_rank=2, checkpoint_every=2, num_validated=2,
+        ),
+        workers=TrainWorkersConfig(num_workers=1),
+        evaluation=EvaluateConfig(
+            ways=("base", "adapter"), num_prompts=3, files=MetricFiles(clip=str(write_clip(folder / "clip")))
+        ),
+        gate=GateConfig(metric="clip_score"),
+    )  # fmt: skip
+
+
+@pytest.mark.engines
+@pytest.mark.usefixtures("ray_session", "prefect_api_url")
+def test_a_list_becomes_a_registered_model_and_a_second_run_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGERAG_HOME", str(tmp_path / "home"))
+    with SampleServer() as server:
+        urls = server.url_list(limit=NUM_IMAGES)
+        good = urls.filter(pc.not_equal(urls["source"], pa.scalar("bad URLs")))
+        pq.write_table(good, tmp_path / "urls.parquet")
+        given = parameters(tmp_path, tmp_path / "urls.parquet")
+        first = pipeline(given)
+        second = pipeline(given)
+    assert [stage.name for stage in first.stages] == ["ingest", "features", "finetune", "evaluate"]
+    assert [stage.made for stage in first.stages] == [
+        f"{NUM_IMAGES} fetched, {NUM_IMAGES} rows",
+        f"{NUM_IMAGES} rows",
+        "2 steps",
+        "3 prompts, models:/imagerag-turbo/1",
+    ]
+    assert {stage.made for stage in second.stages} == {""}
+    assert second.summary().count("nothing: done before") == 4
+    assert second.evaluate.registered.uri == first.evaluate.registered.uri
+    (info,) = list_versions(Settings())
+    assert "candidate" in info.aliases
+    assert ("champion" in info.aliases) == first.evaluate.decision.passed
+
+
+def test_features_of_another_base_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"features\.base is other and data\.base is tiny"):
+        PipelineParameters(
+            corpus=CorpusParameters(url_list="list.csv"),
+            features=FeaturesConfig.model_construct(base="other"),
+            data=SynthesizeConfig(),
+        )
