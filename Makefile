@@ -41,7 +41,7 @@ lint: $(STAMP)  ## Check style, types and formatting.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-up: $(STAMP)  ## Start the Prefect server and a worker for this folder's home; prints the UI's address.
+up: $(STAMP)  ## Start the Prefect and MLflow servers and a worker for this home; prints the UIs' addresses.
 	@$(BIN)/imagerag up
 
 down:  ## Stop what `make up` started.

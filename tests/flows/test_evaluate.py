@@ -8,7 +8,8 @@ from prefect.client.orchestration import get_client
 from flows.evaluate import EvaluateParameters, evaluate
 from imagerag.artifacts import Finetuned
 from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
-from imagerag.registry.versions import CANDIDATE, CHAMPION, list_versions
+from imagerag.evaluation.results import read_results
+from imagerag.registry.versions import CANDIDATE, CHAMPION, list_versions, promote
 from tests.evaluation.networks import write_clip
 from tests.training.conftest import NAME, World
 
@@ -42,10 +43,23 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
     assert info.tags["imagerag.evaluation_run"] == report.evaluated.run_id
     assert info.run_id == first.run_id
 
+    first_score = report.evaluated.metrics["adapter/clip_score"]
+
     again = evaluate(parameters)
     assert not again.evaluated.is_new
     assert not again.registered.is_new
     assert len(list_versions(own_world.settings)) == 1
+
+    promote(own_world.settings, 1, reason="to be compared with", author="a test")
+    finetuned(own_world, tracked=True)
+    second = evaluate(parameters)
+    ways = {way.name: way for way in read_results(second.evaluated.uri).ways}
+    one, other = (ways[name].scores["clip_score"] for name in ("adapter", "champion"))
+    assert one.by_prompt != other.by_prompt
+    assert other.estimate.mean == pytest.approx(first_score, abs=1e-6), "the champion's pictures are the first's"
+    assert any("better than the champion" in reason.rule for reason in second.decision.reasons)
+    assert aliases(own_world)[CANDIDATE] == 2
+    assert aliases(own_world)[CHAMPION] == (2 if second.decision.passed else 1)
 
     with get_client(sync_client=True) as client:
         texts = [str(artifact.data) for artifact in client.read_artifacts()]
