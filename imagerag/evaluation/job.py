@@ -16,7 +16,7 @@ from imagerag.evaluation.config import EvaluateConfig
 from imagerag.evaluation.copies import measure_copies, measure_leakage, threshold_of
 from imagerag.evaluation.metrics import Pictures, Real
 from imagerag.evaluation.page import to_files
-from imagerag.evaluation.pictures import IndexVersion, Made, PictureJob
+from imagerag.evaluation.pictures import VERSION, IndexVersion, Made, PictureJob
 from imagerag.evaluation.prompts import Prompts, read_prompts
 from imagerag.evaluation.results import RESULTS, Latency, Results, Retrieval, WayResults
 from imagerag.evaluation.suite import Suite
@@ -33,7 +33,7 @@ from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
 
 EXPERIMENT = "evaluate"
 _VERSION = 1
-"""Of what is measured: another one measures again."""
+"""Of what is measured, beside that of the pictures: another one measures again."""
 
 
 def evaluate(
@@ -101,7 +101,7 @@ def evaluate(
 
 def _key(config: EvaluateConfig, prompts: Prompts, ways: list[Way], index: IndexVersion) -> str:
     inputs = {
-        "version": _VERSION,
+        "version": [_VERSION, VERSION],
         "config": config.model_dump(exclude={"device", "num_workers", "stall_timeout_s", "batch_size"}),
         "prompts": [prompts.texts, prompts.categories],
         "ways": [way.key(asdict(index)) | {"name": way.name} for way in ways],

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from imagerag.evaluation.timed import TimedPipeline
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
-_VERSION = 1
+VERSION = 2
 """Of how pictures are made: another one makes other tables."""
 _ROWS_OF_A_TASK = 64
 _COLUMNS = (
@@ -83,7 +83,7 @@ class PictureJob:
     ) -> None:
         """Args: folder: of the tables."""
         self._prompts, self._ways, self._index, self._config = prompts, ways, index, config
-        key = {"version": _VERSION}
+        key = {"version": VERSION}
         self._tables = {
             way.name: Table.keyed(folder, "pictures", key | way.key(asdict(index)), _COLUMNS) for way in ways
         }
