@@ -12,6 +12,23 @@ import pytest
 from imagerag.services import prefect_environment
 from imagerag.settings import Settings
 
+LONGEST = (
+    "end_to_end/test_kill.py",
+    "training/test_job.py",
+    "flows/test_pipeline.py",
+    "embedding/test_job.py",
+    "tiny/test_recipe.py",
+    "flows/test_ingest.py",
+)
+"""Files that take minutes. Begun last, one of them would run alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the longest files first; the others stay in their order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: places.get(item.path.relative_to(tests).as_posix(), len(LONGEST)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def engines_home(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,13 +16,18 @@ from imagerag.evaluation import pictures
 from imagerag.evaluation.config import EvaluateConfig, MetricFiles
 from imagerag.evaluation.job import EXPERIMENT, evaluate
 from imagerag.evaluation.results import GRID, PAGE, RESULTS, TABLE, read_results
+from imagerag.evaluation.ways import ways_of
+from imagerag.generation.base import load_base
+from imagerag.generation.finetuned import load_finetuned
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.retrieval.publish import published_version
 from imagerag.settings import Settings
 from imagerag.training.job import newest_finetuned, read_finetuned
 from imagerag.training.tracking import tracking_uri
 from tests.evaluation.networks import write_clip
 from tests.training.conftest import HELD_OUT, NAME, World
 
-pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.engines
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
     return EvaluateConfig(images_per_prompt=2, teacher_steps=2, batch_size=2, files=MetricFiles(clip=clip))
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:
@@ -85,53 +92,59 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {PAGE, TABLE, GRID}
 
 
+def job_of(world: World, own: Finetuned, config: EvaluateConfig, champion: str | None = None) -> pictures.PictureJob:
+    return pictures.PictureJob(
+        HELD_OUT,
+        ways_of(config, own, own.base, champion),
+        pictures.IndexVersion(uri=world.settings.index_uri, name=NAME, version=published_version(world.store) or 0),
+        config,
+        f"{world.settings.training_of(NAME)}/evaluations",
+    )
+
+
+def make_here(job: pictures.PictureJob) -> dict[str, int]:
+    """Make what a job lacks in this process, and return how many pictures of each way that was."""
+    worker = pictures.Worker(
+        ways=job._ways, tables=job._tables, index=job._index, config=job._config, device="cpu", dtype=None,
+        num_threads=1,
+    )  # fmt: skip
+    made = {}
+    for name, table in job._tables.items():
+        rows = job._missing(table)
+        made[name] = rows.num_rows
+        if rows.num_rows:
+            result = worker(rows.append_column("way", pa.array([name] * rows.num_rows)))
+            table.commit(result["fragments"][0].as_py())
+    return made
+
+
 def test_another_candidate_costs_only_its_own_pictures(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:
-    """And the same weights in another folder cost nothing, as champion too."""
+    """And the same weights in another place cost nothing, as champion too."""
+    config = config.model_copy(update={"ways": ("base", "adapter", "champion"), "images_per_prompt": 1})
     first = finetuned(own_world)
-    ways = ("base", "adapter", "champion")
-    config = config.model_copy(update={"ways": ways, "images_per_prompt": 1})
-    evaluate(first, config, own_world.settings)
+    assert make_here(job_of(own_world, first, config)) == {"base": 2, "adapter": 2}
     second = finetuned(own_world)
-    assert second.uri != first.uri
-    totals: list[int] = []
-    made = evaluate(
-        second, config, own_world.settings, lambda done, total, *_: totals.append(total), champion=first.uri
-    )
-    assert totals[0] == 2, "two prompts by the new adapter"
-    results = read_results(made.uri)
-    assert [way.name for way in results.ways] == list(ways)
-    scores = [way.scores["clip_score"].values for way in results.ways]
-    assert not np.allclose(scores[1], scores[2])
+    job = job_of(own_world, second, config, champion=first.uri)
+    assert make_here(job) == {"base": 0, "adapter": 2, "champion": 0}
+    made = {each.way.name: each.images for each in job.read()}
+    assert not np.array_equal(np.asarray(made["adapter"][0]), np.asarray(made["champion"][0]))
 
 
 def test_a_way_is_what_the_pipeline_makes(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:
-    from imagerag.generation.base import load_base
-    from imagerag.generation.finetuned import load_finetuned
-    from imagerag.generation.pipeline import ImageRAGTurboPipeline
-
     own = finetuned(own_world)
     config = config.model_copy(update={"ways": ("base", "adapter"), "images_per_prompt": 1})
-    made = evaluate(own, config, own_world.settings)
+    job = job_of(own_world, own, config)
+    make_here(job)
     base = load_base(own.base, "cpu")
     pipeline = ImageRAGTurboPipeline.from_base(base, load_finetuned(Path(own.uri), base))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.use_index(own_world.settings.index_uri, NAME)
-    results = read_results(made.uri)
-    from imagerag.evaluation.ways import ways_of
-
-    job = pictures.PictureJob(
-        results.prompts,
-        ways_of(config, own, own.base, None),
-        pictures.IndexVersion(uri=own_world.settings.index_uri, name=NAME, version=made.index_version),
-        config,
-        f"{own_world.settings.training_of(NAME)}/evaluations",
-    )
     for way in job.read():
-        for prompt, image in zip(results.prompts, way.images, strict=True):
+        for prompt, image in zip(HELD_OUT, way.images, strict=True):
             generator = torch.Generator().manual_seed(pictures._seed_of(prompt, 0, 0))
             fusion, count = ("adapter", 4) if way.way.name == "adapter" else ("none", 0)
             expected = pipeline(prompt, generator=generator, fusion=fusion, num_references=count).images[0]
