@@ -24,8 +24,8 @@ demo: $(STAMP)  ## Run the whole mission on the sample corpus: from a list of UR
 	@$(BIN)/imagerag demo
 
 test: $(STAMP)  ## Run the unit and engine tests.
-	@# Three at a time: much of an engine test is waiting. By file, and the long ones early.
-	@$(BIN)/pytest -m "not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	@# Two at a time: much of an engine test is waiting. By file, and the long ones early.
+	@$(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-unit: $(STAMP)  ## Run the tests that take seconds.
 	@$(BIN)/pytest -m "not engines and not gpu"

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 
 from flows.ingest import CorpusParameters
@@ -73,9 +74,24 @@ def test_a_list_becomes_a_registered_model_and_a_second_run_does_nothing(
     assert {stage.made for stage in second.stages} == {""}
     assert second.summary().count("nothing: done before") == 4
     assert second.evaluate.registered.uri == first.evaluate.registered.uri
+    assert first.finetune.training_set is not None
+    assert first.finetune.finetuned is not None
+    assert second.finetune.finetuned is not None
+    assert first.finetune.training_set.num_added == 2 * NUM_IMAGES, "latents and references of each"
+    assert second.finetune.finetuned.uri == first.finetune.finetuned.uri
+    assert not second.finetune.finetuned.is_new
     (info,) = list_versions(Settings())
     assert "candidate" in info.aliases
     assert ("champion" in info.aliases) == first.evaluate.decision.passed
+
+    with get_client(sync_client=True) as client:
+        artifacts = client.read_artifacts()
+    texts = [str(artifact.data) for artifact in artifacts]
+    assert any("what the training takes" in text for text in texts)
+    assert any(first.finetune.finetuned.uri in text for text in texts)
+    assert any("from URLs to a model" in text and "nothing: done before" in text for text in texts)
+    progress = [artifact.description for artifact in artifacts if artifact.type == "progress"]
+    assert any(text.startswith("train: 2 of 2 steps (adversarial") and "left" in text for text in progress), progress
 
 
 def test_features_of_another_base_model_are_refused(tmp_path: Path) -> None:
