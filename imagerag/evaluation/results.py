@@ -20,6 +20,7 @@ class Latency:
     """Median milliseconds of one picture at a time, on a worker with nothing else to do."""
 
     text: float
+    """And all that is none of the others."""
     retrieval: float
     denoising: float
     decoding: float
@@ -151,7 +152,8 @@ class Results:
     def rows(self) -> Iterator[list[str]]:
         """Yield the table, line by line, its head first."""
         titles = [about.title + (" ↑" if about.larger_is_better else " ↓") for about in self.metrics.values()]
-        yield ["", "NFE", *titles, "copies", "ms per image", "of it text + retrieval + denoising + decoding"]
+        split = "of it text and the rest + retrieval + denoising + decoding"
+        yield ["", "NFE", *titles, "copies", "ms per image", split]
         for way in self.ways:
             scores = [_cell(way.scores.get(name)) for name in self.metrics]
             copies = "" if way.copies is None else f"{way.copies.share:.3f}"
