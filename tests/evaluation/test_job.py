@@ -67,8 +67,10 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     for way in results.ways:
         assert way.num_pictures == 4
         assert way.latency is not None
-        parts = way.latency
-        assert parts.total == pytest.approx(parts.text + parts.retrieval + parts.denoising + parts.decoding, rel=0.5)
+        # Of every call a part takes less than the whole, so its median does too; the medians' sum may be anything.
+        parts = (way.latency.text, way.latency.denoising, way.latency.decoding)
+        assert all(0 < part < way.latency.total for part in parts)
+        assert (way.latency.retrieval > 0) == (way.retrieval is not None)
         assert (way.retrieval is not None) == (way.name in ("slerp", "adapter", "random"))
     adapter, random = results.way("adapter"), results.way("random")
     assert adapter is not None
