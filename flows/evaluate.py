@@ -1,7 +1,9 @@
 """Evaluate: a trained adapter is measured, registered, and made champion if it is better."""
 
+from typing import Self
+
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.registry.champion import present_champion
@@ -28,6 +30,11 @@ class EvaluateParameters(BaseModel):
     )
 
     _check_name = field_validator("name")(check_name)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.gate.check(self.evaluation)
+        return self
 
 
 @flow(name="evaluate")

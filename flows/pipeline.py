@@ -44,6 +44,7 @@ class PipelineParameters(BaseModel):
                 f"features are made by the base model that learns to use them: features.base is {self.features.base} "
                 f"and data.base is {self.data.base}"
             )
+        self.gate.check(self.evaluation)
         return self
 
 

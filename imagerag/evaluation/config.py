@@ -8,7 +8,9 @@ from imagerag.errors import UserError
 from imagerag.workers import WorkersConfig
 
 WayName = Literal["base", "slerp", "adapter", "random", "no_references", "champion", "teacher"]
-MetricName = Literal["recognised", "text_score", "clip_score", "aesthetics", "tifa", "frechet", "kernel", "fid", "cmmd"]
+GateMetricName = Literal["recognised", "text_score", "clip_score", "aesthetics", "tifa"]
+"""Metrics of single pictures, which can be paired by prompt."""
+MetricName = Literal[GateMetricName, "frechet", "kernel", "fid", "cmmd"]
 
 
 class MetricFiles(BaseModel):
@@ -30,6 +32,16 @@ class MetricFiles(BaseModel):
     tifa_vqa: str | None = Field(
         default=None, description="A transformers folder of a visual question answering model, for TIFA."
     )
+
+
+NEEDED_FILES: dict[MetricName, tuple[str, ...]] = {
+    "clip_score": ("clip",),
+    "aesthetics": ("clip", "aesthetic_head"),
+    "tifa": ("tifa_questions", "tifa_vqa"),
+    "fid": ("inception",),
+    "cmmd": ("clip",),
+}
+"""What metrics need of `MetricFiles`."""
 
 
 class EvaluateConfig(WorkersConfig):
@@ -60,13 +72,18 @@ class EvaluateConfig(WorkersConfig):
             raise UserError(f"the gate compares `adapter` with `base`: both have to be among the ways; got {self.ways}")
         return self
 
+    def lacking(self, metric: MetricName) -> str:
+        """Return what a metric needs and is not given, for people; nothing if it can be tried."""
+        fields = [field for field in NEEDED_FILES.get(metric, ()) if getattr(self.files, field) is None]
+        return f"needs {' and '.join(f'files.{field}' for field in fields)}" if fields else ""
+
 
 class GateConfig(BaseModel):
     """What a candidate must reach to become champion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    metric: MetricName = Field(
+    metric: GateMetricName = Field(
         default="recognised",
         description="It has to be better than the base model's and the champion's: the 95 % interval of the paired "
         "difference lies above zero.",
@@ -77,3 +94,8 @@ class GateConfig(BaseModel):
         description="Every other metric may be worse than the base model's by this share of it at most.",
     )
     max_slowdown: float = Field(default=2.0, ge=1, description="A picture may take so many times the base model's.")
+
+    def check(self, evaluation: EvaluateConfig) -> None:
+        """Raise UserError where the evaluation can't measure what the gate decides by."""
+        if lacking := evaluation.lacking(self.metric):
+            raise UserError(f"the gate decides by {self.metric}, which the evaluation can't measure: it {lacking}")

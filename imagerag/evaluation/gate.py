@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from imagerag.errors import UserError
-from imagerag.evaluation.config import GateConfig
-from imagerag.evaluation.intervals import Estimate, estimate
+from imagerag.evaluation.config import GateConfig, MetricName
+from imagerag.evaluation.intervals import estimate
 from imagerag.evaluation.results import Results, WayResults
 
 
@@ -50,16 +50,12 @@ def decide(results: Results, config: GateConfig, *, has_champion: bool) -> Decis
         has_champion: whether there is a champion with other weights, with which the candidate has to be compared.
 
     Raises:
-        UserError: if the gate's metric was not measured, or has no values for single prompts to pair.
+        UserError: if the gate's metric was not measured, or of fewer than two prompts.
     """
-    candidate, base, champion = (results.way(name) for name in ("adapter", "base", "champion"))
-    assert candidate is not None, results.ways
-    assert base is not None, results.ways
+    candidate, base, champion = results.candidate, results.base_model, results.way("champion")
     if config.metric not in results.metrics:
         reason = results.not_measured.get(config.metric, "is not among the metrics")
         raise UserError(f"the gate's metric {config.metric} was not measured: it {reason}")
-    if candidate.scores[config.metric].by_prompt is None:
-        raise UserError(f"the gate needs a metric of single pictures, which {config.metric} is not")
     reasons = [_beats(results, config, candidate, base)]
     if champion is not None:
         reasons.append(_beats(results, config, candidate, champion))
@@ -79,16 +75,14 @@ def decide(results: Results, config: GateConfig, *, has_champion: bool) -> Decis
     return Decision(passed=all(each.passed for each in reasons), reasons=tuple(reasons))
 
 
-def paired(one: WayResults, other: WayResults, metric: str, *, larger_is_better: bool = True) -> Estimate:
-    """Return how much better one way is, prompt by prompt."""
-    first, second = (way.scores[metric].values for way in (one, other))  # type: ignore[index]
-    differences = (first - second) * (1 if larger_is_better else -1)
-    return estimate(differences[~np.isnan(differences)])
-
-
 def _beats(results: Results, config: GateConfig, candidate: WayResults, other: WayResults) -> Reason:
     about = results.metrics[config.metric]
-    gain = paired(candidate, other, config.metric, larger_is_better=about.larger_is_better)
+    own, others = (way.scores[config.metric].values for way in (candidate, other))
+    gains = (own - others) * (1 if about.larger_is_better else -1)
+    known = gains[~np.isnan(gains)]
+    if len(known) < 2:
+        raise UserError(f"the gate needs two prompts of which {config.metric} was measured; there are {len(known)}")
+    gain = estimate(known)
     return Reason(
         rule=f"{about.title}: better than the {other.title}",
         passed=gain.low > 0,
@@ -96,9 +90,11 @@ def _beats(results: Results, config: GateConfig, candidate: WayResults, other: W
     )
 
 
-def _loses_little(results: Results, metric: str, candidate: WayResults, base: WayResults, max_loss: float) -> Reason:
-    about = results.metrics[metric]  # type: ignore[index]
-    own, others = (way.scores[metric].estimate.mean for way in (candidate, base))  # type: ignore[index]
+def _loses_little(
+    results: Results, metric: MetricName, candidate: WayResults, base: WayResults, max_loss: float
+) -> Reason:
+    about = results.metrics[metric]
+    own, others = (way.scores[metric].estimate.mean for way in (candidate, base))
     loss = (others - own) * (1 if about.larger_is_better else -1)
     allowed = max_loss * abs(others)
     return Reason(

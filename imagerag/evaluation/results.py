@@ -88,6 +88,7 @@ class WayResults:
     name: str
     title: str
     function_evaluations: int
+    """How often the UNet runs for a picture (NFE); with guidance, twice a step counts once, as in the paper."""
     num_pictures: int
     scores: Mapping[MetricName, Score]
     latency: Latency | None = None
@@ -122,6 +123,16 @@ class Results:
     def way(self, name: str) -> WayResults | None:
         """Return the results of a way, if it was measured."""
         return next((way for way in self.ways if way.name == name), None)
+
+    @property
+    def candidate(self) -> WayResults:
+        """Of the adapter, which every evaluation measures."""
+        return next(way for way in self.ways if way.name == "adapter")
+
+    @property
+    def base_model(self) -> WayResults:
+        """Of the bare base model, likewise."""
+        return next(way for way in self.ways if way.name == "base")
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes."""
@@ -161,9 +172,7 @@ class Results:
 
     def slices(self) -> Iterator[list[str]]:
         """Yield the adapter's paired gain over the base model by category, its head first."""
-        base, adapter = self.way("base"), self.way("adapter")
-        assert base is not None, self.ways
-        assert adapter is not None, self.ways
+        base, adapter = self.base_model, self.candidate
         names = [name for name in self.metrics if adapter.scores[name].by_prompt is not None]
         if len(set(self.categories)) < 2 or not names:
             return

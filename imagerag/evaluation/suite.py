@@ -25,15 +25,6 @@ from imagerag.evaluation.results import MetricAbout, Score
 from imagerag.evaluation.tifa import Tifa
 from imagerag.retrieval.search import Retriever
 
-_FILES: dict[MetricName, tuple[str, ...]] = {
-    "clip_score": ("clip",),
-    "aesthetics": ("clip", "aesthetic_head"),
-    "tifa": ("tifa_questions", "tifa_vqa"),
-    "fid": ("inception",),
-    "cmmd": ("clip",),
-}
-"""What each metric needs of `MetricFiles`."""
-
 
 class Suite:
     """Loaded once for an evaluation.
@@ -52,9 +43,8 @@ class Suite:
         self._metrics: list[Metric] = []
         self.not_measured: dict[str, str] = {}
         for name, make in _makers(config, prompts, real, retriever):
-            lacking = [field for field in _FILES.get(name, ()) if getattr(config.files, field) is None]
-            if lacking:
-                self.not_measured[name] = f"needs {' and '.join(f'files.{field}' for field in lacking)}"
+            if lacking := config.lacking(name):
+                self.not_measured[name] = lacking
                 continue
             try:
                 self._metrics.append(make())

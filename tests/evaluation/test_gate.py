@@ -109,8 +109,14 @@ def test_a_metric_that_was_not_measured_or_has_no_pairs_is_refused() -> None:
     found = results(way("base", NOISE), way("adapter", BETTER))
     with pytest.raises(UserError, match=r"tifa was not measured: it needs files\.tifa_questions"):
         decide(found, GateConfig(metric="tifa"), has_champion=False)
-    with pytest.raises(UserError, match="needs a metric of single pictures, which frechet is not"):
-        decide(found, GateConfig(metric="frechet"), has_champion=False)
+    with pytest.raises(ValidationError, match=r"Input should be 'recognised', .* or 'tifa'"):
+        GateConfig(metric="frechet")
+    with pytest.raises(UserError, match=r"decides by tifa, .*: it needs files\.tifa_questions and files\.tifa_vqa"):
+        GateConfig(metric="tifa").check(EvaluateConfig())
+    unknown = Score(estimate=estimate(NOISE), by_prompt=(None,) * NUM)
+    base = replace(found.base_model, scores=dict(found.base_model.scores) | {"clip_score": unknown})
+    with pytest.raises(UserError, match="two prompts of which clip_score was measured; there are 0"):
+        decide(results(base, found.candidate), CONFIG, has_champion=False)
     with pytest.raises(ValidationError, match="both have to be among the ways"):
         EvaluateConfig(ways=("adapter", "teacher"))
 
