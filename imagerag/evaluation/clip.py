@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from imagerag.embedding.encoder import to_rgb
 from imagerag.errors import UserError
@@ -15,6 +14,7 @@ from imagerag.evaluation.config import MetricName
 from imagerag.evaluation.intervals import Estimate
 from imagerag.evaluation.metrics import Pictures, Real, Value, check_enough
 from imagerag.evaluation.recognition import Floats
+from imagerag.evaluation.weights import load_tensors, transformers_folder
 
 _BATCH_SIZE = 32
 _MMD_SIGMA = 10.0
@@ -32,17 +32,22 @@ class Clip:
         """
         from transformers import CLIPModel, CLIPProcessor
 
-        path = Path(folder).expanduser()
+        path = transformers_folder("clip", folder)
         if Path(encoder_id).expanduser().absolute() == path.absolute():
             raise UserError(f"the evaluator must not be the retriever: both are {folder}")
-        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            raise UserError(f"files.clip has to be a transformers folder with safetensors; {folder} is not")
         self._model = CLIPModel.from_pretrained(path, use_safetensors=True, local_files_only=True).eval()
         self._processor = CLIPProcessor.from_pretrained(path, local_files_only=True)
+        self._last: tuple[Sequence[Image.Image], Floats] | None = None
 
-    @torch.inference_mode()
     def images(self, pictures: Sequence[Image.Image]) -> Floats:
         """Return embeddings (N, D) of length one."""
+        # Several metrics ask for the same pictures, one after the other.
+        if self._last is None or self._last[0] is not pictures:
+            self._last = pictures, self._embed(pictures)
+        return self._last[1]
+
+    @torch.inference_mode()
+    def _embed(self, pictures: Sequence[Image.Image]) -> Floats:
         parts = []
         for start in range(0, len(pictures), _BATCH_SIZE):
             own = [to_rgb(picture) for picture in pictures[start : start + _BATCH_SIZE]]
@@ -102,12 +107,13 @@ class Aesthetics:
 
     def __init__(self, clip: Clip, path: str) -> None:
         """Raises UserError if the file holds no such head."""
-        weights = _load_weights(path)
+        weights = load_tensors(path)
         names = sorted((name for name in weights if name.endswith("weight")), key=_layer_of)
-        if not names or any(weights[name].ndim != 2 for name in names) or len(weights[names[-1]]) != 1:
+        layers = [(weights[name], weights.get(f"{name.removesuffix('weight')}bias")) for name in names]
+        if not layers or any(w.ndim != 2 or b is None for w, b in layers) or len(layers[-1][0]) != 1:
             raise UserError(f"files.aesthetic_head has to hold linear layers down to one value; {path} does not")
         self._clip = clip
-        self._layers = [(weights[name].numpy(), weights[f"{name[:-6]}bias"].numpy()) for name in names]
+        self._layers = [(w.float().numpy(), b.float().numpy()) for w, b in layers if b is not None]
 
     def measure(self, pictures: Pictures) -> Value:
         """Return a score for each picture, 1 to 10."""
@@ -136,7 +142,7 @@ class Fid:
 
         # torch-fidelity unpickles whatever the file holds; what it is given here was read as tensors alone.
         with tempfile.NamedTemporaryFile(suffix=".pth") as safe:
-            torch.save(_load_weights(path), safe.name)
+            torch.save(load_tensors(path), safe.name)
             try:
                 self._network = create_feature_extractor(
                     "inception-v3-compat", ["2048"], cuda=False, verbose=False, feature_extractor_weights_path=safe.name
@@ -161,21 +167,6 @@ class Fid:
             pixels = torch.from_numpy(np.asarray(to_rgb(image)).copy()).permute(2, 0, 1)[None]
             parts.append(self._network(pixels)[0].double().numpy())
         return np.concatenate(parts)
-
-
-def _load_weights(path: str) -> dict[str, torch.Tensor]:
-    """Read tensors, and refuse everything else."""
-    from pickle import UnpicklingError
-
-    file = Path(path).expanduser()
-    try:
-        if file.suffix == ".safetensors":
-            tensors: dict[str, torch.Tensor] = load_file(file)
-            return tensors
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, ValueError) as error:
-        raise UserError(f"{path} can't be read as a file of tensors: {str(error).splitlines()[0]}") from error
-    return {name: each for name, each in loaded.items() if isinstance(each, torch.Tensor)}
 
 
 def _layer_of(name: str) -> tuple[int, ...]:

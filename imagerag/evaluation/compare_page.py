@@ -1,13 +1,12 @@
 """Comparisons as a page, a picture and numbers."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from imagerag.evaluation.compare import Cell, Comparison
-from imagerag.generation.sheet import sheet
+from imagerag.generation.sheet import sheet, to_png
 from imagerag.retrieval.page import data_uri, render, web_link, write_whole
 from imagerag.retrieval.search import Retriever
 
@@ -33,7 +32,7 @@ def render_comparisons(template: str, comparisons: Sequence[Comparison], retriev
     used = {reference.id for each in comparisons for cell in each.cells for reference in cell.references}
     images = {row.id: row.image for row in retriever.fetch(sorted(used), images=True)} if used else {}
     filters: dict[str, Callable[..., object]] = {
-        "png": _png,
+        "png": lambda cell: data_uri(to_png(cell.image)),
         "thumbnail": lambda id: data_uri(images[id] or b""),
         "web_link": web_link,
     }
@@ -50,9 +49,3 @@ def _numbers(cell: Cell) -> dict[str, object]:
         "note": cell.note,
         "references": [asdict(reference) for reference in cell.references],
     }
-
-
-def _png(cell: Cell) -> str:
-    buffer = io.BytesIO()
-    cell.image.save(buffer, "PNG")
-    return data_uri(buffer.getvalue())

@@ -22,8 +22,10 @@ _NEAR_DUPLICATE = 4.0
 _BLOCK_ROWS = 1024
 
 
-def measure_copies(pictures: Pictures, threshold: float) -> Copies | None:
+def measure_copies(pictures: Pictures, threshold: float | None) -> Copies | None:
     """Compare each picture with what it was shown, where the index's pictures of the prompts are among it."""
+    if threshold is None:
+        return None
     real, shown = _centred(pictures.real.features, pictures.real.features), pictures.shown
     rows = np.nonzero((shown >= 0).any(1))[0]
     if len(rows) == 0:
@@ -34,11 +36,14 @@ def measure_copies(pictures: Pictures, threshold: float) -> Copies | None:
     return Copies(similarity=float(nearest.mean()), threshold=threshold, share=float((nearest > threshold).mean()))
 
 
-def threshold_of(real: Real) -> float:
-    """Return the similarity above which two different pictures hardly ever are."""
+def threshold_of(real: Real) -> float | None:
+    """Return the similarity above which two different pictures hardly ever are, if there are two to tell by."""
+    if len(real.ids) < 2:
+        return None
     features = _centred(real.features, real.features)
     similarities = (features @ features.T)[np.triu_indices(len(features), 1)]
-    return float(np.quantile(similarities[similarities < 1 - 1e-4], _QUANTILE))
+    different = similarities[similarities < 1 - 1e-4]
+    return float(np.quantile(different, _QUANTILE)) if len(different) else None
 
 
 def measure_leakage(retriever: Retriever, prompts: tuple[str, ...], training_set: TrainingSet) -> Leakage:

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from imagerag.artifacts import Evaluated, Finetuned, TrainingSet
-from imagerag.errors import UserError
 from imagerag.evaluation.config import EvaluateConfig
 from imagerag.evaluation.copies import measure_copies, measure_leakage, threshold_of
 from imagerag.evaluation.metrics import Pictures, Real
@@ -21,18 +20,19 @@ from imagerag.evaluation.prompts import Prompts, read_prompts
 from imagerag.evaluation.results import RESULTS, Latency, Results, Retrieval, WayResults
 from imagerag.evaluation.suite import Suite
 from imagerag.evaluation.ways import Way, ways_of
+from imagerag.evaluation.weights import digests_of
 from imagerag.files import read_json, write_file, write_json
-from imagerag.generation.finetuned import MANIFEST
 from imagerag.generation.spec import resolve
 from imagerag.hspace.job import identity_of
 from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.search import Retriever
 from imagerag.settings import Settings
-from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
+from imagerag.training.job import training_set_of
+from imagerag.training.tracking import MlflowTracker, lasting_run, tracking_uri
 
 EXPERIMENT = "evaluate"
-_VERSION = 1
+_VERSION = 2
 """Of what is measured, beside that of the pictures: another one measures again."""
 
 
@@ -60,10 +60,7 @@ def evaluate(
         StalledError: if the workers hang. Calling again goes on where they stopped.
     """
     started = time.perf_counter()
-    manifest = read_json(f"{finetuned.uri}/{MANIFEST}")
-    if manifest is None:
-        raise UserError(f"there is no {MANIFEST} in {finetuned.uri}: `imagerag finetune` makes one")
-    training_set = TrainingSet(**manifest["training_set"])
+    training_set = training_set_of(finetuned)
     retriever = Retriever(settings.index_uri, finetuned.index_name)
     retriever.count_without(identity_of(resolve(finetuned.base)))  # refuses an index without features
     prompts = read_prompts(config, training_set)
@@ -72,15 +69,17 @@ def evaluate(
     parent = f"{settings.training_of(finetuned.index_name)}/evaluations"
     key = _key(config, prompts, ways, index)
     folder = f"{parent}/{key}"
-    known = read_json(f"{folder}/{RESULTS}")
-    if known is not None:
-        return replace(Evaluated(**known["evaluated"]), is_new=False, duration_s=time.perf_counter() - started)
     with writer_lock(parent, key):
+        if (known := read_json(f"{folder}/{RESULTS}")) is not None:
+            return replace(Evaluated(**known["evaluated"]), is_new=False, duration_s=time.perf_counter() - started)
+        real = Real.of(retriever, prompts.texts)
+        # Before any picture is made, because it refuses files that are not what they should be.
+        suite = Suite(config, prompts, real, retriever)
         job = PictureJob(prompts.texts, ways, index, config, parent)
         latencies = job.run(settings, on_progress)
-        results, pictures = _measure(job, config, prompts, ways, retriever, training_set, latencies, on_progress)
+        results, pictures = _measure(job, suite, real, prompts, retriever, training_set, latencies, on_progress)
         files = to_files(results, pictures, retriever)
-        run_id = _track(key, finetuned, config, results, files, settings)
+        run_id = _track(f"{parent}/runs/{key}.json", key, finetuned, config, results, files, settings)
         for name, content in files.items():
             write_file(f"{folder}/{name}", content)
         evaluated = Evaluated(
@@ -102,7 +101,8 @@ def evaluate(
 def _key(config: EvaluateConfig, prompts: Prompts, ways: list[Way], index: IndexVersion) -> str:
     inputs = {
         "version": [_VERSION, VERSION],
-        "config": config.model_dump(exclude={"device", "num_workers", "stall_timeout_s", "batch_size"}),
+        "config": config.model_dump(exclude={"num_workers", "stall_timeout_s", "batch_size", "files"}),
+        "files": digests_of(config.files),
         "prompts": [prompts.texts, prompts.categories],
         "ways": [way.key(asdict(index)) | {"name": way.name} for way in ways],
         "index": asdict(index),
@@ -112,17 +112,15 @@ def _key(config: EvaluateConfig, prompts: Prompts, ways: list[Way], index: Index
 
 def _measure(
     job: PictureJob,
-    config: EvaluateConfig,
+    suite: Suite,
+    real: Real,
     prompts: Prompts,
-    ways: list[Way],
     retriever: Retriever,
     training_set: TrainingSet,
     latencies: dict[str, Latency],
     on_progress: OnProgress,
 ) -> tuple[Results, list[Pictures]]:
-    real = Real.of(retriever, prompts.texts)
-    suite = Suite(config, prompts, real, retriever)
-    numbers = np.repeat(np.arange(len(prompts.texts)), config.images_per_prompt)
+    numbers = np.repeat(np.arange(len(prompts.texts)), job.images_per_prompt)
     texts = tuple(prompts.texts[number] for number in numbers)
     threshold = threshold_of(real)
     rows, pictures = [], []
@@ -140,11 +138,11 @@ def _measure(
                 copies=measure_copies(pictures[-1], threshold),
             )
         )
-        on_progress(len(rows), len(ways), f"measured {made.way.title}")
+        on_progress(len(rows), len(job.ways), f"measured {made.way.title}")
     metrics = suite.about
     results = Results(
         base=training_set.base,
-        adapter=next(way.adapter or "" for way in ways if way.name == "adapter"),
+        adapter=next(way.adapter or "" for way in job.ways if way.name == "adapter"),
         index=f"{retriever.name}, version {retriever.version}",
         machine=_machine(),
         prompts=prompts.texts,
@@ -183,6 +181,7 @@ def _machine() -> str:
 
 
 def _track(
+    path: str,
     key: str,
     finetuned: Finetuned,
     config: EvaluateConfig,
@@ -193,7 +192,7 @@ def _track(
     """Keep the numbers in MLflow, beside the training that they are about, and return the run."""
     parameters = {"seed": config.seed, "prompts": len(results.prompts), "index": results.index, "base": results.base}
     tags = {"training_run": finetuned.run_id, "adapter": results.adapter}
-    run_id = start_run(settings, EXPERIMENT, key, parameters, tags)
+    run_id = lasting_run(path, settings, EXPERIMENT, key, parameters, tags)
     with MlflowTracker(tracking_uri(settings), run_id) as tracker:
         tracker.metrics(results.flat(), 0)
         for name, content in files.items():

@@ -1,6 +1,5 @@
 """An evaluation as files: a page that needs nothing else, its table as text, and a grid of pictures."""
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +10,7 @@ from imagerag.evaluation.compare import Cell, Comparison
 from imagerag.evaluation.compare_page import render_comparisons
 from imagerag.evaluation.metrics import Pictures
 from imagerag.evaluation.results import GRID, PAGE, TABLE, Results
-from imagerag.generation.sheet import sheet
+from imagerag.generation.sheet import sheet, to_png
 from imagerag.retrieval.search import Retriever
 
 _SHOWN = 12
@@ -20,7 +19,9 @@ _SHOWN = 12
 def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retriever) -> dict[str, bytes]:
     """Return the files' contents by their names."""
     chosen = _chosen(results)
-    comparisons = [_comparison(results, pictures, number) for number in chosen]
+    comparisons = [
+        Comparison(prompt=results.prompts[number], cells=tuple(_cells(results, pictures, number))) for number in chosen
+    ]
     html = render_comparisons(
         "evaluate.html",
         comparisons,
@@ -38,24 +39,16 @@ def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retrieve
         (f"{each.prompt}  ({titles})" if not number else each.prompt, [cell.image for cell in each.cells])
         for number, each in enumerate(comparisons)
     ]
-    grid = io.BytesIO()
-    sheet(rows).save(grid, "PNG")
-    return {PAGE: html.encode(), TABLE: results.markdown().encode(), GRID: grid.getvalue()}
+    return {PAGE: html.encode(), TABLE: results.markdown().encode(), GRID: to_png(sheet(rows))}
 
 
 def _chosen(results: Results) -> list[int]:
     """Return prompts to show: as many failures of the adapter as successes, where that was measured, else the first."""
-    adapter = results.way("adapter")
-    assert adapter is not None, results.ways
-    if "recognised" not in adapter.scores:
+    if "recognised" not in results.candidate.scores:
         return list(range(len(results.prompts)))[:_SHOWN]
-    values = adapter.scores["recognised"].values
+    values = results.candidate.scores["recognised"].values
     good, bad = np.nonzero(values > 0)[0], np.nonzero(values == 0)[0]
     return [*good[: _SHOWN // 2].tolist(), *bad[: _SHOWN - len(good[: _SHOWN // 2])].tolist()]
-
-
-def _comparison(results: Results, pictures: Sequence[Pictures], number: int) -> Comparison:
-    return Comparison(prompt=results.prompts[number], cells=tuple(_cells(results, pictures, number)))
 
 
 def _cells(results: Results, pictures: Sequence[Pictures], number: int) -> Iterator[Cell]:

@@ -25,6 +25,7 @@ from imagerag.evaluation.results import Latency
 from imagerag.evaluation.ways import Way
 from imagerag.files import local_copy
 from imagerag.generation.references import Reference
+from imagerag.generation.sheet import to_png
 from imagerag.progress import OnProgress
 from imagerag.settings import Settings
 from imagerag.table import Table
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from imagerag.evaluation.timed import TimedPipeline
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
-VERSION = 2
+VERSION = 3
 """Of how pictures are made: another one makes other tables."""
 _ROWS_OF_A_TASK = 64
 _COLUMNS = (
@@ -82,22 +83,21 @@ class PictureJob:
         self, prompts: Sequence[str], ways: Sequence[Way], index: IndexVersion, config: EvaluateConfig, folder: str
     ) -> None:
         """Args: folder: of the tables."""
-        self._prompts, self._ways, self._index, self._config = prompts, ways, index, config
-        key = {"version": VERSION}
+        self.ways, self.images_per_prompt = ways, config.images_per_prompt
+        self._index, self._config = index, config
+        key = {"version": VERSION, "device": config.device, "dtype": config.dtype}
         self._tables = {
             way.name: Table.keyed(folder, "pictures", key | way.key(asdict(index)), _COLUMNS) for way in ways
         }
-        seeds = [_seed_of(prompt, number, config.seed) for prompt in prompts for number in range(self._each)]
-        repeated = [prompt for prompt in prompts for _ in range(self._each)]
+        seeds = [
+            _seed_of(prompt, number, config.seed) for prompt in prompts for number in range(self.images_per_prompt)
+        ]
+        repeated = [prompt for prompt in prompts for _ in range(self.images_per_prompt)]
         self._wanted = pa.table({"id": list(map(_row_id, repeated, seeds)), "prompt": repeated, "seed": seeds})
-
-    @property
-    def _each(self) -> int:
-        return self._config.images_per_prompt
 
     def run(self, settings: Settings, on_progress: OnProgress) -> dict[str, Latency]:
         """Make the pictures that are missing, and return how long one takes in each way."""
-        missing = {way.name: self._missing(self._tables[way.name]) for way in self._ways}
+        missing = {way.name: self._missing(self._tables[way.name]) for way in self.ways}
         total, done = int(sum(rows.num_rows for rows in missing.values())), 0
         latencies: dict[str, Latency] = {}
         parts = [
@@ -119,7 +119,7 @@ class PictureJob:
 
     def read(self) -> Iterator[Made]:
         """Yield each way's pictures."""
-        for way in self._ways:
+        for way in self.ways:
             rows = self._tables[way.name].open().to_table()
             order = pc.index_in(self._wanted["id"], rows["id"].combine_chunks())
             own = rows.take(order)
@@ -135,7 +135,7 @@ class PictureJob:
 
     def _results(self, parts: list[pa.Table], settings: Settings) -> Iterator[dict[str, Any]]:
         config = self._config
-        arguments = {"ways": self._ways, "tables": self._tables, "index": self._index, "config": config}
+        arguments = {"ways": self.ways, "tables": self._tables, "index": self._index, "config": config}
         start_ray(settings)
         try:
             with closing(watched(partial(mapped, parts, Worker, arguments, config), config.stall_timeout_s)) as results:
@@ -166,6 +166,8 @@ class Worker:
         self._ways: dict[str, Way] = {way.name: way for way in ways}
         self._tables, self._index, self._config, self._device, self._dtype = tables, index, config, device, dtype
         self._pipelines: dict[tuple[str, str | None], TimedPipeline] = {}
+        self._ids: np.ndarray | None = None
+        """Of the index's rows, where random ones are asked for."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Return one row: the `way`, the JSON of the `fragments` written and `num_rows`, or the JSON of `latencies`."""
@@ -184,7 +186,7 @@ class Worker:
         generators = list(map(_generator, rows["seed"].to_pylist()))
         output = pipeline(prompts, generator=generators, **self._arguments(way, prompts, pipeline))
         references = [json.dumps([asdict(each) for each in own]) for own in output.references]
-        images = pa.array(list(map(_png, output.images)), pa.large_binary())
+        images = pa.array(list(map(to_png, output.images)), pa.large_binary())
         return rows.drop_columns(["way"]).append_column("image", images).append_column("references", [references])
 
     def _time_all(self, prompts: list[str]) -> dict[str, dict[str, float]]:
@@ -238,25 +240,22 @@ class Worker:
             "guidance_scale": way.guidance,
         }
         if way.is_random:
-            assert pipeline.index is not None
-            ids = pipeline.index.retriever.read(["id"])["id"].to_pylist()
-            arguments["reference_ids"] = [
-                [ids[number] for number in _rng(prompt, self._config.seed).integers(len(ids), size=way.num_references)]
-                for prompt in prompts
-            ]
+            arguments["reference_ids"] = [self._random_ids(prompt, way.num_references, pipeline) for prompt in prompts]
         return arguments
+
+    def _random_ids(self, prompt: str, count: int, pipeline: "ImageRAGTurboPipeline") -> list[str]:
+        if self._ids is None:
+            assert pipeline.index is not None
+            self._ids = pipeline.index.retriever.read(["id"])["id"].to_numpy()
+        rng = np.random.default_rng(_seed_of(prompt, -1, self._config.seed))
+        ids: list[str] = rng.choice(self._ids, min(count, len(self._ids)), replace=False).tolist()
+        return ids
 
 
 def _generator(seed: int) -> "torch.Generator":
     import torch
 
     return torch.Generator().manual_seed(seed)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _seed_of(prompt: str, number: int, seed: int) -> int:
@@ -266,7 +265,3 @@ def _seed_of(prompt: str, number: int, seed: int) -> int:
 
 def _row_id(prompt: str, seed: int) -> str:
     return f"{hashlib.sha256(prompt.encode()).hexdigest()[:24]}-{seed}"
-
-
-def _rng(prompt: str, seed: int) -> np.random.Generator:
-    return np.random.default_rng(_seed_of(prompt, -1, seed))

@@ -11,6 +11,7 @@ import numpy as np
 from imagerag.errors import UserError
 from imagerag.evaluation.config import MetricName
 from imagerag.evaluation.metrics import NotMeasuredError, Pictures, Value
+from imagerag.evaluation.weights import transformers_folder
 
 _FIELDS = ("caption", "question", "choices", "answer")
 
@@ -39,9 +40,7 @@ class Tifa:
             raise NotMeasuredError(f"none of the prompts is a caption in files.tifa_questions, {questions}")
         from transformers import ViltForQuestionAnswering, ViltProcessor
 
-        folder = Path(model).expanduser()
-        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise UserError(f"files.tifa_vqa has to be a transformers folder with safetensors; {model} is not")
+        folder = transformers_folder("tifa_vqa", model)
         self._processor = ViltProcessor.from_pretrained(folder, local_files_only=True)
         self._model = ViltForQuestionAnswering.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         self._model.eval()

@@ -35,11 +35,6 @@ class Way:
     """The folder of what was trained."""
     adapter_digest: str | None = None
 
-    @property
-    def function_evaluations(self) -> int:
-        """How often the UNet runs for a picture (NFE); with guidance, twice a step counts once, as in the paper."""
-        return self.steps
-
     def key(self, index: dict[str, Any]) -> dict[str, Any]:
         """Return all that its pictures depend on, beside prompt and seed."""
         own = {name: value for name, value in asdict(self).items() if name not in ("name", "title", "base", "adapter")}
@@ -75,8 +70,9 @@ def ways_of(config: EvaluateConfig, finetuned: Finetuned, teacher: str, champion
         "no_references": Way(name="no_references", title="adapter, no references", **own, **trained),
     }  # fmt: skip
     if champion is not None:
-        trained = {"fusion": "adapter", "adapter": champion, "adapter_digest": digest_of_weights(champion)}
-        made["champion"] = Way(name="champion", title="champion", num_references=k or _NUM_REFERENCES, **own, **trained)
+        made["champion"] = Way(
+            name="champion", title="champion", num_references=k or _NUM_REFERENCES, **own, **_trained(champion)
+        )
     if "teacher" in config.ways:
         made["teacher"] = Way(
             name="teacher", title="teacher", base=teacher, base_digest=resolve(teacher).identity.digest,

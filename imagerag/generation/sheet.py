@@ -1,5 +1,6 @@
-"""Pictures beside and under each other, with the prompt of each row."""
+"""Pictures as files, and beside and under each other with the prompt of each row."""
 
+import io
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -26,6 +27,13 @@ def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
             enlarged = picture.resize((width, height), Image.Resampling.NEAREST) if factor > 1 else picture
             canvas.paste(enlarged, (_GAP + column * (width + _GAP), top + _LABEL_HEIGHT))
     return canvas
+
+
+def to_png(image: Image.Image) -> bytes:
+    """Return a picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _shortened(label: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> str:

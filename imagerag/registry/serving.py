@@ -1,7 +1,6 @@
 """A registered model as MLflow calls it: prompts and parameters in, pictures and where they come from out."""
 
 import base64
-import io
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from mlflow.types.schema import Array, Object, Property
 from imagerag.errors import UserError
 from imagerag.generation.batch import generate
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.generation.sheet import to_png
 from imagerag.hspace.fusion import FusionName
 from imagerag.registry.model import PACKAGE
 from imagerag.registry.package import load
@@ -113,12 +113,10 @@ def make_rows(
         num_inference_steps=steps,
     )
     return [
-        {"image": _png(each.image), "seed": each.seed, "references": [asdict(row) for row in each.references]}
+        {
+            "image": base64.b64encode(to_png(each.image)).decode(),
+            "seed": each.seed,
+            "references": [asdict(row) for row in each.references],
+        }
         for each in made
     ]
-
-
-def _png(image: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

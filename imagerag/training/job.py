@@ -28,7 +28,7 @@ from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, TrainWorkersConfig
-from imagerag.training.tracking import start_run, tracking_uri
+from imagerag.training.tracking import lasting_run, tracking_uri
 from imagerag.training.worker import SCORE, STATE, Board, Task, train
 from imagerag.workers import StalledError, plan_workers
 
@@ -69,10 +69,10 @@ def finetune(
         check_perceptual(config.perceptual_network)
     key = key_of(training_set, config)
     folder = f"{settings.training_of(training_set.index_name)}/finetuned/{key}"
-    if (manifest := read_json(f"{folder}/{MANIFEST}")) is not None:
-        done = Finetuned(**manifest["finetuned"])
-        return replace(done, is_new=False, duration_s=time.perf_counter() - started)
     with writer_lock(settings.training_of(training_set.index_name), key):
+        if (manifest := read_json(f"{folder}/{MANIFEST}")) is not None:
+            done = Finetuned(**manifest["finetuned"])
+            return replace(done, is_new=False, duration_s=time.perf_counter() - started)
         start_ray(settings)
         try:
             run_path = f"{settings.training_of(training_set.index_name)}/runs/{key}.json"
@@ -108,10 +108,19 @@ def read_finetuned(folder: str) -> Finetuned:
     Raises:
         UserError: if there is nothing of the kind.
     """
+    return replace(Finetuned(**_read_manifest(folder)["finetuned"]), uri=folder, is_new=False)
+
+
+def training_set_of(finetuned: Finetuned) -> TrainingSet:
+    """Return what an adapter was trained on; errors as of `read_finetuned`."""
+    return TrainingSet(**_read_manifest(finetuned.uri)["training_set"])
+
+
+def _read_manifest(folder: str) -> dict[str, Any]:
     manifest = read_json(f"{folder}/{MANIFEST}")
     if manifest is None:
         raise UserError(f"there is no {MANIFEST} in {folder}: `imagerag finetune` makes one")
-    return replace(Finetuned(**manifest["finetuned"]), uri=folder, is_new=False)
+    return manifest
 
 
 def newest_finetuned(settings: Settings, name: str) -> Finetuned:
@@ -207,14 +216,11 @@ def _tracked_run(
     settings: Settings,
     group: str | None,
 ) -> str:
-    """Return the MLflow run of a training: the one that it had before it was stopped, or a new one."""
-    known = (read_json(path) or {}).get("run_id")
+    """Return the MLflow run of a training, which outlives a stop."""
     parameters = _flat(config.model_dump()) | {"base": training_set.base, "teacher": training_set.teacher}
     tags = {name: str(value) for name, value in asdict(training_set).items() if "digest" in name or "uri" in name}
     tags["index_version"] = str(training_set.index_version)
-    run_id = start_run(settings, EXPERIMENT, key, parameters, tags, run_id=known, group=group)
-    write_json(path, {"run_id": run_id})
-    return run_id
+    return lasting_run(path, settings, EXPERIMENT, key, parameters, tags, group=group)
 
 
 def _publish(checkpoint: Any, finetuned: Finetuned, about: dict[str, Any]) -> None:

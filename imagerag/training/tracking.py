@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from PIL import Image
 
 from imagerag.errors import UserError
+from imagerag.files import read_json, write_json
 from imagerag.settings import Settings
 
 if TYPE_CHECKING:
@@ -143,6 +144,27 @@ def start_run(
     except Exception as error:
         raise UserError(f"MLflow at {uri} can't be used: {error}") from error
     return started
+
+
+def lasting_run(
+    path: str,
+    settings: Settings,
+    experiment: str,
+    run_name: str,
+    parameters: Mapping[str, Any],
+    tags: Mapping[str, str],
+    *,
+    group: str | None = None,
+) -> str:
+    """Return the run of something that may be stopped and goes on: the one that it had, or a new one.
+
+    Args:
+        path: of the file that keeps its id. The others are as of `start_run`.
+    """
+    known = (read_json(path) or {}).get("run_id")
+    run_id = start_run(settings, experiment, run_name, parameters, tags, run_id=known, group=group)
+    write_json(path, {"run_id": run_id})
+    return run_id
 
 
 def _group(client: "MlflowClient", experiment_id: str, name: str) -> str:

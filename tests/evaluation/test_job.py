@@ -107,7 +107,7 @@ def job_of(world: World, own: Finetuned, config: EvaluateConfig, champion: str |
 def make_here(job: pictures.PictureJob) -> dict[str, int]:
     """Make what a job lacks in this process, and return how many pictures of each way that was."""
     worker = pictures.Worker(
-        ways=job._ways, tables=job._tables, index=job._index, config=job._config, device="cpu", dtype=None,
+        ways=job.ways, tables=job._tables, index=job._index, config=job._config, device="cpu", dtype=None,
         num_threads=1,
     )  # fmt: skip
     made = {}

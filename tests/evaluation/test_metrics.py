@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from imagerag.corpus.sample import Drawing, load_drawings
 from imagerag.errors import UserError
 from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid
+from imagerag.evaluation.config import MetricFiles
 from imagerag.evaluation.copies import measure_copies, threshold_of
 from imagerag.evaluation.metrics import Distance, NotMeasuredError, Pictures, Real, Recognised, by_prompt, mean_of
 from imagerag.evaluation.pictures import Made
 from imagerag.evaluation.tifa import Tifa
 from imagerag.evaluation.ways import Way
+from imagerag.evaluation.weights import digests_of
 from imagerag.generation.references import Reference
 from tests.evaluation.networks import CLIP_DIM, write_clip, write_head, write_inception, write_vilt
 
@@ -184,3 +187,31 @@ def test_inception_is_read_without_running_what_a_file_holds(
     with pytest.raises(UserError, match="can't be read as a file of tensors"):
         Fid(str(tmp_path / "hostile.pth"), few)
     assert not (tmp_path / "harmed").exists()
+
+
+def test_what_metrics_are_given_is_known_by_its_contents(tmp_path: Path) -> None:
+    head = write_head(tmp_path / "head.safetensors", 3, 1)
+    first = digests_of(MetricFiles(aesthetic_head=str(head)))
+    write_head(head, 3, 1)
+    assert digests_of(MetricFiles(aesthetic_head=str(head))) != first
+    assert digests_of(MetricFiles()) == {}
+    with pytest.raises(UserError, match=r"files.clip has to be a file or folder on this machine; there is no .*gone"):
+        digests_of(MetricFiles(clip=str(tmp_path / "gone")))
+
+
+def test_a_head_that_is_none_is_refused(tmp_path: Path) -> None:
+    clip = Clip(str(write_clip(tmp_path / "clip")), "tiny")
+    save_file({"0.weight": torch.zeros(1, CLIP_DIM)}, tmp_path / "biasless.safetensors")
+    with pytest.raises(UserError, match=r"linear layers down to one value; .*biasless"):
+        Aesthetics(clip, str(tmp_path / "biasless.safetensors"))
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="has to hold tensors by their names; it holds a list"):
+        Aesthetics(clip, str(tmp_path / "list.pth"))
+
+
+def test_one_picture_can_not_tell_what_a_copy_is(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+    real, images, numbers = drawn
+    for count in (0, 1):
+        few = Real(real.ids[:count], real.images[:count], real.prompts[:count])
+        assert threshold_of(few) is None
+        assert measure_copies(pictures_of(few, images, numbers, [(real.ids[0],)] * len(images)), None) is None

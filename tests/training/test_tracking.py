@@ -12,7 +12,7 @@ from PIL import Image
 from imagerag.errors import UserError
 from imagerag.settings import Settings
 from imagerag.training import tracking
-from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
+from imagerag.training.tracking import MlflowTracker, lasting_run, start_run, tracking_uri
 
 
 def free_port() -> int:
@@ -108,9 +108,10 @@ def test_runs_of_a_group_are_nested(tmp_path: Path) -> None:
 
 def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
-    run_id = start_run(settings, "test", "run", {"rate": 0.1})
+    own = (str(tmp_path / "runs" / "a.json"), settings, "test", "run", {"rate": 0.1}, {})
+    run_id = lasting_run(*own)
     MlflowTracker(tracking_uri(settings), run_id).close("FAILED")
-    assert start_run(settings, "test", "run", {"rate": 0.1}, run_id=run_id) == run_id
+    assert lasting_run(*own) == run_id
     client = MlflowTracker(tracking_uri(settings), run_id)._client
     assert client.get_run(run_id).info.status == "RUNNING"
     assert len(client.search_runs(["1"])) == 1
