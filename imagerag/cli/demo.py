@@ -52,7 +52,6 @@ def _demo(settings: "Settings", limit: int | None) -> None:
             "evaluation": report.evaluate.evaluated.uri,
             "adapter": report.evaluate.evaluated.adapter,
             "flow_run": report.flow_run_id,
-            "passed": report.evaluate.decision.passed,
         }
         write_json(f"{folder}/demo.json", done)
     else:
@@ -63,7 +62,7 @@ def _demo(settings: "Settings", limit: int | None) -> None:
     typer.echo(f"   {model}")
     typer.echo("\n3. Add a drawing style and new concepts to the index by `reindex`, and generate them, untrained.")
     _grow(settings, limit)
-    growth = _compare(settings, model, limit)
+    growth = _compare(settings, model)
     if growth.before is not None and growth.after is not None:
         typer.echo(f"   recognised among {growth.before.num}: before {growth.before}, after {growth.after}")
     page = _write_page(settings, done, growth)
@@ -144,7 +143,7 @@ def _grow(settings: "Settings", limit: int | None) -> None:
     show_features(run_flow("features", {"name": CORPUS}))
 
 
-def _compare(settings: "Settings", model: Path, limit: int | None) -> "Growth":
+def _compare(settings: "Settings", model: Path) -> "Growth":
     from diffusers.utils import logging as logging_of_diffusers
     from transformers.utils import logging
 

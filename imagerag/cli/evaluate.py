@@ -5,15 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imagerag.cli.corpus import given
+from imagerag.cli.corpus import ParametersOption, given
 from imagerag.cli.run import run_flow
 
 if TYPE_CHECKING:
     from tasks.report import EvaluateReport
-
-ParametersOption = Annotated[
-    Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
-]
 
 
 def evaluate(

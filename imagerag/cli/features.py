@@ -1,11 +1,10 @@
 """`imagerag features`: the flow, run here and now."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imagerag.cli.corpus import given
+from imagerag.cli.corpus import ParametersOption, given
 from imagerag.cli.run import run_flow
 
 if TYPE_CHECKING:
@@ -19,9 +18,7 @@ def features(
         typer.Option(help="`tiny`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
     ] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Models at work at a time.")] = None,
-    parameters: Annotated[
-        Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
-    ] = None,
+    parameters: ParametersOption = None,
 ) -> None:
     """Make the cached features of an index for a base model: only rows that have none are encoded."""
     options = {"name": name, "features": {"base": base, "num_workers": num_workers}}

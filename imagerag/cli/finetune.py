@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imagerag.cli.corpus import given
+from imagerag.cli.corpus import ParametersOption, given
 from imagerag.cli.run import run_flow
 from imagerag.errors import UserError
 
@@ -38,9 +38,7 @@ def finetune(
     num_workers: Annotated[int | None, typer.Option(min=1, help="Models in training at a time.")] = None,
     group: Annotated[str | None, typer.Option(help="An MLflow run to nest this one's under, for ablations.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
-    parameters: Annotated[
-        Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
-    ] = None,
+    parameters: ParametersOption = None,
 ) -> None:
     """Train an adapter for an index, so that generation uses what the index has."""
     options = {
