@@ -6,10 +6,14 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import typer
 
 from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    from imagerag.services import Service
 
 PACKAGES = (
     "prefect",
@@ -24,6 +28,8 @@ PACKAGES = (
     "open_clip_torch",
     "mlflow",
 )
+_OWN_PREFECT = "embedded: started for each run (`make up` starts one to stay, with the UI)"
+_OWN_MLFLOW = "embedded: a database under the home (`make up` starts a server with the UI)"
 
 
 @dataclass(frozen=True)
@@ -80,24 +86,23 @@ def _engines() -> Iterator[Finding]:
 
     settings = Settings()
     yield Finding("home", str(settings.home))
-    if settings.prefect_api_url is not None:
-        answers = services.answers(f"{settings.prefect_api_url}/health")
-        remedy = "" if answers else "start that server, or unset IMAGERAG_PREFECT_API_URL"
-        yield Finding("Prefect", f"{settings.prefect_api_url} {'answers' if answers else 'does not answer'}", remedy)
-    elif (server := services.find(settings.home, services.PREFECT)) is not None:
-        yield Finding("Prefect", f"server at {server.url}, process {server.pid}")
-    else:
-        yield Finding("Prefect", "embedded: started for each run (`make up` starts one to stay, with the UI)")
-    if settings.mlflow_tracking_uri is not None:
-        answers = services.answers(f"{settings.mlflow_tracking_uri}/health")
-        remedy = "" if answers else "start that server, or unset IMAGERAG_MLFLOW_TRACKING_URI"
-        yield Finding("MLflow", f"{settings.mlflow_tracking_uri} {'answers' if answers else 'does not answer'}", remedy)
-    elif (server := services.find(settings.home, services.MLFLOW)) is not None:
-        yield Finding("MLflow", f"server at {server.url}, process {server.pid}")
-    else:
-        yield Finding("MLflow", "embedded: a database under the home (`make up` starts a server with the UI)")
+    prefect, mlflow = settings.prefect_api_url, settings.mlflow_tracking_uri
+    home = settings.home
+    yield _server("Prefect", prefect, "IMAGERAG_PREFECT_API_URL", services.find(home, services.PREFECT), _OWN_PREFECT)
+    yield _server("MLflow", mlflow, "IMAGERAG_MLFLOW_TRACKING_URI", services.find(home, services.MLFLOW), _OWN_MLFLOW)
     yield Finding("Ray", settings.ray_address or "embedded: started on this machine for each run")
     yield Finding("GPU", _gpu())
+
+
+def _server(what: str, given: str | None, variable: str, started: "Service | None", embedded: str) -> Finding:
+    """Say which server is used: the one that the settings give, what `make up` started, or none."""
+    from imagerag import services
+
+    if given is not None:
+        if services.answers(f"{given}/health"):
+            return Finding(what, f"{given} answers")
+        return Finding(what, f"{given} does not answer", f"start that server, or unset {variable}")
+    return Finding(what, embedded if started is None else f"server at {started.url}, process {started.pid}")
 
 
 def _gpu() -> str:
