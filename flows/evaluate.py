@@ -3,8 +3,9 @@
 from typing import Self
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from imagerag.config import Config
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.registry.champion import present_champion
 from imagerag.settings import Settings, check_name
@@ -14,10 +15,8 @@ from tasks.policy import hide_user_tracebacks
 from tasks.report import EvaluateReport, write_evaluate_report
 
 
-class EvaluateParameters(BaseModel):
+class EvaluateParameters(Config):
     """What to measure, and what to reach."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(default="images", description="The corpus, with a published index.")
     adapter: str | None = Field(

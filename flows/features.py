@@ -1,9 +1,10 @@
 """Features: what a base model makes of every row is computed once and published with the index."""
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from flows.ingest import NotPublishedError
+from imagerag.config import Config
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.retrieval.index import IndexConfig
 from imagerag.retrieval.publish import PublishConfig
@@ -15,10 +16,8 @@ from tasks.publish import publish_index
 from tasks.report import FeaturesReport, write_features_report
 
 
-class FeaturesParameters(BaseModel):
+class FeaturesParameters(Config):
     """Which index to make features for, and how."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(default="images", description="The corpus.")
     features: FeaturesConfig = Field(default=FeaturesConfig(), description="How features are made.")

@@ -1,8 +1,9 @@
 """Fine-tune: a published index with features becomes an adapter that uses it."""
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from imagerag.config import Config
 from imagerag.settings import check_name
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
@@ -11,10 +12,8 @@ from tasks.policy import hide_user_tracebacks
 from tasks.report import FinetuneReport, write_finetune_report
 
 
-class FinetuneParameters(BaseModel):
+class FinetuneParameters(Config):
     """What to learn from, and how; unset values are of the recipe `tiny`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(default="images", description="The corpus, which needs features of the base model.")
     data: SynthesizeConfig = Field(default=config.tiny().data, description="What is learnt from.")

@@ -2,11 +2,8 @@
 
 from typing import Literal
 
-from prefect import flow
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
+from imagerag.config import Config
 from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.url_list import UrlColumns
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.spec import check_spec
 from imagerag.errors import UserError
@@ -14,6 +11,8 @@ from imagerag.retrieval.index import IndexConfig
 from imagerag.retrieval.publish import PublishConfig, published_rows
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings, check_name
+from prefect import flow
+from pydantic import Field, field_validator
 from tasks.download import download_images
 from tasks.embed import embed_images
 from tasks.index import index_rows
@@ -21,11 +20,11 @@ from tasks.policy import hide_user_tracebacks
 from tasks.publish import publish_index
 from tasks.report import CorpusReport, write_report
 
+from imagerag.corpus.url_list import UrlColumns
 
-class CorpusParameters(BaseModel):
+
+class CorpusParameters(Config):
     """What to index, and how."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     url_list: str = Field(description="Image URLs and captions: parquet, csv, csv.gz or jsonl, on any fsspec path.")
     name: str = Field(default="images", description="Names the corpus: its shards folder and its table.")

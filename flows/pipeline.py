@@ -6,12 +6,13 @@ from typing import Self, TypeVar
 
 from prefect import flow
 from prefect.runtime import flow_run
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from flows.evaluate import EvaluateParameters, evaluate
 from flows.features import FeaturesParameters, features
 from flows.finetune import FinetuneParameters, finetune
 from flows.ingest import CorpusParameters, ingest
+from imagerag.config import Config
 from imagerag.errors import UserError
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.hspace.config import FeaturesConfig
@@ -23,10 +24,8 @@ from tasks.report import EvaluateReport, PipelineReport, Stage, write_pipeline_r
 R = TypeVar("R")
 
 
-class PipelineParameters(BaseModel):
+class PipelineParameters(Config):
     """What each part is given; the parts after `corpus` are about its index."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     corpus: CorpusParameters = Field(description="What to index, and how.")
     features: FeaturesConfig = Field(default=FeaturesConfig(), description="How cached features are made.")

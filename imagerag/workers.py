@@ -8,8 +8,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from imagerag.config import Config
 from imagerag.errors import UserError
 
 T = TypeVar("T")
@@ -22,10 +23,8 @@ class StalledError(RuntimeError):
     """The workers have finished nothing for too long."""
 
 
-class WorkersConfig(BaseModel):
+class WorkersConfig(Config):
     """How a job uses its machines. What is not set adapts to the machines that Ray knows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Literal["cpu", "cuda"] | None = Field(
         default=None, description="Where models run; unset: on GPUs if there are any."

@@ -3,13 +3,13 @@
 from importlib.metadata import version
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from imagerag.config import Config
 
 
-class DownloadConfig(BaseModel):
+class DownloadConfig(Config):
     """What may be fetched, how, and what is kept of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_size: int = Field(
         default=512, ge=16, le=4096, description="Longest side of a stored image in pixels; smaller images stay as is."

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
-from pydantic import BaseModel, ConfigDict, Field
-
+from imagerag.config import Config
 from imagerag.errors import UserError
+from pydantic import Field
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("url", "caption", "source", "licence", "sha256")])
 """A checked list: `source` is the URL's host where the list has none; `licence` and `sha256` may be null."""
@@ -39,10 +39,8 @@ _CSV_OPTIONS = pa.csv.ParseOptions(newlines_in_values=True)
 _JSON_OPTIONS = pa.json.ReadOptions(block_size=16 * 2**20)  # bytes; a line has to fit
 
 
-class UrlColumns(BaseModel):
+class UrlColumns(Config):
     """Which columns of a list to read. Those not named are guessed by their usual names, case ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str | None = Field(default=None, description="Column of the image URLs.")
     caption: str | None = Field(default=None, description="Column of the captions.")

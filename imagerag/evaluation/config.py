@@ -2,8 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from imagerag.config import Config
 from imagerag.errors import UserError
 from imagerag.workers import WorkersConfig
 
@@ -13,10 +14,8 @@ GateMetricName = Literal["recognised", "text_score", "clip_score", "aesthetics",
 MetricName = Literal[GateMetricName, "frechet", "kernel", "fid", "cmmd"]
 
 
-class MetricFiles(BaseModel):
+class MetricFiles(Config):
     """Weights that metrics need. Nothing is fetched: a metric whose files are not given is reported as not measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     clip: str | None = Field(
         default=None,
@@ -78,10 +77,8 @@ class EvaluateConfig(WorkersConfig):
         return f"needs {' and '.join(f'files.{field}' for field in fields)}" if fields else ""
 
 
-class GateConfig(BaseModel):
+class GateConfig(Config):
     """What a candidate must reach to become champion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: GateMetricName = Field(
         default="recognised",

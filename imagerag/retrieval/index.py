@@ -9,9 +9,10 @@ import lancedb
 from lance import LanceDataset
 from lancedb.index import FTS, IvfSq
 from lancedb.table import Table
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from imagerag.artifacts import IndexBuild
+from imagerag.config import Config
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.recall import fewest_probes, make_probes
@@ -37,10 +38,8 @@ _MAX_GROWTH = 2
 _NUM_STEPS = 4
 
 
-class IndexConfig(BaseModel):
+class IndexConfig(Config):
     """How an index is built."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     exact_below: int = Field(
         default=EXACT_BELOW,

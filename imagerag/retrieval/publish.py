@@ -11,9 +11,10 @@ from datetime import datetime
 import numpy as np
 import pyarrow.compute as pc
 from lance import LanceDataset
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from imagerag.artifacts import Check, IndexBuild, Publication
+from imagerag.config import Config
 from imagerag.errors import UserError
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import is_blocked
@@ -26,10 +27,8 @@ PUBLISHED = "published"
 _NORM_TOLERANCE = 1e-3
 
 
-class PublishConfig(BaseModel):
+class PublishConfig(Config):
     """What a version must pass to be published."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_shrink: float = Field(
         default=0.5,

@@ -5,8 +5,9 @@ Two recipes: `tiny`, for the embedded base model on a laptop, and `sd_turbo`, th
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from imagerag.config import Config
 from imagerag.errors import UserError
 from imagerag.generation.spec import check_spec
 from imagerag.workers import WorkersConfig
@@ -14,11 +15,7 @@ from imagerag.workers import WorkersConfig
 RecipeName = Literal["tiny", "sd_turbo"]
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LossWeights(_Config):
+class LossWeights(Config):
     """Weights of the generator's losses; zero switches one off (paper, Sec. 3.4)."""
 
     adversarial: float = Field(default=1.0, ge=0, description="Hinge loss of the discriminator's judgement.")
@@ -26,7 +23,7 @@ class LossWeights(_Config):
     perceptual: float = Field(default=1.0, ge=0, description="Distance of a latent network's features; beta.")
 
 
-class ReferenceChoice(_Config):
+class ReferenceChoice(Config):
     """Which references a training row is shown. A row is never its own, nor is another of the same picture."""
 
     number: int = Field(default=4, ge=0, le=16, description="References of a row; 0 trains LoRA alone, as a control.")
@@ -70,7 +67,7 @@ class SynthesizeConfig(WorkersConfig):
     _check_models = field_validator("base", "teacher")(check_spec)
 
 
-class FinetuneConfig(_Config):
+class FinetuneConfig(Config):
     """How an adapter and LoRA on the UNet's decoder are trained."""
 
     references: ReferenceChoice = Field(default=ReferenceChoice(), description="What rows are shown.")
@@ -99,12 +96,12 @@ class FinetuneConfig(_Config):
     warmup_steps: int = Field(
         default=500, ge=0, description="Steps in which the rate rises; then it falls by a cosine."
     )
-    weight_decay: float = Field(default=1e-2, ge=0)
+    weight_decay: float = Field(default=1e-2, ge=0, description="Of AdamW, for adapter and LoRA.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are cut to it.")
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="Of the averaged weights, which are what is kept.")
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints, each with a validation.")
     num_validated: int = Field(default=256, ge=1, description="Held-out rows of a validation, always the same.")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="Of the first weights, the batches and the noise.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -129,7 +126,7 @@ class TrainWorkersConfig(WorkersConfig):
     max_failures: int = Field(default=3, ge=0, description="Workers may die so often before the training fails.")
 
 
-class Recipe(_Config):
+class Recipe(Config):
     """All that one fine-tuning is."""
 
     data: SynthesizeConfig

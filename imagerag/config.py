@@ -1,0 +1,33 @@
+"""What all configurations have in common: they check themselves when built, and make a form in the Prefect UI."""
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.fields import ComputedFieldInfo, FieldInfo
+
+_ACRONYMS = {"url": "URL", "ema": "EMA", "lora": "LoRA", "clip": "CLIP", "sha256": "SHA-256", "tifa": "TIFA"}
+
+
+def _title(name: str, _: FieldInfo | ComputedFieldInfo) -> str:
+    """Return a field's label: `timeout_s` is "Timeout (s)", `url_list` is "URL list"."""
+    words = re.sub(r"_s$", " (s)", name).replace("_", " ").split(" ")
+    first, *others = (_ACRONYMS.get(word, word) for word in words)
+    return " ".join([first[0].upper() + first[1:], *others])
+
+
+def _plain_optionals(schema: dict[str, Any]) -> None:
+    """Make a value that may be unset a field that may be left empty, where a form would ask for its type first."""
+    for field in schema.get("properties", {}).values():
+        some = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+        if len(some) == 1 and len(field["anyOf"]) == 2 and field.get("default") is None:
+            del field["anyOf"], field["default"]
+            field.update(some[0])
+
+
+class Config(BaseModel):
+    """Base of all configurations and of all flows' parameters."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", field_title_generator=_title, json_schema_extra=_plain_optionals
+    )
