@@ -1,9 +1,14 @@
-"""Ingest: a list of image URLs becomes a published, searchable index."""
+"""Ingest: a folder of images, or a list of image URLs, becomes a published, searchable index."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from prefect import flow
+from pydantic import Field, field_validator, model_validator
 
 from imagerag.config import Config
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.folder import check_source
+from imagerag.corpus.url_list import UrlColumns
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.spec import check_spec
 from imagerag.errors import UserError
@@ -11,8 +16,6 @@ from imagerag.retrieval.index import IndexConfig
 from imagerag.retrieval.publish import PublishConfig, published_rows
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings, check_name
-from prefect import flow
-from pydantic import Field, field_validator
 from tasks.download import download_images
 from tasks.embed import embed_images
 from tasks.index import index_rows
@@ -20,15 +23,23 @@ from tasks.policy import hide_user_tracebacks
 from tasks.publish import publish_index
 from tasks.report import CorpusReport, write_report
 
-from imagerag.corpus.url_list import UrlColumns
-
 
 class CorpusParameters(Config):
     """What to index, and how."""
 
-    url_list: str = Field(description="Image URLs and captions: parquet, csv, csv.gz or jsonl, on any fsspec path.")
+    url_list: str = Field(
+        description="A folder of images on this machine; or image URLs with captions, as parquet, csv, csv.gz or "
+        "jsonl on any fsspec path."
+    )
+    captions: str | None = Field(
+        default=None,
+        description="Of a folder's images: a table of file names and captions, as parquet, csv, csv.gz or jsonl. "
+        "Unset: what `name.txt` beside `name.jpg` says, else the words of the file's name.",
+    )
     name: str = Field(default="images", description="Names the corpus: its shards folder and its table.")
-    columns: UrlColumns = Field(default=UrlColumns(), description="The list's columns; unset ones are guessed.")
+    columns: UrlColumns = Field(
+        default=UrlColumns(), description="Columns of the list or of the captions; unset ones are guessed."
+    )
     encoder: str = Field(
         default="tiny",
         description="`tiny`, an open_clip name and tag (`ViT-B-32/openai`), `hf-hub:org/name@commit`, or a folder.",
@@ -42,6 +53,11 @@ class CorpusParameters(Config):
     _check_name = field_validator("name")(check_name)
     _check_encoder = field_validator("encoder")(check_spec)
 
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        check_source(self.url_list, self.captions)
+        return self
+
 
 class NotPublishedError(UserError):
     """The new version failed its checks: readers stay on the version that they see."""
@@ -49,7 +65,7 @@ class NotPublishedError(UserError):
 
 @flow(name="ingest")
 def ingest(parameters: CorpusParameters) -> CorpusReport:
-    """Add a list of image URLs to a corpus: download, embed, index, publish.
+    """Add a folder of images, or a list of image URLs, to a corpus: download, embed, index, publish.
 
     Run it again at any time: it continues what is unfinished and redoes nothing that is done.
     """
@@ -57,11 +73,17 @@ def ingest(parameters: CorpusParameters) -> CorpusReport:
 
 
 def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"]) -> CorpusReport:
-    """Run the stages on a list that adds to the corpus, or that from now on is the corpus."""
+    """Run the stages on images that are added to the corpus, or that from now on are the corpus."""
     hide_user_tracebacks()
     rows_before = published_rows(Store(Settings().index_uri, parameters.name))
     download = download_images(
-        parameters.url_list, parameters.columns, parameters.name, parameters.download, mode, parameters.retry_failed
+        parameters.url_list,
+        parameters.captions,
+        parameters.columns,
+        parameters.name,
+        parameters.download,
+        mode,
+        parameters.retry_failed,
     )
     embedded = embed_images(download, parameters.name, parameters.encoder, parameters.embed)
     index = index_rows(embedded, parameters.index)

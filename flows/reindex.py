@@ -1,4 +1,4 @@
-"""Re-index: the published index follows its list."""
+"""Re-index: the published index follows its folder or list."""
 
 from prefect import flow
 
@@ -8,5 +8,8 @@ from tasks.report import CorpusReport
 
 @flow(name="reindex")
 def reindex(parameters: CorpusParameters) -> CorpusReport:
-    """Make a corpus exactly its list: fetch and embed what is new or changed, drop what is gone, touch nothing else."""
+    """Make a corpus exactly its folder or list: fetch and embed what is new or changed, drop what is gone.
+
+    Nothing else is touched.
+    """
     return update_corpus(parameters, mode="replace")

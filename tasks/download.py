@@ -1,4 +1,4 @@
-"""URL list to webdataset shards."""
+"""A folder of images, or a URL list, to webdataset shards."""
 
 from typing import Literal
 
@@ -7,7 +7,8 @@ from prefect import get_run_logger
 from imagerag.artifacts import Download
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
-from imagerag.corpus.url_list import UrlColumns, read_url_list
+from imagerag.corpus.folder import read_images
+from imagerag.corpus.url_list import UrlColumns
 from imagerag.settings import Settings
 from tasks.policy import stage
 from tasks.progress import StageProgress
@@ -16,6 +17,7 @@ from tasks.progress import StageProgress
 @stage("download")
 def download_images(
     url_list: str,
+    captions: str | None,
     columns: UrlColumns,
     name: str,
     config: DownloadConfig,
@@ -23,8 +25,10 @@ def download_images(
     retry_failed: bool,
 ) -> Download:
     """Fetch what the corpus `name` wants and does not have."""
-    settings = Settings()
-    urls = read_url_list(url_list, columns)
+    settings, logger = Settings(), get_run_logger()
+    urls = read_images(url_list, captions, columns, max_bytes=config.max_bytes)
+    if urls.num_named_by_file:
+        logger.warning("%s images have no caption but the words of their file names", f"{urls.num_named_by_file:,}")
     with StageProgress("download", "URLs") as on_progress:
         result = download(
             urls,
@@ -35,7 +39,6 @@ def download_images(
             retry_failed=retry_failed,
             on_progress=on_progress,
         )
-    logger = get_run_logger()
     if result.num_fetched == 0:
         logger.info("nothing to download: all %s URLs were settled before", f"{result.num_urls:,}")
     else:

@@ -22,6 +22,7 @@ from imagerag.cli import (
     sample,
     search,
     services,
+    settings,
     tiny,
 )
 from imagerag.errors import UserError
@@ -35,10 +36,10 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command("ingest")(
-    corpus.flow_command("ingest", "Add a list of image URLs to a corpus: download, embed, index, publish.")
+    corpus.flow_command("ingest", "Add a folder of images, or a list of URLs, to a corpus: download, embed, publish.")
 )
 app.command("reindex")(
-    corpus.flow_command("reindex", "Make a corpus exactly its list: fetch what is new, drop what is gone.")
+    corpus.flow_command("reindex", "Make a corpus exactly its folder or list: fetch what is new, drop what is gone.")
 )
 app.command()(features.features)
 app.command()(finetune.finetune)
@@ -56,11 +57,13 @@ app.add_typer(index.app, name="index")
 app.add_typer(sample.app, name="sample")
 app.command()(services.up)
 app.command()(services.down)
+app.command()(settings.settings)
 app.command()(doctor.doctor)
 
 
 def main() -> None:
     """Run the command line; the user's mistakes end with one line and status 2."""
+    settings.load_environment()
     try:
         app()
     except UserError as error:

@@ -11,15 +11,30 @@ from imagerag.cli.run import run_flow
 if TYPE_CHECKING:
     from tasks.report import CorpusReport
 
-UrlListArgument = Annotated[str, typer.Argument(help="Parquet, csv, csv.gz or jsonl; a path or any fsspec URI.")]
+UrlListArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="IMAGES",
+        help="A folder on this machine (on a cluster: at the same path on every machine), with all that is in it but "
+        "hidden files; or image URLs with captions, as parquet, csv, csv.gz or jsonl, at a path or any fsspec URI.",
+    ),
+]
+CaptionsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a folder's images: parquet, csv, csv.gz or jsonl with a column of file names, counted from the folder "
+        "(`file`, `file_name`, `path`, `image`, ...), and one of captions. Every image needs a row and every row an "
+        "image. Not given: the text of `name.txt` beside `name.jpg`, or the words of the file's name."
+    ),
+]
 NameOption = Annotated[
     str | None, typer.Option(help="Names the corpus: its shards folder and its table; `images` if not given.")
 ]
 EncoderOption = Annotated[
     str | None, typer.Option(help="`tiny`, `ViT-H-14/laion2b_s32b_b79k`, `hf-hub:org/name@commit`, or a folder.")
 ]
-UrlColumnOption = Annotated[str | None, typer.Option(help="The list's column of URLs; guessed if not given.")]
-CaptionColumnOption = Annotated[str | None, typer.Option(help="The list's column of captions; guessed if not given.")]
+UrlColumnOption = Annotated[str | None, typer.Option(help="The column of URLs or file names; guessed if not given.")]
+CaptionColumnOption = Annotated[str | None, typer.Option(help="The column of captions; guessed if not given.")]
 AllowHostOption = Annotated[
     list[str] | None, typer.Option(help="A host that may lie on loopback or in a private network; can be repeated.")
 ]
@@ -34,6 +49,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
 
     def command(
         url_list: UrlListArgument,
+        captions: CaptionsOption = None,
         name: NameOption = None,
         encoder: EncoderOption = None,
         url_column: UrlColumnOption = None,
@@ -44,6 +60,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
     ) -> None:
         options: dict[str, Any] = {
             "url_list": url_list,
+            "captions": captions,
             "name": name,
             "encoder": encoder,
             "columns": {"url": url_column, "caption": caption_column},

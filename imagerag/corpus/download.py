@@ -97,12 +97,21 @@ def _plan(uri: str, shard_size: int, *, retry_failed: bool) -> dict[int, pa.Tabl
         new = new.join(pa.concat_tables(unfinished.values()).select(PAIR), PAIR, join_type="left anti")
     new = _with_expected_hash(new, ledger)
     next_shard = max([*planned, *finished], default=-1) + 1
-    for part in (new.filter(pc.is_null(new["expected_sha256"])), new.filter(pc.is_valid(new["expected_sha256"]))):
+    for part in _alike(new):
         for start in range(0, part.num_rows, shard_size):
             work[next_shard] = part.slice(start, shard_size)
             shards.write_plan(uri, next_shard, work[next_shard])
             next_shard += 1
     return {shard: plan for shard, plan in work.items() if plan.num_rows > 0}
+
+
+def _alike(rows: pa.Table) -> Iterator[pa.Table]:
+    """The parts whose rows can share a shard, as `shards.PLAN_SCHEMA` has it."""
+    for folder in rows["folder"].unique():
+        there = pc.equal(rows["folder"], folder) if folder.is_valid else pc.is_null(rows["folder"])
+        part = rows.filter(there)
+        yield part.filter(pc.is_null(part["expected_sha256"]))
+        yield part.filter(pc.is_valid(part["expected_sha256"]))
 
 
 def _is_to_fetch(rows: pa.Table, retry_failed: bool) -> pa.ChunkedArray:

@@ -40,7 +40,7 @@ def fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) ->
     """Fetch `rows` into shard `shard` of the corpus, unless it is finished.
 
     Args:
-        rows: columns as in `shards.PLAN_SCHEMA`; `expected_sha256` is null in every row or in none.
+        rows: as `shards.PLAN_SCHEMA` has them.
     """
     started = time.monotonic()
     resizer = GuardedResizer(config)
@@ -52,8 +52,9 @@ def fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) ->
 
 
 def _download(uri: str, shard: int, rows: pa.Table, config: DownloadConfig, resizer: Resizer) -> None:
-    expected = rows["expected_sha256"]
+    expected, (readable,) = rows["expected_sha256"], rows["folder"].unique().to_pylist()
     assert expected.null_count in (0, rows.num_rows)
+    rows = rows.drop_columns(["folder"])  # of this machine: of no use in a shard
     if expected.null_count == 0:  # img2dataset verifies every row of a shard or none
         rows = rows.append_column("sha256", expected)
     downloader = Downloader(
@@ -74,7 +75,7 @@ def _download(uri: str, shard: int, rows: pa.Table, config: DownloadConfig, resi
         user_agent_token=_ROBOTS_NAME,
         disallowed_header_directives=_OPT_OUT_DIRECTIVES if config.respect_opt_out else None,
     )
-    with tempfile.TemporaryDirectory() as folder, guarded_fetching(config):
+    with tempfile.TemporaryDirectory() as folder, guarded_fetching(config, folder=readable):
         feather = Path(folder, "rows.feather")  # img2dataset removes its input
         with pa.ipc.new_file(str(feather), rows.schema) as writer:
             writer.write_table(rows)

@@ -2,24 +2,30 @@
 
 img2dataset fetches with `urllib.request.urlopen`, which uses the opener that is installed for the process. The one
 that `guarded_fetching` installs speaks http and https only, looks at every address before it connects to it, connects
-to that very address, and does the same for every redirect.
+to that very address, and does the same for every redirect. For the images of a folder that the user gave, and for
+nothing else, it reads files of that folder too.
 """
 
 import io
+import os
 import socket
 import ssl
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.message import Message
 from functools import cached_property, partial
 from http import client
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from pathlib import Path
 from string import punctuation
 from typing import IO, Any
 from urllib import request as urllib_request
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urljoin, urlsplit
-from urllib.request import AbstractHTTPHandler, HTTPRedirectHandler, OpenerDirector, Request
+from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
+from urllib.request import AbstractHTTPHandler, BaseHandler, HTTPRedirectHandler, OpenerDirector, Request
+from urllib.response import addinfourl
 
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import FetchError, Reason, is_public
@@ -32,24 +38,32 @@ Resolve = Callable[..., list[Any]]
 
 
 @contextmanager
-def guarded_fetching(config: DownloadConfig, resolve: Resolve = socket.getaddrinfo) -> Iterator[None]:
+def guarded_fetching(
+    config: DownloadConfig, resolve: Resolve = socket.getaddrinfo, *, folder: str | None = None
+) -> Iterator[None]:
     """Make `urllib.request.urlopen` safe in this process, for as long as the block runs.
 
     Its errors are `FetchError`s. The `timeout` of a call, which is required, bounds the whole of it: connecting,
     redirects, headers and body together; only looking up a name is left to the resolver's own limit. Proxies of the
     environment are not used: a proxy looks up names itself, where nothing can be checked.
+
+    `file:` URLs are refused, but for files in `folder`, a path without links.
     """
-    urllib_request.install_opener(guarded_opener(config, resolve))
+    urllib_request.install_opener(guarded_opener(config, resolve, folder=folder))
     try:
         yield
     finally:
         urllib_request.install_opener(urllib_request.build_opener())
 
 
-def guarded_opener(config: DownloadConfig, resolve: Resolve = socket.getaddrinfo) -> OpenerDirector:
+def guarded_opener(
+    config: DownloadConfig, resolve: Resolve = socket.getaddrinfo, *, folder: str | None = None
+) -> OpenerDirector:
     """The opener that `guarded_fetching` installs."""
     opener = _Opener()
     opener.add_handler(_GuardedHandler(config, resolve))
+    if folder is not None:
+        opener.add_handler(_FolderHandler(folder, config.max_bytes))
     opener.add_handler(_Redirects())
     opener.add_handler(urllib_request.HTTPErrorProcessor())
     opener.add_handler(urllib_request.HTTPDefaultErrorHandler())
@@ -109,6 +123,33 @@ class _GuardedHandler(AbstractHTTPHandler):
             "max_bytes": self._config.max_bytes,
             "deadline": _deadline_of(request),
         }
+
+
+class _FolderHandler(BaseHandler):
+    """Reads regular files that lie in one folder."""
+
+    def __init__(self, folder: str, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+
+    def file_open(self, request: Request) -> addinfourl:
+        path = Path(os.fsdecode(unquote_to_bytes(urlsplit(request.full_url).path)))
+        try:
+            resolved = path.resolve(strict=True)
+            if not resolved.is_relative_to(self._folder):
+                raise FetchError(Reason.OUTSIDE_FOLDER, f"{path} leads to {resolved}")
+            content = self._read(resolved)
+        except OSError as error:
+            raise FetchError(Reason.UNREADABLE_FILE, error.strerror or str(error)) from error
+        if len(content) > self._max_bytes:
+            raise FetchError(Reason.TOO_MANY_BYTES, f"more than {self._max_bytes} bytes")
+        return addinfourl(io.BytesIO(content), Message(), request.full_url)
+
+    def _read(self, path: Path) -> bytes:
+        # What was checked may be a link or a pipe a moment later: neither is followed nor waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FetchError(Reason.UNREADABLE_FILE, "no regular file")
+            return file.read(self._max_bytes + 1)
 
 
 class _Redirects(HTTPRedirectHandler):

@@ -27,7 +27,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus import url_list
 
-PLAN_SCHEMA = pa.schema([(name, pa.string()) for name in ("url", "caption", "source", "licence", "expected_sha256")])
+PLAN_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("url", "caption", "source", "licence", "expected_sha256", "folder")]
+)
+"""Rows of a shard: `expected_sha256` is there in all of them or in none, and so is `folder`, which is one."""
 TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
 
 SHARD_DIGITS = 5

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import IO
 
@@ -15,18 +15,23 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
-from imagerag.config import Config
-from imagerag.errors import UserError
 from pydantic import Field
 
-SCHEMA = pa.schema([(name, pa.string()) for name in ("url", "caption", "source", "licence", "sha256")])
-"""A checked list: `source` is the URL's host where the list has none; `licence` and `sha256` may be null."""
+from imagerag.config import Config
+from imagerag.errors import UserError
+
+SCHEMA = pa.schema([(name, pa.string()) for name in ("url", "caption", "source", "licence", "sha256", "folder")])
+"""A checked list: `source` is the URL's host where the list has none; `licence` and `sha256` may be null.
+
+`folder` is the one that may be read for a row which `folder.read_folder` made, and null for all others: it is what
+makes a `file:` URL readable, so it is never taken from a file.
+"""
 
 FORMATS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 
-_REQUIRED = ("url", "caption")
-_GUESSES = {
-    "url": ("url", "image_url", "img_url", "image_link", "link", "uri"),
+_REQUIRED = ("url", "file", "caption")
+_URL_GUESSES = {"url": ("url", "image_url", "img_url", "image_link", "link", "uri")}
+_OTHER_GUESSES = {
     "caption": ("caption", "text", "alt", "alt_text", "title", "description", "name"),
     "source": ("source",),
     "licence": ("licence", "license"),
@@ -42,7 +47,9 @@ _JSON_OPTIONS = pa.json.ReadOptions(block_size=16 * 2**20)  # bytes; a line has 
 class UrlColumns(Config):
     """Which columns of a list to read. Those not named are guessed by their usual names, case ignored."""
 
-    url: str | None = Field(default=None, description="Column of the image URLs.")
+    url: str | None = Field(
+        default=None, description="Column of the image URLs; in captions for a folder, of the file names."
+    )
     caption: str | None = Field(default=None, description="Column of the captions.")
     source: str | None = Field(default=None, description="Column that says where an image comes from (optional).")
     licence: str | None = Field(default=None, description="Column of the images' licences (optional).")
@@ -57,6 +64,8 @@ class UrlList:
     """Columns as in `SCHEMA`, rows in the order of the list."""
     num_duplicates: int = 0
     """Rows left out because an earlier row has the same URL and caption."""
+    num_named_by_file: int = 0
+    """Rows whose caption is made of their file's name, because there is no other."""
 
 
 def read_url_list(uri: str, columns: UrlColumns | None = None) -> UrlList:
@@ -67,48 +76,69 @@ def read_url_list(uri: str, columns: UrlColumns | None = None) -> UrlList:
             says, lacks a URL or caption column, has no rows, or has a cell that is no text, a null or empty URL or
             caption, a URL with blanks in it, or a SHA-256 that isn't one.
     """
-    if not uri.lower().endswith(FORMATS):
-        raise UserError(f"a URL list is a file named {', '.join(FORMATS)}; got {uri}")
-    try:
-        with fsspec.open(uri, "rb", compression="gzip" if uri.lower().endswith(".gz") else None) as file:
-            table, names = _read(uri, file, (columns or UrlColumns()).model_dump(exclude_none=True))
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"there is no URL list at {uri}") from None
-    except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, ImportError) as error:
-        raise UserError(f"{uri} is not readable as the list that its name says: {error}") from error
-    if table.num_rows == 0:
-        raise UserError(f"{uri} has no rows")
-    checked = {field: _check(f"{uri}, column {name!r}", field, table[name]) for field, name in names.items()}
-    complete = _complete(checked)
+    named = (columns or UrlColumns()).model_dump(exclude_none=True)
+    complete = _complete(read_columns(uri, "URL list", _URL_GUESSES, named))
     table = fold(complete)
     return UrlList(table=table, num_duplicates=complete.num_rows - table.num_rows)
 
 
-def _read(uri: str, file: IO[bytes], named: dict[str, str]) -> tuple[pa.Table, dict[str, str]]:
+def read_columns(
+    uri: str, what: str, guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
+) -> dict[str, pa.ChunkedArray]:
+    """Read and check the columns of a table, by field.
+
+    Args:
+        uri: a file of one of `FORMATS`.
+        what: what the file is, for messages.
+        guesses: usual names of the column that is beside those of every list.
+        named: columns, by field, that are not guessed.
+
+    Raises:
+        UserError: see `read_url_list`.
+    """
+    if not uri.lower().endswith(FORMATS):
+        raise UserError(f"a {what} is a file named {', '.join(FORMATS)}; got {uri}")
+    try:
+        with fsspec.open(uri, "rb", compression="gzip" if uri.lower().endswith(".gz") else None) as file:
+            table, names = _read(uri, file, {**guesses, **_OTHER_GUESSES}, named)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"there is no {what} at {uri}") from None
+    except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, ImportError) as error:
+        raise UserError(f"{uri} is not readable as the list that its name says: {error}") from error
+    if table.num_rows == 0:
+        raise UserError(f"{uri} has no rows")
+    return {field: _check(f"{uri}, column {name!r}", field, table[name]) for field, name in names.items()}
+
+
+def _read(
+    uri: str, file: IO[bytes], guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
+) -> tuple[pa.Table, dict[str, str]]:
     """The list's table, and which of its columns is which field."""
     plain_uri = uri.lower().removesuffix(".gz")
     if plain_uri.endswith(".parquet"):
         parquet = pa.parquet.ParquetFile(file)
-        names = _choose(uri, parquet.schema_arrow.names, named)
+        names = _choose(uri, parquet.schema_arrow.names, guesses, named)
         return parquet.read(columns=list(names.values())), names
     first_line = file.readline().decode("utf-8-sig")
     file.seek(0)
     if plain_uri.endswith(".csv"):
-        names = _choose(uri, next(csv.reader([first_line]), []), named)
+        names = _choose(uri, next(csv.reader([first_line]), []), guesses, named)
         return _read_csv(uri, file, names.values()), names
     first_row = json.loads(first_line or "{}")
-    names = _choose(uri, list(first_row) if isinstance(first_row, dict) else [], named)
+    names = _choose(uri, list(first_row) if isinstance(first_row, dict) else [], guesses, named)
     return _read_jsonl(uri, file, names.values()), names
 
 
-def _choose(uri: str, found: list[str], named: dict[str, str]) -> dict[str, str]:
+def _choose(
+    uri: str, found: list[str], guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
+) -> dict[str, str]:
     """The column of each field: the one named, else the first of the field's usual names that is there."""
     by_usual_name = {column.lower(): column for column in reversed(found)}
     chosen = {}
-    for field, guesses in _GUESSES.items():
-        column = named.get(field) or next((by_usual_name[guess] for guess in guesses if guess in by_usual_name), None)
+    for field, usual in guesses.items():
+        column = named.get(field) or next((by_usual_name[name] for name in usual if name in by_usual_name), None)
         if column is None and field in _REQUIRED:
             raise UserError(f"{uri} has no column that looks like {field!r}: say which of its columns {found} it is")
         if column is not None and found.count(column) != 1:
