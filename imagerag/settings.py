@@ -1,48 +1,164 @@
 """Where things live and which engines to use, read once from the environment."""
 
+import os
 import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from imagerag.errors import UserError
 
+PREFIX = "IMAGERAG_"
+_NOT_SETTINGS = {"IMAGERAG_PROJECT"}  # tells Prefect's workers where the flows are
+_OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+\w*)?)")  # it sets them for every service
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_RAY_ADDRESS = re.compile(r"auto|(ray://)?([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
+
+
+def _storage(uri: str) -> str:
+    """Return a folder as an absolute path, an object store's as it is, both without a slash at the end."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
+        return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    if parts.scheme != "s3" or not parts.netloc:
+        raise UserError(f"must be a folder or s3://bucket/folder, got {masked(uri)!r}")
+    if "@" in parts.netloc or parts.query:
+        raise UserError("must not hold credentials: they are read from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if find_spec("s3fs") is None:
+        raise UserError("is on S3, which needs more packages: pip install 'imagerag-turbo[cluster]'")
+    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") and "AWS_ALLOW_HTTP" not in os.environ:
+        raise UserError(
+            "would be reached unencrypted by AWS_ENDPOINT_URL: use https, or allow it by AWS_ALLOW_HTTP=true"
+        )
+    return uri.rstrip("/")
+
+
+def _server(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"must be a server's http:// or https:// URL, got {masked(url)!r}")
+    if "@" in parts.netloc:
+        raise UserError(
+            "must not hold credentials: MLflow's are read from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "Prefect's from PREFECT_API_AUTH_STRING"
+        )
+    return url.rstrip("/")
+
+
+StorageUri = Annotated[str, AfterValidator(_storage)]
+ServerUrl = Annotated[str, AfterValidator(_server)]
 
 
 class Settings(BaseSettings):
-    """Every value can be set as `IMAGERAG_<NAME>` in the environment or in `.env`."""
+    """Every value can be set as `IMAGERAG_<NAME>` in the environment or in `.env`.
 
-    model_config = SettingsConfigDict(env_prefix="IMAGERAG_", env_file=".env", extra="ignore", frozen=True)
+    None is a secret: credentials are read by the engines themselves, under their own names, on every machine.
+
+    Raises:
+        UserError: if a value breaks its rule, or a variable's name looks like a misspelt one.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, validate_default=True
+    )
 
     home: Path = Path(".imagerag")
     """The folder that holds all state of the embedded engines. Two homes never share anything, ports included."""
-    shards_uri: str = Field(default_factory=lambda data: str(data["home"] / "shards"))
-    """Where downloaded shards are kept: a folder or any fsspec URI (`s3://bucket/shards`)."""
-    index_uri: str = Field(default_factory=lambda data: str(data["home"] / "index"))
-    """The LanceDB database: a folder or an object-store URI."""
-    training_uri: str = Field(default_factory=lambda data: str(data["home"] / "training"))
-    """Where training sets, checkpoints and trained adapters are kept: a folder or an object-store URI."""
+    shards_uri: StorageUri = Field(default_factory=lambda data: str(data["home"] / "shards"))
+    """Where downloaded shards are kept: a folder, or `s3://bucket/folder`."""
+    index_uri: StorageUri = Field(default_factory=lambda data: str(data["home"] / "index"))
+    """The LanceDB database, likewise."""
+    training_uri: StorageUri = Field(default_factory=lambda data: str(data["home"] / "training"))
+    """Where training sets, checkpoints and trained adapters are kept, likewise."""
     ray_address: str | None = None
     """A running Ray cluster (`auto`, `host:port`, `ray://host:port`); unset starts Ray on this machine for the run."""
-    mlflow_tracking_uri: str | None = None
+    mlflow_tracking_uri: ServerUrl | None = None
     """An MLflow server; unset keeps everything in a database under the home."""
-    prefect_api_url: str | None = None
+    prefect_api_url: ServerUrl | None = None
     """A Prefect server; unset uses the one that `imagerag up` started, else one for the duration of the run."""
+
+    def __init__(self, **values: Any) -> None:
+        for name, _, nearest in unknown_variables():
+            if nearest is not None:
+                raise UserError(f"there is no setting {name}; did you mean {nearest}? `imagerag settings` lists all")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # Without its cause, which repeats the value and so might show a secret.
+            faults = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+            raise UserError("; ".join(map(_fault, faults))) from None
 
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
-        return home.expanduser().absolute()
+        home = home.expanduser().absolute()
+        if home.is_file():
+            raise UserError(f"must be a folder; {home} is a file")
+        return home
+
+    @field_validator("ray_address")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        if address is not None and not _RAY_ADDRESS.fullmatch(address):
+            raise UserError(f"must be auto, host:port or ray://host:port, got {masked(address)!r}")
+        return address
+
+    @field_validator("prefect_api_url")
+    @classmethod
+    def _check_api(cls, url: str | None) -> str | None:
+        if url is not None and "/api" not in urlsplit(url).path:
+            raise UserError(f"must be the API's URL, as in {url}/api, got {url!r}")
+        return url
+
+    @model_validator(mode="after")
+    def _check_apart(self) -> "Settings":
+        by_uri: dict[str, str] = {}
+        for name in ("shards_uri", "index_uri", "training_uri"):
+            uri = getattr(self, name)
+            if (other := by_uri.setdefault(uri, name)) != name:
+                raise UserError(f"{variable_of(other)} and {variable_of(name)} need a folder each; both are {uri}")
+        return self
 
     def training_of(self, name: str) -> str:
         """The folder of what trainings on the corpus `name` need and make."""
-        return f"{self.training_uri.rstrip('/')}/{check_name(name)}"
+        return f"{self.training_uri}/{check_name(name)}"
 
     def shards_of(self, name: str) -> str:
         """The shards folder of the corpus `name`."""
-        return f"{self.shards_uri.rstrip('/')}/{check_name(name)}"
+        return f"{self.shards_uri}/{check_name(name)}"
+
+
+def variable_of(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def sources() -> dict[str, str]:
+    """Return where each setting comes from that is not its default: `environment` or `.env`."""
+    from_file = dict.fromkeys(DotEnvSettingsSource(Settings)(), ".env")
+    return from_file | dict.fromkeys(EnvSettingsSource(Settings)(), "environment")
+
+
+def unknown_variables() -> Iterator[tuple[str, str, str | None]]:
+    """Yield variables that begin as settings do and are none: name, source, and the setting that is probably meant."""
+    known = [variable_of(name) for name in Settings.model_fields]
+    for source, place in ((EnvSettingsSource(Settings), "environment"), (DotEnvSettingsSource(Settings), ".env")):
+        for name in map(str.upper, source.env_vars):
+            if name.startswith(PREFIX) and name not in {*known, *_NOT_SETTINGS} and not _OF_KUBERNETES.fullmatch(name):
+                near = get_close_matches(name, known, 1, cutoff=0.85)
+                yield name, place, near[0] if near else None
+
+
+def masked(text: str) -> str:
+    """Return a value without the credentials that a URL in it may hold."""
+    text = re.sub(r"//\S*@", "//***@", text)
+    return re.sub(r"(?i)([?&][^=&]*(?:password|secret|token|key)[^=&]*=)[^&\s]*", r"\1***", text)
 
 
 def check_name(name: str) -> str:
@@ -57,3 +173,9 @@ def check_name(name: str) -> str:
             f"got {name!r}"
         )
     return name
+
+
+def _fault(error: Any) -> str:
+    """Say which variable breaks which rule."""
+    cause = error.get("ctx", {}).get("error", error["msg"])
+    return f"{variable_of(str(error['loc'][0]))} {cause}" if error["loc"] else str(cause)

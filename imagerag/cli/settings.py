@@ -1,0 +1,75 @@
+"""`imagerag settings`: each value, and where it comes from."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import typer
+
+_ENGINES = ("AWS_", "MLFLOW_", "PREFECT_", "RAY_")
+_SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|KEY|AUTH_STRING|HEADERS|CREDENTIALS)(?!.*_(PATH|FILE|URI)$)")
+_ENVIRONMENT, _FILE, _DEFAULT = "environment", ".env", "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A variable, with what of its value may be seen."""
+
+    variable: str
+    value: str | None
+    source: str
+
+
+def settings(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
+) -> None:
+    """Show each setting and where it comes from; credentials are masked. Engines' own variables are shown if set."""
+    from imagerag.settings import unknown_variables
+
+    shown = [*_own(), *_of_engines()]
+    if as_json:
+        import json
+
+        typer.echo(json.dumps([asdict(each) for each in shown], indent=1))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("variable", "value", "from")
+        for each in shown:
+            table.add_row(each.variable, "" if each.value is None else each.value, each.source)
+        Console().print(table)
+    for name, source, _ in unknown_variables():
+        typer.echo(f"{name} ({source}) is not read: there is no such setting", err=True)
+
+
+def load_environment() -> None:
+    """Give the engines what `.env` says of them, as if it were set in the environment, which wins."""
+    from dotenv import dotenv_values
+
+    for name, value in dotenv_values(_FILE).items():
+        if name.startswith(_ENGINES) and value:
+            os.environ.setdefault(name, value)
+
+
+def _own() -> Iterator[Setting]:
+    from imagerag.settings import Settings, masked, sources, variable_of
+
+    found = sources()
+    for name, value in Settings():
+        source = found.get(name, _DEFAULT)
+        yield Setting(variable=variable_of(name), value=None if value is None else masked(str(value)), source=source)
+
+
+def _of_engines() -> Iterator[Setting]:
+    from dotenv import dotenv_values
+
+    from imagerag.settings import masked
+
+    in_file = dotenv_values(_FILE)
+    for name in sorted(each for each in os.environ if each.startswith(_ENGINES)):
+        value = os.environ[name]
+        source = _FILE if in_file.get(name) == value else _ENVIRONMENT
+        yield Setting(variable=name, value="***" if _SECRET.search(name) else masked(value), source=source)
