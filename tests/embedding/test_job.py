@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +27,16 @@ from tests.embedding.shards import Sample, sample, want, write_shard
 class Corpus:
     """A corpus of two shards with ten samples each, and the table that is made of it."""
 
-    def __init__(self, home: Path, encoder: Path) -> None:
+    def __init__(self, home: Path, encoder: Path | str) -> None:
         self.uri = home / "shards"
         self.store = Store(str(home / "index"), "test")
         self.settings = Settings(home=home)
         self.encoder = str(encoder)
         self.samples = [sample(number) for number in range(20)]
-        for shard in range(2):
-            write_shard(self.uri, shard, self.samples[10 * shard : 10 * shard + 10])
-        want(self.uri, self.samples)
+        if not self.uri.exists():
+            for shard in range(2):
+                write_shard(self.uri, shard, self.samples[10 * shard : 10 * shard + 10])
+            want(self.uri, self.samples)
 
     def embed(self, on_progress: OnProgress = silent, **config: Any) -> Embedded:
         return embed(
@@ -58,14 +60,31 @@ def corpus(tmp_path: Path, encoder_folder: Path) -> Corpus:
     return Corpus(tmp_path, encoder_folder)
 
 
+Finished = tuple[Corpus, Embedded, list[tuple[int, int]]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path, ray_session: None) -> Finished:
+    """A corpus that was embedded, which is only read; what came of it, and the progress that was told."""
+    corpus, seen = Corpus(tmp_path_factory.mktemp("finished"), encoder_folder), []
+    return corpus, corpus.embed(lambda done, total, note="": seen.append((done, total)), batch_size=8), seen
+
+
+@pytest.fixture
+def again(finished: Finished, tmp_path: Path) -> Corpus:
+    """A copy of it, of a test's own."""
+    own, _, _ = finished
+    shutil.copytree(own.settings.home, tmp_path / "home")
+    return Corpus(tmp_path / "home", own.encoder)
+
+
 def counts(embedded: Embedded) -> tuple[int, int, int, int]:
     return embedded.num_rows, embedded.num_added, embedded.num_removed, embedded.num_duplicates
 
 
 @pytest.mark.engines
-def test_shards_become_rows(corpus: Corpus, ray_session: None) -> None:
-    seen: list[tuple[int, int]] = []
-    embedded = corpus.embed(lambda done, total, note="": seen.append((done, total)), batch_size=8)
+def test_shards_become_rows(finished: Finished) -> None:
+    corpus, embedded, seen = finished
     assert counts(embedded) == (20, 20, 0, 0)
     assert embedded.version == corpus.store.version
     assert embedded.machine_s > 0
@@ -83,8 +102,8 @@ def test_shards_become_rows(corpus: Corpus, ray_session: None) -> None:
 
 
 @pytest.mark.engines
-def test_only_what_changed_is_done(corpus: Corpus, ray_session: None) -> None:
-    first = corpus.embed()
+def test_only_what_changed_is_done(again: Corpus) -> None:
+    corpus, version = again, again.store.version
     added = [sample(number) for number in range(20, 25)]
     write_shard(corpus.uri, 2, added)
     moved = replace(corpus.samples[3], source="another")
@@ -93,7 +112,7 @@ def test_only_what_changed_is_done(corpus: Corpus, ray_session: None) -> None:
     second = corpus.embed()
     # One is wanted no more, and one is replaced because its source changed.
     assert counts(second) == (24, 6, 2, 0)
-    assert second.version > first.version
+    assert second.version > version
     rows = {row["url"]: row for row in corpus.rows()}
     assert rows.keys() == {entry.url for entry in [*corpus.samples, *added]} - {corpus.samples[4].url}
     assert rows[moved.url]["source"] == "another"
@@ -159,8 +178,8 @@ def test_a_broken_shard_fails_loudly(corpus: Corpus, ray_session: None) -> None:
 
 
 @pytest.mark.engines
-def test_no_work_starts_nothing(corpus: Corpus, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = corpus.embed()
+def test_no_work_starts_nothing(again: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, version = again, again.store.version
 
     def fail(*_: object) -> None:
         raise AssertionError("no engine is needed")
@@ -169,7 +188,7 @@ def test_no_work_starts_nothing(corpus: Corpus, ray_session: None, monkeypatch: 
     monkeypatch.setattr("open_clip.create_model", fail)
     second = corpus.embed()
     assert counts(second) == (20, 0, 0, 0)
-    assert second.version == first.version
+    assert second.version == version
     want(corpus.uri, corpus.samples[:5])
     assert counts(corpus.embed()) == (5, 0, 15, 0)
 

@@ -1,5 +1,6 @@
 """`ingest` and `reindex` through a real Prefect server, on the sample corpus."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from imagerag.corpus.sample.server import BAD_URLS, SampleServer
 from imagerag.errors import UserError
 from imagerag.retrieval.publish import status
 from imagerag.retrieval.store import Store
+from tasks.report import CorpusReport
 
 pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefect_api_url")]
 
 NUM_IMAGES = 120
+Finished = tuple[Path, CorpusReport, set[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,24 @@ def server() -> Iterator[SampleServer]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("IMAGERAG_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def finished(server: SampleServer, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A home where everything was ingested, which is only read; the report, and the progress bars that it left."""
+    folder = tmp_path_factory.mktemp("finished")
+    bars_before = {artifact.id for artifact in _artifacts("progress")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMAGERAG_HOME", str(folder / "home"))
+        report = ingest(_parameters(server.url_list(limit=NUM_IMAGES), folder))
+    return folder / "home", report, {bar.data for bar in _artifacts("progress") if bar.id not in bars_before}
+
+
+@pytest.fixture
+def before(home: Path, finished: Finished) -> CorpusReport:
+    """A copy of that home is the test's own; returns what was ingested."""
+    shutil.copytree(finished[0], home)
+    return finished[1]
 
 
 def _parameters(urls: pa.Table, folder: Path, **changes: Any) -> CorpusParameters:
@@ -61,18 +82,20 @@ def _captions(home: Path) -> list[str]:
 
 
 def test_ingest_publishes_every_good_image_and_a_second_run_does_nothing(
-    server: SampleServer, home: Path, tmp_path: Path
+    server: SampleServer,
+    home: Path,
+    tmp_path: Path,
+    before: CorpusReport,
+    finished: Finished,
 ) -> None:
-    urls = server.url_list(limit=NUM_IMAGES)
-    bars_before = {artifact.id for artifact in _artifacts("progress")}
-    first = ingest(_parameters(urls, tmp_path))
+    urls, first = server.url_list(limit=NUM_IMAGES), before
     failed = sum(bad.reason is not None for bad in BAD_URLS)
     assert first.download.num_urls == urls.num_rows
     assert first.download.num_failed == failed == sum(first.download.reasons.values())
     assert first.download.num_success == urls.num_rows - failed
     assert first.embedded.num_rows == first.download.num_success - first.embedded.num_duplicates
     assert first.publication.published
-    assert first.machine_s > 0
+    assert first.embedded.machine_s > 0
     assert _rows(home).num_rows == first.embedded.num_rows
 
     second = ingest(_parameters(urls, tmp_path))
@@ -80,7 +103,7 @@ def test_ingest_publishes_every_good_image_and_a_second_run_does_nothing(
     assert second.publication.version == first.publication.version
     assert status(Store(str(home / "index"), "flow")).newest_version == first.publication.version
 
-    assert {bar.data for bar in _artifacts("progress") if bar.id not in bars_before} == {100.0}
+    assert finished[2] == {100.0}
     pages = [artifact.data for artifact in _artifacts("markdown") if artifact.key == "corpus-flow"]
     assert any(f"{first.embedded.num_rows:,}" in page and "recall@10" in page for page in pages)
 
@@ -107,9 +130,10 @@ def test_reindex_touches_only_what_changed(server: SampleServer, home: Path, tmp
     assert all(new[url] == row for url, row in old.items() if url in new and url != changed_url)
 
 
-def test_what_was_taken_down_does_not_come_back(server: SampleServer, home: Path, tmp_path: Path) -> None:
+def test_what_was_taken_down_does_not_come_back(
+    server: SampleServer, home: Path, tmp_path: Path, before: CorpusReport
+) -> None:
     urls = server.url_list(limit=NUM_IMAGES)
-    before = ingest(_parameters(urls, tmp_path))
     # The twin's row names the other URL, and a third URL brings the same image under another caption: the image goes.
     remove = ["index", "remove", "--name", "flow", "--yes", "--url", f"{server.url}/bad/twin-b.png"]
     result = CliRunner().invoke(app, remove)
@@ -122,14 +146,15 @@ def test_what_was_taken_down_does_not_come_back(server: SampleServer, home: Path
     assert not {"one image under two URLs", "an image that comes at the second try"} & set(_captions(home))
 
 
-def test_a_version_that_fails_its_checks_is_not_published(server: SampleServer, home: Path, tmp_path: Path) -> None:
+def test_a_version_that_fails_its_checks_is_not_published(
+    server: SampleServer, home: Path, tmp_path: Path, before: CorpusReport
+) -> None:
     urls = server.url_list(limit=NUM_IMAGES)
     good = urls.filter(pc.invert(pc.match_substring(urls["url"], "/bad/")))
-    first = ingest(_parameters(good, tmp_path))
     with pytest.raises(NotPublishedError, match="shrink: 10 rows after"):
         reindex(_parameters(good.slice(0, 10), tmp_path))
-    assert status(Store(str(home / "index"), "flow")).published_version == first.publication.version
-    assert _rows(home).num_rows == first.embedded.num_rows
+    assert status(Store(str(home / "index"), "flow")).published_version == before.publication.version
+    assert _rows(home).num_rows == before.embedded.num_rows
 
 
 def test_the_users_mistake_fails_at_once_without_a_traceback(
