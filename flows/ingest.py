@@ -28,8 +28,9 @@ class CorpusParameters(Config):
     """What to index, and how."""
 
     url_list: str = Field(
+        title="Folder or URL list",
         description="A folder of images on this machine; or image URLs with captions, as parquet, csv, csv.gz or "
-        "jsonl on any fsspec path."
+        "jsonl on any fsspec path.",
     )
     captions: str | None = Field(
         default=None,

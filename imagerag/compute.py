@@ -1,6 +1,7 @@
 """Ray: a cluster by address, or one on this machine for as long as the process needs it."""
 
 import os
+import sys
 import threading
 import warnings
 
@@ -48,6 +49,18 @@ def start_ray(settings: Settings) -> None:
             log_to_driver=False,
             runtime_env={"env_vars": _WORKER_ENV},
         )
+
+
+def capacity(settings: Settings) -> tuple[int, int] | None:
+    """Return how many cores and GPUs Ray has; those of this machine where none was needed, without its GPUs.
+
+    None where Ray is a cluster that this process is not connected to.
+    """
+    ray = sys.modules.get("ray")  # whoever uses it has imported it
+    if ray is not None and ray.is_initialized():
+        there = ray.cluster_resources()
+        return int(there.get("CPU", 0)), int(there.get("GPU", 0))
+    return None if settings.ray_address is not None else (os.cpu_count() or 1, 0)
 
 
 def stop_ray() -> None:

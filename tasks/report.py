@@ -1,6 +1,6 @@
 """What a run did, as artifacts to look at in the Prefect UI."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prefect import task
@@ -21,6 +21,7 @@ from imagerag.artifacts import (
 from imagerag.evaluation.gate import Decision
 from imagerag.evaluation.results import PAGE, read_results
 from imagerag.training.plan import Plan
+from tasks.cost import Measured, cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,6 @@ class CorpusReport:
     embedded: Embedded
     index: IndexBuild
     publication: Publication
-
-    @property
-    def machine_s(self) -> float:
-        """Cost of the run: worker seconds, plus the seconds of what runs in one process."""
-        return self.download.machine_s + self.embedded.machine_s + self.index.duration_s
 
     def rows(self) -> list[dict[str, str]]:
         """Figures and their values, in reading order."""
@@ -53,14 +49,12 @@ class CorpusReport:
             "rows, before and after": f"{self.rows_before:,} → {embedded.num_rows:,}",
             "index": f"{index.kind}, recall@10 {index.recall_at_10:.3f}",
             "published, before and after": f"{before} → {after}{outcome}",
-            "cost": f"{self.machine_s:.1f} machine-seconds",
         }
         return [{"figure": figure, "value": value} for figure, value in figures.items()]
 
     def markdown(self) -> str:
         """The report as a page."""
-        lines = [f"# {self.name}", "", "| | |", "|---|---|"]
-        lines += [f"| {row['figure']} | {row['value']} |" for row in self.rows()]
+        lines = [f"# {self.name}", "", _table({row["figure"]: row["value"] for row in self.rows()})]
         lines += ["", "## Checks before publishing", "", "| check | | seen |", "|---|---|---|"]
         checks = self.publication.checks
         lines += [f"| {check.name} | {'pass' if check.passed else '**fail**'} | {check.detail} |" for check in checks]
@@ -73,11 +67,11 @@ class CorpusReport:
 @task(name="report", cache_policy=NO_CACHE)
 def write_report(report: CorpusReport) -> None:
     """Leave the report as a markdown artifact and the failures as a table artifact."""
-    key = report.name.replace("_", "-")
-    create_markdown_artifact(report.markdown(), key=f"corpus-{key}", description=f"What the run did to {report.name}")
+    stages = (report.download, report.embedded)
+    _write("corpus", report.name, f"What the run did to {report.name}", report.markdown(), stages)
     create_table_artifact(
         [{"reason": reason, "URLs": count} for reason, count in _by_count(report.download.reasons)],
-        key=f"failures-{key}",
+        key=_key("failures", report.name),
         description=f"Failed URLs of {report.name} by reason",
     )
 
@@ -98,17 +92,14 @@ class FeaturesReport:
             "encoded now": f"{cached.num_added:,} of {cached.num_rows:,} rows"
             f"{_rate(cached.num_added, cached.duration_s)}",
             "published": _version(self.publication.version),
-            "cost": f"{cached.machine_s:.1f} machine-seconds",
         }
-        lines = [f"# {self.name}: features", "", "| | |", "|---|---|"]
-        return "\n".join(lines + [f"| {figure} | {value} |" for figure, value in figures.items()])
+        return f"# {self.name}: features\n\n{_table(figures)}"
 
 
 @task(name="report", cache_policy=NO_CACHE)
 def write_features_report(report: FeaturesReport) -> None:
     """Leave the report as a markdown artifact."""
-    key = report.name.replace("_", "-")
-    create_markdown_artifact(report.markdown(), key=f"features-{key}", description=f"Cached features of {report.name}")
+    _write("features", report.name, f"Cached features of {report.name}", report.markdown(), (report.cached,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +124,7 @@ class FinetuneReport:
             "adapter": finetuned.uri,
             "MLflow run": finetuned.run_id,
         }
-        lines = [f"# {self.name}: fine-tuning", "", "| | |", "|---|---|"]
-        return "\n".join(lines + [f"| {figure} | {value} |" for figure, value in figures.items()])
+        return f"# {self.name}: fine-tuning\n\n{_table(figures)}"
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -142,9 +132,8 @@ def write_finetune_report(report: FinetuneReport) -> None:
     """Leave the report as a markdown artifact."""
     assert report.finetuned is not None, report
     assert report.training_set is not None, report
-    key = report.name.replace("_", "-")
     markdown = report.markdown(report.finetuned, report.training_set)
-    create_markdown_artifact(markdown, key=f"finetune-{key}", description=f"An adapter for {report.name}")
+    _write("finetune", report.name, f"An adapter for {report.name}", markdown, (report.training_set,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +157,7 @@ class EvaluateReport:
 @task(name="report", cache_policy=NO_CACHE)
 def write_evaluate_report(report: EvaluateReport) -> None:
     """Leave the report as a markdown artifact."""
-    key = report.name.replace("_", "-")
-    create_markdown_artifact(report.markdown(), key=f"evaluation-{key}", description=f"An adapter for {report.name}")
+    _write("evaluation", report.name, f"An adapter for {report.name}", report.markdown(), ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,10 +197,25 @@ class PipelineReport:
 @task(name="report", cache_policy=NO_CACHE)
 def write_pipeline_report(report: PipelineReport) -> None:
     """Leave the report as a markdown artifact."""
-    key = report.name.replace("_", "-")
-    create_markdown_artifact(
-        report.markdown(), key=f"pipeline-{key}", description=f"From URLs to a model: {report.name}"
-    )
+    assert report.finetune.training_set is not None, report
+    corpus = report.corpus
+    stages = (corpus.download, corpus.embedded, report.features.cached, report.finetune.training_set)
+    _write("pipeline", report.name, f"From URLs to a model: {report.name}", report.markdown(), stages)
+
+
+def _write(kind: str, name: str, description: str, markdown: str, stages: Sequence[Measured]) -> None:
+    """Leave a page as a markdown artifact, with what the running flow cost at its end."""
+    page = f"{markdown}\n\n## Cost\n\n{_table(cost(stages))}\n"
+    create_markdown_artifact(page, key=_key(kind, name), description=description)
+
+
+def _key(kind: str, name: str) -> str:
+    return f"{kind}-{name.replace('_', '-')}"
+
+
+def _table(figures: Mapping[str, str]) -> str:
+    rows = (f"| {figure} | {value} |" for figure, value in figures.items())
+    return "\n".join(["| | |", "|---|---|", *rows])
 
 
 def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imagerag.cli.corpus import ParametersOption, given
+from imagerag.cli.corpus import CaptionsOption, ParametersOption, UrlListArgument, given
 from imagerag.cli.run import run_flow
 
 if TYPE_CHECKING:
@@ -43,15 +43,20 @@ def evaluate(
 
 
 def pipeline(
-    url_list: Annotated[str, typer.Argument(help="Image URLs and captions: parquet, csv, csv.gz or jsonl.")],
+    url_list: UrlListArgument,
+    captions: CaptionsOption = None,
     name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
     parameters: ParametersOption = None,
 ) -> None:
-    """Make a champion of a list of image URLs: ingest, features, finetune, evaluate; what is done is skipped."""
+    """Make a champion of a folder of images, or of a list of URLs: ingest, features, finetune, evaluate.
+
+    What is done is skipped.
+    """
     from rich.console import Console
     from rich.markdown import Markdown
 
-    report = run_flow("pipeline", given({"corpus": {"url_list": url_list, "name": name}}), parameters)
+    corpus = {"url_list": url_list, "captions": captions, "name": name}
+    report = run_flow("pipeline", given({"corpus": corpus}), parameters)
     Console().print(Markdown(report.markdown()))
 
 
