@@ -8,8 +8,8 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,9 +29,7 @@ _MAX_CAPTION_BYTES = 64 * 2**10
 _NUM_NAMES = 5  # in a message
 
 
-def read_images(
-    source: str, captions: str | None = None, columns: UrlColumns | None = None, *, max_bytes: int
-) -> UrlList:
+def read_images(source: str, captions: str | None = None, columns: UrlColumns | None = None) -> UrlList:
     """Read a folder on this machine with `read_folder`, or else a list with `read_url_list`.
 
     Raises:
@@ -39,7 +37,7 @@ def read_images(
     """
     check_source(source, captions)
     if (folder := _path(source)).is_dir():
-        return read_folder(folder, captions, columns, max_bytes=max_bytes)
+        return read_folder(folder, captions, columns)
     return read_url_list(source, columns)
 
 
@@ -59,9 +57,7 @@ def check_source(source: str, captions: str | None = None) -> None:
         )
 
 
-def read_folder(
-    folder: Path, captions: str | None = None, columns: UrlColumns | None = None, *, max_bytes: int
-) -> UrlList:
+def read_folder(folder: Path, captions: str | None = None, columns: UrlColumns | None = None) -> UrlList:
     """List every image in a folder and the folders in it, but for hidden ones, with its caption.
 
     Args:
@@ -69,7 +65,6 @@ def read_folder(
         captions: a table of file names, relative to the folder, and captions (also `source`, `licence`, `sha256`), any
             number for an image. Without it, the caption of `name.jpg` is the text in `name.txt`, or else its name.
         columns: of that table; `url` is the file names'.
-        max_bytes: of a file; larger ones have no SHA-256, and are refused when they are fetched.
 
     Raises:
         UserError: if there are no images; if an image or the file of a caption leads out of the folder; if an image has
@@ -87,9 +82,7 @@ def read_folder(
         rows = {"file": pa.array(names), "caption": pa.array(words)}
     else:
         rows = _read_captions(captions, folder, names, columns)
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
-        sha256s = dict(zip(names, pool.map(lambda name: _sha256(root / name, max_bytes), names), strict=True))
-    complete = _complete(rows, root, sha256s)
+    complete = _complete(rows, root, _sha256s(root, names))
     table = fold(complete)
     return UrlList(table=table, num_duplicates=complete.num_rows - table.num_rows, num_named_by_file=num_named_by_file)
 
@@ -118,7 +111,7 @@ def _find(root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in found]
 
 
-def _refuse_unreadable(error: OSError) -> None:
+def _refuse_unreadable(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
 
 
@@ -189,25 +182,27 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(map(repr, names[:_NUM_NAMES]))}{more}"
 
 
-def _sha256(path: Path, max_bytes: int) -> str | None:
-    """The file's SHA-256, unless it is too large or unreadable, which fetching it will tell."""
-    with suppress(OSError):
-        if path.stat().st_size <= max_bytes:
-            return sha256_of(path)
-    return None
+def _sha256s(root: Path, names: Sequence[str]) -> dict[str, str]:
+    try:
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+            return dict(zip(names, pool.map(lambda name: sha256_of(root / name), names), strict=True))
+    except OSError as error:
+        _refuse_unreadable(error)
 
 
-def _complete(rows: Mapping[str, pa.Array], root: Path, sha256s: Mapping[str, str | None]) -> pa.Table:
+def _complete(rows: Mapping[str, pa.Array], root: Path, sha256s: Mapping[str, str]) -> pa.Table:
     """All fields of `url_list.SCHEMA`; the folder's name stands in for a missing source."""
     files = rows["file"].to_pylist()
     missing = pa.nulls(len(files), pa.string())
-    found = pa.array([sha256s[file] for file in files], pa.string())
+    stated = rows.get("sha256", missing).to_pylist()
+    if other := [file for file, sha256 in zip(files, stated, strict=True) if sha256 not in (None, sha256s[file])]:
+        raise UserError(f"{_listed(other)} of {root} have another SHA-256 than the captions state")
     columns = {
         "url": [(root / file).as_uri() for file in files],
         "caption": rows["caption"],
         "source": pc.coalesce(rows.get("source", missing), root.name or "unknown"),
         "licence": rows.get("licence", missing),
-        "sha256": pc.coalesce(rows.get("sha256", missing), found),
+        "sha256": [sha256s[file] for file in files],
         "folder": pa.repeat(str(root), len(files)),
     }
     return pa.table(columns, schema=SCHEMA)

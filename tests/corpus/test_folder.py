@@ -38,13 +38,13 @@ def captions_in(folder: Path, text: str) -> str:
 
 def error_of(source: Path | str, captions: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        read_images(str(source), captions, max_bytes=MAX_BYTES)
+        read_images(str(source), captions)
     return str(caught.value)
 
 
 def test_a_file_beside_the_image_is_its_caption_and_else_its_name(folder: Path) -> None:
     (folder / "cups" / "blue cup.txt").write_text("\ufeffa blue cup,\non a table\n", encoding="utf-8")
-    images = read_images(str(folder), max_bytes=MAX_BYTES)
+    images = read_images(str(folder))
     rows = {row["url"]: row for row in images.table.to_pylist()}
     assert {url: row["caption"] for url, row in rows.items()} == {
         f"file://{folder.parent}/my%20images/red_mug-2.jpg": "red mug 2",
@@ -63,7 +63,7 @@ def test_a_table_of_captions_with_its_other_columns(folder: Path) -> None:
         "Image_Path,text,license,source\nred_mug-2.jpg,a mug,MIT,\n./red_mug-2.jpg,a cup,,shop\nred_mug-2.jpg,a mug,,\n"
         f"{folder}/cups/blue cup.PNG,blue,,\ncups/old/50% #1?.webp,half,,\n",
     )
-    images = read_images(str(folder), captions, max_bytes=MAX_BYTES)
+    images = read_images(str(folder), captions)
     rows = [(row["caption"], row["licence"], row["source"]) for row in images.table.to_pylist()]
     assert rows == [
         ("a mug", "MIT", "my images"),
@@ -73,7 +73,7 @@ def test_a_table_of_captions_with_its_other_columns(folder: Path) -> None:
     ]
     assert (images.num_duplicates, images.num_named_by_file) == (1, 0)
     named = captions_in(folder, "file,what,text\nx,red_mug-2.jpg,a\nx,cups/blue cup.PNG,b\nx,cups/old/50% #1?.webp,c\n")
-    assert read_images(str(folder), named, UrlColumns(url="what"), max_bytes=MAX_BYTES).table.num_rows == 3
+    assert read_images(str(folder), named, UrlColumns(url="what")).table.num_rows == 3
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "cups/../../secret.png", "/etc/passwd", ".."])
@@ -92,6 +92,9 @@ def test_images_and_captions_have_to_match(folder: Path) -> None:
     assert "has captions for '.hidden.png', '0.png', '1.png', '2.png', '3.png' and 3 more, which" in message
     message = error_of(folder, captions_in(folder, "file,caption\nred_mug-2.jpg,\n"))
     assert "column 'caption', row 1: '' is empty" in message
+    rows = f"file,caption,sha256\nred_mug-2.jpg,a,{'ab' * 32}\ncups/blue cup.PNG,b,\ncups/old/50% #1?.webp,c,\n"
+    message = error_of(folder, captions_in(folder, rows))
+    assert f"'red_mug-2.jpg' of {folder} have another SHA-256 than the captions state" in message
     message = error_of(folder, captions_in(folder, "name,caption\nred_mug-2.jpg,a\n"))
     assert "has no column that looks like 'file': say which of its columns ['name', 'caption'] it is" in message
 
@@ -128,7 +131,7 @@ def test_what_leads_out_of_the_folder_or_is_no_file_is_refused(folder: Path, tmp
 def test_links_within_the_folder_are_fine(folder: Path) -> None:
     (folder / "mug again.jpg").symlink_to("red_mug-2.jpg")
     (folder / "same cups").symlink_to("cups")
-    images = read_images(str(folder), max_bytes=MAX_BYTES)
+    images = read_images(str(folder))
     assert sorted(images.table["caption"].to_pylist()) == ["50% #1?", "blue cup", "mug again", "red mug 2"]
 
 
@@ -159,7 +162,7 @@ def test_a_folder_becomes_a_corpus_and_stays_the_same_corpus(folder: Path, tmp_p
         (folder / name).write_bytes(content)
 
     def settle(captions: str | None = None, **options: str) -> tuple[int, dict[str, int], list[str]]:
-        images = read_images(str(folder), captions, max_bytes=config.max_bytes)
+        images = read_images(str(folder), captions)
         done = download(images, uri=uri, config=config, settings=settings, **options)  # type: ignore[arg-type]
         return done.num_fetched, dict(done.reasons), sorted(wanted_images(uri)["caption"].to_pylist())
 
@@ -170,13 +173,14 @@ def test_a_folder_becomes_a_corpus_and_stays_the_same_corpus(folder: Path, tmp_p
     assert {name: reason for name, reason in found.items() if reason} == {name: it for name, (_, it) in bad.items()}
     assert settle() == (0, reasons, everything)
 
-    # Changed, mended, new and gone; nothing else is read again.
+    # Changed, mended, new, grown too large and gone; nothing else is read again.
     (folder / "red_mug-2.jpg").write_bytes(picture(100))
     (folder / "cut.png").write_bytes(picture(4, image_format="PNG"))
     (folder / "new.png").write_bytes(picture(8, image_format="PNG"))
-    for name in ("cups/blue cup.PNG", "animated.gif", "page.png", "bomb.png", "huge.png"):
+    (folder / "cups" / "blue cup.PNG").write_bytes(bad["huge.png"][0])
+    for name in ("cups/old/50% #1?.webp", "animated.gif", "page.png", "bomb.png", "huge.png"):
         (folder / name).unlink()
-    assert settle(mode="replace") == (3, {}, ["50% #1?", "cut", "new", "red mug 2"])
+    assert settle(mode="replace") == (4, {"too_many_bytes": 1}, ["cut", "new", "red mug 2"])
     shas = dict(zip(*(wanted_images(uri)[name].to_pylist() for name in ("caption", "sha256")), strict=True))
     assert shas["red mug 2"] == sha256_of(folder / "red_mug-2.jpg")
 
@@ -185,4 +189,4 @@ def test_a_folder_becomes_a_corpus_and_stays_the_same_corpus(folder: Path, tmp_p
     secret = (folder / "new.png").as_uri()
     urls.write_text(f"url,caption,folder\n{secret},mine now,{folder}\nfile:///etc/passwd,a secret,/etc\n")
     hostile = download(read_url_list(str(urls)), uri=uri, config=config, settings=settings)
-    assert (hostile.num_success, hostile.reasons) == (4, {"blocked_scheme": 2})
+    assert (hostile.num_success, hostile.reasons) == (3, {"blocked_scheme": 2, "too_many_bytes": 1})
