@@ -23,6 +23,8 @@ def _plain_optionals(schema: dict[str, Any]) -> None:
         if len(some) == 1 and len(field["anyOf"]) == 2 and field.get("default") is None:
             del field["anyOf"], field["default"]
             field.update(some[0])
+            if "enum" in field:
+                field["enum"] = [*field["enum"], None]  # which is what the form sends of a field that is left empty
 
 
 class Config(BaseModel):

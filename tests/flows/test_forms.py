@@ -33,9 +33,9 @@ def test_every_field_has_a_label_and_a_help_and_can_be_filled_at_once(flow: str)
     ("given", "refused"),
     [
         ({}, []),
-        ({"embed": {"device": "cpu"}, "columns": {"url": None, "caption": "text"}}, []),
+        ({"embed": {"device": "cpu", "dtype": None}, "columns": {"url": None, "caption": "text"}}, []),
         ({"embed": {"num_workers": 0}}, ["0 is less than the minimum of 1"]),
-        ({"embed": {"device": "tpu"}}, ["'tpu' is not one of ['cpu', 'cuda']"]),
+        ({"embed": {"device": "tpu"}}, ["'tpu' is not one of ['cpu', 'cuda', None]"]),
         ({"download": {"timeout_s": 0}}, ["0 is less than or equal to the minimum of 0"]),
         ({"downloads": {}}, ["Additional properties are not allowed ('downloads' was unexpected)"]),
     ],
