@@ -12,7 +12,7 @@ from imagerag.settings import check_name
 from tasks.features import make_features
 from tasks.index import index_rows
 from tasks.policy import hide_user_tracebacks
-from tasks.publish import publish_index
+from tasks.publish import check_champion, publish_index
 from tasks.report import FeaturesReport, write_features_report
 
 
@@ -42,4 +42,5 @@ def features(parameters: FeaturesParameters) -> FeaturesReport:
     if not publication.published:
         failed = [f"{check.name}: {check.detail}" for check in publication.checks if not check.passed]
         raise NotPublishedError(f"{parameters.name} is not published: {'; '.join(failed)}")
+    check_champion(cached, publication)
     return report

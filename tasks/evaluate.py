@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 import fsspec
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
+from prefect.events import emit_event
 
 from imagerag.artifacts import Evaluated, Finetuned, Registered
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
@@ -72,5 +73,11 @@ def register_model(finetuned: Finetuned, evaluated: Evaluated, decision: Decisio
         )
     if decision.passed:
         promote(settings, registered.version, reason=decision.summary(), author=_AUTHOR)
+        resource = {
+            "prefect.resource.id": f"imagerag.model.{registered.name}",
+            "prefect.resource.name": registered.name,
+        }
+        reasons = {"model": registered.uri, "reasons": decision.summary()}
+        emit_event("imagerag.gate.passed", resource, payload=reasons)
     get_run_logger().info("%s %s", registered.uri, "is champion" if decision.passed else "stays a candidate")
     return registered

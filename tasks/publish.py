@@ -1,19 +1,48 @@
-"""A measured index to what readers see."""
+"""A measured index to what readers see, and the events that automations in `infra/prefect.yaml` wait for."""
 
 from prefect import get_run_logger
+from prefect.events import emit_event
 
-from imagerag.artifacts import IndexBuild, Publication
-from imagerag.retrieval.publish import PublishConfig, publish
+from imagerag.artifacts import CachedFeatures, IndexBuild, Publication
+from imagerag.errors import UserError
+from imagerag.hspace.config import FeaturesConfig
+from imagerag.registry.champion import champion_behind
+from imagerag.retrieval.publish import PublishConfig, publish, status
 from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
 from tasks.policy import stage
 
 
 @stage("publish")
 def publish_index(index: IndexBuild, config: PublishConfig) -> Publication:
     """Move the readers' tag to the new version if its checks pass."""
-    result = publish(Store(index.uri, index.table), index, config)
+    store = Store(index.uri, index.table)
+    result = publish(store, index, config)
     logger = get_run_logger()
     for check in result.checks:
         if not check.passed:
             logger.error("not published: %s: %s", check.name, check.detail)
+    if result.version is not None and result.version != result.previous_version:
+        bases = [each.base for each in status(store).features]
+        base = bases[-1] if bases else FeaturesConfig().base
+        _announce("imagerag.index.published", index.table, base=base, version=result.version, num_rows=result.num_rows)
     return result
+
+
+@stage("champion")
+def check_champion(cached: CachedFeatures, publication: Publication) -> None:
+    """Announce a champion that does not use the published index yet, where that has the features for it."""
+    assert publication.version is not None, publication
+    try:
+        adapter = champion_behind(Settings(), cached, publication.version)
+    except UserError as error:
+        get_run_logger().warning("whether the champion uses this index is not known: %s", error)
+        return
+    if adapter is not None:
+        _announce("imagerag.champion.behind", cached.table, adapter=adapter, version=publication.version)
+
+
+def _announce(event: str, name: str, **payload: str | int) -> None:
+    """Emit an event about an index. Prefect adds which flow, deployment and task it comes from."""
+    resource = {"prefect.resource.id": f"imagerag.index.{name}", "prefect.resource.name": name}
+    emit_event(event, resource, payload=payload)

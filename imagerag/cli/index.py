@@ -92,7 +92,7 @@ def remove(
 
 def _name_models(name: str, removal: "Removal") -> None:
     """Tell which registered models need their makers' attention after a takedown."""
-    from imagerag.registry.versions import MODEL_NAME, versions_with_copy
+    from imagerag.registry.versions import MODEL_NAME, versions_of_index
     from imagerag.settings import Settings
 
     for label in removal.unpinned:
@@ -102,8 +102,8 @@ def _name_models(name: str, removal: "Removal") -> None:
             f"{removal.version}"
         )
     clean = [label for label in removal.unpinned if label not in removal.pinned_by]
-    for info in versions_with_copy(Settings(), name):
-        if not any(label.startswith(f"{MODEL_NAME}-{info.version}-") for label in clean):
+    for info in versions_of_index(Settings(), name):
+        if info.portable and not any(label.startswith(f"{MODEL_NAME}-{info.version}-") for label in clean):
             typer.echo(
                 f"version {info.version} of {MODEL_NAME} is portable and holds a copy of version "
                 f"{info.pinned('index_version')} of the index, removed rows included if it had them: delete it"

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from imagerag.artifacts import Finetuned
+from imagerag.artifacts import CachedFeatures, Finetuned
 from imagerag.registry.model import FOLDER
-from imagerag.registry.versions import CHAMPION, download, list_versions
+from imagerag.registry.versions import CHAMPION, download, list_versions, versions_of_index
 from imagerag.settings import Settings
 
 _DIGITS = 16
@@ -34,3 +34,18 @@ def present_champion(settings: Settings, finetuned: Finetuned) -> Champion | Non
     if not folder.exists():
         download(settings, info.version, folder)
     return Champion(info.version, str(folder / FOLDER))
+
+
+def champion_behind(settings: Settings, cached: CachedFeatures, index_version: int) -> str | None:
+    """Return the folder of the champion's training, if the champion uses an older version of this index.
+
+    Only an index that has features of the champion's base model can be one for it.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    for info in versions_of_index(settings, cached.table):
+        behind = info.pinned("index_uri") == cached.uri and int(info.pinned("index_version")) < index_version
+        if CHAMPION in info.aliases and behind and info.pinned("features_digest") == cached.features_digest:
+            return f"{settings.training_of(cached.table)}/finetuned/{info.pinned('training')}"
+    return None

@@ -153,15 +153,15 @@ def list_versions(settings: Settings) -> list[VersionInfo]:
         return _versions(client)
 
 
-def versions_with_copy(settings: Settings, index_name: str) -> list[VersionInfo]:
-    """Return the versions that carry a copy of an index. Makes no MLflow where there is none.
+def versions_of_index(settings: Settings, index_name: str) -> list[VersionInfo]:
+    """Return the versions that use an index, the newest first. Makes no MLflow where there is none.
 
     Raises:
         UserError: if MLflow can't be used.
     """
     if settings.mlflow_tracking_uri is None and not (settings.home / "mlflow" / "mlflow.db").is_file():
         return []
-    return [info for info in list_versions(settings) if info.portable and info.pinned("index_name") == index_name]
+    return [info for info in list_versions(settings) if info.pinned("index_name") == index_name]
 
 
 def promote(
