@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from imagerag.errors import UserError
 from imagerag.settings import Settings
@@ -26,7 +27,12 @@ from imagerag.settings import Settings
 WORK_POOL = "imagerag"
 PREFECT, WORKER, MLFLOW = "prefect-server", "prefect-worker", "mlflow-server"
 
+_HEALTH = {PREFECT: "/api/health", MLFLOW: "/health"}
+_PROJECT = "IMAGERAG_PROJECT"
+"""Tells workers where the flows are. Nothing else has it, and so flow runs' processes are known by it."""
+
 _START_TIMEOUT_S = 180.0
+_ANSWER_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
 # Has the kernel end this process when its parent is killed, so that kill -9 leaves no server behind (Linux; 1 is
 # PR_SET_PDEATHSIG). It is done after the fork by the child itself, because Popen's hook for it is unsafe with threads.
@@ -36,6 +42,10 @@ _DYING_WITH_PARENT = (
     "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
 )
+
+
+class ServiceError(RuntimeError):
+    """A server did not start, or does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +72,10 @@ def prefect_environment(home: Path, api_url: str | None = None) -> dict[str, str
     environment = {
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "DO_NOT_TRACK": "1",
+        # In memory, which is the default, a restart of the server forgets who holds a slot, and it is never free again.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # Server start-up takes longer than Prefect's 20 s on a small, busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(_START_TIMEOUT_S)),
     }
@@ -96,9 +109,10 @@ def find(home: Path, name: str) -> Service | None:
 
 
 def up(settings: Settings, project: Path) -> tuple[Service, ...]:
-    """Start a Prefect server, a worker and an MLflow server to stay, and deploy all flows; what runs already is left.
+    """Start a Prefect server, a worker and an MLflow server to stay, and deploy all flows.
 
-    An engine that the settings give the address of is not started.
+    What runs and answers already is left as it is, and what was started by another `up` at the same time is found. A
+    server that the settings give the address of is not started.
 
     Args:
         settings: its home holds the engines' state.
@@ -110,34 +124,69 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
     home, deployments = settings.home, project / "infra" / "prefect.yaml"
     if not deployments.is_file():
         raise UserError(f"the deployments are described in {deployments}, which does not exist; run from a checkout")
-    mlflow = None if settings.mlflow_tracking_uri else find(home, MLFLOW) or _start_mlflow(settings)
-    server = find(home, PREFECT) or _start_server(home, stay=True)
-    environment = prefect_environment(home, f"{server.url}/api") | {
-        "IMAGERAG_HOME": str(home),
-        "IMAGERAG_PROJECT": str(project),
-    }
-    pool = ("work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
-    _prefect(pool, environment, project)
-    _prefect(("deploy", "--all", "--prefect-file", str(deployments)), environment, project)
-    worker = find(home, WORKER)
-    if worker is None:
-        command = ("prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
-        worker = _start(home, WORKER, command, environment, url=server.url, stay=True)
-    if mlflow is not None:
-        _await_healthy(mlflow, f"{mlflow.url}/health", home)
-    return tuple(each for each in (server, worker, mlflow) if each is not None)
+    with _changing(home):
+        mlflow = None if settings.mlflow_tracking_uri else _answering(home, MLFLOW) or _start_mlflow(settings)
+        server = None if settings.prefect_api_url else _answering(home, PREFECT) or _start_server(home, stay=True)
+        api_url = settings.prefect_api_url if server is None else f"{server.url}/api"
+        assert api_url is not None
+        environment = prefect_environment(home, api_url) | {"IMAGERAG_HOME": str(home), _PROJECT: str(project)}
+        pool = ("work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
+        _prefect(pool, environment, project)
+        _prefect(("deploy", "--all", "--prefect-file", str(deployments)), environment, project)
+        worker = find(home, WORKER)
+        if worker is None:
+            command = ("prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
+            worker = _start(home, WORKER, command, environment, url=api_url, stay=True)
+        if mlflow is not None:
+            _await_healthy(mlflow, home)
+        return tuple(each for each in (server, worker, mlflow) if each is not None)
 
 
 def down(home: Path) -> list[Service]:
-    """Stop what `up` started, with everything below it; returns what was running."""
+    """Stop what `up` started, with everything below it, flow runs included; returns which services were running."""
     stopped = []
-    for name in (WORKER, PREFECT, MLFLOW):
-        service = find(home, name)
-        if service is not None:
-            _stop(service)
-            stopped.append(service)
-        _record(home, name).unlink(missing_ok=True)
+    with _changing(home):
+        for name in (WORKER, PREFECT, MLFLOW):
+            service = find(home, name)
+            if service is not None:
+                _stop(service)
+                stopped.append(service)
+            _record(home, name).unlink(missing_ok=True)
+            if name == WORKER:
+                _end(list(_flow_run_processes(home)))
     return stopped
+
+
+@contextmanager
+def _changing(home: Path) -> Iterator[None]:
+    """Keep other processes from starting or stopping services of this home at the same time."""
+    folder = home / "services"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        yield
+
+
+def _answering(home: Path, name: str) -> Service | None:
+    """The running service `name`, if it answers; one that does not is stopped."""
+    service = find(home, name)
+    if service is None:
+        return None
+    try:
+        _await_healthy(service, home, timeout_s=_ANSWER_TIMEOUT_S)
+    except ServiceError:
+        return None
+    return service
+
+
+def _flow_run_processes(home: Path) -> Iterator[psutil.Process]:
+    """All processes that a worker of this home started, Ray's included, also where the worker itself was killed."""
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            continue
+        if process.pid != os.getpid() and _PROJECT in environment and environment.get("IMAGERAG_HOME") == str(home):
+            yield process
 
 
 def answers(url: str) -> bool:
@@ -163,7 +212,7 @@ def _start_server(home: Path, *, stay: bool) -> Service:
     environment = prefect_environment(home, f"{url}/api") | {"PREFECT_UI_API_URL": f"{url}/api"}
     command = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     service = _start(home, PREFECT, command, environment, url=url, stay=stay)
-    _await_healthy(service, f"{url}/api/health", home)
+    _await_healthy(service, home)
     return service
 
 
@@ -205,17 +254,17 @@ def _start(
     return service
 
 
-def _await_healthy(service: Service, health_url: str, home: Path) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
+def _await_healthy(service: Service, home: Path, timeout_s: float = _START_TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
     log = _log(home, service.name)
     while time.monotonic() < deadline:
         if not service.running:
-            raise RuntimeError(f"{service.name} ended while starting; its log is {log}")
-        if answers(health_url):
+            raise ServiceError(f"{service.name} ended while starting; its log is {log}")
+        if answers(f"{service.url}{_HEALTH[service.name]}"):
             return
         time.sleep(0.2)
     _stop(service)
-    raise RuntimeError(f"{service.name} did not answer within {_START_TIMEOUT_S:.0f} s; its log is {log}")
+    raise ServiceError(f"{service.name} did not answer within {timeout_s:.0f} s; its log is {log}")
 
 
 def _stop(service: Service) -> None:
@@ -224,10 +273,13 @@ def _stop(service: Service) -> None:
         parent = psutil.Process(service.pid)
     except psutil.NoSuchProcess:
         return
-    tree = [*parent.children(recursive=True), parent]
-    for process in tree:
+    _end([*parent.children(recursive=True), parent])
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
         _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(tree, timeout=_STOP_TIMEOUT_S)
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
     for process in alive:
         _signal(process, signal.SIGKILL)
     psutil.wait_procs(alive, timeout=_STOP_TIMEOUT_S)

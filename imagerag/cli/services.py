@@ -16,7 +16,8 @@ def up() -> None:
     typer.echo(f"Starting Prefect and MLflow for {settings.home} (about half a minute the first time).")
     started = {each.name: each for each in services.up(settings, project=Path(flows.__file__).parent.parent)}
     mlflow = started.get(services.MLFLOW)
-    typer.echo(f"Prefect UI  {started[services.PREFECT].url}")
+    prefect = started.get(services.PREFECT)
+    typer.echo(f"Prefect UI  {settings.prefect_api_url if prefect is None else prefect.url}")
     typer.echo(f"MLflow UI   {settings.mlflow_tracking_uri if mlflow is None else mlflow.url}")
     typer.echo(f"worker      process {started[services.WORKER].pid}, work pool {services.WORK_POOL}")
     typer.echo(f"logs        {settings.home / 'logs'}")
