@@ -10,6 +10,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from imagerag.errors import UserError
+
 
 def write_file(uri: str, content: bytes) -> None:
     """Write a file; a reader never sees half of it."""
@@ -34,11 +36,18 @@ def read_json(uri: str) -> dict[str, Any] | None:
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """Yield a folder on this machine: itself where it is one, else a copy for the length of the block."""
+    """Yield a folder on this machine: itself where it is one, else a copy for the length of the block.
+
+    Raises:
+        UserError: if there is nothing to copy.
+    """
     filesystem, path = fsspec.url_to_fs(uri)
     if isinstance(filesystem, LocalFileSystem):
         yield Path(path)
         return
     with TemporaryDirectory() as folder:
-        filesystem.get(f"{path.rstrip('/')}/", f"{folder}/", recursive=True)
+        try:
+            filesystem.get(f"{path.rstrip('/')}/", f"{folder}/", recursive=True)
+        except FileNotFoundError:
+            raise UserError(f"there is no folder {uri}") from None
         yield Path(folder)

@@ -22,7 +22,7 @@ def compare(
     teacher: Annotated[
         str | None, typer.Option(help="The multi-step model to compare with; `tiny-teacher` for `tiny`, else none.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="The folder of an adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, or its URI.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, which is the same everywhere.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder to write to: index.html, grid.png and scores.json.")] = Path(
         "compare"
@@ -40,7 +40,7 @@ def compare(
 
 
 def run_comparison(
-    prompts: "Sequence[str]", *, name: str, base: str, teacher: str | None, adapter: Path | None, seed: int, out: Path
+    prompts: "Sequence[str]", *, name: str, base: str, teacher: str | None, adapter: str | None, seed: int, out: Path
 ) -> "list[Comparison]":
     """Make the comparisons, and write them to `out`."""
     from imagerag.settings import Settings, check_name

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def evaluate(
     name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="What `imagerag finetune` wrote; that of the last training if not given.")
+        str | None,
+        typer.Option(help="What `imagerag finetune` wrote, a folder or URI; of the last training if not given."),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -30,7 +31,7 @@ def evaluate(
     """Measure an adapter, register it as a model, and make it champion if it is better than what there is."""
     options = {
         "name": name,
-        "adapter": None if adapter is None else str(adapter.absolute()),
+        "adapter": adapter if adapter is None or "://" in adapter else str(Path(adapter).absolute()),
         "evaluation": {
             "prompts": None if prompts is None else str(prompts.absolute()),
             "num_prompts": num_prompts,

@@ -46,7 +46,7 @@ def generate(
     fusion: Annotated[FusionOption | None, typer.Option(help="The adapter if there is one, else slerp.")] = None,
     w: Annotated[float, typer.Option(min=0, max=1, help="Of slerp: 1 is the base model, 0 the reference.")] = 0.8,
     compose: Annotated[bool, typer.Option("--compose", help="Look for each thing that a prompt names.")] = False,
-    adapter: Annotated[Path | None, typer.Option(help="The folder of an adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, or its URI.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures of each prompt.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The first seed; the same seed gives the same picture.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder to write to: all in grid.png, and each by itself.")] = Path(
@@ -93,20 +93,24 @@ def generate(
     typer.echo(f"{len(wanted) * seeds} pictures in {out}, all in {out / 'grid.png'}{left_out}")
 
 
-def open_pipeline(base: str, adapter: Path | None) -> "ImageRAGTurboPipeline":
-    """Load a base model, and an adapter of it where a folder is given."""
+def open_pipeline(base: str, adapter: str | None) -> "ImageRAGTurboPipeline":
+    """Load a base model, and an adapter of it where a folder or an object store's URI is given."""
     from imagerag.generation.spec import check_spec
 
     check_spec(base)
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it counts the tensors of a file
+    from imagerag.files import local_copy
     from imagerag.generation.base import load_base
     from imagerag.generation.finetuned import load_finetuned
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
-    loaded = load_base(base)
-    pipeline = ImageRAGTurboPipeline.from_base(loaded, None if adapter is None else load_finetuned(adapter, loaded))
+    loaded, trained = load_base(base), None
+    if adapter is not None:
+        with local_copy(adapter) as folder:
+            trained = load_finetuned(folder, loaded)
+    pipeline = ImageRAGTurboPipeline.from_base(loaded, trained)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
