@@ -22,7 +22,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from imagerag.errors import UserError
 from imagerag.locks import local_folder
-from imagerag.retrieval.index import compact
+from imagerag.retrieval.store import compact
 
 Arrays = npt.NDArray[np.floating[Any]]
 

@@ -16,7 +16,7 @@ from imagerag.config import Config
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.recall import fewest_probes, make_probes
-from imagerag.retrieval.store import Store
+from imagerag.retrieval.store import Store, compact
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,6 @@ EXACT_BELOW = 5_000
 """Exact search took 10 ms at 5,000 rows of 384 dimensions and 23 ms at 10,000; IVF_SQ took 7 ms at both."""
 
 _EMBEDDINGS = ("text_embed", "image_embed")
-_FRAGMENT_ROWS = 2_048
-"""Fragments below this are merged. It bounds what a small update rewrites, images and features included, and is what a
-worker of the features job has in hand."""
 _NUM_QUERIES = 400
 """With 100 the measured recall was up to 0.02 above that of 400."""
 _MAX_GROWTH = 2
@@ -136,13 +133,6 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
 def _digest_of_rows(dataset: LanceDataset) -> str:
     ids = sorted(dataset.to_table(columns=["id"])["id"].to_pylist())
     return hashlib.sha256("".join(ids).encode()).hexdigest()
-
-
-def compact(dataset: LanceDataset, deleted_share: float) -> None:
-    """Merge small fragments, and rewrite those of which more than `deleted_share` is deleted."""
-    dataset.optimize.compact_files(
-        target_rows_per_fragment=_FRAGMENT_ROWS, materialize_deletions_threshold=deleted_share
-    )
 
 
 def _index_vectors(table: Table, kind: str, last: IndexRecord | None) -> int:

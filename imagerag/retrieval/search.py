@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from lancedb.query import MatchQuery
-from lancedb.rerankers import RRFReranker
+from lance.query import MatchQuery
 
 from imagerag.errors import UserError
 from imagerag.retrieval.ann import nearest, read_record
@@ -108,8 +106,6 @@ class Retriever:
         assert record is not None, f"version {self.version} was published without an index"
         self.num_rows: int = record.num_rows
         self._nprobes = record.nprobes
-        self._table = lancedb.connect(self._store.uri).open_table(self._store.name)
-        self._table.checkout(self.version)
 
     def check_encoder(self, encoder: EncoderIdentity) -> None:
         """Make sure that queries of `encoder` can be compared with the rows.
@@ -184,8 +180,7 @@ class Retriever:
             require_cached(self._schema, features)
         wanted = _Wanted(len(ids), None, images, features)
         quoted = ", ".join("'" + each.replace("'", "''") + "'" for each in ids)
-        query = self._table.search().where(f"id IN ({quoted})").limit(len(ids))
-        found = query.select([*wanted.columns, "text_embed"]).to_arrow()
+        found = self._dataset.to_table(columns=[*wanted.columns, "text_embed"], filter=f"id IN ({quoted})")
         similarities = None if embed is None else to_numpy(found["text_embed"]) @ self._check(embed[None])[0]
         scores = np.zeros(found.num_rows) if similarities is None else similarities
         by_id = {each.id: each for each in _neighbours(found, wanted, scores, similarities)}
@@ -236,27 +231,34 @@ class Retriever:
         return neighbours
 
     def _search_words(self, text: str, wanted: "_Wanted") -> list[Neighbour]:
-        found = self._match(text, wanted.where).limit(wanted.k).select([*wanted.columns, "_score"]).to_arrow()
+        found = self._match(text, wanted.where, wanted.k, wanted.columns)
         return _neighbours(found, wanted, found["_score"].to_numpy())
 
     def _search_hybrid(self, embed: Embeds, text: str, wanted: "_Wanted") -> list[Neighbour]:
+        from lancedb.rerankers import RRFReranker  # takes seconds, which workers that never search need not pay
+
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
         nprobes = self._nprobes.get("text_embed")
-        by_words = self._match(text, wanted.where).limit(wanted.k)
         columns = [*wanted.columns, "text_embed"]
         found = RRFReranker().rerank_hybrid(
             text,
             nearest(
                 self._dataset, "text_embed", embed[None], wanted.k, columns, nprobes, wanted.where, with_row_id=True
             ).drop_columns(["query_index"]),
-            by_words.select([*columns, "_score"]).with_row_id(True).to_arrow(),
+            self._match(text, wanted.where, wanted.k, columns),
         )[: wanted.k]
         return _neighbours(found, wanted, found["_relevance_score"].to_numpy(), to_numpy(found["text_embed"]) @ embed)
 
-    def _match(self, text: str, where: str | None) -> Any:
-        # As a text rather than a MatchQuery, LanceDB would be free to read operators in it.
-        query = self._table.search(MatchQuery(text, "caption"), query_type="fts")
-        return query if where is None else query.where(where, prefilter=True)
+    def _match(self, text: str, where: str | None, k: int, columns: Sequence[str]) -> pa.Table:
+        # As a text rather than a MatchQuery, Lance would be free to read operators in it.
+        return self._dataset.to_table(
+            columns=[*columns, "_score"],
+            full_text_query=MatchQuery(text, "caption"),
+            filter=where,
+            prefilter=where is not None,
+            limit=k,
+            with_row_id=True,
+        )
 
     def _check(self, embeds: Embeds | None) -> Embeds:
         dim = self.encoder.dim

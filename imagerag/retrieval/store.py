@@ -22,6 +22,10 @@ from imagerag.errors import UserError
 from imagerag.locks import local_folder, writer_lock
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
 
+_FRAGMENT_ROWS = 2_048
+"""Fragments below this are merged. It bounds what a small update rewrites, images and features included, and is what a
+worker of the features job has in hand."""
+
 
 class CommitConflictError(RuntimeError):
     """Another writer changed the table since it was read. Nothing was committed: read it again and recompute."""
@@ -214,3 +218,10 @@ def list_stores(uri: str) -> list[Store]:
     names = sorted(PurePosixPath(table).stem for table in tables)
     # A name with a dot is not a corpus but belongs to one, such as the list of what was taken down.
     return [Store(uri, name) for name in names if "." not in name]
+
+
+def compact(dataset: LanceDataset, deleted_share: float) -> None:
+    """Merge small fragments, and rewrite those of which more than `deleted_share` is deleted."""
+    dataset.optimize.compact_files(
+        target_rows_per_fragment=_FRAGMENT_ROWS, materialize_deletions_threshold=deleted_share
+    )

@@ -5,10 +5,9 @@ import pytest
 
 from imagerag.errors import UserError
 from imagerag.retrieval import features
-from imagerag.retrieval.index import compact
 from imagerag.retrieval.schema import FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
-from imagerag.retrieval.store import CommitConflictError, Store
+from imagerag.retrieval.store import CommitConflictError, Store, compact
 from imagerag.retrieval.takedown import remove
 from tests.retrieval.rows import append, embeddings, index_and_publish, make_rows
 
