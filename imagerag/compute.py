@@ -1,6 +1,7 @@
 """Ray: a cluster by address, or one on this machine for as long as the process needs it."""
 
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -39,6 +40,7 @@ def start_ray(settings: Settings) -> None:
 
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         # Ray's processes are forked and at once replaced: Lance's warnings of what a fork may do don't apply.
         warnings.filterwarnings("ignore", message=".*fork")
@@ -49,6 +51,9 @@ def start_ray(settings: Settings) -> None:
             log_to_driver=False,
             runtime_env={"env_vars": _WORKER_ENV},
         )
+    # Ray's own handler exits; Prefect's, which it replaced, ends a cancelled flow run as cancelled.
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def capacity(settings: Settings) -> tuple[int, int] | None:
