@@ -18,7 +18,7 @@ PREFIX = "IMAGERAG_"
 _NOT_SETTINGS = {"IMAGERAG_PROJECT"}  # tells Prefect's workers where the flows are
 _OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+\w*)?)")  # it sets them for every service
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-_RAY_ADDRESS = re.compile(r"auto|(ray://)?([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
+_RAY_ADDRESS = re.compile(r"auto|([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
 
 def _storage(uri: str) -> str:
@@ -77,7 +77,8 @@ class Settings(BaseSettings):
     training_uri: StorageUri = Field(default_factory=lambda data: str(data["home"] / "training"))
     """Where training sets, checkpoints and trained adapters are kept, likewise."""
     ray_address: str | None = None
-    """A running Ray cluster (`auto`, `host:port`, `ray://host:port`); unset starts Ray on this machine for the run."""
+    """A running Ray cluster (`host:port`, or `auto`) that this machine has joined, if only with no cores to offer;
+    unset starts Ray on this machine for the run."""
     mlflow_tracking_uri: ServerUrl | None = None
     """An MLflow server; unset keeps everything in a database under the home."""
     prefect_api_url: ServerUrl | None = None
@@ -106,7 +107,10 @@ class Settings(BaseSettings):
     @classmethod
     def _check_address(cls, address: str | None) -> str | None:
         if address is not None and not _RAY_ADDRESS.fullmatch(address):
-            raise UserError(f"must be auto, host:port or ray://host:port, got {masked(address)!r}")
+            raise UserError(
+                f"must be auto or host:port, got {masked(address)!r}. Ray Data does not work by ray://: have this "
+                "machine join the cluster by `ray start --address=host:port --num-cpus=0`"
+            )
         return address
 
     @field_validator("prefect_api_url")
