@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Run by PostgreSQL's image when its volume is empty: a role and a database of its own for each server.
+set -euo pipefail
+psql --set ON_ERROR_STOP=1 --username "$POSTGRES_USER" --dbname postgres <<'SQL'
+\getenv prefect_password PREFECT_DB_PASSWORD
+\getenv mlflow_password MLFLOW_DB_PASSWORD
+CREATE ROLE prefect LOGIN PASSWORD :'prefect_password';
+CREATE ROLE mlflow LOGIN PASSWORD :'mlflow_password';
+CREATE DATABASE prefect OWNER prefect;
+CREATE DATABASE mlflow OWNER mlflow;
+REVOKE ALL ON DATABASE prefect, mlflow FROM PUBLIC;
+SQL
