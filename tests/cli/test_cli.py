@@ -4,10 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from imagerag.cli import main
 
 
 def _imagerag(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -18,6 +21,15 @@ def _imagerag(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]"
         text=True,
         timeout=120,
     )
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """What a command sets in the environment ends with the test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +48,23 @@ def _imagerag(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]"
         (["index", "remove", "--yes"], "name at least one"),
     ],
 )
-def test_the_users_mistake_is_one_line_and_starts_nothing(tmp_path: Path, arguments: list[str], rule: str) -> None:
-    result = _imagerag(tmp_path / "home", *arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
+def test_the_users_mistake_is_one_line_and_starts_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    own_environment: None,
+    arguments: list[str],
+    rule: str,
+) -> None:
+    """In this process: starting others takes seconds each, and the next tests do."""
+    monkeypatch.setattr(sys, "argv", ["imagerag", *arguments])
+    os.environ["IMAGERAG_HOME"] = str(tmp_path / "home")
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    (line,) = errors.splitlines()
     assert line.startswith("error: ")
     assert rule in line
     assert not {path.name for path in (tmp_path / "home").glob("*")} - {"prefect"}, "Prefect makes its own folder"
