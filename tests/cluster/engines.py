@@ -1,0 +1,256 @@
+"""What a cluster is made of, started on this machine: PostgreSQL, an S3 server, Prefect, MLflow and two Ray nodes.
+
+Servers listen on loopback; Ray's own ports are open to other machines, which its token keeps out.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import boto3
+import psutil
+import psycopg2
+
+from imagerag.services import answers, free_port, prefect_environment
+
+BUCKET = "imagerag"
+NODE_IPS = ("127.0.0.2", "127.0.0.3")
+_INITDB = shutil.which("initdb") or max(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), default=None)
+POSTGRES = None if _INITDB is None else Path(_INITDB).resolve().parent
+"""Where PostgreSQL's programs are, if they are anywhere."""
+_START_TIMEOUT_S = 180.0
+_BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Process:
+    """A process with all that it starts."""
+
+    popen: "subprocess.Popen[bytes]"
+    log: Path
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would."""
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.popen.pid)
+            for process in [*parent.children(recursive=True), parent]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.popen.wait()
+
+    def quit(self) -> None:
+        """Have it end at once, but for what only itself can clean up."""
+        self.popen.send_signal(signal.SIGQUIT)
+        self.popen.wait()
+
+
+def start(command: Sequence[str | Path], log: Path, environment: Mapping[str, str], user: str | None = None) -> Process:
+    """Start a program in the background; what it says goes to `log`."""
+    with log.open("wb") as out:
+        popen = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            cwd=log.parent,
+            user=user,
+            start_new_session=True,
+        )
+    return Process(popen, log)
+
+
+def await_ready(process: Process, is_ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not is_ready():
+        assert process.popen.poll() is None, process.log.read_text(errors="replace")
+        assert time.monotonic() < deadline, process.log.read_text(errors="replace")
+        time.sleep(0.3)
+
+
+@dataclass
+class Cluster:
+    """What a machine has to be told of it, and what tests look into it with."""
+
+    environment: dict[str, str]
+    """Of the machines: addresses, and credentials."""
+    database: str
+    """PostgreSQL's URL, up to the name of a database."""
+    secrets: list[str]
+    """What must be seen nowhere."""
+    folder: Path
+    logs: list[Path]
+    """Folders of them."""
+
+    def query(self, database: str, statement: str) -> list[tuple[object, ...]]:
+        with psycopg2.connect(f"postgresql://{self.database}/{database}") as connection, connection.cursor() as cursor:
+            cursor.execute(statement)
+            return list(cursor.fetchall())
+
+    def objects(self, prefix: str) -> dict[str, datetime]:
+        """When each object was written."""
+        pages = boto3.client("s3", **_credentials(self.environment)).get_paginator("list_objects_v2")
+        found = pages.paginate(Bucket=BUCKET, Prefix=prefix)
+        return {entry["Key"]: entry["LastModified"] for page in found for entry in page.get("Contents", ())}
+
+    def traces(self) -> Iterator[str]:
+        """All that engines keep of what was run: their logs and databases."""
+        for folder in self.logs:
+            yield from (path.read_text(errors="replace") for path in folder.rglob("*") if _is_log(path))
+        for name in ("prefect", "mlflow"):
+            dump = [POSTGRES / "pg_dump", f"postgresql://{self.database}/{name}"]
+            yield subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """Start everything, and end it."""
+    with ExitStack() as stack:
+        here = dict(os.environ)
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))  # their paths have to be short
+        port = {name: free_port() for name in ("postgres", "s3", "prefect", "mlflow", "ray", "client")}
+        database_password, auth_string = secrets.token_hex(16), f"imagerag:{secrets.token_hex(16)}"
+        machine = {
+            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port['s3']}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        (folder / "token").write_text(token := secrets.token_hex(32))
+        (folder / "prefect").mkdir()
+
+        def run(name: str, *command: str | Path, user: str | None = None, **environment: str) -> Process:
+            process = start(command, folder / f"{name}.log", here | environment, user)
+            stack.callback(process.kill)
+            return process
+
+        s3 = run("s3", _BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port["s3"]))
+        postgres = _start_postgres(stack, run, port["postgres"], database_password)
+        made = Cluster(
+            environment=machine,
+            database=f"imagerag:{database_password}@127.0.0.1:{port['postgres']}",
+            secrets=[database_password, auth_string, token, machine["AWS_SECRET_ACCESS_KEY"]],
+            folder=folder,
+            logs=[folder, sockets],
+        )
+        head = run(
+            "ray-head", *_ray(0), "--head", f"--port={port['ray']}", f"--ray-client-server-port={port['client']}",
+            f"--temp-dir={sockets}", "--include-dashboard=false", "--disable-usage-stats", **machine,
+        )  # fmt: skip
+        await_ready(postgres, lambda: _accepts(made))
+        _create_databases(made)
+        prefect_url, mlflow_url = f"http://127.0.0.1:{port['prefect']}", f"http://127.0.0.1:{port['mlflow']}"
+        prefect = run(
+            "prefect", sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1",
+            "--port", str(port["prefect"]),
+            PREFECT_API_DATABASE_CONNECTION_URL=f"postgresql+asyncpg://{made.database}/prefect",
+            PREFECT_SERVER_API_AUTH_STRING=auth_string,
+            **prefect_environment(folder, f"{prefect_url}/api"),
+        )  # fmt: skip
+        await_ready(s3, lambda: answers(f"http://127.0.0.1:{port['s3']}/moto-api/"))
+        boto3.client("s3", **_credentials(machine)).create_bucket(Bucket=BUCKET)
+        mlflow = run(
+            "mlflow", sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port["mlflow"]),
+            "--workers", "1", "--backend-store-uri", f"postgresql+psycopg2://{made.database}/mlflow",
+            "--artifacts-destination", f"s3://{BUCKET}/mlflow",
+            MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+            PATH=f"{_BIN}{os.pathsep}{here['PATH']}", **machine,
+        )  # fmt: skip
+        await_ready(head, lambda: b"Next steps" in head.log.read_bytes())
+        node = run("ray-node", *_ray(1), f"--address={NODE_IPS[0]}:{port['ray']}", **machine)
+        await_ready(node, lambda: b"Ray runtime started" in node.log.read_bytes())
+        await_ready(prefect, lambda: _is_healthy(f"{prefect_url}/api/health"))
+        await_ready(mlflow, lambda: answers(f"{mlflow_url}/health"))
+        made.environment |= {
+            "IMAGERAG_SHARDS_URI": f"s3://{BUCKET}/shards",
+            "IMAGERAG_INDEX_URI": f"s3://{BUCKET}/index",
+            "IMAGERAG_TRAINING_URI": f"s3://{BUCKET}/training",
+            "IMAGERAG_RAY_ADDRESS": f"{NODE_IPS[0]}:{port['ray']}",
+            "IMAGERAG_MLFLOW_TRACKING_URI": mlflow_url,
+            "IMAGERAG_PREFECT_API_URL": f"{prefect_url}/api",
+            "PREFECT_API_AUTH_STRING": auth_string,
+        }
+        yield made
+
+
+def _ray(number: int) -> list[str | Path]:
+    memory = f"--object-store-memory={200 * 2**20}"
+    return [_BIN / "ray", "start", "--block", f"--node-ip-address={NODE_IPS[number]}", "--num-cpus=1", memory]
+
+
+def _start_postgres(stack: ExitStack, run: Callable[..., Process], port: int, password: str) -> Process:
+    assert POSTGRES is not None
+    user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL does not run as root
+    home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagerag-")))
+    (home / "password").write_text(password)
+    if user is not None:
+        for path in (home, home / "password"):
+            shutil.chown(path, user)
+    subprocess.run(
+        [
+            POSTGRES / "initdb", "-D", home / "data", "-U", "imagerag", "--auth", "scram-sha-256",
+            "--pwfile", home / "password", "--encoding", "UTF8", "--locale", "C", "--no-sync",
+        ],
+        check=True, capture_output=True, user=user, cwd=home,
+    )  # fmt: skip
+    process = run(
+        "postgres", POSTGRES / "postgres", "-D", home / "data", "-h", "127.0.0.1", "-p", str(port), "-k", home, "-F",
+        user=user,
+    )  # fmt: skip
+    stack.callback(process.quit)
+    return process
+
+
+def _accepts(made: Cluster) -> bool:
+    try:
+        return made.query("postgres", "SELECT 1") == [(1,)]
+    except psycopg2.OperationalError:
+        return False
+
+
+def _create_databases(made: Cluster) -> None:
+    connection = psycopg2.connect(f"postgresql://{made.database}/postgres")
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        for name in ("prefect", "mlflow"):
+            cursor.execute(f"CREATE DATABASE {name}")
+    connection.close()
+
+
+def _credentials(machine: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "aws_access_key_id": machine["AWS_ACCESS_KEY_ID"],
+        "aws_secret_access_key": machine["AWS_SECRET_ACCESS_KEY"],
+        "endpoint_url": machine["AWS_ENDPOINT_URL"],
+        "region_name": machine["AWS_DEFAULT_REGION"],
+    }
+
+
+def _is_log(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".log", ".out", ".err", ".txt", ".json")
+
+
+def _is_healthy(url: str) -> bool:
+    """Whether a server answers, if only that it needs credentials."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code == 401
+    except OSError:
+        return False
