@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from imagerag.retrieval.search import Retriever
 
 CARD, GRID = "README.md", "grid.png"
+PICTURE = f"![Pictures of each prompt]({GRID})"
 _MAX_SOURCES = 30
 _LIMITS = """\
 - It makes pictures of what its base model knows and its index shows. Other prompts get the base model's picture.
@@ -53,7 +54,7 @@ def model_card(manifest: Manifest, sources: Mapping[tuple[str, str], int], resul
             "## Results",
             "",
             results or "None were given when it was registered.",
-            *(["", f"![Pictures of each prompt]({GRID})"] if has_grid else []),
+            *(["", PICTURE] if has_grid else []),
             "",
             "## Data of the index",
             "",

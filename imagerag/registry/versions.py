@@ -20,7 +20,7 @@ from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.locks import writer_lock
 from imagerag.registry import package
-from imagerag.registry.card import CARD, GRID, model_card, sources_of
+from imagerag.registry.card import CARD, GRID, PICTURE, model_card, sources_of
 from imagerag.registry.lineage import log_inputs, run_of
 from imagerag.registry.model import FOLDER, check_model, write_model
 from imagerag.registry.package import Manifest
@@ -372,6 +372,8 @@ def _create(
     # A place of its own: a run may have several versions, and what a killed call left must not get into one.
     place = f"models/{digest[:_DIGITS]}"
     client.log_artifacts(run.info.run_id, str(model), place)
+    # MLflow shows no artifact within a description.
+    text = card.replace(PICTURE, f"Pictures of each prompt: `{GRID}` among the source run's artifacts.")
     try:
         client.create_registered_model(MODEL_NAME, description="One-step text-to-image generation with references")
     except MlflowException as error:
@@ -383,6 +385,6 @@ def _create(
         source=f"{run.info.artifact_uri}/{place}",
         run_id=run.info.run_id,
         tags=dict(tags) | pinned | {_MANIFEST_TAG: digest, _CONTENT_TAG: manifest.content},
-        description=card if len(card) <= _MAX_DESCRIPTION else f"{card[: _MAX_DESCRIPTION - 1]}…",
+        description=text if len(text) <= _MAX_DESCRIPTION else f"{text[: _MAX_DESCRIPTION - 1]}…",
     )
     return int(made.version)
