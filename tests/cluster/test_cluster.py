@@ -16,7 +16,7 @@ from imagerag.corpus.sample.server import SampleServer
 from tests.cluster.engines import POSTGRES, Cluster, cluster
 
 pytestmark = [
-    pytest.mark.engines,
+    pytest.mark.cluster,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address"),
     pytest.mark.skipif(POSTGRES is None, reason="there is no PostgreSQL on this machine"),
