@@ -20,8 +20,18 @@ LONGEST = (
     "embedding/test_job.py",
     "tiny/test_recipe.py",
     "flows/test_ingest.py",
+    "end_to_end/test_services.py",
+    "retrieval/test_index.py",
+    "training/test_synthesize.py",
+    "evaluation/test_job.py",
+    "hspace/test_job.py",
+    "retrieval/test_quality.py",
+    "flows/test_evaluate.py",
+    "test_workers.py",
+    "training/test_tracking.py",
+    "registry/test_serving.py",
 )
-"""Files that take minutes. Begun last, one of them would run alone at the end."""
+"""Files that take a minute or more. Begun last, one of them would run alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

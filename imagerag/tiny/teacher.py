@@ -26,6 +26,7 @@ EMA_DECAY = 0.998
 _EMPTY_PROMPTS = 0.1
 _ALMOST_CLEAN = 30
 """Timesteps below it show the picture nearly as it is."""
+_GRID_STEPS = (1, 25)
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -117,7 +118,7 @@ class TeacherPhase:
         latents, noise, text = shown(self._latents, self._prompts, self._device)
         empty = self._prompts.empty.to(self._device).expand(len(text), -1, -1)
         rebuilt = rebuild_from_h(unet, self._diffusion, latents, text)
-        rows = [latents, rebuilt, *(sample(unet, noise, text, empty, steps) for steps in (1, 25))]
+        rows = [latents, rebuilt, *(sample(unet, noise, text, empty, steps) for steps in _GRID_STEPS)]
         return grid(self._vae.decode(torch.cat(rows)).sample, columns=16)
 
 

@@ -117,7 +117,8 @@ class Cluster:
 def cluster(folder: Path) -> Iterator[Cluster]:
     """Start everything, and end it."""
     with ExitStack() as stack:
-        here = dict(os.environ)
+        # What a local Ray was told in this process is not for these.
+        here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))  # their paths have to be short
         port = {name: free_port() for name in ("postgres", "s3", "prefect", "mlflow", "ray", "client")}
         database_password, auth_string = secrets.token_hex(16), f"imagerag:{secrets.token_hex(16)}"

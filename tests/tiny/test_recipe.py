@@ -39,6 +39,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
 ) -> None:
     monkeypatch.setattr("imagerag.tiny.prior._NUM_NOISES", 32)
     monkeypatch.setattr("imagerag.training.loop._GRIDS", 1)
+    monkeypatch.setattr("imagerag.tiny.teacher._GRID_STEPS", (1, 2))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
