@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Before torch is first imported: tests run two at a time, and threads that wait for each other's core only burn it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Ray's workers have more; a training took a quarter less
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Ray's workers have more threads
 
 import pytest
 
