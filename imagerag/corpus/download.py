@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,9 +19,6 @@ from imagerag.corpus.takedown import remove_taken_down
 from imagerag.corpus.url_list import UrlList, fold
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
-
-if TYPE_CHECKING:
-    from imagerag.corpus.fetch import FetchedShard
 
 _SHARD_RETRIES = 3
 _PATIENCE_S = 300.0  # added to the longest time that a shard can take before its worker counts as dead
@@ -135,7 +132,7 @@ def _with_expected_hash(rows: pa.Table, ledger: pa.Table) -> pa.Table:
 
 def _fetch(
     work: dict[int, pa.Table], uri: str, config: DownloadConfig, settings: Settings, on_progress: OnProgress
-) -> Iterator["FetchedShard"]:
+) -> Iterator[shards.FetchedShard]:
     """Fetch shards on all workers and yield what came of each; one whose workers keep dying stays unfinished."""
     if not work:
         return
@@ -160,7 +157,7 @@ def _fetch(
                 if not ready:
                     ray.cancel(ref, force=True)
                     raise TimeoutError("its worker gave no sign of life")
-                fetched: FetchedShard = ray.get(ref)
+                fetched: shards.FetchedShard = ray.get(ref)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 _log.warning("shard %d, attempt %d of %d: %s", shard, attempt + 1, 1 + _SHARD_RETRIES, error)
                 if attempt < _SHARD_RETRIES:
@@ -172,7 +169,7 @@ def _fetch(
                 yield fetched
 
 
-def _fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) -> "FetchedShard":
+def _fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) -> shards.FetchedShard:
     from imagerag.corpus.fetch import fetch_shard
 
     return fetch_shard(uri, shard, rows, config)

@@ -3,7 +3,6 @@
 import os
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,17 +25,7 @@ _OPT_OUT_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex"]
 _ROBOTS_NAME = "imageragturbo"  # addresses this program alone in an X-Robots-Tag header
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchedShard:
-    """What fetching a shard came to."""
-
-    num_urls: int
-    num_bytes: int
-    """Size of its images as stored."""
-    duration_s: float
-
-
-def fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) -> FetchedShard:
+def fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) -> shards.FetchedShard:
     """Fetch `rows` into shard `shard` of the corpus, unless it is finished.
 
     Args:
@@ -48,7 +37,9 @@ def fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) ->
     with shards.locked(uri, shard):
         if not shards.is_finished(uri, shard):
             _download(uri, shard, rows, config, resizer)
-    return FetchedShard(num_urls=rows.num_rows, num_bytes=resizer.num_bytes_out, duration_s=time.monotonic() - started)
+    return shards.FetchedShard(
+        num_urls=rows.num_rows, num_bytes=resizer.num_bytes_out, duration_s=time.monotonic() - started
+    )
 
 
 def _download(uri: str, shard: int, rows: pa.Table, config: DownloadConfig, resizer: Resizer) -> None:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ ROW_DIGITS = 4
 """The key of a sample is its shard's id, in `SHARD_DIGITS` digits or more, and its row, in `ROW_DIGITS`."""
 
 _NUM_READERS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchedShard:
+    """What fetching a shard came to. Here, where the driver can read it without the engine that only workers need."""
+
+    num_urls: int
+    num_bytes: int
+    """Size of its images as stored."""
+    duration_s: float
 
 
 def open_folder(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

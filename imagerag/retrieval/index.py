@@ -4,11 +4,9 @@ import hashlib
 import logging
 import time
 from math import isqrt
+from typing import TYPE_CHECKING
 
-import lancedb
 from lance import LanceDataset
-from lancedb.index import FTS, IvfSq
-from lancedb.table import Table
 from pydantic import Field
 
 from imagerag.artifacts import IndexBuild
@@ -17,6 +15,10 @@ from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.recall import fewest_probes, make_probes
 from imagerag.retrieval.store import Store, compact
+
+# LanceDB takes seconds to import, and a configuration is made wherever a flow is.
+if TYPE_CHECKING:
+    from lancedb.table import Table
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +87,17 @@ def build_index(
     )
 
 
-def open_table(store: Store) -> Table:
+def open_table(store: Store) -> "Table":
     """Open the table's newest version with LanceDB."""
+    import lancedb
+
     return lancedb.connect(store.uri).open_table(store.name)
 
 
 def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progress: OnProgress) -> IndexRecord:
     """Build on what the last build left, or from nothing."""
+    from lancedb.index import FTS
+
     compact(store.dataset(), deleted_share=0.1 if last else 0.0)
     on_progress(1, _NUM_STEPS, "compacted")
     table = open_table(store)
@@ -135,8 +141,10 @@ def _digest_of_rows(dataset: LanceDataset) -> str:
     return hashlib.sha256("".join(ids).encode()).hexdigest()
 
 
-def _index_vectors(table: Table, kind: str, last: IndexRecord | None) -> int:
+def _index_vectors(table: "Table", kind: str, last: IndexRecord | None) -> int:
     """Make, keep or drop the vector indexes; return the number of rows that they were trained on."""
+    from lancedb.index import IvfSq
+
     if kind == EXACT:
         for index in table.list_indices():
             if index.columns[0] in _EMBEDDINGS:
