@@ -26,7 +26,8 @@ def download_images(
 ) -> Download:
     """Fetch what the corpus `name` wants and does not have."""
     settings, logger = Settings(), get_run_logger()
-    urls = read_images(url_list, captions, columns)
+    with StageProgress("read", "images") as on_progress:
+        urls = read_images(url_list, captions, columns, on_progress)
     if urls.num_named_by_file:
         logger.warning("%s images have no caption but the words of their file names", f"{urls.num_named_by_file:,}")
     with StageProgress("download", "URLs") as on_progress:

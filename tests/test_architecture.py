@@ -64,3 +64,11 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     heavy = {"torch", "ray", "prefect", "lancedb", "open_clip", "pydantic", "pyarrow", "diffusers", "mlflow"}
     assert heavy & set(result.stdout.split()) == set()
+
+
+@pytest.mark.parametrize("flow", [path.stem for path in sorted((ROOT / "flows").glob("[a-z]*.py"))])
+def test_a_flow_imports_no_engine_before_it_needs_one(flow: str) -> None:
+    script = f"import sys, flows.{flow}, imagerag.corpus.shards; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    engines = {"torch", "ray", "lancedb", "img2dataset", "open_clip", "diffusers", "transformers", "mlflow"}
+    assert engines & set(result.stdout.split()) == set()

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from imagerag.corpus.url_list import FORMATS, SCHEMA, UrlColumns, UrlList, fold, read_columns, read_url_list
 from imagerag.digests import sha256_of
 from imagerag.errors import UserError
+from imagerag.progress import OnProgress, silent
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
@@ -29,7 +30,9 @@ _MAX_CAPTION_BYTES = 64 * 2**10
 _NUM_NAMES = 5  # in a message
 
 
-def read_images(source: str, captions: str | None = None, columns: UrlColumns | None = None) -> UrlList:
+def read_images(
+    source: str, captions: str | None = None, columns: UrlColumns | None = None, on_progress: OnProgress = silent
+) -> UrlList:
     """Read a folder on this machine with `read_folder`, or else a list with `read_url_list`.
 
     Raises:
@@ -37,7 +40,7 @@ def read_images(source: str, captions: str | None = None, columns: UrlColumns | 
     """
     check_source(source, captions)
     if (folder := _path(source)).is_dir():
-        return read_folder(folder, captions, columns)
+        return read_folder(folder, captions, columns, on_progress)
     return read_url_list(source, columns)
 
 
@@ -57,7 +60,9 @@ def check_source(source: str, captions: str | None = None) -> None:
         )
 
 
-def read_folder(folder: Path, captions: str | None = None, columns: UrlColumns | None = None) -> UrlList:
+def read_folder(
+    folder: Path, captions: str | None = None, columns: UrlColumns | None = None, on_progress: OnProgress = silent
+) -> UrlList:
     """List every image in a folder and the folders in it, but for hidden ones, with its caption.
 
     Args:
@@ -65,6 +70,7 @@ def read_folder(folder: Path, captions: str | None = None, columns: UrlColumns |
         captions: a table of file names, relative to the folder, and captions (also `source`, `licence`, `sha256`), any
             number for an image. Without it, the caption of `name.jpg` is the text in `name.txt`, or else its name.
         columns: of that table; `url` is the file names'.
+        on_progress: is told of images, each of which is read once for its SHA-256.
 
     Raises:
         UserError: if there are no images; if an image or the file of a caption leads out of the folder; if an image has
@@ -82,7 +88,7 @@ def read_folder(folder: Path, captions: str | None = None, columns: UrlColumns |
         rows = {"file": pa.array(names), "caption": pa.array(words)}
     else:
         rows = _read_captions(captions, folder, names, columns)
-    complete = _complete(rows, root, _sha256s(root, names))
+    complete = _complete(rows, root, _sha256s(root, names, on_progress))
     table = fold(complete)
     return UrlList(table=table, num_duplicates=complete.num_rows - table.num_rows, num_named_by_file=num_named_by_file)
 
@@ -171,8 +177,10 @@ def _read_captions(
             f"{uri} has captions for {_listed(absent)}, which {folder} doesn't have as images; file names count from "
             "the folder"
         )
-    if silent := [name for name in names if name not in captioned]:
-        raise UserError(f"{uri} has no caption for {_listed(silent)} of {folder}; add them, or move the images out")
+    if uncaptioned := [name for name in names if name not in captioned]:
+        raise UserError(
+            f"{uri} has no caption for {_listed(uncaptioned)} of {folder}; add them, or move the images out"
+        )
     return rows | {"file": pa.chunked_array([pa.array(files)])}
 
 
@@ -182,12 +190,16 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(map(repr, names[:_NUM_NAMES]))}{more}"
 
 
-def _sha256s(root: Path, names: Sequence[str]) -> dict[str, str]:
+def _sha256s(root: Path, names: Sequence[str], on_progress: OnProgress) -> dict[str, str]:
+    sha256s: dict[str, str] = {}
     try:
         with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
-            return dict(zip(names, pool.map(lambda name: sha256_of(root / name), names), strict=True))
+            for name, sha256 in zip(names, pool.map(lambda name: sha256_of(root / name), names), strict=True):
+                sha256s[name] = sha256
+                on_progress(len(sha256s), len(names))
     except OSError as error:
         _refuse_unreadable(error)
+    return sha256s
 
 
 def _complete(rows: Mapping[str, pa.Array], root: Path, sha256s: Mapping[str, str]) -> pa.Table:

@@ -57,6 +57,12 @@ def test_a_file_beside_the_image_is_its_caption_and_else_its_name(folder: Path) 
     assert images.num_named_by_file == 2
 
 
+def test_it_says_how_many_images_it_has_read(folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    read_images(str(folder), on_progress=lambda done, total, note="": told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_a_table_of_captions_with_its_other_columns(folder: Path) -> None:
     captions = captions_in(
         folder,
