@@ -17,6 +17,8 @@ _LOCAL_ENV = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     # By default Ray has its workers give way to everything else on the machine (niceness 15).
     "RAY_worker_niceness": "0",
+    # Nobody takes a machine away from a Ray that is on it alone: a training needs no process that looks out for it.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray listens on every interface where it takes itself for part of a cluster, which on Linux is always.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
