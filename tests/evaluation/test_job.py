@@ -29,6 +29,8 @@ from tests.training.conftest import HELD_OUT, NAME, World
 
 pytestmark = pytest.mark.engines
 
+WAYS = ("base", "slerp", "adapter", "random", "no_references", "teacher")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
@@ -49,8 +51,9 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
         assert total == 6 * 2 * 2, "six ways, two prompts, two pictures of each"
         raise StoppedError(note)
 
-    with pytest.raises(StoppedError, match="base"):
+    with pytest.raises(StoppedError) as stopped:
         evaluate(own, config, settings, stop)
+    assert str(stopped.value) in WAYS
     seen: list[tuple[int, int, str]] = []
     made = evaluate(own, config, settings, lambda *each: seen.append(each))
     assert next(total for _, total, _ in seen) == 5 * 2 * 2, "those of one way were there"
@@ -58,7 +61,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     assert {path.name for path in Path(made.uri).iterdir()} == {PAGE, TABLE, GRID, RESULTS}
     results = read_results(made.uri)
     assert set(results.prompts) == set(HELD_OUT)
-    assert [way.name for way in results.ways] == ["base", "slerp", "adapter", "random", "no_references", "teacher"]
+    assert tuple(way.name for way in results.ways) == WAYS
     assert set(results.metrics) == {"clip_score"}
     assert "needs 100 rows of the index that are no prompts" in results.not_measured["text_score"]
     assert results.not_measured["fid"] == "needs files.inception"
