@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 
 from imagerag.artifacts import Embedded
+from imagerag.corpus.ledger import wanted_images
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.encoder import load_encoder
-from imagerag.embedding.job import CorruptShardError, compare, embed, unique_rows
+from imagerag.embedding.job import CorruptShardError, compare, embed, read_images, unique_rows
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
@@ -22,6 +23,10 @@ from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from tests.embedding.conftest import write_encoder
 from tests.embedding.shards import Sample, sample, want, write_shard
+
+
+# The first sample's image and caption under another URL, and its image under another caption.
+TWINS = (sample(30, seed=0, caption="picture 0"), sample(31, seed=0))
 
 
 class Corpus:
@@ -65,8 +70,10 @@ Finished = tuple[Corpus, Embedded, list[tuple[int, int]]]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path, ray_session: None) -> Finished:
-    """A corpus that was embedded, which is only read; what came of it, and the progress that was told."""
+    """A corpus with twins that was embedded, which is only read; what came of it, and the progress that was told."""
     corpus, seen = Corpus(tmp_path_factory.mktemp("finished"), encoder_folder), []
+    write_shard(corpus.uri, 2, TWINS)
+    want(corpus.uri, [*corpus.samples, *TWINS])
     return corpus, corpus.embed(lambda done, total, note="": seen.append((done, total)), batch_size=8), seen
 
 
@@ -85,14 +92,16 @@ def counts(embedded: Embedded) -> tuple[int, int, int, int]:
 @pytest.mark.engines
 def test_shards_become_rows(finished: Finished) -> None:
     corpus, embedded, seen = finished
-    assert counts(embedded) == (20, 20, 0, 0)
+    assert counts(embedded) == (21, 21, 0, 1)
     assert embedded.version == corpus.store.version
     assert embedded.machine_s > 0
-    assert seen[-1] == (20, 20)
+    assert seen[-1] == (21, 21)
     encoder = load_encoder(corpus.encoder, "cpu")
     assert embedded.encoder_digest == corpus.store.encoder.digest == encoder.identity.digest
     rows = {row["url"]: row for row in corpus.rows()}
-    for entry in corpus.samples:
+    wanted = [*corpus.samples, TWINS[1]]
+    assert rows.keys() == {entry.url for entry in wanted}, "the same pair is one row"
+    for entry in wanted:
         row = rows[entry.url]
         assert (row["caption"], row["image"], row["source"]) == (entry.caption, entry.image, "test")
         assert (row["licence"], row["width"], row["height"]) == ("", 48, 40)
@@ -105,32 +114,19 @@ def test_shards_become_rows(finished: Finished) -> None:
 def test_only_what_changed_is_done(again: Corpus) -> None:
     corpus, version = again, again.store.version
     added = [sample(number) for number in range(20, 25)]
-    write_shard(corpus.uri, 2, added)
+    write_shard(corpus.uri, 3, added)
     moved = replace(corpus.samples[3], source="another")
-    want(corpus.uri, [*corpus.samples[:3], moved, *corpus.samples[5:], *added])
+    want(corpus.uri, [*corpus.samples[1:3], moved, *corpus.samples[5:], *TWINS, *added])
     untouched = {row["url"]: row for row in corpus.rows()}
     second = corpus.embed()
-    # One is wanted no more, and one is replaced because its source changed.
-    assert counts(second) == (24, 6, 2, 0)
+    # One is wanted no more, one is replaced because its source changed, and one because it has another URL now.
+    assert counts(second) == (25, 7, 3, 0)
     assert second.version > version
     rows = {row["url"]: row for row in corpus.rows()}
-    assert rows.keys() == {entry.url for entry in [*corpus.samples, *added]} - {corpus.samples[4].url}
+    gone = {corpus.samples[0].url, corpus.samples[4].url}
+    assert rows.keys() == {entry.url for entry in [*corpus.samples, *TWINS, *added]} - gone
     assert rows[moved.url]["source"] == "another"
-    assert rows[corpus.samples[0].url] == untouched[corpus.samples[0].url]
-
-
-@pytest.mark.engines
-def test_the_same_pair_is_one_row(corpus: Corpus, ray_session: None) -> None:
-    again = sample(30, seed=0, caption=corpus.samples[0].caption)
-    other_caption = sample(31, seed=0)
-    write_shard(corpus.uri, 2, [again, other_caption])
-    want(corpus.uri, [*corpus.samples, again, other_caption])
-    assert counts(corpus.embed()) == (21, 21, 0, 1)
-    assert again.url not in corpus.urls()
-    # The first URL is gone, the image is still wanted under the second.
-    want(corpus.uri, [*corpus.samples[1:], again, other_caption])
-    assert counts(corpus.embed()) == (21, 1, 1, 0)
-    assert again.url in corpus.urls()
+    assert rows[corpus.samples[1].url] == untouched[corpus.samples[1].url]
 
 
 @pytest.mark.engines
@@ -171,10 +167,13 @@ def test_a_broken_shard_fails_loudly(corpus: Corpus, ray_session: None) -> None:
     want(corpus.uri, [*corpus.samples, sample(30), broken])
     with pytest.raises(CorruptShardError, match=f"image 000020001 of {corpus.uri}/00002.tar can't be decoded"):
         corpus.embed()
+
+
+def test_an_image_that_a_shard_lacks_is_named(corpus: Corpus) -> None:
     write_shard(corpus.uri, 2, [sample(30), sample(31)], in_tar=[sample(30)])
-    want(corpus.uri, [*corpus.samples, sample(30), sample(31)])
+    want(corpus.uri, [sample(30), sample(31)])
     with pytest.raises(CorruptShardError, match=r"00002.tar lacks 1 images that its table lists, first 000020001"):
-        corpus.embed()
+        list(read_images(wanted_images(str(corpus.uri)), str(corpus.uri)))
 
 
 @pytest.mark.engines
@@ -187,10 +186,10 @@ def test_no_work_starts_nothing(again: Corpus, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("imagerag.embedding.job.start_ray", fail)
     monkeypatch.setattr("open_clip.create_model", fail)
     second = corpus.embed()
-    assert counts(second) == (20, 0, 0, 0)
+    assert counts(second) == (21, 0, 0, 1)
     assert second.version == version
     want(corpus.uri, corpus.samples[:5])
-    assert counts(corpus.embed()) == (5, 0, 15, 0)
+    assert counts(corpus.embed()) == (5, 0, 16, 0)
 
 
 def test_an_empty_corpus_makes_an_empty_table(tmp_path: Path, encoder_folder: Path) -> None:
