@@ -192,14 +192,18 @@ def _listed(names: Sequence[str]) -> str:
 
 def _sha256s(root: Path, names: Sequence[str], on_progress: OnProgress) -> dict[str, str]:
     sha256s: dict[str, str] = {}
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+        for name, sha256 in zip(names, pool.map(lambda name: _sha256(root / name), names), strict=True):
+            sha256s[name] = sha256
+            on_progress(len(sha256s), len(names))
+    return sha256s
+
+
+def _sha256(path: Path) -> str:
     try:
-        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
-            for name, sha256 in zip(names, pool.map(lambda name: sha256_of(root / name), names), strict=True):
-                sha256s[name] = sha256
-                on_progress(len(sha256s), len(names))
+        return sha256_of(path)
     except OSError as error:
         _refuse_unreadable(error)
-    return sha256s
 
 
 def _complete(rows: Mapping[str, pa.Array], root: Path, sha256s: Mapping[str, str]) -> pa.Table:
