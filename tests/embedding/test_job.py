@@ -24,7 +24,6 @@ from imagerag.settings import Settings
 from tests.embedding.conftest import write_encoder
 from tests.embedding.shards import Sample, sample, want, write_shard
 
-
 # The first sample's image and caption under another URL, and its image under another caption.
 TWINS = (sample(30, seed=0, caption="picture 0"), sample(31, seed=0))
 
