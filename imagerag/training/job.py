@@ -175,7 +175,9 @@ def _fit(
             f"every worker runs as many micro-batches: batch_size / micro_batch_size is {parts}, which is no multiple "
             f"of {num_workers} workers"
         )
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # Beside the driver, as Ray Train's controller is: another machine may be lost.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
     task = Task(
         training_set=training_set,
         config=config,
