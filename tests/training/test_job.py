@@ -146,22 +146,6 @@ def test_another_perceptual_network_under_the_same_name_is_another_training(
     assert key_of(training_set, config) != first
 
 
-def test_a_worker_that_is_killed_is_replaced(
-    undisturbed: tuple[Finetuned, dict[int, float]], training_set: TrainingSet, settings: Settings
-) -> None:
-    killed: list[int] = []
-
-    def kill(done: int, total: int, note: str = "") -> None:
-        if done >= 5 and not killed:
-            killed.extend(worker.pid for worker in _train_workers())
-            for pid in killed:
-                os.kill(pid, signal.SIGKILL)
-
-    made = finetune(training_set, make_config(steps=STEPS), WORKERS, settings, kill)
-    assert killed
-    assert_same(made, curve(settings, made.run_id), undisturbed)
-
-
 def test_two_workers_learn_what_one_does(
     undisturbed: tuple[Finetuned, dict[int, float]], training_set: TrainingSet, settings: Settings
 ) -> None:
@@ -174,10 +158,10 @@ def test_two_workers_learn_what_one_does(
     assert curve(settings, made.run_id) == pytest.approx(undisturbed[1], rel=0.05)
 
 
-def test_a_driver_that_is_killed_goes_on(
+def test_a_killed_driver_goes_on_and_a_killed_worker_is_replaced(
     undisturbed: tuple[Finetuned, dict[int, float]], training_set: TrainingSet, settings: Settings
 ) -> None:
-    """With its whole local Ray, as when the machine goes down."""
+    """First the driver with its whole local Ray, as when the machine goes down; then the worker of the next one."""
     script = (
         "import json, sys; from tests.training.test_job import *\n"
         "training_set = TrainingSet(**json.loads(sys.argv[1]))\n"
@@ -195,7 +179,17 @@ def test_a_driver_that_is_killed_goes_on(
             process.kill()
         driver.wait()
     seen: list[int] = []
-    made = finetune(training_set, make_config(), WORKERS, settings, lambda done, *_: seen.append(done))
+    killed: list[int] = []
+
+    def kill(done: int, total: int, note: str = "") -> None:
+        seen.append(done)
+        if done >= 5 and not killed:
+            killed.extend(worker.pid for worker in _train_workers())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    made = finetune(training_set, make_config(), WORKERS, settings, kill)
+    assert killed
     assert min(seen) > 2, "it went on from a checkpoint"
     assert_same(made, curve(settings, made.run_id), undisturbed)
 
