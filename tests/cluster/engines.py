@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -32,14 +32,57 @@ POSTGRES = None if _INITDB is None else Path(_INITDB).resolve().parent
 """Where PostgreSQL's programs are, if they are anywhere."""
 _START_TIMEOUT_S = 180.0
 _BIN = Path(sys.executable).parent
+_FORWARD = """
+import asyncio, contextlib, sys
+
+async def pass_on(reader, writer):
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+async def serve(reader, writer):
+    there = await asyncio.open_connection("127.0.0.1", int(sys.argv[2]))
+    await asyncio.gather(pass_on(reader, there[1]), pass_on(there[0], writer))
+
+async def main():
+    async with await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1])) as server:
+        await server.serve_forever()
+
+asyncio.run(main())
+"""
+"""Passes connections from one port on to another."""
 
 
 @dataclass
 class Process:
     """A process with all that it starts."""
 
-    popen: "subprocess.Popen[bytes]"
+    command: Sequence[str | Path]
     log: Path
+    environment: Mapping[str, str]
+    user: str | None = None
+
+    def start(self) -> None:
+        """Start it in the background; what it says is added to `log`."""
+        with self.log.open("ab") as out:
+            self.popen = subprocess.Popen(
+                [str(word) for word in self.command],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=dict(self.environment),
+                cwd=self.log.parent,
+                user=self.user,
+                start_new_session=True,
+            )
+
+    def await_ready(self, is_ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not is_ready():
+            assert self.popen.poll() is None, self.log.read_text(errors="replace")
+            assert time.monotonic() < deadline, self.log.read_text(errors="replace")
+            time.sleep(0.3)
 
     def kill(self) -> None:
         """End it at once, as a power cut would."""
@@ -56,29 +99,6 @@ class Process:
         self.popen.wait()
 
 
-def start(command: Sequence[str | Path], log: Path, environment: Mapping[str, str], user: str | None = None) -> Process:
-    """Start a program in the background; what it says goes to `log`."""
-    with log.open("wb") as out:
-        popen = subprocess.Popen(
-            [str(word) for word in command],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            cwd=log.parent,
-            user=user,
-            start_new_session=True,
-        )
-    return Process(popen, log)
-
-
-def await_ready(process: Process, is_ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while not is_ready():
-        assert process.popen.poll() is None, process.log.read_text(errors="replace")
-        assert time.monotonic() < deadline, process.log.read_text(errors="replace")
-        time.sleep(0.3)
-
-
 @dataclass
 class Cluster:
     """What a machine has to be told of it, and what tests look into it with."""
@@ -92,6 +112,20 @@ class Cluster:
     folder: Path
     logs: list[Path]
     """Folders of them."""
+    processes: dict[str, Process] = field(default_factory=dict)
+    """What can be lost: `node`, the second one of Ray, `s3`, the way to the store, and `prefect`."""
+
+    def begin(self, name: str) -> None:
+        """Start one of `processes`, and wait until it can be used."""
+        process = self.processes[name]
+        written = process.log.stat().st_size if process.log.exists() else 0
+        process.start()
+        ready: dict[str, Callable[[], bool]] = {
+            "node": lambda: b"Ray runtime started" in process.log.read_bytes()[written:],
+            "s3": lambda: answers(f"{self.environment['AWS_ENDPOINT_URL']}/moto-api/"),
+            "prefect": lambda: _is_healthy(f"{self.environment['IMAGERAG_PREFECT_API_URL']}/health"),
+        }
+        process.await_ready(ready[name])
 
     def query(self, database: str, statement: str) -> list[tuple[object, ...]]:
         with psycopg2.connect(f"postgresql://{self.database}/{database}") as connection, connection.cursor() as cursor:
@@ -120,7 +154,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         # What a local Ray was told in this process is not for these.
         here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))  # their paths have to be short
-        port = {name: free_port() for name in ("postgres", "s3", "prefect", "mlflow", "ray", "client")}
+        port = {name: free_port() for name in ("postgres", "moto", "s3", "prefect", "mlflow", "ray", "client")}
         database_password, auth_string = secrets.token_hex(16), f"imagerag:{secrets.token_hex(16)}"
         machine = {
             "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
@@ -136,11 +170,14 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         (folder / "prefect").mkdir()
 
         def run(name: str, *command: str | Path, user: str | None = None, **environment: str) -> Process:
-            process = start(command, folder / f"{name}.log", here | environment, user)
+            process = Process(command, folder / f"{name}.log", here | environment, user)
+            process.start()
             stack.callback(process.kill)
             return process
 
-        s3 = run("s3", _BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port["s3"]))
+        # What moto keeps is in its memory: a store that can't be reached is one whose way is closed.
+        moto = run("moto", _BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port["moto"]))
+        way = run("s3", sys.executable, "-c", _FORWARD, str(port["s3"]), str(port["moto"]))
         postgres = _start_postgres(stack, run, port["postgres"], database_password)
         made = Cluster(
             environment=machine,
@@ -153,7 +190,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             "ray-head", *_ray(0), "--head", f"--port={port['ray']}", f"--ray-client-server-port={port['client']}",
             f"--temp-dir={sockets}", "--include-dashboard=false", "--disable-usage-stats", **machine,
         )  # fmt: skip
-        await_ready(postgres, lambda: _accepts(made))
+        postgres.await_ready(lambda: _accepts(made))
         _create_databases(made)
         prefect_url, mlflow_url = f"http://127.0.0.1:{port['prefect']}", f"http://127.0.0.1:{port['mlflow']}"
         prefect = run(
@@ -163,7 +200,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             PREFECT_SERVER_API_AUTH_STRING=auth_string,
             **prefect_environment(folder, f"{prefect_url}/api"),
         )  # fmt: skip
-        await_ready(s3, lambda: answers(f"http://127.0.0.1:{port['s3']}/moto-api/"))
+        moto.await_ready(lambda: answers(f"http://127.0.0.1:{port['s3']}/moto-api/"))
         boto3.client("s3", **_credentials(machine)).create_bucket(Bucket=BUCKET)
         mlflow = run(
             "mlflow", sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port["mlflow"]),
@@ -172,11 +209,12 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
             PATH=f"{_BIN}{os.pathsep}{here['PATH']}", **machine,
         )  # fmt: skip
-        await_ready(head, lambda: b"Next steps" in head.log.read_bytes())
+        head.await_ready(lambda: b"Next steps" in head.log.read_bytes())
         node = run("ray-node", *_ray(1), f"--address={NODE_IPS[0]}:{port['ray']}", **machine)
-        await_ready(node, lambda: b"Ray runtime started" in node.log.read_bytes())
-        await_ready(prefect, lambda: _is_healthy(f"{prefect_url}/api/health"))
-        await_ready(mlflow, lambda: answers(f"{mlflow_url}/health"))
+        node.await_ready(lambda: b"Ray runtime started" in node.log.read_bytes())
+        prefect.await_ready(lambda: _is_healthy(f"{prefect_url}/api/health"))
+        mlflow.await_ready(lambda: answers(f"{mlflow_url}/health"))
+        made.processes |= {"node": node, "s3": way, "prefect": prefect}
         made.environment |= {
             "IMAGERAG_SHARDS_URI": f"s3://{BUCKET}/shards",
             "IMAGERAG_INDEX_URI": f"s3://{BUCKET}/index",

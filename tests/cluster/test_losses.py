@@ -1,0 +1,83 @@
+"""What a flow relies on is lost while it runs: it ends well, or as a failure after which a rerun does."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imagerag.retrieval.publish import published_rows
+from imagerag.retrieval.store import Store
+from imagerag.training.worker import STATE
+from tests.cluster.conftest import MARKS, NUM_IMAGES, Flow
+from tests.cluster.engines import Cluster
+
+pytestmark = MARKS
+
+ADDED = f"{NUM_IMAGES} added"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_node_is_lost_while_embedding_and_training(engines: Cluster, url_list: Path) -> None:
+    ingest = Flow(engines, "ingest", str(url_list), "--name", "node")
+    with ingest.started() as process:
+        ingest.wait_for("index/node.lance/data/", ".lance")
+        engines.processes["node"].kill()
+    engines.begin("node")
+    assert process.returncode == 0, ingest.said
+    assert ADDED in ingest.said
+
+    Flow(engines, "features", "--name", "node").run()
+    finetune = Flow(engines, "finetune", "--name", "node")
+    with finetune.started() as process:
+        finetune.wait_for("training/node/", STATE)
+        engines.processes["node"].kill()
+        time.sleep(20)
+        engines.begin("node")
+    assert process.returncode == 0, finetune.said
+    assert "trained 4 steps" in finetune.said
+
+
+def test_the_store_refuses_for_half_a_minute(engines: Cluster, url_list: Path) -> None:
+    ingest = Flow(engines, "ingest", str(url_list), "--name", "store")
+    with ingest.started() as process:
+        ingest.wait_for("shards/store/", "_stats.json")
+        engines.processes["s3"].kill()
+        time.sleep(30)
+        engines.begin("s3")
+    assert process.returncode == 0, ingest.said
+    assert ADDED in ingest.said
+
+
+def test_prefects_server_is_restarted(engines: Cluster, url_list: Path) -> None:
+    ingest = Flow(engines, "ingest", str(url_list), "--name", "server")
+    with ingest.started() as process:
+        ingest.wait_for("shards/server/", "_stats.json")
+        engines.processes["prefect"].kill()
+        time.sleep(5)
+        engines.begin("prefect")
+    assert process.returncode == 0, ingest.said
+    assert ADDED in ingest.said
+
+
+def test_the_disk_is_full(engines: Cluster, url_list: Path, small_disk: Path) -> None:
+    places = {f"IMAGERAG_{name}_URI": str(small_disk / name.lower()) for name in ("SHARDS", "INDEX")}
+    ingest = Flow(engines, "ingest", str(url_list), "--name", "disk", **places)
+    with ingest.started() as process:
+        pass
+    assert process.returncode == 1, ingest.said
+    assert "No space left on device" in ingest.said
+    subprocess.run(["mount", "-o", "remount,size=1g", str(small_disk)], check=True)
+    ingest.run()  # what was committed before the disk was full is not added again
+    assert published_rows(Store(places["IMAGERAG_INDEX_URI"], "disk")) == NUM_IMAGES
