@@ -1,6 +1,6 @@
 # Every target makes the virtual environment when it is missing and reuses it otherwise.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-cluster test-gpu bench lint up down lock clean
+.PHONY: help demo test test-unit test-cluster test-browser test-gpu bench lint up down lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -25,13 +25,16 @@ demo: $(STAMP)  ## Run the whole mission on the sample corpus: from a list of UR
 
 test: $(STAMP)  ## Run the unit and engine tests.
 	@# Two at a time: much of an engine test is waiting. By file, and the long ones early.
-	@$(BIN)/pytest -m "not cluster and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest -m "not cluster and not browser and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-unit: $(STAMP)  ## Run the tests that take seconds.
-	@$(BIN)/pytest -m "not engines and not cluster and not gpu"
+	@$(BIN)/pytest -m "not engines and not cluster and not browser and not gpu"
 
 test-cluster: $(STAMP)  ## Run a corpus through PostgreSQL, S3 and two Ray nodes on this machine; needs PostgreSQL.
 	@$(BIN)/pytest -m cluster
+
+test-browser: $(STAMP)  ## Use the UIs of Prefect and MLflow in Chromium; needs Chromium.
+	@$(BIN)/pytest -m browser
 
 test-gpu: $(STAMP)  ## Run the tests that need a GPU.
 	@$(BIN)/pytest -m gpu

@@ -1,0 +1,43 @@
+"""MLflow's UI over a registry: runs are compared, the model is opened, and its card can be read."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from imagerag import services
+from tests.browser.conftest import MARKS, shoot
+from tests.registry.conftest import Home, champion, made_home  # noqa: F401 - fixtures
+
+pytestmark = MARKS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def url(champion: Home) -> Iterator[str]:  # noqa: F811
+    home = champion.settings.home
+    try:
+        *_, mlflow = services.up(champion.settings, project=ROOT)
+        yield mlflow.url
+    finally:
+        services.down(home)
+
+
+def test_runs_are_compared_and_the_model_is_read(page: Page, url: str, champion: Home) -> None:  # noqa: F811
+    (experiment,) = champion.client.search_experiments(filter_string="name = 'finetune'")
+    page.goto(f"{url}/#/experiments/{experiment.experiment_id}/runs")
+    for name in ("first", "second"):
+        row = page.get_by_role("row").filter(has_text=name).first
+        row.get_by_role("checkbox").first.check()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_text(re.compile(r"Comparing 2 Runs")).first).to_be_visible()
+    shoot(page, "compared")
+
+    page.goto(f"{url}/#/models/imagerag-turbo")
+    expect(page.get_by_text("@ champion").first).to_be_visible()
+    page.goto(f"{url}/#/models/imagerag-turbo/versions/1")
+    expect(page.get_by_text("One-step text-to-image generation that is shown the nearest rows").first).to_be_visible()
+    shoot(page, "model")
