@@ -55,7 +55,7 @@ class CorpusReport:
     def markdown(self) -> str:
         """The report as a page."""
         lines = [f"# {self.name}", "", _table({row["figure"]: row["value"] for row in self.rows()})]
-        lines += ["", "## Checks before publishing", "", "| check | | seen |", "|---|---|---|"]
+        lines += ["", "## Checks before publishing", "", "| check | result | seen |", "|---|---|---|"]
         checks = self.publication.checks
         lines += [f"| {check.name} | {'pass' if check.passed else '**fail**'} | {check.detail} |" for check in checks]
         if self.download.reasons:
@@ -184,7 +184,7 @@ class PipelineReport:
 
     def summary(self) -> str:
         """What was made now and what before."""
-        lines = [f"# {self.name}: from URLs to a model", "", "| | made now | seconds |", "|---|---|---:|"]
+        lines = [f"# {self.name}: from URLs to a model", "", "| stage | made now | seconds |", "|---|---|---:|"]
         for stage in self.stages:
             lines.append(f"| {stage.name} | {stage.made or 'nothing: done before'} | {stage.seconds:.0f} |")
         return "\n".join(lines)
@@ -215,7 +215,7 @@ def _key(kind: str, name: str) -> str:
 
 def _table(figures: Mapping[str, str]) -> str:
     rows = (f"| {figure} | {value} |" for figure, value in figures.items())
-    return "\n".join(["| | |", "|---|---|", *rows])
+    return "\n".join(["| what | figure |", "|---|---|", *rows])
 
 
 def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -81,7 +81,7 @@ class Plan:
             "computation": f"{_flop(self.tflop_per_row)} a row, {_flop(self._tflop)} in all, of which "
             f"{_flop(self.teacher_tflop)} for the teacher's latents",
         }
-        lines = ["| | |", "|---|---|", *(f"| {figure} | {value} |" for figure, value in figures.items())]
+        lines = ["| what | figure |", "|---|---|", *(f"| {figure} | {value} |" for figure, value in figures.items())]
         counts = sorted({1, 8, 64})
         lines += [
             "",
