@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.registry.conftest import champion, made_home  # noqa: F401 - fixtures
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURES = os.environ.get("IMAGERAG_SCREENSHOTS")
 """The folder that screenshots are written to; nowhere by default."""

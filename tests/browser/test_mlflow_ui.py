@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from imagerag import services
 from tests.browser.conftest import MARKS, shoot
-from tests.registry.conftest import Home, champion, made_home  # noqa: F401 - fixtures
+from tests.registry.conftest import Home
 
 pytestmark = MARKS
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def url(champion: Home) -> Iterator[str]:  # noqa: F811
+def url(champion: Home) -> Iterator[str]:
     home = champion.settings.home
     try:
         *_, mlflow = services.up(champion.settings, project=ROOT)
@@ -26,7 +26,7 @@ def url(champion: Home) -> Iterator[str]:  # noqa: F811
         services.down(home)
 
 
-def test_runs_are_compared_and_the_model_is_read(page: Page, url: str, champion: Home) -> None:  # noqa: F811
+def test_runs_are_compared_and_the_model_is_read(page: Page, url: str, champion: Home) -> None:
     (experiment,) = champion.client.search_experiments(filter_string="name = 'finetune'")
     page.goto(f"{url}/#/experiments/{experiment.experiment_id}/runs")
     for name in ("first", "second"):

@@ -49,24 +49,14 @@ def test_a_node_is_lost_while_embedding_and_training(engines: Cluster, url_list:
     assert "trained 4 steps" in finetune.said
 
 
-def test_the_store_refuses_for_half_a_minute(engines: Cluster, url_list: Path) -> None:
-    ingest = Flow(engines, "ingest", str(url_list), "--name", "store")
+@pytest.mark.parametrize(("name", "away_s"), [("s3", 30), ("prefect", 5)])
+def test_a_server_is_gone_for_a_while(engines: Cluster, url_list: Path, name: str, away_s: int) -> None:
+    ingest = Flow(engines, "ingest", str(url_list), "--name", name)
     with ingest.started() as process:
-        ingest.wait_for("shards/store/", "_stats.json")
-        engines.processes["s3"].kill()
-        time.sleep(30)
-        engines.begin("s3")
-    assert process.returncode == 0, ingest.said
-    assert ADDED in ingest.said
-
-
-def test_prefects_server_is_restarted(engines: Cluster, url_list: Path) -> None:
-    ingest = Flow(engines, "ingest", str(url_list), "--name", "server")
-    with ingest.started() as process:
-        ingest.wait_for("shards/server/", "_stats.json")
-        engines.processes["prefect"].kill()
-        time.sleep(5)
-        engines.begin("prefect")
+        ingest.wait_for(f"shards/{name}/", "_stats.json")
+        engines.processes[name].kill()
+        time.sleep(away_s)
+        engines.begin(name)
     assert process.returncode == 0, ingest.said
     assert ADDED in ingest.said
 
