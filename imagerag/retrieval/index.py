@@ -96,30 +96,28 @@ def open_table(store: Store) -> "Table":
 
 def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progress: OnProgress) -> IndexRecord:
     """Build on what the last build left, or from nothing."""
-    from lancedb.index import FTS
-
     compact(store.dataset(), deleted_share=0.1 if last else 0.0)
     on_progress(1, _NUM_STEPS, "compacted")
-    table = open_table(store)
     if last is None:
-        table.create_index("caption", config=FTS(), replace=True)
-    num_rows = table.count_rows()
+        _index_words(store)
+    num_rows = store.count()
     kind = EXACT if num_rows < config.exact_below else IVF_SQ
-    num_trained_rows = _index_vectors(table, kind, last)
+    num_trained_rows = _index_vectors(store, kind, num_rows, last)
     if last is not None:
         # Merging with the one index that is there keeps it one: a search would look into every further one as well.
         store.dataset().optimize.optimize_indices(num_indices_to_merge=1)
-        table.checkout_latest()
     on_progress(3, _NUM_STEPS, f"indexed {num_rows} rows: {kind}")
     nprobes: dict[str, int] = {}
     recall = 1.0
     dataset = store.dataset()
     rows = _digest_of_rows(dataset)
-    if last is not None and (last.rows, last.kind, last.num_trained_rows) == (rows, kind, num_trained_rows):
+    same_partitions = last is not None and (last.kind, last.num_trained_rows) == (kind, num_trained_rows)
+    if last is not None and same_partitions and last.rows == rows:
         nprobes, recall = last.nprobes, last.recall_at_10
     elif kind != EXACT:
         probes = make_probes(dataset, _NUM_QUERIES)
-        nprobes, recall = fewest_probes(dataset, probes, isqrt(num_trained_rows), config.target_recall)
+        known = last.nprobes if last is not None and same_partitions else {}
+        nprobes, recall = fewest_probes(dataset, probes, isqrt(num_trained_rows), config.target_recall, known)
     record = IndexRecord(
         version=dataset.version + 1,
         kind=kind,
@@ -127,7 +125,9 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
         num_trained_rows=num_trained_rows,
         nprobes=nprobes,
         recall_at_10=recall,
-        num_unindexed_rows=max(table.index_stats(index.name).num_unindexed_rows for index in table.list_indices()),
+        num_unindexed_rows=max(
+            dataset.stats.index_stats(index["name"])["num_unindexed_rows"] for index in dataset.list_indices()
+        ),
         rows=rows,
         config=config.model_dump(),
     )
@@ -141,18 +141,25 @@ def _digest_of_rows(dataset: LanceDataset) -> str:
     return hashlib.sha256("".join(ids).encode()).hexdigest()
 
 
-def _index_vectors(table: "Table", kind: str, last: IndexRecord | None) -> int:
-    """Make, keep or drop the vector indexes; return the number of rows that they were trained on."""
-    from lancedb.index import IvfSq
+def _index_words(store: Store) -> None:
+    from lancedb.index import FTS
 
+    open_table(store).create_index("caption", config=FTS(), replace=True)
+
+
+def _index_vectors(store: Store, kind: str, num_rows: int, last: IndexRecord | None) -> int:
+    """Make, keep or drop the vector indexes; return the number of rows that they were trained on."""
     if kind == EXACT:
-        for index in table.list_indices():
-            if index.columns[0] in _EMBEDDINGS:
-                table.drop_index(index.name)
+        dataset = store.dataset()
+        for index in dataset.list_indices():
+            if index["fields"][0] in _EMBEDDINGS:
+                dataset.drop_index(index["name"])
         return 0
-    num_rows = int(table.count_rows())
     if last is not None and last.kind == kind and num_rows <= _MAX_GROWTH * last.num_trained_rows:
         return last.num_trained_rows
+    from lancedb.index import IvfSq
+
+    table = open_table(store)
     for column in _EMBEDDINGS:
         table.create_index(column, config=IvfSq(distance_type="cosine", num_partitions=isqrt(num_rows)), replace=True)
     return num_rows

@@ -5,7 +5,7 @@ embeddings can stand in for each other (as in ann-benchmarks, https://github.com
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -71,12 +71,13 @@ def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
 
 
 def fewest_probes(
-    dataset: LanceDataset, probes: Sequence[Probe], num_partitions: int, target: float
+    dataset: LanceDataset, probes: Sequence[Probe], num_partitions: int, target: float, known: Mapping[str, int]
 ) -> tuple[dict[str, int], float]:
     """Return how many partitions a search by each column must look into to reach the target, and the worst recall.
 
     A column's worst probe decides. Where even all partitions do not reach the target, they are the answer. Recall grows
-    with the partitions, so few of the numbers in question have to be tried.
+    with the partitions, so few of the numbers in question have to be tried; and none where what is `known` of these
+    partitions, from before they were given more rows, still reaches the target.
     """
     numbers = [min(_FEWEST_PROBES, num_partitions)]
     while numbers[-1] < num_partitions:
@@ -90,9 +91,11 @@ def fewest_probes(
         def recall(number: int, own: tuple[Probe, ...] = tuple(own)) -> float:
             return min(probe.recall(dataset, number) for probe in own)
 
-        place = min(bisect_left(numbers, target, key=recall), len(numbers) - 1)
-        nprobes[column] = numbers[place]
-        worst = min(worst, recall(numbers[place]))
+        number = known.get(column)
+        if number is None or recall(number) < target:
+            number = numbers[min(bisect_left(numbers, target, key=recall), len(numbers) - 1)]
+        nprobes[column] = number
+        worst = min(worst, recall(number))
     return nprobes, worst
 
 
