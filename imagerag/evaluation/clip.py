@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 from imagerag.embedding.encoder import to_rgb
 from imagerag.errors import UserError
 from imagerag.evaluation.config import MetricName
-from imagerag.evaluation.intervals import Estimate
-from imagerag.evaluation.metrics import Pictures, Real, Value, check_enough
+from imagerag.evaluation.distances import frechet
+from imagerag.evaluation.metrics import Pictures, Real, Value, check_enough, distance_of
 from imagerag.evaluation.recognition import Floats
 from imagerag.evaluation.weights import load_tensors, transformers_folder
 
@@ -87,15 +88,15 @@ class Cmmd:
 
     def __init__(self, clip: Clip, real: Real) -> None:
         self._clip, self._real = clip, clip.images(real.images) if real.images else np.empty((0, 1), np.float32)
-        check_enough(self._real, "the index")
+        self._spread = _spread(check_enough(self._real, "the index"))
 
     def measure(self, pictures: Pictures) -> Value:
         """Return one number, unbiased, with a Gaussian kernel of width 10, times 1,000, as in the paper."""
         own = check_enough(self._clip.images(pictures.made.images), "each way")
-        within = [_kernel(each, each) for each in (own, self._real)]
-        means = [(kernel.sum() - len(kernel)) / (len(kernel) * (len(kernel) - 1)) for kernel in within]
-        value = float(_MMD_SCALE * (sum(means) - 2 * _kernel(own, self._real).mean()))
-        return Estimate(value, value, value, len(own))
+        return distance_of(pictures, own, self._distance)
+
+    def _distance(self, own: Floats) -> float:
+        return float(_MMD_SCALE * (_spread(own) + self._spread - 2 * _kernel(own, self._real).mean()))
 
 
 class Aesthetics:
@@ -130,7 +131,7 @@ class Aesthetics:
 
 
 class Fid:
-    """Fréchet distance of Inception's features from those of the index's pictures, by torch-fidelity."""
+    """Fréchet distance of Inception's features, by torch-fidelity's network, from those of the index's pictures."""
 
     name: MetricName = "fid"
     title = "FID"
@@ -153,12 +154,8 @@ class Fid:
 
     def measure(self, pictures: Pictures) -> Value:
         """Return one number."""
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
         own = check_enough(self._features(pictures.made.images), "each way")
-        statistics = [fid_features_to_statistics(torch.from_numpy(each)) for each in (own, self._real)]
-        value = float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
-        return Estimate(value, value, value, len(own))
+        return distance_of(pictures, own, partial(frechet, other=self._real))
 
     @torch.inference_mode()
     def _features(self, images: Sequence[Image.Image]) -> Floats:
@@ -171,6 +168,12 @@ class Fid:
 
 def _layer_of(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _spread(values: Floats) -> float:
+    """Return the mean kernel of different values."""
+    kernel = _kernel(values, values)
+    return float((kernel.sum() - len(kernel)) / (len(kernel) * (len(kernel) - 1)))
 
 
 def _kernel(one: Floats, other: Floats) -> Floats:

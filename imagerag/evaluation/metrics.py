@@ -3,9 +3,9 @@
 Those here need nothing from a hub: EfficientNet-Lite0 comes with a package. The others are in `clip` and `tifa`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +13,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from imagerag.evaluation.config import MetricName
-from imagerag.evaluation.distances import measure_distances
+from imagerag.evaluation.distances import frechet, measure_distances
 from imagerag.evaluation.features import Features, features_of
-from imagerag.evaluation.intervals import Estimate, estimate
+from imagerag.evaluation.intervals import Estimate, estimate, jackknifed
 from imagerag.evaluation.pictures import Made
 from imagerag.evaluation.recognition import NUM_NAMES, Floats, Judge
 from imagerag.evaluation.scorer import NUM_ROWS, Scorer
@@ -166,13 +166,25 @@ class Distance:
         self._real = check_enough(real.features, "the index")
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return one number. The Fréchet distance has no interval: resampling biases it."""
-        found = measure_distances(check_enough(pictures.features, "each way"), self._real)
+        """Return one number."""
+        features = check_enough(pictures.features, "each way")
         if self.name == "frechet":
-            return Estimate(found.frechet, found.frechet, found.frechet, len(pictures.features))
+            return distance_of(pictures, features, partial(frechet, other=self._real))
+        found = measure_distances(features, self._real)
         # Of subsets; that of all is narrower by the root of how many subsets they are.
         half = 1.96 * found.kernel_deviation * np.sqrt(_FEWEST_PICTURES / len(pictures.features))
         return Estimate(found.kernel, found.kernel - half, found.kernel + half, len(pictures.features))
+
+
+def distance_of(pictures: Pictures, features: Features, distance: Callable[[Features], float]) -> Estimate:
+    """Return a distance of all pictures' features (N, D) together, with an interval over their prompts.
+
+    Raises:
+        NotMeasuredError: if there is but one prompt.
+    """
+    if len(np.unique(pictures.numbers)) < 2:
+        raise NotMeasuredError("needs at least two prompts; there is one")
+    return jackknifed(distance, features, pictures.numbers)
 
 
 def check_enough(features: Features, whose: str) -> Features:
