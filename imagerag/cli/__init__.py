@@ -24,6 +24,7 @@ from imagerag.cli import (
     search,
     services,
     settings,
+    submit,
     tiny,
 )
 from imagerag.errors import UserError
@@ -56,6 +57,7 @@ app.command()(registry.pull)
 app.add_typer(tiny.app, name="tiny")
 app.add_typer(index.app, name="index")
 app.add_typer(sample.app, name="sample")
+app.command()(submit.submit)
 app.command()(services.up)
 app.command()(services.down)
 app.command()(settings.settings)

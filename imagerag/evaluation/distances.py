@@ -41,10 +41,11 @@ def frechet(one: Features, other: Features) -> float:
     their product is the sum of the singular values of `A B^T`. For some hundred pictures that takes milliseconds, where
     the root of a matrix (D, D) takes seconds, and `jackknifed` asks for it twenty times.
     """
-    means, roots = [], []
+    means: list[np.ndarray] = []
+    roots: list[np.ndarray] = []
     for each in (one.astype(np.float64), other.astype(np.float64)):
         means.append(each.mean(0))
         root = (each - means[-1]) / np.sqrt(len(each) - 1)
-        roots.append(np.linalg.qr(root, mode="r") if len(root) > root.shape[1] else root)
+        roots.append(np.asarray(np.linalg.qr(root, mode="r")) if len(root) > root.shape[1] else root)
     shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     return float(np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots) - 2 * shared)

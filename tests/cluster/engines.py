@@ -112,6 +112,8 @@ class Cluster:
     folder: Path
     logs: list[Path]
     """Folders of them."""
+    jobs_address: str = ""
+    """Of Ray's Jobs API."""
     processes: dict[str, Process] = field(default_factory=dict)
     """What can be lost: `node`, the second one of Ray, `s3`, the way to the store, and `prefect`."""
 
@@ -154,7 +156,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         # What a local Ray was told in this process is not for these.
         here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))  # their paths have to be short
-        port = {name: free_port() for name in ("postgres", "moto", "s3", "prefect", "mlflow", "ray", "client")}
+        port = {name: free_port() for name in ("postgres", "moto", "s3", "prefect", "mlflow", "ray", "client", "jobs")}
         database_password, auth_string = secrets.token_hex(16), f"imagerag:{secrets.token_hex(16)}"
         machine = {
             "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
@@ -165,6 +167,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "PREFECT_API_AUTH_STRING": auth_string,
         }
         (folder / "token").write_text(token := secrets.token_hex(32))
         (folder / "prefect").mkdir()
@@ -188,7 +191,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         )
         head = run(
             "ray-head", *_ray(0), "--head", f"--port={port['ray']}", f"--ray-client-server-port={port['client']}",
-            f"--temp-dir={sockets}", "--include-dashboard=false", "--disable-usage-stats", **machine,
+            f"--temp-dir={sockets}", f"--dashboard-port={port['jobs']}", "--disable-usage-stats", **machine,
         )  # fmt: skip
         postgres.await_ready(lambda: _accepts(made))
         _create_databases(made)
@@ -222,8 +225,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             "IMAGERAG_RAY_ADDRESS": f"{NODE_IPS[0]}:{port['ray']}",
             "IMAGERAG_MLFLOW_TRACKING_URI": mlflow_url,
             "IMAGERAG_PREFECT_API_URL": f"{prefect_url}/api",
-            "PREFECT_API_AUTH_STRING": auth_string,
         }
+        made.jobs_address = f"http://127.0.0.1:{port['jobs']}"
         yield made
 
 
