@@ -232,7 +232,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 def _ray(number: int) -> list[str | Path]:
     memory = f"--object-store-memory={200 * 2**20}"
-    return [_BIN / "ray", "start", "--block", f"--node-ip-address={NODE_IPS[number]}", "--num-cpus=1", memory]
+    agent = f"--dashboard-agent-listen-port={free_port()}"  # by default the same on every machine
+    return [_BIN / "ray", "start", "--block", f"--node-ip-address={NODE_IPS[number]}", "--num-cpus=1", memory, agent]
 
 
 def _start_postgres(stack: ExitStack, run: Callable[..., Process], port: int, password: str) -> Process:
