@@ -18,6 +18,7 @@ ALLOWED = {
     "ray": (
         "imagerag/compute.py",
         "imagerag/workers.py",
+        "imagerag/cli/submit.py",
         "imagerag/corpus/download.py",
         "imagerag/embedding/job.py",
         "imagerag/training/job.py",
