@@ -21,11 +21,13 @@ def models() -> None:
     from imagerag.settings import Settings
 
     table = Table(title=MODEL_NAME, title_justify="left")
-    for column in ("version", "aliases", "registered", "base model", "index", "training", "promoted"):
+    for column in ("version", "aliases", "registered", "base model", "index", "training"):
         table.add_column(column)
+    promoted = []
     for info in list_versions(Settings()):
         index = f"{info.pinned('index_name')} {info.pinned('index_version')}{', portable' if info.portable else ''}"
-        promoted = f"{info.pinned('promoted_by')}: {info.pinned('reason')}" if info.pinned("reason") else ""
+        if reason := info.pinned("reason"):  # of the gate, longer than any column
+            promoted.append(f"version {info.version}, promoted by {info.pinned('promoted_by')}: {reason}")
         table.add_row(
             str(info.version),
             ", ".join(info.aliases),
@@ -33,9 +35,11 @@ def models() -> None:
             info.pinned("base"),
             index if info.signed else "not registered by imagerag",
             info.pinned("training"),
-            promoted,
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for line in promoted:
+        console.print(line, highlight=False, markup=False)
 
 
 def promote(

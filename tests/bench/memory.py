@@ -14,7 +14,7 @@ from tests.bench.corpus import HOST, make_shards, serving, write_drawings, write
 from tests.bench.harness import Row, Scale, in_fresh_process
 
 BAR = 1.15
-NUM_IMAGES: dict[Scale, tuple[int, int]] = {"small": (200, 1_000), "full": (5_000, 20_000)}
+NUM_IMAGES: dict[Scale, tuple[int, int]] = {"small": (200, 1_000), "full": (5_000, 50_000)}
 _INTERVAL_S = 0.25
 
 
