@@ -57,12 +57,17 @@ def submit(
 
 
 def _connect(address: str) -> "JobSubmissionClient":
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address must be the http:// or https:// URL of Ray's dashboard, got {address!r}")
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise UserError(
+            f"Ray at {address} asks for its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise UserError(f"there is no Ray dashboard to submit jobs to at {address}: {error}") from error
 
