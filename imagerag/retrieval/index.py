@@ -125,9 +125,7 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
         num_trained_rows=num_trained_rows,
         nprobes=nprobes,
         recall_at_10=recall,
-        num_unindexed_rows=max(
-            dataset.stats.index_stats(index["name"])["num_unindexed_rows"] for index in dataset.list_indices()
-        ),
+        num_unindexed_rows=num_rows - min(index.num_rows_indexed for index in dataset.describe_indices()),
         rows=rows,
         config=config.model_dump(),
     )
@@ -151,9 +149,9 @@ def _index_vectors(store: Store, kind: str, num_rows: int, last: IndexRecord | N
     """Make, keep or drop the vector indexes; return the number of rows that they were trained on."""
     if kind == EXACT:
         dataset = store.dataset()
-        for index in dataset.list_indices():
-            if index["fields"][0] in _EMBEDDINGS:
-                dataset.drop_index(index["name"])
+        for index in dataset.describe_indices():
+            if index.field_names[0] in _EMBEDDINGS:
+                dataset.drop_index(index.name)
         return 0
     if last is not None and last.kind == kind and num_rows <= _MAX_GROWTH * last.num_trained_rows:
         return last.num_trained_rows

@@ -23,7 +23,7 @@ from tests.bench.corpus import HOST, serving, write_drawings, write_url_list
 from tests.bench.harness import Row, Scale, in_fresh_process
 
 BAR = 0.05
-NUM_URLS: dict[Scale, int] = {"small": 600, "full": 50_000}
+NUM_URLS: dict[Scale, int] = {"small": 600, "full": 100_000}
 
 
 @dataclass(frozen=True)
