@@ -38,7 +38,7 @@ _COMPARED = ["id", "url", "source", "licence"]
 _IMAGE_SUFFIXES = {".jpg", ".png", ".webp"}
 _BLOCK_ROWS = 64
 _BLOCK_BYTES = 16 * 2**20
-_IN_FLIGHT_BYTES = 512 * 2**20
+_IN_FLIGHT_BYTES = 128 * 2**20
 """Images that wait for an encoder: what bounds memory, however many there are."""
 
 

@@ -76,8 +76,8 @@ def fewest_probes(
     """Return how many partitions a search by each column must look into to reach the target, and the worst recall.
 
     A column's worst probe decides. Where even all partitions do not reach the target, they are the answer. Recall grows
-    with the partitions, so few of the numbers in question have to be tried; and none where what is `known` of these
-    partitions, from before they were given more rows, still reaches the target.
+    with the partitions, so few of the numbers in question have to be tried; of these partitions before they were given
+    more rows it is `known` how many reached the target, and no fewer are tried.
     """
     numbers = [min(_FEWEST_PROBES, num_partitions)]
     while numbers[-1] < num_partitions:
@@ -91,9 +91,10 @@ def fewest_probes(
         def recall(number: int, own: tuple[Probe, ...] = tuple(own)) -> float:
             return min(probe.recall(dataset, number) for probe in own)
 
-        number = known.get(column)
-        if number is None or recall(number) < target:
-            number = numbers[min(bisect_left(numbers, target, key=recall), len(numbers) - 1)]
+        number = known.get(column, 0)
+        if number == 0 or recall(number) < target:
+            more = [each for each in numbers if each > number] or numbers[-1:]
+            number = more[min(bisect_left(more, target, key=recall), len(more) - 1)]
         nprobes[column] = number
         worst = min(worst, recall(number))
     return nprobes, worst

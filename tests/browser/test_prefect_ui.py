@@ -67,8 +67,8 @@ def test_ingest_is_filled_in_refused_run_watched_and_read(
     page.get_by_text("Custom run").click()
     field(page, "Folder or URL list").fill(str(images))
     field(page, "Name").fill("mugs")
-    field(page, "Num workers").fill("0")
     shoot(page, "form")
+    field(page, "Num workers").fill("0")
     page.get_by_role("button", name="Submit", exact=True).click()
     expect(page.get_by_text("0 is less than the minimum of 1").first).to_be_visible()
 
