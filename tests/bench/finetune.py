@@ -42,7 +42,7 @@ _CPU = torch.device("cpu")
 def run(scale: Scale, folder: Path) -> list[Row]:
     """Train the same steps in either way, in turn."""
     settings = Settings(home=folder)
-    made = in_fresh_process(_make_set, folder, NUM_ROWS[scale])
+    made, _ = in_fresh_process(_make_set, folder, NUM_ROWS[scale])
     training_set = TrainingSet(**made)
     config = tiny().training.model_copy(update={"steps": STEPS[scale], "adversarial_share": 1.0, "num_validated": 8})
     config = config.model_copy(update={"checkpoint_every": STEPS[scale]})
@@ -51,11 +51,14 @@ def run(scale: Scale, folder: Path) -> list[Row]:
     def ours() -> tuple[float, float]:
         # Another seed is another training.
         own = config.model_copy(update={"seed": next(number)})
-        return in_fresh_process(_time_job, settings.home, training_set, own)
+        return in_fresh_process(_time_job, settings.home, training_set, own)[0]
 
-    jobs, loops = alternate(REPETITIONS[scale], ours, partial(in_fresh_process, _time_loop, training_set, config))
+    def loop() -> float:
+        return in_fresh_process(_time_loop, training_set, config)[0]
+
+    jobs, loops = alternate(REPETITIONS[scale], ours, loop)
     rate = config.batch_size / median([step_s for step_s, _ in jobs])
-    kept, kept_by_all = in_fresh_process(_kept, training_set, config)
+    (kept, kept_by_all), _ = in_fresh_process(_kept, training_set, config)
     return [
         Row(
             what=f"`tiny`, batches of {config.batch_size}, all losses, one worker",

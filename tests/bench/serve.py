@@ -91,9 +91,9 @@ def _cold(scale: Scale, settings: Settings, folder: Path) -> list[Row]:
     number = iter(range(1_000))
 
     def pulled() -> float:
-        return in_fresh_process(_time_pull, settings.home, folder / f"pulled{next(number)}")
+        return in_fresh_process(_time_pull, settings.home, folder / f"pulled{next(number)}")[0]
 
-    ours, peer = alternate(REPETITIONS[scale], pulled, partial(in_fresh_process, _time_base))
+    ours, peer = alternate(REPETITIONS[scale], pulled, lambda: in_fresh_process(_time_base)[0])
     return [
         Row(
             what="`tiny`: from `imagerag pull` to the first picture, in a new process",
