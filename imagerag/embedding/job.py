@@ -229,7 +229,8 @@ def _embedded_batches(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,  # next to none, and the workers may have them all
-        compute=TaskPoolStrategy(size=2 * num_workers),
+        # One reader is far ahead of an encoder on CPU cores, and is a process of 150 MB.
+        compute=TaskPoolStrategy(size=num_workers if device == "cpu" else 2 * num_workers),
     )
     batches = images.map_batches(
         Worker,
