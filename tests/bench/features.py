@@ -13,6 +13,7 @@ from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from tests.bench.harness import Row, Scale, alternate, in_fresh_process, median
+from tests.bench.memory import PeakMemory
 from tests.retrieval.rows import append, make_rows
 
 BAR = 0.9
@@ -21,6 +22,8 @@ NUM_ROWS: dict[Scale, int] = {"small": 512, "full": 2_048}
 NUM_FEW = 64
 """Rows that take little more than the start-up."""
 REPETITIONS: dict[Scale, int] = {"small": 1, "full": 2}
+MEMORY_BAR = 1.15
+NUM_REMEMBERED: dict[Scale, tuple[int, int]] = {"small": (256, 1_024), "full": (2_048, 8_192)}
 _ENCODER = EncoderIdentity(id="synthetic", digest="0" * 64, dim=16)
 
 
@@ -38,6 +41,13 @@ def run(scale: Scale, folder: Path) -> list[Row]:
         partial(ours, num_rows),
         lambda: in_fresh_process(_time_loop, num_rows)[0],
     )
+
+    def peak_gib(count: int) -> float:
+        with PeakMemory() as peak:
+            ours(count)
+        return peak.gib
+
+    few, many = NUM_REMEMBERED[scale]
     row = partial(
         Row,
         unit="rows/s",
@@ -53,6 +63,14 @@ def run(scale: Scale, folder: Path) -> list[Row]:
         row(
             what=f"`tiny`, {num_rows:,} rows, with the start of Ray and loading the model",
             ours=num_rows / median(ours_s),
+        ),
+        Row(
+            what=f"peak memory of {many:,} rows, all processes",
+            unit="GiB",
+            ours=peak_gib(many),
+            peer=peak_gib(few),
+            peer_name=f"{few:,} rows",
+            at_most=MEMORY_BAR,
         ),
     ]
 
