@@ -26,14 +26,6 @@ def url(champion: Home) -> Iterator[str]:
         services.down(home)
 
 
-def close_assistant(page: Page) -> None:
-    """Close the panel with which MLflow recommends its own assistant."""
-    panel = page.get_by_text("MLflow Assistant", exact=True)
-    if panel.first.is_visible():
-        panel.first.locator("xpath=following::button[3]").click()  # after: start anew, settings
-        expect(panel.first).to_be_hidden()
-
-
 def test_runs_are_compared_and_the_model_is_read(page: Page, url: str, champion: Home) -> None:
     (experiment,) = champion.client.search_experiments(filter_string="name = 'finetune'")
     page.goto(f"{url}/#/experiments/{experiment.experiment_id}/runs")
@@ -42,12 +34,10 @@ def test_runs_are_compared_and_the_model_is_read(page: Page, url: str, champion:
         row.get_by_role("checkbox").first.check()
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_text(re.compile(r"Comparing 2 Runs")).first).to_be_visible()
-    close_assistant(page)
     shoot(page, "compared")
 
     page.goto(f"{url}/#/models/imagerag-turbo")
     expect(page.get_by_text("@ champion").first).to_be_visible()
     page.goto(f"{url}/#/models/imagerag-turbo/versions/1")
     expect(page.get_by_text("One-step text-to-image generation that is shown the nearest rows").first).to_be_visible()
-    close_assistant(page)
     shoot(page, "model")
