@@ -34,7 +34,7 @@ from imagerag.workers import StalledError, plan_workers
 
 EXPERIMENT = "finetune"
 _POLL_S = 0.5
-_VERSION = 2
+_VERSION = 3
 """Of what a step does: another one is another training."""
 
 
