@@ -1,6 +1,7 @@
 """`imagerag submit`: a command as a job of a Ray cluster, by Ray's Jobs API."""
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -41,6 +42,17 @@ def submit(
     for this machine's own; files have to be where the cluster finds them, and credentials are those of its nodes.
     """
     client = _connect(address)
+    try:
+        status = _run(client, command, job_id)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"Ray at {address} does not answer as it should: {error}. A job that it has may go on"
+        ) from error
+    raise typer.Exit(status)
+
+
+def _run(client: "JobSubmissionClient", command: list[str], job_id: str | None) -> int:
+    """Return the exit status of the command."""
     name = _start(client, command, job_id)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -49,11 +61,12 @@ def submit(
         typer.echo(f"stopping job {name} ...", err=True)
         client.stop_job(name)
         _await_end(client, name)
-        raise typer.Exit(130) from None
+        return 130
     info = client.get_job_info(name)
-    if info.status != "SUCCEEDED":
-        typer.echo(f"job {name}: {info.status.lower()}: {info.message}", err=True)
-        raise typer.Exit(info.driver_exit_code or 1)
+    if info.status == "SUCCEEDED":
+        return 0
+    typer.echo(f"job {name}: {info.status.lower()}: {info.message}", err=True)
+    return info.driver_exit_code or 1
 
 
 def _connect(address: str) -> "JobSubmissionClient":
@@ -74,8 +87,6 @@ def _connect(address: str) -> "JobSubmissionClient":
 
 def _start(client: "JobSubmissionClient", command: list[str], job_id: str | None) -> str:
     """Return the name of a job that runs the command: one that is there, or a new one."""
-    import shlex
-
     if job_id is not None and (known := [job for job in client.list_jobs() if job.submission_id == job_id]):
         if not known[0].status.is_terminal():
             typer.echo(f"following job {job_id}, which runs already", err=True)
