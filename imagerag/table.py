@@ -113,8 +113,12 @@ def to_column(values: Arrays) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(values.reshape(-1), int(np.prod(values.shape[1:])))
 
 
-def from_column(column: pa.ChunkedArray, field: pa.Field) -> Arrays:
-    """Return a column as arrays (N, ...)."""
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    values: Arrays = flat.reshape(-1, *json.loads(field.metadata[b"shape"]))
-    return values
+def shape_of(field: pa.Field) -> tuple[int, ...]:
+    """Return the shape of the arrays of a column of `array_field`."""
+    return tuple(json.loads(field.metadata[b"shape"]))
+
+
+def from_column(column: pa.ChunkedArray, shape: Sequence[int]) -> Arrays:
+    """Return a column without nulls as arrays (N, ...) of a shape."""
+    values: Arrays = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), *shape)

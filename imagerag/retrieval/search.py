@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from lance import LanceDataset
 from lance.query import MatchQuery
 
 from imagerag.errors import UserError
@@ -80,6 +81,7 @@ class Retriever:
         encoder: the encoder that queries must be made with.
         version: the table's version that is searched.
         num_rows: how many rows it has.
+        dataset: that version.
 
     Raises:
         UserError: if there is no such table or version, nothing of it was published, or another encoder made its
@@ -99,10 +101,10 @@ class Retriever:
 
     def _open(self, version: int) -> None:
         self.version: int = version
-        self._dataset = self._store.dataset(version)
-        self.encoder: EncoderIdentity = encoder_of(self._dataset.schema)
-        self._schema = self._dataset.schema
-        record = read_record(self._dataset)
+        self.dataset: LanceDataset = self._store.dataset(version)
+        self.encoder: EncoderIdentity = encoder_of(self.dataset.schema)
+        self._schema = self.dataset.schema
+        record = read_record(self.dataset)
         assert record is not None, f"version {self.version} was published without an index"
         self.num_rows: int = record.num_rows
         self._nprobes = record.nprobes
@@ -114,6 +116,14 @@ class Retriever:
             UserError: if another encoder made their embeddings; the message names both digests.
         """
         self._store.check_encoder(encoder)
+
+    def check_version(self) -> None:
+        """Make sure that no takedown has deleted the version that is searched.
+
+        Raises:
+            UserError: if one has.
+        """
+        self._store.dataset(self.version)
 
     def search(
         self,
@@ -180,7 +190,7 @@ class Retriever:
             require_cached(self._schema, features)
         wanted = _Wanted(len(ids), None, images, features)
         quoted = ", ".join("'" + each.replace("'", "''") + "'" for each in ids)
-        found = self._dataset.to_table(columns=[*wanted.columns, "text_embed"], filter=f"id IN ({quoted})")
+        found = self.dataset.to_table(columns=[*wanted.columns, "text_embed"], filter=f"id IN ({quoted})")
         similarities = None if embed is None else to_numpy(found["text_embed"]) @ self._check(embed[None])[0]
         scores = np.zeros(found.num_rows) if similarities is None else similarities
         by_id = {each.id: each for each in _neighbours(found, wanted, scores, similarities)}
@@ -197,7 +207,7 @@ class Retriever:
         """
         if features is not None:
             require_cached(self._schema, features)
-        return self._dataset.to_table(columns=list(columns))
+        return self.dataset.to_table(columns=list(columns))
 
     def count_without(self, features: FeatureIdentity) -> int:
         """Return how many rows have no such cached features yet.
@@ -206,22 +216,22 @@ class Retriever:
             UserError: if the index has no such features at all.
         """
         require_cached(self._schema, features)
-        return int(self._dataset.count_rows(f"{features.column} IS NULL"))
+        return int(self.dataset.count_rows(f"{features.column} IS NULL"))
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Return these columns of some rows, known by their place in what `read` returns, in this order."""
-        return self._dataset.take(rows, columns=list(columns))
+        return self.dataset.take(rows, columns=list(columns))
 
     def sample(self, num_rows: int) -> tuple[list[bytes], Embeds]:
         """Return the images and the captions' embeddings (N, D) of some rows, of all if they are fewer."""
-        count = self._dataset.count_rows()
+        count = self.dataset.count_rows()
         offsets = np.sort(np.random.default_rng(0).choice(count, min(num_rows, count), replace=False))
-        rows = self._dataset.take(offsets, columns=["image", "text_embed"])
+        rows = self.dataset.take(offsets, columns=["image", "text_embed"])
         return rows["image"].to_pylist(), to_numpy(rows["text_embed"])
 
     def _search_vectors(self, embeds: Embeds, column: str, wanted: "_Wanted") -> list[list[Neighbour]]:
         nprobes = self._nprobes.get(column)
-        found = nearest(self._dataset, column, embeds, wanted.k, wanted.columns, nprobes, wanted.where)
+        found = nearest(self.dataset, column, embeds, wanted.k, wanted.columns, nprobes, wanted.where)
         neighbours: list[list[Neighbour]] = [[] for _ in embeds]
         queries = found["query_index"].to_pylist()
         scores = 1 - found["_distance"].to_numpy()
@@ -243,7 +253,7 @@ class Retriever:
         found = RRFReranker().rerank_hybrid(
             text,
             nearest(
-                self._dataset, "text_embed", embed[None], wanted.k, columns, nprobes, wanted.where, with_row_id=True
+                self.dataset, "text_embed", embed[None], wanted.k, columns, nprobes, wanted.where, with_row_id=True
             ).drop_columns(["query_index"]),
             self._match(text, wanted.where, wanted.k, columns),
         )[: wanted.k]
@@ -251,7 +261,7 @@ class Retriever:
 
     def _match(self, text: str, where: str | None, k: int, columns: Sequence[str]) -> pa.Table:
         # As a text rather than a MatchQuery, Lance would be free to read operators in it.
-        return self._dataset.to_table(
+        return self.dataset.to_table(
             columns=[*columns, "_score"],
             full_text_query=MatchQuery(text, "caption"),
             filter=where,

@@ -5,30 +5,26 @@ So a training that was killed goes on with the very batches that it would have h
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
+from lance import LanceDataset
 
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
-from imagerag.retrieval.features import to_features
-from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
-from imagerag.table import Table, from_column
+from imagerag.table import Arrays, Table, from_column, shape_of
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
 
-if TYPE_CHECKING:
-    from lance import LanceDataset
-
 _READ_AHEAD = 2
+_KEPT_BYTES = 2**29
+"""Of one column, on each worker."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -60,6 +56,31 @@ class RagBatch:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
+class Column:
+    """A column of arrays of one shape, read by rows' places: from memory if it is small.
+
+    Reading files takes a part of the very cores that a step on CPUs computes with.
+    """
+
+    def __init__(self, dataset: LanceDataset, name: str, shape: Sequence[int]) -> None:
+        """Open a column that has no nulls.
+
+        Args:
+            shape: of a row's array (...).
+        """
+        self._dataset, self._name, self._shape = dataset, name, shape
+        kind = dataset.schema.field(name).type
+        num_bytes = dataset.count_rows() * kind.list_size * kind.value_type.bit_width // 8
+        whole = dataset.to_table(columns=[name]) if num_bytes <= _KEPT_BYTES else None
+        self._kept = None if whole is None else from_column(whole[name], shape)
+
+    def read(self, rows: Ints) -> Arrays:
+        """Return the arrays (N, ...) of rows (N,)."""
+        if self._kept is not None:
+            return self._kept[rows]
+        return from_column(self._dataset.take(rows, columns=[self._name])[self._name], self._shape)
+
+
 class RagData:
     """The examples of a training set, read from their tables as they are needed."""
 
@@ -72,12 +93,15 @@ class RagData:
         Raises:
             UserError: if its tables are gone or do not hold what they should.
         """
-        self._features = features
         self._index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
-        self._examples = Table.at(training_set.references_uri).open()
+        index, dim = self._index.dataset, self._index.encoder.dim
+        self._features = Column(index, features.column, features.shape)
+        self._embeds = Column(index, "text_embed", (dim,))
+        examples = Table.at(training_set.references_uri).open()
+        self._prompt_embeds = Column(examples, "embed", (dim,))
         uris = [uri for uri in (training_set.real_uri, training_set.teacher_uri) if uri is not None]
-        self._latents = [Table.at(uri).open() for uri in uris]
-        listed = self._examples.to_table(columns=["id", "prompt", "number", "is_held_out", "references"])
+        self._latents = [_Latents(Table.at(uri).open()) for uri in uris]
+        listed = examples.to_table(columns=["id", "prompt", "number", "is_held_out", "references"])
         ids: list[str] = listed["id"].to_pylist()
         self.prompts: list[str] = listed["prompt"].to_pylist()
         self._place = self._places(ids)
@@ -99,7 +123,7 @@ class RagData:
         chosen = self.choose(examples, references, rng)
         present = torch.from_numpy(chosen >= 0)
         h, embeds = self._read_index(chosen)
-        own = from_column(*self._take(self._examples, examples, "embed"))
+        own = self._prompt_embeds.read(examples)
         similarities = torch.from_numpy(np.einsum("bkd,bd->bk", embeds, own))
         latents, text = self._read_latents(examples)
         noise = rng.standard_normal(latents.shape, np.float32)
@@ -110,6 +134,14 @@ class RagData:
             h_references=torch.from_numpy(h.astype(np.float32)),
             similarities=torch.where(present, similarities, -1.0),
         )
+
+    def check(self) -> None:
+        """Make sure that nothing was taken down that is learnt from: what is in memory does not tell.
+
+        Raises:
+            UserError: if a takedown deleted the index's version.
+        """
+        self._index.check_version()
 
     def images(self) -> list[bytes]:
         """Return the encoded pictures of all rows of the index."""
@@ -131,40 +163,27 @@ class RagData:
 
     def _read_index(self, rows: Ints) -> tuple[Features, Embeds]:
         """Return the features (B, K, C, H, W) and embeddings (B, K, D) of rows (B, K), zero where there is none."""
-        h = np.zeros((*rows.shape, *self._features.shape), np.float16)
-        embeds = np.zeros((*rows.shape, self._index.encoder.dim), np.float32)
         wanted = np.unique(rows[rows >= 0])
-        if len(wanted):
-            taken = self._index.take(wanted, [self._features.column, "text_embed"])
-            features = [each for each in to_features(taken[self._features.column], self._features) if each is not None]
-            place = np.searchsorted(wanted, rows[rows >= 0])
-            h[rows >= 0] = np.stack(features)[place]
-            embeds[rows >= 0] = to_numpy(taken["text_embed"])[place]
-        return h, embeds
+        place = np.searchsorted(wanted, rows[rows >= 0])
+        found: list[Arrays] = []
+        for column in (self._features, self._embeds):
+            values = column.read(wanted)
+            filled = np.zeros((*rows.shape, *values.shape[1:]), values.dtype)
+            filled[rows >= 0] = values[place]
+            found.append(filled)
+        return found[0], found[1]
 
     def _read_latents(self, examples: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-        columns = {}
-        for name in ("latents", "text"):
-            parts, order = [], []
-            for number, table in enumerate(self._latents):
-                mine = np.flatnonzero(self._place[examples, 0] == number)
-                if len(mine):
-                    parts.append(from_column(*self._take(table, self._place[examples[mine], 1], name)))
-                    order.append(mine)
-            values = np.concatenate(parts)
-            columns[name] = torch.from_numpy(values[np.argsort(np.concatenate(order))].astype(np.float32))
-        return columns["latents"], columns["text"]
-
-    def _take(self, table: "LanceDataset", rows: Ints, column: str) -> tuple[pa.ChunkedArray, pa.Field]:
-        return table.take(rows, columns=[column])[column], table.schema.field(column)
+        tables, rows = self._place[examples].T
+        parts = [(table, tables == number) for number, table in enumerate(self._latents) if (tables == number).any()]
+        order = np.argsort(np.concatenate([np.flatnonzero(mine) for _, mine in parts]))
+        read = [table.read(rows[mine]) for table, mine in parts]
+        latents, text = (np.concatenate(each)[order].astype(np.float32) for each in zip(*read, strict=True))
+        return torch.from_numpy(latents), torch.from_numpy(text)
 
     def _places(self, ids: list[str]) -> Ints:
         """Return for each example its latents' table and its row there (N, 2)."""
-        places = {
-            id: (number, row)
-            for number, table in enumerate(self._latents)
-            for row, id in enumerate(table.to_table(columns=["id"])["id"].to_pylist())
-        }
+        places = {id: (number, row) for number, table in enumerate(self._latents) for row, id in enumerate(table.ids)}
         lacking = [id for id in ids if id not in places]
         if lacking:
             raise UserError(f"the training set lacks {len(lacking)} latents, which were deleted: make it again")
@@ -176,6 +195,19 @@ class RagData:
         most = max(map(len, found))
         self._own = np.array([row_of.get(id, -1) for id in ids], np.int64)
         self._references = np.array([[row_of[id] for id in own] + [-1] * (most - len(own)) for own in found], np.int64)
+
+
+class _Latents:
+    """A table of examples' latents and text features."""
+
+    def __init__(self, dataset: LanceDataset) -> None:
+        self.ids: list[str] = dataset.to_table(columns=["id"])["id"].to_pylist()
+        self._columns = [Column(dataset, name, shape_of(dataset.schema.field(name))) for name in ("latents", "text")]
+
+    def read(self, rows: Ints) -> tuple[Arrays, Arrays]:
+        """Return the latents (N, C, H, W) and text features (N, L, D) of rows (N,)."""
+        latents, text = (column.read(rows) for column in self._columns)
+        return latents, text
 
 
 def micro_batches(data: RagData, config: FinetuneConfig, step: int) -> list[Ints]:

@@ -94,6 +94,7 @@ def _train_steps(task: Task, board: Any) -> None:
                 rows_per_s = f"{values['samples_per_s']:.0f} rows/s"
                 board.put.remote(done, f"{_losses(values)}, {rows_per_s}, {_minutes(left_s)} left")
             if is_checkpoint:
+                data.check()
                 _report(training, data, tracker)
 
 

@@ -25,7 +25,7 @@ DIM = 384
 NUM_QUERIES = 100
 NUM_CLUSTERS = 1000
 REPETITIONS = 3
-NUM_ROWS: dict[Scale, tuple[int, ...]] = {"small": (1_000, 20_000), "full": (1_000, 100_000)}
+NUM_ROWS: dict[Scale, tuple[int, ...]] = {"small": (1_000, 20_000), "full": (1_000, 100_000, 1_000_000)}
 HNSW_LINKS = 32
 HNSW_EF = (16, 32, 64, 128, 256, 512, 1024)
 

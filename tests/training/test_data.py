@@ -8,6 +8,8 @@ from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.base import BaseModel, load_base
 from imagerag.hspace.features import encode_latents, encode_references, open_images
+from imagerag.retrieval.takedown import remove
+from imagerag.training import data as data_module
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
 from imagerag.training.data import Loader, RagBatch, RagData, micro_batches
 from tests.generation.with_index import CAPTIONS, drawing
@@ -134,6 +136,25 @@ def test_batches_depend_on_nothing_but_their_number(data: RagData) -> None:
         share = read(rank=rank, num_workers=2)
         assert all(len(own) == 1 and equal(own[0], step[rank]) for own, step in zip(share, whole, strict=True))
     assert not equal(whole[0][0], whole[1][0])
+
+
+@pytest.mark.parametrize("choice", [OWN, ReferenceChoice(number=3, none=1.0, random=0.0)])
+def test_what_does_not_fit_in_memory_is_read_from_files(
+    data: RagData, world: World, training_set: TrainingSet, choice: ReferenceChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "_KEPT_BYTES", 0)
+    from_files = RagData(training_set, world.identity)
+    rows = np.concatenate([data.learnt, data.held_out])[::-1]
+    assert equal(from_files.read(rows, choice, rng()), data.read(rows, choice, rng()))
+
+
+def test_a_set_of_which_something_was_taken_down_is_not_learnt_from_any_more(own_world: World) -> None:
+    made = own_world.synthesize()
+    data = RagData(made, own_world.identity)
+    data.check()
+    remove(own_world.store, ids=[own_world.store.ids()[0].as_py()])
+    with pytest.raises(UserError, match=f"version {made.index_version} of table 'images' .* is gone"):
+        data.check()
 
 
 def test_a_set_whose_latents_are_gone_is_refused(own_world: World) -> None:

@@ -9,7 +9,7 @@ import torch
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.table import from_column
+from imagerag.table import from_column, shape_of
 from imagerag.training.config import SynthesizeConfig
 from imagerag.training.synthesize import synthesize
 from tests.generation.folders import write_sd
@@ -86,7 +86,7 @@ def test_a_teachers_latent_is_its_picture_of_the_prompt(world: World, training_s
     assert len({each["prompt"] for each in listed} & set(HELD_OUT)) == 0
     for row in listed[:2]:
         place = rows["id"].to_pylist().index(row["id"])
-        own = from_column(rows["latents"], examples.teacher_table.schema.field("latents"))[place]
+        own = from_column(rows["latents"], shape_of(examples.teacher_table.schema.field("latents")))[place]
         expected = pipeline(
             row["prompt"], num_inference_steps=2, guidance_scale=7.5, output_type="latent",
             generator=torch.Generator().manual_seed(row["number"]),
