@@ -33,7 +33,7 @@ from imagerag.training.worker import SCORE, STATE, Board, Task, train
 from imagerag.workers import StalledError, plan_workers
 
 EXPERIMENT = "finetune"
-_POLL_S = 0.5
+_POLL_S = 1.0
 _VERSION = 3
 """Of what a step does: another one is another training."""
 

@@ -27,6 +27,7 @@ STATE = "state.pt"
 SCORE = "score"
 _GRID = "validation.png"
 _LOG_EVERY = 10
+_SAY_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _train_steps(task: Task, board: Any) -> None:
     _resume(training, ray.train.get_checkpoint())
     data = RagData(task.training_set, features)
     loader = Loader(data, task.config, device, rank=rank, num_workers=num_workers)
-    started, first = time.monotonic(), training.done
+    started, first, said = time.monotonic(), training.done, 0.0
     with MlflowTracker(task.tracking_uri, task.run_id) if rank == 0 else nullcontext() as tracker:
         for loads in loader.steps(first):
             values = training.step(loads)
@@ -90,9 +91,12 @@ def _train_steps(task: Task, board: Any) -> None:
                 values["samples_per_s"] = task.config.batch_size / values["step_s"]
                 if done % _LOG_EVERY == 0 or is_checkpoint:
                     tracker.metrics(values | _memory(device), done)
-                left_s = (time.monotonic() - started) / (done - first) * (steps - done)
-                rows_per_s = f"{values['samples_per_s']:.0f} rows/s"
-                board.put.remote(done, f"{_losses(values)}, {rows_per_s}, {_minutes(left_s)} left")
+                now = time.monotonic()
+                if now - said >= _SAY_EVERY_S or is_checkpoint:
+                    said = now
+                    left_s = (now - started) / (done - first) * (steps - done)
+                    rows_per_s = f"{values['samples_per_s']:.0f} rows/s"
+                    board.put.remote(done, f"{_losses(values)}, {rows_per_s}, {_minutes(left_s)} left")
             if is_checkpoint:
                 data.check()
                 _report(training, data, tracker)

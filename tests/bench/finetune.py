@@ -32,7 +32,7 @@ BAR = 0.95
 BAR_DATA = 0.05
 NAME = "bench"
 NUM_ROWS: dict[Scale, int] = {"small": 400, "full": 1_000}
-STEPS: dict[Scale, int] = {"small": 12, "full": 40}
+STEPS: dict[Scale, int] = {"small": 12, "full": 100}
 WARM_UP = 4
 """Steps that are not timed."""
 REPETITIONS: dict[Scale, int] = {"small": 1, "full": 2}
@@ -104,26 +104,18 @@ def _make_set(folder: Path, num_rows: int) -> dict[str, object]:
 
 
 def _time_job(folder: Path, training_set: TrainingSet, config: FinetuneConfig) -> tuple[float, float]:
-    """Seconds of a step, from one report to another, and what of them it waited for data."""
-    reports: list[tuple[int, float]] = []
-
-    def report(done: int, total: int, note: str = "") -> None:
-        if WARM_UP <= done < total:  # the last one comes after validation and checkpoint
-            reports.append((done, time.perf_counter()))
-
-    settings = Settings(home=folder)
-    made = finetune(training_set, config, TrainWorkersConfig(num_workers=1), settings, report)
-    (first, started), (last, ended) = reports[0], reports[-1]
-    return (ended - started) / (last - first), _mean_data_s(settings, made.run_id)
-
-
-def _mean_data_s(settings: Settings, run_id: str) -> float:
+    """Seconds of a step, from one report of the worker to another, and what of them it waited for data."""
     from mlflow import MlflowClient
 
     from imagerag.training.tracking import tracking_uri
 
-    history = MlflowClient(tracking_uri(settings)).get_metric_history(run_id, "data_s")
-    return float(np.mean([metric.value for metric in history]))
+    settings = Settings(home=folder)
+    made = finetune(training_set, config, TrainWorkersConfig(num_workers=1), settings)
+    client = MlflowClient(tracking_uri(settings))
+    reports = [each for each in client.get_metric_history(made.run_id, "data_s") if each.step >= WARM_UP]
+    first, last = reports[0], reports[-1]
+    step_s = (last.timestamp - first.timestamp) / 1000 / (last.step - first.step)
+    return step_s, float(np.mean([each.value for each in reports]))
 
 
 def _time_loop(training_set: TrainingSet, config: FinetuneConfig) -> float:
