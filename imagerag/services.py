@@ -76,6 +76,8 @@ def prefect_environment(home: Path, api_url: str | None = None) -> dict[str, str
         "DO_NOT_TRACK": "1",
         # In memory, which is the default, a restart of the server forgets who holds a slot, and it is never free again.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # Without heartbeats nobody learns that a flow run's process was killed.
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # Server start-up takes longer than Prefect's 20 s on a small, busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(_START_TIMEOUT_S)),
     }
@@ -121,18 +123,15 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
     Raises:
         UserError: if `project` has no `infra/prefect.yaml`.
     """
-    home, deployments = settings.home, project / "infra" / "prefect.yaml"
-    if not deployments.is_file():
-        raise UserError(f"the deployments are described in {deployments}, which does not exist; run from a checkout")
+    home = settings.home
+    deployments_file(project)
     with _changing(home):
         mlflow = None if settings.mlflow_tracking_uri else _answering(home, MLFLOW) or _start_mlflow(settings)
         server = None if settings.prefect_api_url else _answering(home, PREFECT) or _start_server(home, stay=True)
         api_url = settings.prefect_api_url if server is None else f"{server.url}/api"
         assert api_url is not None
         environment = prefect_environment(home, api_url) | {"IMAGERAG_HOME": str(home), _PROJECT: str(project)}
-        pool = ("work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
-        _prefect(pool, environment, project)
-        _prefect(("deploy", "--all", "--prefect-file", str(deployments)), environment, project)
+        _deploy(environment)
         worker = find(home, WORKER)
         if worker is None:
             command = ("prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
@@ -140,6 +139,18 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
         if mlflow is not None:
             _await_healthy(mlflow, home)
         return tuple(each for each in (server, worker, mlflow) if each is not None)
+
+
+def deployments_file(project: Path) -> Path:
+    """Return where a project describes its deployments.
+
+    Raises:
+        UserError: if it does not.
+    """
+    path = project / "infra" / "prefect.yaml"
+    if not path.is_file():
+        raise UserError(f"the deployments are described in {path}, which does not exist; run from a checkout")
+    return path
 
 
 def down(home: Path) -> list[Service]:
@@ -292,16 +303,12 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
         return
 
 
-def _prefect(command: tuple[str, ...], environment: Mapping[str, str], cwd: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", *command],
-        env=os.environ | environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
+def _deploy(environment: Mapping[str, str]) -> None:
+    """Run `imagerag deploy` in a process of its own: Prefect reads its settings when it is first imported."""
+    command = [sys.executable, "-m", "imagerag.cli", "deploy"]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(f"`prefect {' '.join(command)}` failed:\n{result.stdout}{result.stderr}")
+        raise RuntimeError(f"`imagerag deploy` failed:\n{result.stdout}{result.stderr}")
 
 
 def _record(home: Path, name: str) -> Path:

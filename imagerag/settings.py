@@ -1,5 +1,6 @@
 """Where things live and which engines to use, read once from the environment."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from imagerag.errors import UserError
 
@@ -51,6 +52,18 @@ def _server(url: str) -> str:
     return url.rstrip("/")
 
 
+def _json_object(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"must be a JSON object, got {text!r}")
+    return value
+
+
 StorageUri = Annotated[str, AfterValidator(_storage)]
 ServerUrl = Annotated[str, AfterValidator(_server)]
 
@@ -83,6 +96,10 @@ class Settings(BaseSettings):
     """An MLflow server; unset keeps everything in a database under the home."""
     prefect_api_url: ServerUrl | None = None
     """A Prefect server; unset uses the one that `imagerag up` started, else one for the duration of the run."""
+
+    nightly: Annotated[dict[str, Any] | None, NoDecode, BeforeValidator(_json_object)] = None
+    """Parameters of the flow `reindex`, as JSON, for its schedule of every night: `{"url_list": "s3://...", "name":
+    "catalogue"}`. `imagerag up` and `deploy` switch the schedule on with them; unset leaves it to Prefect's UI."""
 
     def __init__(self, **values: Any) -> None:
         for name, _, nearest in unknown_variables():

@@ -56,6 +56,7 @@ def test_the_environment_wins_over_the_file_and_what_is_empty_is_unset(
         ("SHARDS_URI", "ftp://host/shards", "must be a folder or s3://bucket/folder, got 'ftp://host/shards'"),
         ("INDEX_URI", "s3:///index", "must be a folder or s3://bucket/folder"),
         ("TRAINING_URI", "s3://key:sesame@bucket/training", "must not hold credentials"),
+        ("NIGHTLY", '["list.csv"]', "must be a JSON object, got "),
         ("RAY_ADDRESS", "head", "must be auto or host:port, got 'head'"),
         ("RAY_ADDRESS", "ray://me:sesame@head:10001", "must be auto or host:port"),
         ("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db", "must be a server's http:// or https:// URL"),

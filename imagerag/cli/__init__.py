@@ -13,6 +13,7 @@ from imagerag.cli import (
     compare,
     corpus,
     demo,
+    deploy,
     doctor,
     evaluate,
     features,
@@ -58,6 +59,7 @@ app.add_typer(tiny.app, name="tiny")
 app.add_typer(index.app, name="index")
 app.add_typer(sample.app, name="sample")
 app.command()(submit.submit)
+app.command()(deploy.deploy)
 app.command()(services.up)
 app.command()(services.down)
 app.command()(settings.settings)

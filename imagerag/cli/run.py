@@ -44,7 +44,7 @@ def run_flow(
     settings.home.mkdir(parents=True, exist_ok=True)
     os.environ.update(prefect_environment(settings.home))
     run, model = _load(flow)
-    parameters = _validated(model, _merge(_merge(defaults, _read_parameters(parameters_file)), options))
+    parameters = validated(model, _merge(_merge(defaults, _read_parameters(parameters_file)), options))
     with prefect_session(settings):
         return run(parameters)
 
@@ -96,7 +96,12 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _validated(model: Any, values: Mapping[str, Any]) -> Any:
+def validated(model: Any, values: Mapping[str, Any]) -> Any:
+    """Return the parameters of a flow.
+
+    Raises:
+        UserError: if one breaks its rule.
+    """
     from pydantic import ValidationError
 
     try:

@@ -9,10 +9,12 @@ def up() -> None:
     """Start Prefect's and MLflow's servers and a worker for this home, and deploy all flows."""
     import flows
     from imagerag import services
+    from imagerag.cli.deploy import nightly_parameters
     from imagerag.settings import Settings
 
     assert flows.__file__ is not None
     settings = Settings()
+    nightly_parameters(settings)
     typer.echo(f"Starting Prefect and MLflow for {settings.home} (about half a minute the first time).")
     started = {each.name: each for each in services.up(settings, project=Path(flows.__file__).parent.parent)}
     mlflow = started.get(services.MLFLOW)

@@ -1,5 +1,6 @@
 """`imagerag settings`: each value, and where it comes from."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -30,8 +31,6 @@ def settings(
 
     shown = [*_own(), *_of_engines()]
     if as_json:
-        import json
-
         typer.echo(json.dumps([asdict(each) for each in shown], indent=1))
     else:
         from rich.console import Console
@@ -60,7 +59,8 @@ def _own() -> Iterator[Setting]:
     found = sources()
     for name, value in Settings():
         source = found.get(name, _DEFAULT)
-        yield Setting(variable=variable_of(name), value=None if value is None else masked(str(value)), source=source)
+        text = json.dumps(value) if isinstance(value, dict) else None if value is None else str(value)
+        yield Setting(variable=variable_of(name), value=None if text is None else masked(text), source=source)
 
 
 def _of_engines() -> Iterator[Setting]:

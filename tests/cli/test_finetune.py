@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from imagerag.cli import app
 from imagerag.cli.finetune import RecipeOption, _recipe
-from imagerag.cli.run import _load, _merge, _validated
+from imagerag.cli.run import _load, _merge, validated
 from imagerag.errors import UserError
 from imagerag.training import config
 
@@ -47,7 +47,7 @@ def test_what_breaks_a_rule_is_refused(tmp_path: Path, arguments: list[str], par
 def test_the_papers_recipe_has_the_papers_figures() -> None:
     model = _load("finetune")[1]
     recipe = _recipe(RecipeOption.SD_TURBO, f"stabilityai/sd-turbo@{COMMIT}", f"stabilityai/sd-2-1@{COMMIT}")
-    parameters = _validated(model, _merge(recipe, {"name": "catalogue", "training": {"seed": 3}}))
+    parameters = validated(model, _merge(recipe, {"name": "catalogue", "training": {"seed": 3}}))
     training, data = parameters.training, parameters.data
     assert (training.learning_rate, training.batch_size, training.steps, training.seed) == (1e-5, 2_048, 20_000, 3)
     assert (training.losses.distillation, training.losses.perceptual) == (2.5, 1.0)

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -56,6 +57,89 @@ def test_up_deploys_every_flow_on_loopback_and_down_ends_everything(tmp_path: Pa
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
     assert services.find(tmp_path, "prefect-server") is None
     assert services.down(tmp_path) == []
+
+
+def _api(url: str, method: str, path: str, body: object = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+        f"{url}/api{path}", data=data, method=method, headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as response:
+        text = response.read()
+    return json.loads(text) if text else None
+
+
+def _deployed(url: str) -> tuple[dict[str, Any], list[Any], dict[str, bool]]:
+    """Deployments by name, the schedules of `reindex`, and which automations are on."""
+    deployments = {each["name"]: each for each in _api(url, "POST", "/deployments/filter", {})}
+    schedules = [
+        (each["slug"], each["schedule"], each["active"], each["parameters"])
+        for each in deployments["reindex"]["schedules"]
+    ]
+    automations = {each["name"]: each["enabled"] for each in _api(url, "POST", "/automations/filter", {})}
+    return deployments, sorted(schedules, key=str), automations
+
+
+@pytest.mark.engines
+def test_deploying_again_keeps_what_people_set_in_the_ui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    weekly = {"cron": "0 5 * * 1", "timezone": "UTC"}
+
+    def deploy(**variables: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "imagerag.cli", "deploy"], capture_output=True, text=True, check=True, cwd=tmp_path,
+            env=os.environ | {"IMAGERAG_HOME": str(home), "IMAGERAG_PREFECT_API_URL": f"{url}/api"} | variables,
+        )  # fmt: skip
+        return done.stdout
+
+    monkeypatch.setenv("IMAGERAG_HOME", str(home))
+    with services.prefect_server(Settings()) as api_url:
+        url = api_url.removesuffix("/api")
+        first = deploy()
+        assert {line.split(": ")[1] for line in first.splitlines()} == {"deployed"}
+        deployments, (nightly,), automations = _deployed(url)
+        assert (nightly[0], nightly[1]["cron"], nightly[2]) == ("nightly", "0 3 * * *", False), "it is there, and off"
+        assert set(automations.values()) == {True}
+
+        reindex = deployments["reindex"]["id"]
+        _api(url, "POST", f"/deployments/{reindex}/schedules", [{"schedule": weekly, "active": True}])
+        off = next(iter(automations))
+        of = next(each["id"] for each in _api(url, "POST", "/automations/filter", {}) if each["name"] == off)
+        _api(url, "PATCH", f"/automations/{of}", {"enabled": False})
+        pool = {"concurrency_limit": 3}
+        _api(url, "PATCH", "/work_pools/imagerag", pool)
+        _, schedules, _ = _deployed(url)
+        assert len(schedules) == 2
+
+        assert {line.split(": ")[1] for line in deploy().splitlines()} == {"unchanged"}
+        for name in ("reindex", "features", "evaluate"):  # as if another release had deployed them
+            _api(url, "PATCH", f"/deployments/{deployments[name]['id']}", {"version": "another"})
+        again = deploy()
+        assert again.count("deployed") == 3
+        assert _deployed(url)[1:] == (schedules, automations | {off: False})
+        assert _api(url, "GET", "/work_pools/imagerag")["concurrency_limit"] == 3
+
+        parameters = {"url_list": "s3://lists/catalogue.parquet", "name": "catalogue"}
+        deploy(IMAGERAG_NIGHTLY=json.dumps(parameters))
+        _, after, _ = _deployed(url)
+        own = next(each for each in after if each[0] == "nightly")
+        assert own[2:] == (True, {"parameters": parameters})
+        assert [each for each in after if each[0] is None] == [each for each in schedules if each[0] is None]
+
+
+def test_a_nightly_list_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for value, message in (
+        ('{"url": "images.csv"}', "IMAGERAG_NIGHTLY has to hold parameters of the flow `reindex`: url_list: Field req"),
+        ("images.csv", "IMAGERAG_NIGHTLY must be a JSON object, got 'images.csv'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "imagerag.cli", "up"], capture_output=True, text=True, cwd=tmp_path,
+            env=os.environ | {"IMAGERAG_HOME": str(tmp_path / "home"), "IMAGERAG_NIGHTLY": value},
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "home" / "services").exists()
 
 
 @pytest.mark.engines

@@ -1,0 +1,156 @@
+"""`imagerag deploy`: every flow's deployment on a Prefect server, without undoing what people changed there."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+    from imagerag.settings import Settings
+
+_DIGITS = 12
+
+
+def deploy() -> None:
+    """Apply infra/prefect.yaml to the Prefect server; schedules and switches that people set in its UI stay."""
+    import asyncio
+
+    import flows
+    from imagerag.services import PREFECT, deployments_file, find, prefect_environment
+    from imagerag.settings import Settings
+
+    settings = Settings()
+    api_url = settings.prefect_api_url
+    if api_url is None:
+        server = find(settings.home, PREFECT)
+        if server is None:
+            raise UserError(f"no Prefect server runs for {settings.home}: `imagerag up` starts one")
+        api_url = f"{server.url}/api"
+    assert flows.__file__ is not None
+    project = Path(flows.__file__).parent.parent
+    path = deployments_file(project)
+    # Prefect reads its settings when it is first imported.
+    os.environ.update(prefect_environment(settings.home, api_url) | {"IMAGERAG_PROJECT": str(project)})
+    is_cluster = settings.prefect_api_url is not None
+    asyncio.run(_deploy(path, project, nightly_parameters(settings), is_cluster=is_cluster))
+
+
+def nightly_parameters(settings: "Settings") -> dict[str, Any] | None:
+    """Return what the nightly re-indexing is started with, if the settings say.
+
+    Raises:
+        UserError: if these are no parameters of `reindex`.
+    """
+    if settings.nightly is None:
+        return None
+    from imagerag.services import prefect_environment
+
+    # As above; and it makes no folder above its home.
+    settings.home.mkdir(parents=True, exist_ok=True)
+    os.environ.update(prefect_environment(settings.home))
+    from flows.ingest import CorpusParameters
+    from imagerag.cli.run import validated
+
+    try:
+        validated(CorpusParameters, settings.nightly)
+    except UserError as error:
+        raise UserError(f"IMAGERAG_NIGHTLY has to hold parameters of the flow `reindex`: {error}") from error
+    return settings.nightly
+
+
+async def _deploy(path: Path, project: Path, nightly: dict[str, Any] | None, *, is_cluster: bool) -> None:
+    import yaml
+    from prefect.client.orchestration import get_client
+    from prefect.events.schemas.automations import AutomationCore
+
+    file = yaml.safe_load(path.read_text())
+    automations = file.pop("automations")
+    async with get_client() as client:
+        await _make_pool(client)
+        versions = {each.name: each.version for each in await client.read_deployments()}
+        enabled = {each.name: each.enabled for each in await client.read_automations()}
+        for automation in automations:
+            if automation["name"] not in enabled:
+                await client.create_automation(AutomationCore.model_validate(automation | {"enabled": is_cluster}))
+        changed = []
+        for definition in file["deployments"]:
+            name, version = definition["name"], _version(definition, file["pull"], project)
+            if versions.get(name) == version:
+                typer.echo(f"{name}: unchanged")
+                continue
+            triggers = [each | {"enabled": enabled.get(each["name"], True)} for each in definition.get("triggers", [])]
+            # Prefect would put the file's schedules in the place of those that were made in its UI.
+            schedules = [] if name in versions else definition.get("schedules", [])
+            changed.append(definition | {"version": version, "triggers": triggers, "schedules": schedules})
+        if changed:
+            _apply(file | {"deployments": changed}, project)
+        if nightly is not None:
+            await _schedule_nightly(client, file["deployments"], nightly)
+
+
+async def _make_pool(client: "PrefectClient") -> None:
+    from prefect.exceptions import ObjectNotFound
+
+    from imagerag.services import WORK_POOL
+
+    try:
+        await client.read_work_pool(WORK_POOL)
+    except ObjectNotFound:
+        _prefect("work-pool", "create", WORK_POOL, "--type", "process")
+
+
+def _version(definition: dict[str, Any], pull: list[dict[str, Any]], project: Path) -> str:
+    """Return a digest of all that a deployment is made from, the form for its parameters included."""
+    from prefect.flows import load_flow_from_entrypoint
+    from prefect.utilities.callables import parameter_schema
+
+    flow: Any = load_flow_from_entrypoint(str(project / definition["entrypoint"]))
+    made_from = [definition, pull, str(project), parameter_schema(flow).model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+
+
+def _apply(file: dict[str, Any], project: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prefect.yaml"
+        path.write_text(json.dumps(file))  # which is YAML, too
+        _prefect("deploy", "--all", "--prefect-file", str(path), cwd=project)
+    for definition in file["deployments"]:
+        typer.echo(f"{definition['name']}: deployed")
+
+
+async def _schedule_nightly(
+    client: "PrefectClient", definitions: list[dict[str, Any]], nightly: dict[str, Any]
+) -> None:
+    """Have the schedule of `reindex` run with these parameters."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+
+    (described,) = next(each for each in definitions if each["name"] == "reindex")["schedules"]
+    reindex = await client.read_deployment_by_name("reindex/reindex")
+    own = next((each for each in reindex.schedules if each.slug == described["slug"]), None)
+    parameters = {"parameters": nightly}
+    if own is not None:
+        await client.update_deployment_schedule(reindex.id, own.id, active=True, parameters=parameters)
+    else:
+        schedule = CronSchedule(cron=described["cron"], timezone=described["timezone"])
+        made = DeploymentScheduleCreate(schedule=schedule, active=True, parameters=parameters, slug=described["slug"])
+        await client.create_deployment_schedules(reindex.id, [made])
+    typer.echo(f"reindex: follows {nightly['url_list']} by {described['cron']!r}, {described['timezone']}")
+
+
+def _prefect(*command: str, cwd: Path | None = None) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", *command], cwd=cwd, capture_output=True, text=True
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"`prefect {' '.join(command)}` failed:\n{result.stdout}{result.stderr}")
