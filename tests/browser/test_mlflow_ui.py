@@ -1,4 +1,4 @@
-"""MLflow's UI over a registry: runs are compared, the model is opened, and its card can be read."""
+"""MLflow's UI over a registry: runs are compared, the model is opened, and its card and pictures can be seen."""
 
 import re
 from collections.abc import Iterator
@@ -26,6 +26,18 @@ def url(champion: Home) -> Iterator[str]:
         services.down(home)
 
 
+@pytest.fixture
+def page(page: Page) -> Page:
+    """A page of someone who trains models and has closed the chat."""
+    kept = {
+        "mlflow.workflowType_v1": '"machine_learning"',
+        "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+        "mlflow.assistant.panelOpen_v1": "false",
+    }
+    page.add_init_script("".join(f"localStorage.setItem({key!r}, {value!r});" for key, value in kept.items()))
+    return page
+
+
 def test_runs_are_compared_and_the_model_is_read(page: Page, url: str, champion: Home) -> None:
     (experiment,) = champion.client.search_experiments(filter_string="name = 'finetune'")
     page.goto(f"{url}/#/experiments/{experiment.experiment_id}/runs")
@@ -41,3 +53,10 @@ def test_runs_are_compared_and_the_model_is_read(page: Page, url: str, champion:
     page.goto(f"{url}/#/models/imagerag-turbo/versions/1")
     expect(page.get_by_text("One-step text-to-image generation that is shown the nearest rows").first).to_be_visible()
     shoot(page, "model")
+
+    version = champion.client.get_model_version("imagerag-turbo", "1")
+    page.goto(f"{url}/#/experiments/{experiment.experiment_id}/runs/{version.run_id}/artifacts")
+    for name in ("models", version.source.rsplit("/", 1)[1], "grid.png"):
+        page.get_by_text(name, exact=True).first.click()
+    expect(page.locator("img[src^='blob:']").first).to_be_visible()
+    shoot(page, "grid")
