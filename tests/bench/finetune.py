@@ -36,6 +36,8 @@ STEPS: dict[Scale, int] = {"small": 12, "full": 100}
 WARM_UP = 4
 """Steps that are not timed."""
 REPETITIONS: dict[Scale, int] = {"small": 1, "full": 2}
+IDLE_ACTORS = 8
+"""About as many processes as Ray Train has beside the worker."""
 _CPU = torch.device("cpu")
 
 
@@ -56,7 +58,10 @@ def run(scale: Scale, folder: Path) -> list[Row]:
     def loop() -> float:
         return in_fresh_process(_time_loop, training_set, config)[0]
 
-    jobs, loops = alternate(REPETITIONS[scale], ours, loop)
+    def loop_beside_ray() -> float:
+        return in_fresh_process(_time_loop_beside_ray, settings.home, training_set, config)[0]
+
+    jobs, loops, loops_beside_ray = alternate(REPETITIONS[scale], ours, loop, loop_beside_ray)
     rate = config.batch_size / median([step_s for step_s, _ in jobs])
     (kept, kept_by_all), _ = in_fresh_process(_kept, training_set, config)
     return [
@@ -67,6 +72,13 @@ def run(scale: Scale, folder: Path) -> list[Row]:
             peer=config.batch_size / median(loops),
             peer_name="the same steps in a loop, batches in memory",
             at_least=BAR,
+        ),
+        Row(
+            what="the same",
+            unit="rows/s",
+            ours=rate,
+            peer=config.batch_size / median(loops_beside_ray),
+            peer_name=f"the loop on a machine with an idle Ray of {IDLE_ACTORS} actors",
         ),
         Row(
             what="time that a step waits for its data",
@@ -127,6 +139,22 @@ def _time_loop(training_set: TrainingSet, config: FinetuneConfig) -> float:
             started = time.perf_counter()
         training.step(loads)
     return (time.perf_counter() - started) / (len(batches) - WARM_UP)
+
+
+def _time_loop_beside_ray(folder: Path, training_set: TrainingSet, config: FinetuneConfig) -> float:
+    """Seconds of a step while Ray's processes wake up for nothing, on the cores that the step computes with."""
+    import ray
+
+    from imagerag.compute import start_ray
+
+    class Idle:
+        def ready(self) -> None:
+            pass
+
+    start_ray(Settings(home=folder))
+    actors = [ray.remote(num_cpus=0)(Idle).remote() for _ in range(IDLE_ACTORS)]
+    ray.get([actor.ready.remote() for actor in actors])
+    return _time_loop(training_set, config)
 
 
 def _prepare(training_set: TrainingSet, config: FinetuneConfig) -> tuple[Finetuning, list[list[partial[Loaded]]]]:
