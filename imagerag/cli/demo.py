@@ -144,11 +144,9 @@ def _grow(settings: "Settings", limit: int | None) -> None:
 
 
 def _compare(settings: "Settings", model: Path) -> "Growth":
-    from diffusers.utils import logging as logging_of_diffusers
-    from transformers.utils import logging
+    from imagerag.cli.quiet import quiet_models
 
-    for each in (logging, logging_of_diffusers):
-        each.disable_progress_bar()  # they count the tensors of a file
+    quiet_models()
     from imagerag.corpus.sample.server import later_concepts
     from imagerag.evaluation.growth import measure_growth
     from imagerag.generation.pipeline import ImageRAGTurboPipeline

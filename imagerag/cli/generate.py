@@ -98,9 +98,9 @@ def open_pipeline(base: str, adapter: str | None) -> "ImageRAGTurboPipeline":
     from imagerag.generation.spec import check_spec
 
     check_spec(base)
-    from transformers.utils import logging
+    from imagerag.cli.quiet import quiet_models
 
-    logging.disable_progress_bar()  # it counts the tensors of a file
+    quiet_models()
     from imagerag.files import local_copy
     from imagerag.generation.base import load_base
     from imagerag.generation.finetuned import load_finetuned

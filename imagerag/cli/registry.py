@@ -71,9 +71,11 @@ def pull(
     """Write a registered model as a diffusers folder, for `ImageRAGTurboPipeline.from_pretrained`."""
     if alias is not None and version is not None:
         raise UserError("a version is named by --alias or by --version, not by both")
+    from imagerag.cli.quiet import quiet_models
     from imagerag.registry.versions import pull as pull_version
     from imagerag.settings import Settings
 
+    quiet_models()
     info = pull_version(Settings(), alias or str(version or "champion"), out)
     index = "with its index" if info.portable else f"for the index {info.pinned('index_name')!r}"
     typer.echo(f"version {info.version} is in {out}, {index} at version {info.pinned('index_version')}")
