@@ -85,7 +85,9 @@ async def _deploy(path: Path, project: Path, nightly: dict[str, Any] | None, *, 
         changed = []
         for definition in file["deployments"]:
             name, version = definition["name"], _version(definition, file["pull"], project)
-            if versions.get(name) == version:
+            # A deployment is there before its automations are, and what made it may have been killed in between.
+            has_automations = all(each["name"] in enabled for each in definition.get("triggers", []))
+            if versions.get(name) == version and has_automations:
                 typer.echo(f"{name}: unchanged")
                 continue
             triggers = [each | {"enabled": enabled.get(each["name"], True)} for each in definition.get("triggers", [])]

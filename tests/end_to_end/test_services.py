@@ -103,7 +103,7 @@ def test_deploying_again_keeps_what_people_set_in_the_ui(tmp_path: Path, monkeyp
 
         reindex = deployments["reindex"]["id"]
         _api(url, "POST", f"/deployments/{reindex}/schedules", [{"schedule": weekly, "active": True}])
-        off = next(iter(automations))
+        off = "The champion is evaluated on a published index"
         of = next(each["id"] for each in _api(url, "POST", "/automations/filter", {}) if each["name"] == off)
         _api(url, "PATCH", f"/automations/{of}", {"enabled": False})
         pool = {"concurrency_limit": 3}
@@ -112,6 +112,10 @@ def test_deploying_again_keeps_what_people_set_in_the_ui(tmp_path: Path, monkeyp
         assert len(schedules) == 2
 
         assert {line.split(": ")[1] for line in deploy().splitlines()} == {"unchanged"}
+        lost = "A published index gets its features"  # as if what made it had been killed before it was there
+        of = next(each["id"] for each in _api(url, "POST", "/automations/filter", {}) if each["name"] == lost)
+        _api(url, "DELETE", f"/automations/{of}")
+        assert "features: deployed" in deploy()
         for name in ("reindex", "features", "evaluate"):  # as if another release had deployed them
             _api(url, "PATCH", f"/deployments/{deployments[name]['id']}", {"version": "another"})
         again = deploy()
