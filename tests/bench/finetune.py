@@ -1,5 +1,7 @@
 """Fine-tuning `tiny` through Ray Train, beside the same steps in a bare loop that has its batches in memory."""
 
+import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,10 +37,11 @@ NUM_ROWS: dict[Scale, int] = {"small": 400, "full": 1_000}
 STEPS: dict[Scale, int] = {"small": 12, "full": 60}
 WARM_UP = 4
 """Steps that are not timed."""
-REPETITIONS: dict[Scale, int] = {"small": 1, "full": 2}
+REPETITIONS: dict[Scale, int] = {"small": 1, "full": 3}
 IDLE_ACTORS = 8
 """About as many processes as Ray Train has beside the worker."""
 _CPU = torch.device("cpu")
+_CORES = os.cpu_count() or 1
 
 
 def run(scale: Scale, folder: Path) -> list[Row]:
@@ -49,20 +52,31 @@ def run(scale: Scale, folder: Path) -> list[Row]:
     config = tiny().training.model_copy(update={"steps": STEPS[scale], "adversarial_share": 1.0, "num_validated": 8})
     config = config.model_copy(update={"checkpoint_every": STEPS[scale]})
     number = iter(range(1_000))
+    waits: list[float] = []
 
-    def ours() -> tuple[float, float]:
+    def ours(num_cores: int) -> float:
         # Another seed is another training.
         own = config.model_copy(update={"seed": next(number)})
-        return in_fresh_process(_time_job, settings.home, training_set, own)[0]
+        (step_s, data_s), _ = in_fresh_process(_time_job, settings.home, training_set, own, num_cores)
+        waits.append(data_s / step_s)
+        return step_s
 
-    def loop() -> float:
-        return in_fresh_process(_time_loop, training_set, config)[0]
+    def loop(num_cores: int) -> float:
+        return in_fresh_process(_time_loop, training_set, config, num_cores)[0]
 
     def loop_beside_ray() -> float:
-        return in_fresh_process(_time_loop_beside_ray, settings.home, training_set, config)[0]
+        return in_fresh_process(_time_loop_beside_ray, settings.home, training_set, config, _CORES)[0]
 
-    jobs, loops, loops_beside_ray = alternate(REPETITIONS[scale], ours, loop, loop_beside_ray)
-    rate = config.batch_size / median([step_s for step_s, _ in jobs])
+    one_free = max(1, _CORES - 1)
+    jobs, loops, loops_beside_ray, jobs_one_free, loops_one_free = alternate(
+        REPETITIONS[scale],
+        partial(ours, _CORES),
+        partial(loop, _CORES),
+        loop_beside_ray,
+        partial(ours, one_free),
+        partial(loop, one_free),
+    )
+    rate = config.batch_size / median(jobs)
     (kept, kept_by_all), _ = in_fresh_process(_kept, training_set, config)
     return [
         Row(
@@ -81,10 +95,18 @@ def run(scale: Scale, folder: Path) -> list[Row]:
             peer_name=f"the loop on a machine with an idle Ray of {IDLE_ACTORS} actors",
         ),
         Row(
+            what="the same, both with a thread less than there are cores",
+            unit="rows/s",
+            ours=config.batch_size / median(jobs_one_free),
+            peer=config.batch_size / median(loops_one_free),
+            peer_name="the loop, likewise",
+            at_least=BAR,
+        ),
+        Row(
             what="time that a step waits for its data",
             unit="ms",
-            ours=1000 * median([data_s for _, data_s in jobs]),
-            peer=1000 * median([step_s for step_s, _ in jobs]),
+            ours=1000 * median(waits) * median(jobs),
+            peer=1000 * median(jobs),
             peer_name="the whole step",
             at_most=BAR_DATA,
         ),
@@ -115,8 +137,9 @@ def _make_set(folder: Path, num_rows: int) -> dict[str, object]:
     return asdict(synthesize(NAME, SynthesizeConfig(held_out_share=0.1), settings))
 
 
-def _time_job(folder: Path, training_set: TrainingSet, config: FinetuneConfig) -> tuple[float, float]:
+def _time_job(folder: Path, training_set: TrainingSet, config: FinetuneConfig, num_cores: int) -> tuple[float, float]:
     """Seconds of a step, from one report of the worker to another, and what of them it waited for data."""
+    os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": num_cores})
     from mlflow import MlflowClient
 
     from imagerag.training.tracking import tracking_uri
@@ -130,8 +153,9 @@ def _time_job(folder: Path, training_set: TrainingSet, config: FinetuneConfig) -
     return step_s, float(np.mean([each.value for each in reports]))
 
 
-def _time_loop(training_set: TrainingSet, config: FinetuneConfig) -> float:
+def _time_loop(training_set: TrainingSet, config: FinetuneConfig, num_threads: int) -> float:
     """Seconds of a step."""
+    torch.set_num_threads(num_threads)
     training, batches = _prepare(training_set, config)
     started = 0.0
     for step, loads in enumerate(batches):
@@ -141,7 +165,7 @@ def _time_loop(training_set: TrainingSet, config: FinetuneConfig) -> float:
     return (time.perf_counter() - started) / (len(batches) - WARM_UP)
 
 
-def _time_loop_beside_ray(folder: Path, training_set: TrainingSet, config: FinetuneConfig) -> float:
+def _time_loop_beside_ray(folder: Path, training_set: TrainingSet, config: FinetuneConfig, num_threads: int) -> float:
     """Seconds of a step while Ray's processes wake up for nothing, on the cores that the step computes with."""
     from imagerag.compute import start_ray
 
@@ -154,7 +178,7 @@ def _time_loop_beside_ray(folder: Path, training_set: TrainingSet, config: Finet
 
     actors = [ray.remote(num_cpus=0)(Idle).remote() for _ in range(IDLE_ACTORS)]
     ray.get([actor.ready.remote() for actor in actors])
-    return _time_loop(training_set, config)
+    return _time_loop(training_set, config, num_threads)
 
 
 def _prepare(training_set: TrainingSet, config: FinetuneConfig) -> tuple[Finetuning, list[list[partial[Loaded]]]]:
