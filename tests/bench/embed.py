@@ -36,7 +36,7 @@ class Size:
     repetitions: int
 
 
-SIZES: dict[Scale, Size] = {"small": Size(128, 32, 1), "full": Size(512, 64, 1)}
+SIZES: dict[Scale, Size] = {"small": Size(128, 32, 1), "full": Size(4_096, 64, 1)}
 
 
 def run(scale: Scale, folder: Path) -> list[Row]:
