@@ -18,6 +18,7 @@ BENCHES = {
     "features": "the cached-features job, beside a bare loop over the same encoder",
     "finetune": "training steps through Ray Train, beside the same steps in a bare loop",
     "generate": "one step with references beside one without; search with features beside one without",
+    "gpu": "a fine-tuning step at SD 2.1's size on a GPU, beside bare matrix products",
     "memory": "peak memory of embedding a corpus, beside one of a quarter of its size",
     "reindex": "time after 1 % of a list changed, beside a full ingest",
     "serve": "a registered model: pull to first picture; pyfunc and HTTP beside the bare pipeline",
@@ -29,7 +30,7 @@ class Bench(Protocol):
     """A module that measures one thing."""
 
     def run(self, scale: Scale, folder: Path) -> list[Row]:
-        """Measure.
+        """Measure; nothing where the machine lacks what is measured.
 
         Args:
             scale: `full` is what the README shows, `small` takes a minute or two and shows only that the bench works.

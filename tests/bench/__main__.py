@@ -35,6 +35,9 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix=f"bench-{name}-") as folder:
             rows = load_bench(name).run(options.scale, Path(folder))
+        if not rows:
+            print(f"{name}: this machine lacks what it measures", file=sys.stderr, flush=True)
+            continue
         result = Result(bench=name, machine=machine(), date=today(), rows=tuple(rows))
         print(table.render([result]), flush=True)
         if options.scale == "full":

@@ -5,7 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.bench import gpu
 from tests.bench.harness import Result, Row, alternate
 from tests.bench.table import BEGIN, END, render, replace_between_markers, write_into
 
@@ -66,6 +68,22 @@ def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> N
     for _ in range(2):
         write_into(page, tmp_path / "results")
         assert page.read_text() == f"above\n{BEGIN}\n{render([result])}\n{END}\nbelow\n"
+
+
+def test_a_step_is_taken_apart_on_any_device() -> None:
+    """The GPU's bench, at a size that a CPU measures in a second."""
+    small = {"sample_size": 8, "block_out_channels": (32, 64), "norm_num_groups": 8, "cross_attention_dim": 16,
+             "attention_head_dim": 8, "layers_per_block": 1,
+             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}  # fmt: skip
+    device = torch.device("cpu")
+    training = gpu.make_training(device, small)
+    one, four = (gpu.measure(training, rows, device, repetitions=1) for rows in (1, 4))
+    assert four.tflop / one.tflop == pytest.approx(4, rel=0.01)
+    for step in (one, four):
+        assert 0 < step.products_s < step.busy_s <= step.watched_s
+        assert step.seconds > 0
+    assert gpu.bare_tflops(device, size=256) > 0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from imagerag.embedding.encoder import Encoder, UndecodableImageError, load_encoder, to_rgb
+from tests.devices import DEVICES
 
 
 @pytest.fixture(scope="module", params=["tiny", "folder"])
@@ -74,8 +75,9 @@ def test_preprocessing_is_open_clips(encoder_folder: Path) -> None:
     np.testing.assert_allclose(embeds, expected, atol=1e-5)
 
 
-def test_half_precision_is_close(encoder_folder: Path) -> None:
-    full, half = (load_encoder(str(encoder_folder), "cpu", dtype) for dtype in ("fp32", "bf16"))
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_precision_is_close(encoder_folder: Path, device: str) -> None:
+    full, half = load_encoder(str(encoder_folder), "cpu", "fp32"), load_encoder(str(encoder_folder), device, "bf16")
     difference = half.encode_images([picture()]) - full.encode_images([picture()])
     assert 0 < np.abs(difference).max() < 1e-2
 

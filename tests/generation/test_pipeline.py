@@ -6,6 +6,7 @@ import torch
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from tests.devices import DEVICES
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,18 @@ def test_a_batch_is_its_pictures(pipeline: ImageRAGTurboPipeline) -> None:
     for number, picture in enumerate(batch):
         alone = pipeline(prompts[number // 2], generator=_of(number), output_type="pt").images[0]
         assert torch.allclose(alone, picture, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_precision_draws_nearly_the_same(
+    bases: dict[str, Path], pipeline: ImageRAGTurboPipeline, device: str
+) -> None:
+    half = ImageRAGTurboPipeline.from_base(load_base(str(bases["sd-turbo"]), device, "bf16"))
+    full, near, other = (
+        each("a fox", generator=_of(seed), output_type="pt").images.float().cpu()
+        for each, seed in ((pipeline, 1), (half, 1), (half, 2))
+    )
+    assert 0 < (near - full).abs().mean() < 0.1 * (other - full).abs().mean()
 
 
 def test_it_tells_of_every_step_and_makes_what_is_asked_for(pipeline: ImageRAGTurboPipeline) -> None:

@@ -1,6 +1,7 @@
 """The cached-features job, with a real Ray."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from imagerag.hspace.job import cache_features
 from imagerag.retrieval import features
 from imagerag.retrieval.store import CommitConflictError, Store
 from imagerag.settings import Settings
+from tests.devices import DEVICES
 from tests.generation.folders import write_sd
 from tests.retrieval.rows import ENCODER, append, make_rows
 
@@ -35,14 +37,17 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def config(base: str) -> FeaturesConfig:
-    return FeaturesConfig(base=base, device="cpu", batch_size=8)
+def config(base: str, device: Literal["cpu", "cuda"] = "cpu") -> FeaturesConfig:
+    return FeaturesConfig(base=base, device=device, dtype="fp32", batch_size=8)
 
 
-def test_every_row_has_what_the_base_model_makes_of_it(store: Store, base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_row_has_what_the_base_model_makes_of_it(
+    store: Store, base: str, tmp_path: Path, device: Literal["cpu", "cuda"]
+) -> None:
     settings = Settings(home=tmp_path)
     reports: list[tuple[int, int, str]] = []
-    done = cache_features(store, config(base), settings, lambda *report: reports.append(report))
+    done = cache_features(store, config(base, device), settings, lambda *report: reports.append(report))
     assert (done.num_rows, done.num_added) == (30, 30)
     assert reports[-1] == (30, 30, "encoded")
 

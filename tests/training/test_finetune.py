@@ -1,6 +1,7 @@
 """A step of fine-tuning, and what it leaves."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoic
 from imagerag.training.data import Loader, RagData
 from imagerag.training.finetune import Finetuning
 from imagerag.training.perceptual import LatentDistance, LatentNetwork
+from tests.devices import DEVICES
 from tests.training.conftest import World
 
 CPU = torch.device("cpu")
@@ -48,9 +50,11 @@ def make(world: World) -> Callable[..., Finetuning]:
     return finetuning
 
 
-def run(training: Finetuning, data: RagData, until: int | None = None) -> list[dict[str, float]]:
+def run(
+    training: Finetuning, data: RagData, until: int | None = None, device: torch.device = CPU
+) -> list[dict[str, float]]:
     values = []
-    for loads in Loader(data, training.config, CPU).steps(training.done):
+    for loads in Loader(data, training.config, device).steps(training.done):
         if training.done == until:
             break
         values.append(training.step(loads))
@@ -123,19 +127,21 @@ def test_it_goes_on_where_it_was_bit_for_bit(make: Callable[..., Finetuning], da
         assert same(learnt(second), learnt(whole))
 
 
-def test_in_bfloat16_what_learns_stays_float32(world: World, data: RagData) -> None:
-    """As on a GPU: what is frozen is bfloat16, and so is what is computed."""
-    base, teacher = (load_base(world.base, "cpu", "bf16") for _ in range(2))
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_bfloat16_what_learns_stays_float32(world: World, data: RagData, device: str) -> None:
+    """What is frozen is bfloat16, and so is what is computed."""
+    base, teacher = (load_base(world.base, device, "bf16") for _ in range(2))
     half = Finetuning(base, teacher.unet, None, make_config(losses=NO_PERCEPTUAL), dtype=torch.bfloat16)
     assert {parameter.dtype for _, parameter in half.generator.learning()} == {torch.float32}
     assert base.unet.conv_in.weight.dtype == torch.bfloat16
     torch.manual_seed(7)
     base, teacher = (load_base(world.base, "cpu") for _ in range(2))
     whole = Finetuning(base, teacher.unet, None, make_config(losses=NO_PERCEPTUAL))
-    for one, other in zip(run(half, data, until=3), run(whole, data, until=3), strict=True):
+    run_half = partial(run, half, data, device=torch.device(device))
+    for one, other in zip(run_half(until=3), run(whole, data, until=3), strict=True):
         assert one["distillation"] == pytest.approx(other["distillation"], rel=0.1)
     before = {name: parameter.clone() for name, parameter in half.generator.learning()}
-    run(half, data, until=4)
+    run_half(until=4)
     assert not same(learnt(half), before)
 
 
