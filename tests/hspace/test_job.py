@@ -58,7 +58,8 @@ def test_every_row_has_what_the_base_model_makes_of_it(
     images, captions = open_images(table["image"].to_pylist()), table["caption"].to_pylist()
     expected = encode_references(loaded.vae, loaded.unet, loaded.conditioner, images, captions)
     cached = np.stack([own for own in features.to_features(table[identity.column], identity) if own is not None])
-    assert torch.allclose(torch.from_numpy(cached).float(), expected, atol=2e-3 * float(expected.abs().max()))
+    tolerance = 2e-3 if device == "cpu" else 1e-2  # a GPU convolves in TF32
+    assert torch.allclose(torch.from_numpy(cached).float(), expected, atol=tolerance * float(expected.abs().max()))
 
     append(store, make_rows(30, 35))
     again = cache_features(store, config(base), settings)

@@ -165,7 +165,7 @@ def test_a_gpu_learns_what_a_cpu_does(ray_session: None, training_set: TrainingS
     on_cpu, on_gpu = Settings(home=tmp_path / "cpu"), Settings(home=tmp_path / "gpu")
     expected = finetune(training_set, config, WORKERS, on_cpu)
     made = finetune(training_set, config, TrainWorkersConfig(device="cuda", num_workers=1, dtype="fp32"), on_gpu)
-    assert curve(on_gpu, made.run_id) == pytest.approx(curve(on_cpu, expected.run_id), rel=0.02)
+    assert curve(on_gpu, made.run_id) == pytest.approx(curve(on_cpu, expected.run_id), rel=0.05)
 
 
 def test_a_killed_driver_goes_on_and_a_killed_worker_is_replaced(
