@@ -61,41 +61,29 @@ def run(scale: Scale, folder: Path) -> list[Row]:
     torch.cuda.reset_peak_memory_stats(device)
     step = measure(training, batch_size, device, REPETITIONS[scale])
     peak_gib = torch.cuda.max_memory_allocated(device) / _GIB
-    rate, tflops = step.rows / step.seconds, step.tflop / step.seconds
-    what = f"SD 2.1's size, 512², bf16, {batch_size} rows (the most of 2^n that fit)"
-    bare = Row(what="the same", unit="TFLOP/s", ours=tflops, peer=bare_tflops(device), peer_name="bare matrix products")
-    known = next((own for short, own in PEAK_TFLOPS.items() if short in name), None)
-    sheet = (
-        [Row(what="the same", unit="TFLOP/s", ours=tflops, peer=known, peer_name=f"{name}'s data sheet")]
-        if known
-        else []
-    )
-    return [
+    tflops, bare = step.tflop / step.seconds, bare_tflops(device)
+    ms = partial(Row, unit="ms")
+    rows = [
         Row(
-            what=what,
+            what=f"SD 2.1's size, 512², bf16, {batch_size} rows (the most of 2^n that fit)",
             unit="rows/s",
-            ours=rate,
-            peer=rate * bare.peer / tflops,
+            ours=step.rows / step.seconds,
+            peer=step.rows / step.tflop * bare,
             peer_name=f"{step.tflop / step.rows:.1f} TFLOP a row at the speed of bare matrix products, {name}",
         ),
-        bare,
-        *sheet,
         Row(what="the same: memory", unit="GiB", ours=peak_gib, peer=memory, peer_name=f"of {name}"),
-        Row(
-            what="the same: the GPU at work",
-            unit="ms",
-            ours=1000 * step.busy_s,
-            peer=1000 * step.watched_s,
-            peer_name="the whole step, watched",
-        ),
-        Row(
+        ms(what="the same: the GPU at work", ours=1000 * step.busy_s, peer=1000 * step.watched_s, peer_name="the step"),
+        ms(
             what="the same: matrix products, convolutions, attention",
-            unit="ms",
             ours=1000 * step.products_s,
             peer=1000 * step.busy_s,
             peer_name="the GPU at work",
         ),
     ]
+    for gpu, peak in PEAK_TFLOPS.items():
+        if gpu in name:
+            rows.append(Row(what="the same", unit="TFLOP/s", ours=tflops, peer=peak, peer_name=f"{gpu}'s data sheet"))
+    return rows
 
 
 def make_training(device: torch.device, unet: Mapping[str, Any]) -> Finetuning:
@@ -124,8 +112,6 @@ def largest_batch(training: Finetuning, device: torch.device) -> int:
             training.step([_load(training, size, device)])
         except torch.cuda.OutOfMemoryError:
             break
-        finally:
-            torch.cuda.empty_cache()
         fits, size = size, 2 * size
     assert fits, f"{torch.cuda.get_device_name(device)} has no memory for a batch of one row"
     return fits
