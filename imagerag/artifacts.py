@@ -111,6 +111,8 @@ class Finetuned:
     best_score: float
     is_new: bool
     """Whether this call trained; else it was finished before."""
+    discriminator_accuracy: float | None = None
+    """Averaged over the last steps; 0.5 is chance. None where there was no discriminator."""
     duration_s: float = 0.0
 
 

@@ -20,6 +20,7 @@ from imagerag.artifacts import (
 )
 from imagerag.evaluation.gate import Decision
 from imagerag.evaluation.results import PAGE, read_results
+from imagerag.training.config import describe_accuracy
 from imagerag.training.plan import Plan
 from tasks.cost import Measured, cost
 
@@ -124,6 +125,8 @@ class FinetuneReport:
             "adapter": finetuned.uri,
             "MLflow run": finetuned.run_id,
         }
+        if finetuned.discriminator_accuracy is not None:
+            figures["discriminator"] = describe_accuracy(finetuned.discriminator_accuracy)
         return f"# {self.name}: fine-tuning\n\n{_table(figures)}"
 
 

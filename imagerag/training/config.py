@@ -13,6 +13,8 @@ from imagerag.generation.spec import check_spec
 from imagerag.workers import WorkersConfig
 
 RecipeName = Literal["tiny", "sd_turbo"]
+_CHANCE = 0.55
+"""Half of what a discriminator says is right by chance."""
 
 
 class LossWeights(Config):
@@ -24,21 +26,40 @@ class LossWeights(Config):
 
 
 class ReferenceChoice(Config):
-    """Which references a training row is shown. A row is never its own, nor is another of the same picture."""
+    """Which references a training row is shown; the rows that are left see their nearest neighbours.
+
+    A row that is shown itself teaches to show what a reference shows. Without such rows the target's style is told by
+    nothing, and the best answer is a timid one. A neighbour is never another row of the same picture.
+    """
 
     number: int = Field(default=4, ge=0, le=16, description="References of a row; 0 trains LoRA alone, as a control.")
+    own: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of rows shown themselves and nothing else, as IP-Adapter is trained.",
+    )
+    own_among: float = Field(
+        default=0.2, ge=0, le=1, description="Share of rows shown themselves among their neighbours, so that the "
+        "adapter learns to choose."
+    )  # fmt: skip
     none: float = Field(
         default=0.1, ge=0, le=1, description="Share of rows shown nothing, so that the model works without an index."
     )
     random: float = Field(
-        default=0.2, ge=0, le=1, description="Share of rows shown anything, so that a poor retrieval is distrusted."
+        default=0.1, ge=0, le=1, description="Share of rows shown anything, so that a poor retrieval is distrusted."
     )
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
-        if self.none + self.random > 1:
-            raise UserError(f"the shares of rows with none and random references add up to 1 at most, got {self}")
+        if self.own + self.own_among + self.none + self.random > 1 + 1e-9:
+            raise UserError(f"the shares of rows shown themselves, none and random add up to 1 at most, got {self}")
         return self
+
+    @classmethod
+    def found(cls, number: int) -> Self:
+        """Return the choice of what a search finds, for every row."""
+        return cls(number=number, own=0.0, own_among=0.0, none=0.0, random=0.0)
 
 
 class SynthesizeConfig(WorkersConfig):
@@ -75,6 +96,11 @@ class FinetuneConfig(Config):
     perceptual_network: str = Field(
         default="elatentlpips:sd21",
         description="`tiny`, a folder of a latent network, or `elatentlpips:` and one of sd15, sd21, sdxl.",
+    )
+    discriminator: Literal["teacher", "latents"] = Field(
+        default="teacher",
+        description="Who judges: heads on the frozen teacher's features, as in the paper, or a small network that "
+        "learns from the noised latents alone, for a teacher whose features tell too little.",
     )
     adversarial_share: float = Field(
         default=1.0, ge=0, le=1, description="Of all steps, the last ones, that have the adversarial loss."
@@ -128,6 +154,13 @@ class TrainWorkersConfig(WorkersConfig):
     max_failures: int = Field(default=3, ge=0, description="Workers may die so often before the training fails.")
 
 
+def describe_accuracy(accuracy: float) -> str:
+    """Say how often a discriminator was right in the last steps of a training, and whether it was of use."""
+    if accuracy < _CHANCE:
+        return f"accuracy {accuracy:.2f}, which is chance: the adversarial loss taught nothing"
+    return f"accuracy {accuracy:.2f}"
+
+
 class Recipe(Config):
     """All that one fine-tuning is."""
 
@@ -140,10 +173,10 @@ def tiny() -> Recipe:
     return Recipe(
         data=SynthesizeConfig(guidance_scale=3.0),
         training=FinetuneConfig(
-            losses=LossWeights(adversarial=0.3),
+            losses=LossWeights(adversarial=1.0, distillation=1.0),
             perceptual_network="tiny",
-            adversarial_share=0.6,
-            max_timestep=600,
+            discriminator="latents",
+            max_timestep=300,
             steps=240,
             batch_size=32,
             learning_rate=1e-3,

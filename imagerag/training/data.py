@@ -149,17 +149,29 @@ class RagData:
         return images
 
     def choose(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> Ints:
-        """Return what examples (B,) are shown, as rows of the index (B, K), -1 for none."""
+        """Return what examples (B,) are shown, as rows of the index (B, K), -1 for none.
+
+        `references` of one training draw the same numbers from `rng` whatever their shares, so that changing a share
+        changes nothing for the rows that it does not concern.
+        """
         size, k = len(examples), references.number
+        if k == 0:
+            return np.empty((size, 0), np.int64)
         fate = rng.random(size)
         strangers = rng.choice(self._strangers, (size, k))
-        chosen = np.full((size, k), -1)
-        own = self._references[examples, :k]
-        chosen[:, : own.shape[1]] = own
-        chosen = np.where((fate < references.random)[:, None], strangers, chosen)
-        chosen[fate >= 1 - references.none] = -1
-        chosen[chosen == self._own[examples][:, None]] = -1
-        return chosen
+        own = self._own[examples]
+        neighbours = np.full((size, k), -1)
+        found = self._references[examples, :k]
+        neighbours[:, : found.shape[1]] = found
+        among = np.concatenate([own[:, None], neighbours[:, : k - 1]], axis=1)
+        alone = np.where(np.arange(k) == 0, own[:, None], -1)
+        strangers[strangers == own[:, None]] = -1
+        bounds = [*np.cumsum([references.random, references.own, references.own_among]), 1 - references.none]
+        kinds = np.searchsorted(bounds, fate, side="right")
+        # What has no row of its own, a picture by the teacher, is shown its neighbours.
+        kinds = np.where((own < 0) & ((kinds == 1) | (kinds == 2)), 3, kinds)
+        shown = np.stack([strangers, alone, among, neighbours, np.full((size, k), -1)])
+        return np.asarray(shown[kinds, np.arange(size)])
 
     def _read_index(self, rows: Ints) -> tuple[Features, Embeds]:
         """Return the features (B, K, C, H, W) and embeddings (B, K, D) of rows (B, K), zero where there is none."""

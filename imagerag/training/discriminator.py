@@ -1,6 +1,12 @@
-"""The discriminator of latent adversarial distillation (LADD, arXiv 2403.12015): a frozen UNet encoder with heads."""
+"""The discriminators of latent adversarial distillation: who tells generated latents from real ones.
+
+`TeacherDiscriminator` is LADD's (arXiv 2403.12015): heads on the features of a frozen teacher. The features of a
+teacher as small as the embedded one tell little about how sharp a picture is, and heads on them stay near chance;
+`LatentDiscriminator` is a convolutional network of its own that learns from scratch.
+"""
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,6 +17,11 @@ from imagerag.hspace.split import encode
 from imagerag.training.diffusion import Diffusion
 
 _WIDTH = 64
+_CHANNELS = (96, 128, 192)
+"""Of `LatentDiscriminator` at the latents' resolution, a half and a quarter of it."""
+_GAIN = 2.0
+"""Of its layers. With 1, a spectral norm of 1 leaves a fiftieth of the signal after five layers, and with it of the
+gradient; with 2, half."""
 
 
 class Head(nn.Module):
@@ -38,7 +49,7 @@ class Head(nn.Module):
         return logits.flatten(1)
 
 
-class Discriminator(nn.Module):
+class TeacherDiscriminator(nn.Module):
     """Heads that learn, on the features of a teacher that does not."""
 
     def __init__(self, teacher: UNet2DConditionModel, diffusion: Diffusion) -> None:
@@ -74,6 +85,49 @@ class Discriminator(nn.Module):
             outputs, skips = skips[: len(block.resnets)], skips[len(block.resnets) + (index < last) :]
             yield outputs[-1]
         yield encoded.h
+
+
+class LatentDiscriminator(nn.Module):
+    """A convolutional network on noised latents, with the timestep as a channel and a projection of the text."""
+
+    def __init__(self, latent_channels: int, text_dim: int, diffusion: Diffusion) -> None:
+        super().__init__()
+        self._diffusion = diffusion
+        outer, middle, inner = _CHANNELS
+        layers = (
+            (latent_channels + 1, outer, 1),
+            (outer, outer, 1),
+            (outer, middle, 2),
+            (middle, inner, 2),
+            (inner, inner, 1),
+        )
+        self.layers = nn.ModuleList(
+            spectral_norm(nn.Conv2d(before, after, 3, stride, padding=1)) for before, after, stride in layers
+        )
+        self.realness = spectral_norm(nn.Conv2d(inner, 1, 1))
+        self.text = spectral_norm(nn.Linear(text_dim, inner))
+
+    def forward(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+    ) -> torch.Tensor:
+        """Return logits (B, H * W / 16): see `TeacherDiscriminator`."""
+        noised = self._diffusion.add_noise(latents, noise, timesteps)
+        time = (timesteps / self._diffusion.num_timesteps).to(noised.dtype).view(-1, 1, 1, 1)
+        features = torch.cat([noised, time.expand(-1, 1, *noised.shape[2:])], dim=1)
+        for layer in self.layers:
+            features = nn.functional.leaky_relu(_GAIN * layer(features), 0.2)
+        agreement = (features * self.text(text.mean(1))[:, :, None, None]).mean(1, keepdim=True)
+        logits: torch.Tensor = _GAIN * (self.realness(features) + agreement)
+        return logits.flatten(1)
+
+
+def build_discriminator(
+    kind: Literal["teacher", "latents"], teacher: UNet2DConditionModel, diffusion: Diffusion
+) -> TeacherDiscriminator | LatentDiscriminator:
+    """Return a new discriminator for the latents and the text features of `teacher`."""
+    if kind == "teacher":
+        return TeacherDiscriminator(teacher, diffusion)
+    return LatentDiscriminator(teacher.config.in_channels, teacher.config.cross_attention_dim, diffusion)
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ is there to take away, so their best step is kept as a checkpoint beside it and 
 
 import hashlib
 import json
+import math
 import threading
 import time
 from contextlib import suppress
@@ -29,12 +30,12 @@ from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, TrainWorkersConfig
 from imagerag.training.tracking import lasting_run, tracking_uri
-from imagerag.training.worker import SCORE, STATE, Board, Task, train
+from imagerag.training.worker import ACCURACY, SCORE, STATE, Board, Task, train
 from imagerag.workers import StalledError, plan_workers
 
 EXPERIMENT = "finetune"
 _POLL_S = 1.0
-_VERSION = 3
+_VERSION = 4
 """Of what a step does: another one is another training."""
 
 
@@ -82,6 +83,7 @@ def finetune(
             # Workers that nobody waits for any more keep the cores that the next try needs.
             stop_ray()
             raise
+        accuracy = float(result.metrics[ACCURACY])
         best = min((metrics for _, metrics in result.best_checkpoints), key=lambda each: each[SCORE])
         finetuned = Finetuned(
             uri=folder,
@@ -96,6 +98,7 @@ def finetune(
             best_step=int(best["step"]),
             best_score=float(best[SCORE]),
             is_new=True,
+            discriminator_accuracy=None if math.isnan(accuracy) else accuracy,
             duration_s=time.perf_counter() - started,
         )
         _publish(result.checkpoint, finetuned, {"training_set": asdict(training_set), "config": config.model_dump()})

@@ -6,7 +6,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody use
 
 from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
-from imagerag.training.discriminator import Discriminator, discriminator_loss, generator_loss
+from imagerag.training.discriminator import discriminator_loss, generator_loss
 from imagerag.training.perceptual import Perceptual
 
 Terms = dict[str, torch.Tensor]
@@ -18,7 +18,7 @@ class Ladd:
 
     def __init__(
         self,
-        discriminator: Discriminator,
+        discriminator: nn.Module,
         diffusion: Diffusion,
         *,
         perceptual: Perceptual | None = None,
@@ -28,7 +28,7 @@ class Ladd:
         """Take what judges.
 
         Args:
-            discriminator: judges latents.
+            discriminator: judges latents, see `imagerag.training.discriminator`.
             diffusion: noises them.
             perceptual: the distance of the perceptual loss, where that has a weight.
             learner: the discriminator as it learns, where that is wrapped (DDP).

@@ -109,7 +109,7 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
     from imagerag.generation.base import load_scheduler
     from imagerag.hspace.adapter import HSpaceAdapter
     from imagerag.training.diffusion import Diffusion
-    from imagerag.training.discriminator import Discriminator
+    from imagerag.training.discriminator import build_discriminator
     from imagerag.training.generator import Generator
 
     examples.check()
@@ -120,7 +120,7 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
         learn = config.references.number > 0
         generator = Generator(unet, adapter, diffusion, lora_rank=config.lora_rank, learn_adapter=learn)
         teacher = _unet(read_json(examples.teacher.parts["unet"].files[0]))
-        discriminator = Discriminator(teacher, diffusion)
+        discriminator = build_discriminator(config.discriminator, teacher, diffusion)
     pictures = examples.config.num_teacher_latents
     predictions = pictures * examples.config.num_inference_steps * (1 + (examples.config.guidance_scale > 1))
     flop, saved = _measure(generator, discriminator, examples, config)

@@ -68,6 +68,10 @@ class MlflowTracker:
         """See `Tracker`."""
         self._waiting.put(partial(self._client.log_image, self._run_id, image, artifact_file=name))
 
+    def tag(self, name: str, value: str) -> None:
+        """Keep a sentence; a later one of the same name replaces it."""
+        self._waiting.put(partial(self._client.set_tag, self._run_id, name, value))
+
     def file(self, name: str, content: bytes) -> None:
         """Keep a file."""
         self._waiting.put(partial(self._log_file, name, content))

@@ -3,6 +3,7 @@
 Heavy packages are imported when a worker begins: Ray's own processes import this module for nothing but its names.
 """
 
+import math
 import tempfile
 import time
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
-from imagerag.training.config import FinetuneConfig, LossWeights
+from imagerag.training.config import FinetuneConfig, LossWeights, describe_accuracy
 from imagerag.training.tracking import MlflowTracker
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 STATE = "state.pt"
 """In a checkpoint, beside what is exported: all that the next steps depend on."""
-SCORE = "score"
+SCORE, ACCURACY = "score", "discriminator_accuracy"
 _GRID = "validation.png"
 _LOG_EVERY = 10
 _SAY_EVERY_S = 1.0
@@ -143,13 +144,16 @@ def _report(training: "Finetuning", data: "RagData", tracker: MlflowTracker | No
         return
     values, picture = training.validate(data)
     tracker.metrics({f"validation/{name}": value for name, value in values.items()}, training.done)
+    if not math.isnan(training.accuracy):
+        tracker.tag("discriminator", describe_accuracy(training.accuracy))
     tracker.image(f"validation/{training.done:06d}.png", picture)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(training.state_dict(), Path(folder) / STATE)
         training.export(Path(folder))
         picture.save(Path(folder) / _GRID)
         checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({SCORE: values[SCORE], "step": training.done}, checkpoint=checkpoint)
+        result = {SCORE: values[SCORE], "step": training.done, ACCURACY: training.accuracy}
+        ray.train.report(result, checkpoint=checkpoint)
 
 
 def _resume(training: "Finetuning", checkpoint: Any) -> None:

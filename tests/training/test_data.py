@@ -15,7 +15,8 @@ from imagerag.training.data import Loader, RagBatch, RagData, micro_batches
 from tests.generation.with_index import CAPTIONS, drawing
 from tests.training.conftest import HELD_OUT, World
 
-OWN = ReferenceChoice(number=3, none=0.0, random=0.0)
+FOUND = ReferenceChoice.found(3)
+NOTHING = ReferenceChoice(number=3, own=0.0, own_among=0.0, none=1.0, random=0.0)
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def config(**changes: object) -> FinetuneConfig:
-    values = {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "references": OWN}
+    values = {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "references": FOUND}
     return FinetuneConfig(**values | changes)  # type: ignore[arg-type]
 
 
@@ -44,7 +45,7 @@ def example_of(data: RagData, caption: str) -> int:
 
 def test_an_example_is_what_the_base_model_makes_of_its_row(data: RagData, base: BaseModel) -> None:
     row = example_of(data, "doughnut")
-    batch = data.read(np.array([row]), OWN, rng())
+    batch = data.read(np.array([row]), FOUND, rng())
     image = drawing(CAPTIONS.index("doughnut"))
     expected = encode_latents(base.vae, base.unet, open_images([image]))
     assert torch.allclose(batch.latents, expected, atol=2e-3 * float(expected.abs().max()))
@@ -54,7 +55,7 @@ def test_an_example_is_what_the_base_model_makes_of_its_row(data: RagData, base:
 
 def test_references_are_the_features_that_are_cached(data: RagData, base: BaseModel) -> None:
     row = example_of(data, "castle")
-    batch = data.read(np.array([row]), OWN, rng())
+    batch = data.read(np.array([row]), FOUND, rng())
     expected = encode_references(base.vae, base.unet, base.conditioner, open_images([drawing(20)]), ["castle"])
     assert torch.allclose(batch.h_references[0, 0], expected[0], atol=2e-3 * float(expected.abs().max()))
     assert float(batch.similarities[0, 0]) == pytest.approx(1.0, abs=2e-3), "the other castle has the same caption"
@@ -66,35 +67,50 @@ def test_nothing_that_is_held_out_is_learnt_from_or_shown(data: RagData) -> None
     assert not {data.prompts[row] for row in data.learnt} & set(HELD_OUT)
     own_of_held_out = set(data._own[data.held_out])
     assert not own_of_held_out & set(data._references[data.learnt].ravel().tolist())
-    strange = ReferenceChoice(number=3, none=0.0, random=1.0)
+    strange = FOUND.model_copy(update={"random": 1.0})
     shown = np.concatenate([data.choose(data.learnt, strange, rng(seed)) for seed in range(30)])
     assert not own_of_held_out & set(shown.ravel().tolist())
     assert len(set(shown.ravel().tolist()) - {-1}) == 8, "every other row is shown to something"
 
 
-def test_no_example_is_shown_itself_or_its_picture(data: RagData) -> None:
+def test_what_is_found_for_an_example_is_never_its_picture(data: RagData) -> None:
     hashes = np.array(data._index.read(["image_sha256"])["image_sha256"].to_pylist())
     for row in np.concatenate([data.learnt, data.held_out]):
         own, references = data._own[row], data._references[row]
         if own >= 0:
             assert hashes[own] not in hashes[references[references >= 0]]
-    strange = ReferenceChoice(number=16, none=0.0, random=1.0)
+    strange = ReferenceChoice.found(16).model_copy(update={"random": 1.0})
     for seed in range(20):
         chosen = data.choose(data.learnt, strange, rng(seed))
         assert (chosen != data._own[data.learnt][:, None])[chosen >= 0].all()
 
 
 def test_the_shares_are_what_was_asked_for(data: RagData) -> None:
-    choice = ReferenceChoice(number=3, none=0.25, random=0.5)
-    rows = np.resize(data.learnt, 4_000)
-    chosen = data.choose(rows, choice, rng())
-    assert (chosen == -1).all(1).mean() == pytest.approx(0.25, abs=0.03)
-    own = (chosen == data._references[rows, :3]).all(1).mean()
-    assert own == pytest.approx(0.25, abs=0.04)
+    choice = ReferenceChoice(number=3, own=0.3, own_among=0.2, none=0.25, random=0.1)
+    rows = np.resize([row for row in data.learnt if data._own[row] >= 0], 4_000)
+    chosen, own, found = data.choose(rows, choice, rng()), data._own[rows][:, None], data._references[rows, :3]
+    alone = np.concatenate([own, np.full((len(rows), 2), -1)], axis=1)
+    among = np.concatenate([own, found[:, :2]], axis=1)
+    nothing = np.full((len(rows), 3), -1)
+    for expected, share in ((alone, 0.3), (among, 0.2), (nothing, 0.25), (found, 0.15)):
+        assert (chosen == expected).all(1).mean() == pytest.approx(share, abs=0.03)
+
+
+def test_a_row_that_is_shown_itself_is_as_near_as_can_be(data: RagData) -> None:
+    rows = np.array([row for row in data.learnt if data._own[row] >= 0])
+    batch = data.read(rows, ReferenceChoice(number=2, own=1.0, own_among=0.0, none=0.0, random=0.0), rng())
+    assert torch.allclose(batch.similarities[:, 0], torch.ones(len(rows)), atol=2e-3)
+    assert (batch.similarities[:, 1] == -1).all()
+
+
+def test_a_teachers_picture_has_no_row_and_is_shown_its_neighbours(data: RagData) -> None:
+    teachers = np.array([row for row in data.learnt if data._own[row] < 0])
+    choice = ReferenceChoice(number=3, own=0.5, own_among=0.5, none=0.0, random=0.0)
+    assert (data.choose(teachers, choice, rng()) == data._references[teachers, :3]).all()
 
 
 def test_a_row_without_references_has_none(data: RagData) -> None:
-    batch = data.read(data.learnt[:2], ReferenceChoice(number=3, none=1.0, random=0.0), rng())
+    batch = data.read(data.learnt[:2], NOTHING, rng())
     assert (batch.similarities == -1).all()
     assert (batch.h_references == 0).all()
     assert data.read(data.learnt[:2], ReferenceChoice(number=0), rng()).h_references.shape[1] == 0
@@ -103,7 +119,7 @@ def test_a_row_without_references_has_none(data: RagData) -> None:
 def test_teachers_examples_have_references_too(data: RagData) -> None:
     teachers = [row for row in data.learnt if data._own[row] < 0]
     assert len(teachers) == 5
-    batch = data.read(np.array(teachers), OWN, rng())
+    batch = data.read(np.array(teachers), FOUND, rng())
     assert (batch.similarities > -1).all()
     assert batch.latents.std() > 0.1
 
@@ -138,7 +154,7 @@ def test_batches_depend_on_nothing_but_their_number(data: RagData) -> None:
     assert not equal(whole[0][0], whole[1][0])
 
 
-@pytest.mark.parametrize("choice", [OWN, ReferenceChoice(number=3, none=1.0, random=0.0)])
+@pytest.mark.parametrize("choice", [FOUND, NOTHING])
 def test_what_does_not_fit_in_memory_is_read_from_files(
     data: RagData, world: World, training_set: TrainingSet, choice: ReferenceChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A step of fine-tuning, and what it leaves."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from imagerag.artifacts import TrainingSet
 from imagerag.generation.base import load_base
 from imagerag.generation.finetuned import load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
+from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice, describe_accuracy
 from imagerag.training.data import Loader, RagData
 from imagerag.training.finetune import Finetuning
 from imagerag.training.perceptual import LatentDistance, LatentNetwork
@@ -83,6 +84,26 @@ def test_each_term_can_be_switched_off(make: Callable[..., Finetuning], data: Ra
     (values,) = run(make(losses=LossWeights(**{term: 0.0})), data, until=1)
     assert TERMS - values.keys() == {term}
     assert ("discriminator" in values) == (term != "adversarial")
+
+
+@pytest.mark.parametrize("kind", ["teacher", "latents"])
+def test_how_often_the_discriminator_is_right_is_averaged_and_kept(
+    make: Callable[..., Finetuning], data: RagData, kind: str
+) -> None:
+    training = make(discriminator=kind)
+    assert math.isnan(training.accuracy)
+    expected = 0.5
+    for values in run(training, data, until=4):
+        expected = 0.95 * expected + 0.05 * values["accuracy"]
+    assert training.accuracy == pytest.approx(expected)
+    again = make(discriminator=kind)
+    again.load_state_dict(training.state_dict())
+    assert again.accuracy == training.accuracy
+
+
+def test_a_discriminator_at_chance_is_called_one() -> None:
+    assert describe_accuracy(0.52) == "accuracy 0.52, which is chance: the adversarial loss taught nothing"
+    assert describe_accuracy(0.71) == "accuracy 0.71"
 
 
 def test_the_adversarial_loss_joins_when_it_is_told_to(make: Callable[..., Finetuning], data: RagData) -> None:
@@ -186,8 +207,7 @@ def test_what_is_exported_makes_the_same_picture(
     training = make()
     run(training, data, until=4)
     training.export(tmp_path)
-    own = ReferenceChoice(number=2, none=0.0, random=0.0)
-    batch = data.read(data.learnt[:1], own, np.random.default_rng(3))
+    batch = data.read(data.learnt[:1], ReferenceChoice.found(2), np.random.default_rng(3))
     with training.averaged(), torch.no_grad():
         expected = training.generator(batch)
 
