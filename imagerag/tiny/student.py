@@ -1,8 +1,9 @@
-"""Fifth phase: the one-step student, distilled from the teacher by latent adversarial distillation.
+"""Fifth phase: the one-step student, by latent adversarial distillation, and what reads references for fusion.
 
-It starts as the teacher, learns to hit the drawing that belongs to noise and text as well as one step can, which leaves
-it blurred, and then to please the discriminator, which makes it sharp. A quarter of each batch goes on teaching the
-decoder to read the H-space (see `teacher`).
+Some rows of a batch are made of noise and text in one step: to hit the drawing that belongs to them as well as one step
+can, which alone would leave it blurred, to look the same to a perceptual network, and to please a discriminator. Most
+rows go on teaching encoder and decoder to read pictures out of the H-space (see `teacher`), and pictures of anything:
+how much of a reference can be shown at all is decided here.
 """
 
 from typing import Any
@@ -14,23 +15,30 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from imagerag.tiny.anything import Cutouts, vary
 from imagerag.tiny.data import Prompts
 from imagerag.tiny.latents import Latents
 from imagerag.tiny.pictures import grid
-from imagerag.tiny.teacher import EMA_DECAY, build_scheduler, draw, predict, rebuild_from_h, sample, shown
+from imagerag.tiny.teacher import EMA_DECAY, Batch, build_scheduler, compose, predict, rebuild_from_h, sample, shown
 from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
-from imagerag.training.discriminator import Discriminator
+from imagerag.training.discriminator import LatentDiscriminator
 from imagerag.training.ladd import Ladd, Terms
+from imagerag.training.perceptual import Perceptual
 
 LEARNING_RATE = 4e-4
 HEADS_LEARNING_RATE = 5e-4
-WEIGHTS = LossWeights(adversarial=0.3, distillation=2.5, perceptual=0.0)
-ADVERSARIAL_SHARE = 0.6
-"""Of all steps, the last ones: a discriminator has little to teach to what is not even near, and takes its time."""
-_MAX_TIMESTEP = 600
+WEIGHTS = LossWeights(adversarial=0.3, distillation=1.0, perceptual=1.0)
+READING_WEIGHT = 3.0
+_PERCEPTUAL_READING = 0.05
+_MAX_TIMESTEP = 300
+"""Of what the discriminator sees: under more noise, sharp and blurred latents look alike."""
 _BETAS = (0.5, 0.99)
 _HEADS_BETAS = (0.0, 0.99)
+_SHARES = (0.125, 0.125, 0.375)
+"""Of a batch: drawings as they are, drawings varied and other pictures varied, all to be read. The rest is made."""
+_EMPTY_PROMPTS = 0.25
+"""Share of what is read without its name or another."""
 
 
 class StudentPhase:
@@ -40,8 +48,10 @@ class StudentPhase:
 
     def __init__(
         self,
-        teacher: UNet2DConditionModel,
         student: UNet2DConditionModel,
+        perceptual: Perceptual,
+        drawings: Cutouts,
+        others: Cutouts,
         latents: Latents,
         prompts: Prompts,
         vae: AutoencoderKL,
@@ -51,22 +61,26 @@ class StudentPhase:
         seed: int,
         device: torch.device,
     ) -> None:
-        """`student` has the teacher's weights, in memory of its own."""
+        """Args:
+        student: what it starts as; it is changed in place.
+        perceptual: what tells whether two latents show the same.
+        drawings: those of `latents`, cut out.
+        others: pictures of anything, cut out.
+        """
         torch.manual_seed(seed)
         self.steps = steps
         self.recipe = {"steps": steps, "seed": seed, "learning_rate": LEARNING_RATE, "batch_size": batch_size}
-        self.recipe |= {"heads_learning_rate": HEADS_LEARNING_RATE, "adversarial": WEIGHTS.adversarial}
-        self.recipe |= {"distillation": WEIGHTS.distillation, "ema_decay": EMA_DECAY}
-        self.recipe |= {"adversarial_share": ADVERSARIAL_SHARE}
-        self.unet = student.to(device, memory_format=torch.channels_last).train()
+        self.recipe |= {"heads_learning_rate": HEADS_LEARNING_RATE, "ema_decay": EMA_DECAY}
+        self.recipe |= {"weights": WEIGHTS.model_dump(), "reading_weight": READING_WEIGHT, "others": others.digest}
+        self.unet = student.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
         self.ema = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-        self._latents, self._prompts, self._vae = latents, prompts, vae
+        self._drawings, self._others = drawings, others
+        self._latents, self._prompts, self._vae, self._perceptual = latents, prompts, vae, perceptual
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._diffusion = Diffusion(build_scheduler())
-        teacher.to(device, memory_format=torch.channels_last)
-        self._discriminator = Discriminator(teacher, self._diffusion).to(device).train()
-        self._ladd = Ladd(self._discriminator, self._diffusion, max_timestep=_MAX_TIMESTEP)
-        self._adversarial_from = round(steps * (1 - ADVERSARIAL_SHARE))
+        channels, text_dim = student.config.in_channels, student.config.cross_attention_dim
+        self._discriminator = LatentDiscriminator(channels, text_dim, self._diffusion).to(device).train()
+        self._ladd = Ladd(self._discriminator, self._diffusion, perceptual=perceptual, max_timestep=_MAX_TIMESTEP)
         self._optimizer = torch.optim.AdamW(self.unet.parameters(), LEARNING_RATE, betas=_BETAS, weight_decay=1e-2)
         self._heads_optimizer = torch.optim.AdamW(
             self._discriminator.parameters(), HEADS_LEARNING_RATE, betas=_HEADS_BETAS, weight_decay=0.0
@@ -89,26 +103,49 @@ class StudentPhase:
     def step(self, index: int) -> dict[str, float]:
         """See `imagerag.training.loop.Phase`."""
         rng = np.random.default_rng([self._seed, index])
-        batch = draw(self._latents, self._batch_size, rng, self._diffusion, noised=False).to(self._device)
-        text = self._prompts.draw(self._latents.concepts[batch.chosen.cpu()], rng).to(self._device)
-        quarter = self._batch_size // 4
-        target, prediction = predict(self.unet, self._diffusion, batch, text)
-        fake, real, text = -prediction[quarter:], batch.latents[quarter:], text[quarter:]  # v at T
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        batch, text = self._draw(rng, generator)
+        batch, text = batch.to(self._device), text.to(self._device)
+        _, prediction = predict(self.unet, self._diffusion, batch, text)
+        clean, made = -prediction, slice(batch.num_read, None)  # v at T
+        fake, real, text = clean[made], batch.latents[made], text[made]
 
-        weights = WEIGHTS.model_copy(update={"adversarial": 0.0})
-        terms: Terms = {}
-        if index >= self._adversarial_from:
-            weights, terms = WEIGHTS, self._judge(fake, real, text, generator)
-        loss, of_generator = self._ladd.of_generator(fake, real, text, generator, weights)
-        from_h = F.mse_loss(prediction[:quarter], target[:quarter])
+        terms = self._judge(fake, real, text, generator)
+        loss, of_generator = self._ladd.of_generator(fake, real, text, generator, WEIGHTS)
+        read, wanted = clean[: batch.num_read], batch.latents[: batch.num_read]
+        reading = F.mse_loss(read, wanted)
+        alike = self._perceptual(read, wanted, generator)
         self._optimizer.zero_grad()
-        (loss + from_h).backward()
+        (loss + READING_WEIGHT * (reading + _PERCEPTUAL_READING * alike)).backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self._optimizer.step()
         self._schedule.step()
         self.ema.update_parameters(self.unet)
-        return {name: float(term) for name, term in (terms | of_generator | {"from_h": from_h.detach()}).items()}
+        return {name: float(term) for name, term in (terms | of_generator | {"reading": reading.detach()}).items()}
+
+    def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Batch, torch.Tensor]:
+        """Return a batch and its text features (B, L, D)."""
+        plain, varied, others = (round(share * self._batch_size) for share in _SHARES)
+        chosen = torch.from_numpy(rng.integers(len(self._latents.values), size=self._batch_size - others))
+        cutouts = [self._drawings.pixels[chosen[plain : plain + varied]]]
+        cutouts += [self._others.pixels[rng.integers(len(self._others.pixels), size=others)]]
+        pixels = torch.cat([vary(each, generator) for each in cutouts]).to(self._device)
+        with torch.no_grad():
+            encoded = self._vae.encode(pixels).latent_dist.mode().cpu()
+        own = self._latents.values[chosen]
+        num_made = len(chosen) - plain - varied
+        latents = torch.cat([own[:plain], encoded, own[plain + varied :]])
+        batch = compose(latents, plain + varied + others, num_made, rng, self._diffusion)
+        made = slice(-num_made, None)
+        concepts = self._latents.concepts[chosen]
+        chosen[made] = self._latents.chosen_by(batch.noise[made], concepts[made])
+        batch.latents[made] = self._latents.values[chosen[made]]
+        # What has no name is given any, so that reading does not lean on text.
+        others_text = self._prompts.draw(
+            self._latents.concepts[rng.integers(len(self._latents.values), size=others)], rng, drop=_EMPTY_PROMPTS
+        )
+        read_text = self._prompts.draw(concepts[: plain + varied], rng, drop=_EMPTY_PROMPTS)
+        return batch, torch.cat([read_text, others_text, self._prompts.draw(concepts[made], rng)])
 
     def _judge(self, fake: torch.Tensor, real: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> Terms:
         """Have the discriminator learn, and return its loss."""

@@ -1,13 +1,14 @@
 """Second and fourth phase: the multi-step teacher, whose mid block alone sees the text and learns to carry the picture.
 
-Three kinds of rows make a batch. Half are noised to a random timestep, as ever. A quarter are pure noise, because one
-step from there is all that the student will take. The others teach the decoder to read pictures out of the H-space: a
-drawing goes through the encoder almost clean, and only its `h` is handed to the decoder, which works with the timestep
-T and with skip connections that are zero or of pure noise. So what the mid block says at t = 0 (a reference picture)
-and at t = T (a picture to be made) is one language, which is what fusion in the H-space rests on (paper, Sec. 3.1).
+Three kinds of rows make a batch. Some teach the decoder to read pictures out of the H-space: a drawing goes through the
+encoder almost clean, and only its `h` is handed to the decoder, which works with the timestep T and with skip
+connections that are zero or of pure noise. So what the mid block says at t = 0 (a reference picture) and at t = T (a
+picture to be made) is one language, which is what fusion in the H-space rests on (paper, Sec. 3.1). Some are pure noise,
+because one step from there is all that the student will take. The rest are noised to a random timestep, as ever. The
+second phase has a quarter, a quarter and half of them; the fourth, whose model is sampled in many steps, reads nothing.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ EMA_DECAY = 0.998
 _EMPTY_PROMPTS = 0.1
 _ALMOST_CLEAN = 30
 """Timesteps below it show the picture nearly as it is."""
+_DROPPED_SKIPS = 0.15
+"""Share of rows that are read without any skip connections."""
 _GRID_STEPS = (1, 25)
 
 
@@ -72,13 +75,16 @@ class TeacherPhase:
         *,
         steps: int,
         learning_rate: float,
+        reads: bool,
         batch_size: int,
         seed: int,
         device: torch.device,
     ) -> None:
+        """`reads` says whether there are rows that are read out of the H-space."""
         self.name, self.steps = name, steps
         self.recipe = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "batch_size": batch_size}
-        self.recipe |= {"ema_decay": EMA_DECAY, "empty_prompts": _EMPTY_PROMPTS}
+        self.recipe |= {"ema_decay": EMA_DECAY, "empty_prompts": _EMPTY_PROMPTS, "reads": reads}
+        self._num_read = batch_size // 4 if reads else 0
         self.unet = unet.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
         self.ema = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
         self._latents, self._prompts, self._vae = latents, prompts, vae
@@ -96,8 +102,8 @@ class TeacherPhase:
     def step(self, index: int) -> dict[str, float]:
         """See `imagerag.training.loop.Phase`."""
         rng = np.random.default_rng([self._seed, index])
-        batch = draw(self._latents, self._batch_size, rng, self._diffusion)
-        text = self._prompts.draw(self._latents.concepts[batch.chosen], rng, drop=_EMPTY_PROMPTS).to(self._device)
+        batch, concepts = draw(self._latents, self._batch_size, rng, self._diffusion, num_read=self._num_read)
+        text = self._prompts.draw(concepts, rng, drop=_EMPTY_PROMPTS).to(self._device)
         target, prediction = predict(self.unet, self._diffusion, batch.to(self._device), text)
         errors = (prediction - target).square().mean((1, 2, 3))
         loss = errors.mean()
@@ -107,9 +113,9 @@ class TeacherPhase:
         self._optimizer.step()
         self._schedule.step()
         self.ema.update_parameters(self.unet)
-        quarter = self._batch_size // 4
-        parts = {"from_h": errors[:quarter], "one_step": errors[quarter : 2 * quarter], "noised": errors[2 * quarter :]}
-        return {name: float(part.mean()) for name, part in parts.items()}
+        sizes = [batch.num_read, batch.num_last, self._batch_size - batch.num_read - batch.num_last]
+        parts = zip(("from_h", "one_step", "noised"), errors.detach().split(sizes), strict=True)
+        return {name: float(part.mean()) for name, part in parts if len(part)}
 
     @torch.inference_mode()
     def grid(self) -> Image.Image:
@@ -124,57 +130,74 @@ class TeacherPhase:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows in quarters: to be rebuilt from `h`, pure noise, and the rest noised to any timestep."""
+    """Rows to be read out of `h` first, then pure noise, and the rest noised to any timestep."""
 
-    chosen: torch.Tensor
-    """Drawings (B,)."""
     latents: torch.Tensor
+    """What to make (B, 4, 16, 16)."""
     noise: torch.Tensor
     timesteps: torch.Tensor
     keep: torch.Tensor
     """Whether a row's decoder sees skip connections (B,)."""
+    num_read: int
+    num_last: int
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
 
 
-def draw(latents: Latents, size: int, rng: np.random.Generator, diffusion: Diffusion, noised: bool = True) -> Batch:
-    """Return a random batch; without `noised`, all rows but the first quarter are pure noise."""
-    quarter = size // 4
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    noise = torch.randn(size, *latents.values.shape[1:], generator=generator)
+def draw(
+    latents: Latents, size: int, rng: np.random.Generator, diffusion: Diffusion, *, num_read: int
+) -> tuple[Batch, torch.Tensor]:
+    """Return a random batch with a quarter of pure noise, and the concepts (B,) of its rows."""
+    num_last = size // 4
     chosen = torch.from_numpy(rng.integers(len(latents.values), size=size))
+    batch = compose(latents.values[chosen], num_read, num_last, rng, diffusion)
+    at_last = slice(num_read, num_read + num_last)
+    chosen[at_last] = latents.chosen_by(batch.noise[at_last], latents.concepts[chosen[at_last]])
+    return replace(batch, latents=latents.values[chosen]), latents.concepts[chosen]
+
+
+def compose(
+    latents: torch.Tensor, num_read: int, num_last: int, rng: np.random.Generator, diffusion: Diffusion
+) -> Batch:
+    """Return a batch of latents (B, 4, 16, 16) with noise and timesteps that suit its three parts."""
+    size = len(latents)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     timesteps = torch.from_numpy(rng.integers(diffusion.num_timesteps, size=size))
-    timesteps[:quarter] = torch.from_numpy(rng.integers(_ALMOST_CLEAN, size=quarter))
-    at_last = slice(quarter, 2 * quarter if noised else size)
-    timesteps[at_last] = diffusion.last
-    chosen[at_last] = latents.chosen_by(noise[at_last], latents.concepts[chosen[at_last]])
-    keep = torch.from_numpy(rng.random(size) < np.where(np.arange(size) < quarter, 0.5, 0.75))
-    if noised:
-        keep[2 * quarter :] = True
-    return Batch(chosen=chosen, latents=latents.values[chosen], noise=noise, timesteps=timesteps, keep=keep)
+    # Half of what is read is clean, as references are.
+    timesteps[:num_read] = torch.from_numpy(rng.integers(-_ALMOST_CLEAN, _ALMOST_CLEAN, size=num_read).clip(min=0))
+    timesteps[num_read : num_read + num_last] = diffusion.last
+    return Batch(
+        latents=latents,
+        noise=torch.randn(latents.shape, generator=generator),
+        timesteps=timesteps,
+        keep=torch.from_numpy((rng.random(size) >= _DROPPED_SKIPS) | (np.arange(size) >= num_read)),
+        num_read=num_read,
+        num_last=num_last,
+    )
 
 
 def predict(
     unet: UNet2DConditionModel, diffusion: Diffusion, batch: Batch, text: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the target and the prediction (B, 4, 16, 16) of a batch."""
-    quarter = len(batch.latents) // 4
     target = diffusion.velocity(batch.latents, batch.noise, batch.timesteps)
-    target[:quarter] = -batch.latents[:quarter]  # v at T
+    target[: batch.num_read] = -batch.latents[: batch.num_read]  # v at T
     noised = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
     encoded = encode(unet, noised.contiguous(memory_format=torch.channels_last), batch.timesteps, text)
-    return target, decode(unet, _lend(encoded, quarter, batch.keep.view(-1, 1, 1, 1)))
+    return target, decode(unet, _lend(encoded, batch))
 
 
-def _lend(encoded: EncoderOutput, quarter: int, keep: torch.Tensor) -> EncoderOutput:
-    """Give the first quarter the skips and the timestep of the second, and zero skips where `keep` is false."""
-
-    def lent(values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values[quarter : 2 * quarter], values[quarter:]])
-
-    return replace(encoded, skips=tuple(lent(skip) * keep for skip in encoded.skips), temb=lent(encoded.temb))
+def _lend(encoded: EncoderOutput, batch: Batch) -> EncoderOutput:
+    """Give the rows that are read the skips and the timestep of rows of pure noise, or zero skips."""
+    if not batch.num_read:
+        return encoded
+    lenders = torch.arange(batch.num_read) % batch.num_last + batch.num_read
+    rows = torch.cat([lenders, torch.arange(batch.num_read, len(batch.latents))]).to(batch.latents.device)
+    keep = batch.keep.view(-1, 1, 1, 1)
+    return replace(encoded, skips=tuple(skip[rows] * keep for skip in encoded.skips), temb=encoded.temb[rows])
 
 
 @torch.inference_mode()

@@ -1,12 +1,17 @@
 """Train the embedded base model: python -m imagerag.tiny.train --help.
 
-Six phases follow each other, on nothing but the `base` concepts of the sample corpus: the autoencoder; a UNet whose
-decoder reads pictures out of the H-space; the text's part in it; the teacher; the student; and the network of the
-perceptual loss, which fine-tuning has. A stopped run goes on where it was. Losses and pictures go to MLflow.
+Six phases follow each other, on the `base` concepts of the sample corpus: the autoencoder; a UNet whose decoder reads
+pictures out of the H-space; the text's part in it; the teacher; the network of the perceptual loss, which fine-tuning
+has as well; and the student, which reads the pictures of anything in `--pictures` too. A stopped run goes on where it
+was. `--start` takes the autoencoder, the perceptual network and first weights of teacher and student from a folder.
+Losses and pictures go to MLflow.
+
+The pictures of anything are clip art in the public domain: Debian's package `openclipart-png`.
 """
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,9 +24,11 @@ from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
 from imagerag import tiny
 from imagerag.corpus.sample import Drawing, load_concepts, load_drawings
+from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.generation.base import load_conditioner
 from imagerag.settings import Settings
+from imagerag.tiny.anything import Cutouts
 from imagerag.tiny.data import Pictures, Prompts
 from imagerag.tiny.latents import Latents
 from imagerag.tiny.perceptual import PerceptualPhase
@@ -30,10 +37,13 @@ from imagerag.tiny.student import StudentPhase
 from imagerag.tiny.teacher import TeacherPhase, build_scheduler, build_unet
 from imagerag.tiny.vae import VaePhase, encode_all, normalize_latents
 from imagerag.training.loop import Phase, run
-from imagerag.training.perceptual import LatentNetwork
+from imagerag.training.perceptual import LatentDistance, LatentNetwork
 from imagerag.training.tracking import Tracker, tracked
 
 _SPLIT = "base"
+_PARTS = ("vae", "teacher", "perceptual", "unet")
+_KEPT = ("vae", "perceptual")
+"""Parts that a training with first weights does not change."""
 _SHOWN_SPLIT = "held_out"
 
 
@@ -49,15 +59,28 @@ class Recipe:
     student_steps: int = 1500
     perceptual_steps: int = 1200
     batch_size: int = 64
-    """Of all but the autoencoder and the text's part."""
+    """Of all but the autoencoder, the text's part and the perceptual network."""
 
 
 class Training:
     """The phases, and what they hand on to each other through the output folder."""
 
-    def __init__(self, recipe: Recipe, drawings: Sequence[Drawing], folder: Path, tracker: Tracker) -> None:
-        self._recipe, self._folder, self._tracker = recipe, folder, tracker
-        self._drawings = drawings
+    def __init__(
+        self,
+        recipe: Recipe,
+        drawings: Sequence[Drawing],
+        anything: Sequence[Path],
+        folder: Path,
+        tracker: Tracker,
+        start: Path | None = None,
+    ) -> None:
+        """Args:
+        drawings: what the model can make.
+        anything: folders of pictures that it learns to read besides.
+        start: weights to start from, rather than random ones.
+        """
+        self._recipe, self._folder, self._tracker, self._start = recipe, folder, tracker, start
+        self._drawings, self._anything = drawings, anything
         self._pictures = Pictures.of(drawings)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -81,8 +104,8 @@ class Training:
             "device": self._device,
         }
         teacher = self._finished("teacher", UNet2DConditionModel, lambda: self._train_teacher(common))
-        self._finished("unet", UNet2DConditionModel, lambda: self._train_student(teacher, common))
-        self._finished("perceptual", LatentNetwork, lambda: self._train_perceptual(latents))
+        network = self._finished("perceptual", LatentNetwork, lambda: self._train_perceptual(latents))
+        self._finished("unet", UNet2DConditionModel, lambda: self._train_student(teacher, network, common))
         build_scheduler().save_pretrained(self._folder / "scheduler")
 
     def _finished(self, part: str, kind: type[ModelMixin], train: Callable[[], ModelMixin]) -> Any:
@@ -90,7 +113,10 @@ class Training:
         folder = self._folder / part
         if not folder.exists():
             partial = folder.with_suffix(".partial")
-            train().eval().half().save_pretrained(partial)
+            if self._start is not None and part in _KEPT:
+                shutil.copytree(self._start / part, partial, dirs_exist_ok=True)
+            else:
+                train().eval().half().save_pretrained(partial)
             partial.rename(folder)
         return kind.from_pretrained(folder, torch_dtype=torch.float32).eval().to(self._device)
 
@@ -103,20 +129,46 @@ class Training:
         return phase.vae
 
     def _train_teacher(self, common: dict[str, Any]) -> ModelMixin:
+        unet = self._started("teacher") or self._train_hspace(common)
+        teacher = TeacherPhase(
+            "teacher", unet, **common, steps=self._recipe.teacher_steps, learning_rate=4e-4, reads=False
+        )
+        self._run(teacher)
+        return teacher.ema.module
+
+    def _train_hspace(self, common: dict[str, Any]) -> UNet2DConditionModel:
         torch.manual_seed(self._recipe.seed)
-        hspace = TeacherPhase("hspace", build_unet(), **common, steps=self._recipe.hspace_steps, learning_rate=1e-3)
+        hspace = TeacherPhase(
+            "hspace", build_unet(), **common, steps=self._recipe.hspace_steps, learning_rate=1e-3, reads=True
+        )
         self._run(hspace)
         without_size = {name: value for name, value in common.items() if name != "batch_size"}
         prior = PriorPhase(_copy(hspace.ema.module), **without_size, steps=self._recipe.prior_steps)
         self._run(prior)
-        teacher = TeacherPhase("teacher", prior.unet, **common, steps=self._recipe.teacher_steps, learning_rate=4e-4)
-        self._run(teacher)
-        return teacher.ema.module
+        return prior.unet
 
-    def _train_student(self, teacher: UNet2DConditionModel, common: dict[str, Any]) -> ModelMixin:
-        phase = StudentPhase(teacher, _copy(teacher), **common, steps=self._recipe.student_steps)
+    def _train_student(
+        self, teacher: UNet2DConditionModel, network: LatentNetwork, common: dict[str, Any]
+    ) -> ModelMixin:
+        phase = StudentPhase(
+            self._started("unet") or _copy(teacher),
+            LatentDistance(network, "tiny"),
+            Cutouts.of_drawings(self._pictures.pixels),
+            Cutouts.of_files(self._anything),
+            **common,
+            steps=self._recipe.student_steps,
+        )
         self._run(phase)
         return phase.ema.module
+
+    def _started(self, part: str) -> UNet2DConditionModel | None:
+        """Return the first weights of a UNet, if there are some."""
+        if self._start is None:
+            return None
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(
+            self._start / part, torch_dtype=torch.float32, local_files_only=True
+        )
+        return unet
 
     def _train_perceptual(self, latents: Latents) -> ModelMixin:
         concepts = {concept.codepoint: concept.name for concept in load_concepts()}
@@ -137,11 +189,11 @@ class Training:
         path = self._folder / tiny.MANIFEST_NAME
         if path.exists():
             found = json.loads(path.read_text())["recipe"]
-            if found != asdict(self._recipe):
+            if found != self._described():
                 raise UserError(f"{self._folder} has weights of another recipe: {found}. Remove them, or choose --out")
             return
         manifest = {
-            "recipe": asdict(self._recipe),
+            "recipe": self._described(),
             "device": str(self._device),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pillow")},
             "styles": sorted({drawing.style.name for drawing in self._drawings}),
@@ -149,6 +201,14 @@ class Training:
             "code_points": sorted({drawing.concept.codepoint for drawing in self._drawings}),
         }
         path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def _described(self) -> dict[str, Any]:
+        """Return what makes the weights: the recipe, and the digests of first weights."""
+        recipe = asdict(self._recipe)
+        if self._start is None:
+            return recipe
+        weights = {part: self._start / part / "diffusion_pytorch_model.safetensors" for part in _PARTS}
+        return recipe | {"start": {part: sha256_of(path) for part, path in weights.items()}}
 
 
 def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -161,18 +221,21 @@ def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the embedded base model on the sample corpus.")
+    parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders of PNG pictures of anything")
+    parser.add_argument("--start", type=Path, help="a folder of weights that the training goes on from")
     parser.add_argument("--out", type=Path, default=tiny.FOLDER, help="where weights and manifest go: %(default)s")
     parser.add_argument("--home", type=Path, default=Path(".imagerag"), help="where MLflow's store is: %(default)s")
     for field in fields(Recipe):
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, type=type(field.default), default=field.default, help="%(default)s")
     arguments = vars(parser.parse_args())
-    folder, home = arguments.pop("out"), arguments.pop("home")
+    folder, home, start = (arguments.pop(name) for name in ("out", "home", "start"))
+    anything = arguments.pop("pictures")
     folder.mkdir(parents=True, exist_ok=True)
     recipe, drawings = Recipe(**arguments), load_drawings(splits=[_SPLIT])
     try:
         with tracked(Settings(home=home), "tiny", folder.name, asdict(recipe)) as tracker:
-            Training(recipe, drawings, folder, tracker).run()
+            Training(recipe, drawings, anything, folder, tracker, start).run()
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -4,11 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from imagerag.corpus.sample import Drawing, load_drawings
+from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.tiny.latents import Latents
 from imagerag.tiny.train import Recipe, Training
@@ -30,12 +33,22 @@ def drawings() -> list[Drawing]:
     return load_drawings(styles=["noto", "twemoji"], splits=["base"])[::60]
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few PNG files of anything."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(rng.integers(256, size=(40, 30 + number, 4), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
 def _weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {part: load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in PARTS}
 
 
 def test_it_makes_all_parts_and_a_killed_run_goes_on(
-    drawings: list[Drawing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawings: list[Drawing], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("imagerag.tiny.prior._NUM_NOISES", 32)
     monkeypatch.setattr("imagerag.training.loop._GRIDS", 1)
@@ -44,7 +57,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     for folder in (whole, killed):
         folder.mkdir()
     kept = Kept()
-    Training(RECIPE, drawings, whole, kept).run()
+    Training(RECIPE, drawings, [pictures], whole, kept).run()
     manifest = json.loads((whole / "manifest.json").read_text())
     assert set(manifest["code_points"]) == {drawing.concept.codepoint for drawing in drawings}
     assert manifest["recipe"]["student_steps"] == 4
@@ -64,15 +77,26 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(Training, "_train_student", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
-            Training(RECIPE, drawings, killed, Kept()).run()
+            Training(RECIPE, drawings, [pictures], killed, Kept()).run()
     with monkeypatch.context() as patched:
         patched.setattr(Training, "_train_vae", lambda *_: pytest.fail("done already"))
         patched.setattr(Training, "_train_teacher", lambda *_: pytest.fail("done already"))
-        Training(RECIPE, drawings, killed, Kept()).run()
+        Training(RECIPE, drawings, [pictures], killed, Kept()).run()
     for part, weights in _weights(killed).items():
         assert all(torch.equal(value, expected[part][name]) for name, value in weights.items()), part
     with pytest.raises(UserError, match=r"weights of another recipe.*choose --out"):
-        Training(replace(RECIPE, seed=1), drawings, killed, Kept()).run()
+        Training(replace(RECIPE, seed=1), drawings, [pictures], killed, Kept()).run()
+
+    started = tmp_path / "started"
+    started.mkdir()
+    Training(RECIPE, drawings, [pictures], started, Kept(), start=whole).run()
+    for part, weights in _weights(started).items():
+        same = all(torch.equal(value, expected[part][name]) for name, value in weights.items())
+        assert same == (part in ("vae", "perceptual")), part
+    digests = json.loads((started / "manifest.json").read_text())["recipe"]["start"]
+    assert digests["unet"] == sha256_of(whole / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="weights of another recipe"):
+        Training(RECIPE, drawings, [pictures], started, Kept()).run()
 
 
 def test_the_noise_chooses_among_a_concepts_drawings_evenly() -> None:
