@@ -57,6 +57,8 @@ class CachedFeatures:
     num_rows: int
     num_added: int
     base_id: str
+    fit: str
+    """How pictures were fitted into the base model's square: `auto`, `pad` or `crop`."""
     features_digest: str
     duration_s: float = 0.0
     machine_s: float = 0.0

@@ -90,6 +90,7 @@ class FeaturesReport:
         cached = self.cached
         figures = {
             "base model": f"{cached.base_id} (features' digest {cached.features_digest})",
+            "fit of pictures": cached.fit,
             "encoded now": f"{cached.num_added:,} of {cached.num_rows:,} rows"
             f"{_rate(cached.num_added, cached.duration_s)}",
             "published": _version(self.publication.version),

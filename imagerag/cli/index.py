@@ -29,7 +29,8 @@ def status(name: NameOption = "images") -> None:
     else:
         typer.echo(f"published  version {state.published_version}, {state.num_rows:,} rows, index {state.kind}")
     for cached in state.features:
-        typer.echo(f"features   of {cached.num_rows:,} rows for {cached.base}, digest {cached.digest}")
+        made_by = f"{cached.base}, fit {cached.fit}, digest {cached.digest}"
+        typer.echo(f"features   of {cached.num_rows:,} rows for {made_by}")
     changes = "not published" if state.unpublished_changes else "published"
     typer.echo(f"newest     version {state.newest_version}, {state.num_newest_rows:,} rows, {changes}")
     table = Table(title="kept for a rollback", title_justify="left")

@@ -62,7 +62,8 @@ def evaluate(
     started = time.perf_counter()
     training_set = training_set_of(finetuned)
     retriever = Retriever(settings.index_uri, finetuned.index_name)
-    retriever.count_without(identity_of(resolve(finetuned.base)))  # refuses an index without features
+    # Refuses an index without features.
+    retriever.count_without(identity_of(resolve(finetuned.base), retriever.dataset.schema))
     prompts = read_prompts(config, training_set)
     ways = ways_of(config, finetuned, training_set.teacher, champion)
     index = IndexVersion(uri=retriever.uri, name=retriever.name, version=retriever.version)

@@ -24,7 +24,8 @@ from imagerag.generation.saving import align, attach_beside, save_beside
 from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import Condition, TextConditioner, unet_arguments
 from imagerag.hspace.adapter import HSpaceAdapter, gate
-from imagerag.hspace.features import encode_references, feature_identity
+from imagerag.hspace.features import encode_references
+from imagerag.hspace.fit import DEFAULT_FIT
 from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SecondHalf, SlerpFusion
 from imagerag.hspace.lora import without_lora
 from imagerag.hspace.split import decode, encode
@@ -175,9 +176,9 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             if self.config.base_digest is None:
                 raise UserError("a pipeline that isn't told its base_digest can't use an index's cached features")
             base = BaseIdentity(id=self.config.base_id or "unnamed", digest=self.config.base_digest)
-            identity = feature_identity(base, self.unet.config)
+            config = self.config
             self._index = ReferenceIndex(
-                self.config.index_uri, self.config.index_name, identity, self.text_encoder, self.config.index_version
+                config.index_uri, config.index_name, base, self.unet.config, self.text_encoder, config.index_version
             )
         return self._index
 
@@ -224,7 +225,8 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             similarity_threshold: instead of the pipeline's own.
             compose: whether to look for each thing that a prompt names by itself.
             reference_ids: rows of the index to use instead of a search, the same for all prompts or a list for each.
-            reference_images: pictures to use instead of a search, likewise.
+            reference_images: pictures of any shape to use instead of a search, likewise. They are fitted into the base
+                model's square as the index's are, and without an index as `fit_square` does it by `auto`.
             reference_captions: what they show.
             strict: whether references without cached features are an error, rather than computed now with a warning.
             num_inference_steps: of the scheduler; 1 for a student.
@@ -339,7 +341,8 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             return _host(condition.sentences) if list(texts) == prompts else self._sentences(texts)
 
         def encode_images(images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
-            return encode_references(self.vae, self.unet, self._conditioner, images, captions)
+            fit = DEFAULT_FIT if self.index is None else self.index.identity.fit
+            return encode_references(self.vae, self.unet, self._conditioner, images, captions, fit)
 
         if given.images is not None and given.captions is not None:
             embed = encode_texts if self.index is None else partial(self.index.encode, encode_texts=encode_texts)

@@ -1,19 +1,21 @@
 """References of a prompt: which rows of the index, how near they are, and their cached features."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
+from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import is_text_tower
+from imagerag.hspace.features import identity_in
 from imagerag.retrieval.ranking import diversify, merge, split_phrases
-from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
+from imagerag.retrieval.schema import Embeds, Features
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,7 +103,7 @@ class ReferenceIndex:
     """The index of a corpus, searched by prompts, with the features of one base model.
 
     Attributes:
-        identity: of the features.
+        identity: of the features; how pictures are fitted is for the index to say.
         retriever: what searches.
 
     Raises:
@@ -112,7 +114,8 @@ class ReferenceIndex:
         self,
         uri: str,
         name: str,
-        identity: FeatureIdentity,
+        base: BaseIdentity,
+        unet_config: Mapping[str, Any],
         text_encoder: "PreTrainedModel",
         version: int | None = None,
     ) -> None:
@@ -121,8 +124,9 @@ class ReferenceIndex:
         Args:
             uri: of the database.
             name: of the corpus.
-            identity: of the features.
-            text_encoder: the base model's, which may be the index's own as well.
+            base: the base model.
+            unet_config: of its UNet.
+            text_encoder: its own, which may be the index's as well.
             version: the pinned one; by default the published one.
         """
         from imagerag.retrieval.pins import require_version
@@ -131,8 +135,8 @@ class ReferenceIndex:
 
         if version is not None:
             require_version(Store(uri, name), version)
-        self.identity = identity
         self.retriever = Retriever(uri, name, version=version)
+        self.identity = identity_in(self.retriever.dataset.schema, base, unet_config)
         if self.retriever.num_rows == 0:
             raise UserError(f"the index {name!r} is empty: nothing can be retrieved")
         self._name = name

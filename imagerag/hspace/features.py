@@ -6,27 +6,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from PIL import Image, ImageOps
+from PIL import Image
 
-from imagerag.embedding.encoder import to_rgb
 from imagerag.errors import UserError
 from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import TextConditioner, unet_arguments
+from imagerag.hspace.fit import DEFAULT_FIT, FITS, fit_square
 from imagerag.hspace.split import encode
-from imagerag.retrieval.schema import FeatureIdentity, Features
+from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 
-_VERSION = 1
+_VERSION = 2
 """Of what `encode_references` does: another one makes other features."""
 
 
-def feature_identity(identity: BaseIdentity, unet_config: Mapping[str, Any]) -> FeatureIdentity:
-    """Return what tells the features of this base model, at its own resolution, from all others."""
+def feature_identity(identity: BaseIdentity, unet_config: Mapping[str, Any], fit: Fit) -> FeatureIdentity:
+    """Return what tells this base model's features, at its own resolution and of pictures so fitted, from others."""
     side, channels = unet_config["sample_size"], unet_config["block_out_channels"]
-    digest = hashlib.sha256(f"{_VERSION}\0{identity.digest}\0{side}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{_VERSION}\0{identity.digest}\0{side}\0{fit}".encode()).hexdigest()
     deepest = -(-side // 2 ** (len(channels) - 1))
-    return FeatureIdentity(base=identity.id, digest=digest, shape=(channels[-1], deepest, deepest))
+    return FeatureIdentity(base=identity.id, digest=digest, fit=fit, shape=(channels[-1], deepest, deepest))
+
+
+def identity_in(schema: pa.Schema, identity: BaseIdentity, unet_config: Mapping[str, Any]) -> FeatureIdentity:
+    """Return which features of this base model an index's table has, or, where it has none, which it would get."""
+    own = {fit: feature_identity(identity, unet_config, fit) for fit in FITS}
+    return next((each for each in own.values() if each.column in schema.names), own[DEFAULT_FIT])
 
 
 @torch.inference_mode()
@@ -36,21 +43,25 @@ def encode_references(
     conditioner: TextConditioner,
     images: Sequence[Image.Image],
     captions: Sequence[str],
+    fit: Fit,
 ) -> torch.Tensor:
     """Return `h_retr` (N, C, H, W): the UNet encoder's output for the clean latents of `images` at t = 0.
 
-    The middle square of each picture is what the base model sees, on white where it is transparent.
+    Args:
+        fit: how pictures of any shape are fitted into the base model's square; see `fit_square`.
     """
     arguments = unet_arguments(unet, conditioner.encode(captions), side=_side(vae, unet))
-    h: torch.Tensor = encode(unet, encode_latents(vae, unet, images), 0, **arguments).h
+    h: torch.Tensor = encode(unet, encode_latents(vae, unet, images, fit), 0, **arguments).h
     return h
 
 
 @torch.inference_mode()
-def encode_latents(vae: AutoencoderKL, unet: UNet2DConditionModel, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the clean latents `z_0` (N, C, H, W) of the middle squares of `images`, as the UNet sees them."""
+def encode_latents(
+    vae: AutoencoderKL, unet: UNet2DConditionModel, images: Sequence[Image.Image], fit: Fit
+) -> torch.Tensor:
+    """Return the clean latents `z_0` (N, C, H, W) of `images`, fitted into the base model's square."""
     side = _side(vae, unet)
-    pixels = torch.from_numpy(np.stack([_pixels(image, side) for image in images])).to(vae.device, vae.dtype)
+    pixels = torch.from_numpy(np.stack([_pixels(image, side, fit) for image in images])).to(vae.device, vae.dtype)
     latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
     return latents.to(unet.dtype)
 
@@ -81,7 +92,6 @@ def _side(vae: AutoencoderKL, unet: UNet2DConditionModel) -> int:
     return side
 
 
-def _pixels(image: Image.Image, side: int) -> np.ndarray:
-    """Return the middle square (3, side, side), -1 to 1."""
-    fitted = ImageOps.fit(to_rgb(image), (side, side), Image.Resampling.BICUBIC)
-    return (np.asarray(fitted, np.float32) / 127.5 - 1).transpose(2, 0, 1)
+def _pixels(image: Image.Image, side: int, fit: Fit) -> np.ndarray:
+    """Return the picture in its square (3, side, side), -1 to 1."""
+    return (np.asarray(fit_square(image, side, fit), np.float32) / 127.5 - 1).transpose(2, 0, 1)

@@ -20,7 +20,7 @@ from imagerag.generation.spec import BaseFiles, read_json, resolve
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval import features
-from imagerag.retrieval.schema import FeatureIdentity, Features
+from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.workers import Dtype, mapped, watched
@@ -31,7 +31,8 @@ def cache_features(
 ) -> CachedFeatures:
     """Give every row of the newest version its features for `config.base`.
 
-    Rows that have them are left alone. Where none is missing, neither Ray nor the model is started.
+    Rows that have them are left alone. Where none is missing, neither Ray nor the model is started. Features that were
+    made by another fit than `config.fit` are replaced.
 
     Args:
         on_progress: is told of rows.
@@ -42,9 +43,10 @@ def cache_features(
         StalledError: if the workers hang. Calling again goes on where they stopped.
     """
     started = time.perf_counter()
-    identity = identity_of(resolve(config.base))
+    files = resolve(config.base)
     with store.writer_lock():
-        version = features.prepare(store, identity)
+        identity, superseded = _choose(files, config.fit, store.dataset().schema)
+        version = features.prepare(store, identity, superseded)
         fragments = features.missing(store.dataset(version), identity)
         num_missing, machine_s = sum(fragments.values()), 0.0
         if fragments:
@@ -65,17 +67,39 @@ def cache_features(
             num_rows=store.count(),
             num_added=num_missing,
             base_id=identity.base,
+            fit=identity.fit,
             features_digest=identity.digest,
             duration_s=time.perf_counter() - started,
             machine_s=machine_s,
         )
 
 
-def identity_of(files: BaseFiles) -> FeatureIdentity:
-    """Return which features a base model makes, without loading it."""
+def identities_of(files: BaseFiles) -> dict[Fit, FeatureIdentity]:
+    """Return which features a base model makes by each fit, without loading it."""
     from imagerag.hspace.features import feature_identity
+    from imagerag.hspace.fit import FITS
 
-    return feature_identity(files.identity, read_json(files.parts["unet"].files[0]))
+    config = read_json(files.parts["unet"].files[0])
+    return {fit: feature_identity(files.identity, config, fit) for fit in FITS}
+
+
+def identity_of(files: BaseFiles, schema: pa.Schema) -> FeatureIdentity:
+    """Return `identity_in` an index of a base model that is not loaded."""
+    from imagerag.hspace.features import identity_in
+
+    return identity_in(schema, files.identity, read_json(files.parts["unet"].files[0]))
+
+
+def _choose(files: BaseFiles, fit: Fit | None, schema: pa.Schema) -> tuple[FeatureIdentity, list[FeatureIdentity]]:
+    """Return which features to make, and those in the table whose place they take.
+
+    These are of the same base model by another fit, or of what had its name before.
+    """
+    of_each = identities_of(files)
+    chosen = identity_of(files, schema) if fit is None else of_each[fit]
+    own = {each.digest for each in of_each.values()}
+    others = [each for each in features.cached_features(schema) if each.digest != chosen.digest]
+    return chosen, [each for each in others if each.digest in own or each.base == chosen.base]
 
 
 class Worker:
@@ -100,7 +124,7 @@ class Worker:
         started = time.perf_counter()
         torch.set_num_threads(num_threads)  # Ray starts workers with one
         self._base = load_base(identity.base, device, dtype)
-        own = feature_identity(self._base.identity, self._base.unet.config)
+        own = feature_identity(self._base.identity, self._base.unet.config, identity.fit)
         if own.digest != identity.digest:
             raise UserError(
                 f"the base model {identity.base} must be the same on every machine; its features' digest is "
@@ -120,8 +144,10 @@ class Worker:
     def _compute(self, images: list[bytes], captions: list[str]) -> Features:
         from imagerag.hspace.features import encode_references, open_images, to_cache
 
-        base = self._base
-        return to_cache(encode_references(base.vae, base.unet, base.conditioner, open_images(images), captions))
+        base, pictures = self._base, open_images(images)
+        return to_cache(
+            encode_references(base.vae, base.unet, base.conditioner, pictures, captions, self._identity.fit)
+        )
 
 
 def _commit_all(

@@ -22,14 +22,14 @@ from imagerag.artifacts import Finetuned
 from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.generation.finetuned import ADAPTER, LORA, load_finetuned
-from imagerag.generation.spec import BaseFiles, read_json, resolve
+from imagerag.generation.spec import BaseFiles, resolve
+from imagerag.hspace.job import identities_of, identity_of
 from imagerag.locks import local_folder
 from imagerag.retrieval.publish import move_tag
 from imagerag.retrieval.store import Store
 
 if TYPE_CHECKING:
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
-    from imagerag.retrieval.schema import FeatureIdentity
     from imagerag.retrieval.search import Retriever
     from imagerag.workers import Dtype
 
@@ -98,7 +98,7 @@ def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable
     _copy_weights(finetuned.uri, folder)
     base = resolve(finetuned.base)
     _check_base(base, finetuned.base_digest)
-    features = _features_of(base)
+    features = identity_of(base, retriever.dataset.schema)
     retriever.count_without(features)  # which has to have some
     hub = _HUB.fullmatch(base.identity.id)
     index_folder = local_folder(retriever.uri)
@@ -165,10 +165,10 @@ def load(folder: Path, device: str | None = None, dtype: "Dtype | None" = None) 
     manifest = read(folder)
     files = resolve(manifest.base)
     _check_base(files, manifest.base_digest)
-    if (features := _features_of(files)).digest != manifest.features_digest:
+    if manifest.features_digest not in {each.digest for each in identities_of(files).values()}:
         raise UserError(
             f"the model was registered with features of digest {manifest.features_digest}; this version of the package "
-            f"makes {features.digest} of the same base model: use {DISTRIBUTION} {manifest.packages[DISTRIBUTION]}"
+            f"makes others of the same base model: use {DISTRIBUTION} {manifest.packages[DISTRIBUTION]}"
         )
     base = load_base(manifest.base, device, dtype)
     pipeline = ImageRAGTurboPipeline.from_base(base, load_finetuned(folder, base))
@@ -196,12 +196,6 @@ def _check_index(manifest: Manifest) -> None:
             f"pinned one: it was made {found}, and that {manifest.index_created_at}. The index was made anew since: "
             "register the model again on it"
         )
-
-
-def _features_of(base: BaseFiles) -> "FeatureIdentity":
-    from imagerag.hspace.features import feature_identity
-
-    return feature_identity(base.identity, read_json(base.parts["unet"].files[0]))
 
 
 def _copy_weights(uri: str, folder: Path) -> None:

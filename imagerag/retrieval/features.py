@@ -1,11 +1,13 @@
 """Cached features: a column of the table that holds what a base model makes of each row, beside the row.
 
-One column belongs to one base model at one resolution, which its name and metadata tell by a digest. A row without a
-value has not been computed yet. Because it is a column, takedown, rollback and publishing need no rules of their own.
+One column belongs to one base model at one resolution, and to one way of fitting pictures into its square; its name and
+metadata tell them by a digest. A row without a value has not been computed yet. Because it is a column, takedown,
+rollback and publishing need no rules of their own. A version of the table has one column of a base model: how pictures
+are fitted is said there and nowhere else, so whoever uses the index fits what it is given likewise.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import prod
 from typing import Any
 
@@ -29,7 +31,8 @@ def is_feature(field: pa.Field) -> bool:
 def cached_features(schema: pa.Schema) -> list[FeatureIdentity]:
     """Return whose features the columns of a table are for."""
     found = [json.loads(field.metadata[FEATURE_KEY]) for field in schema if is_feature(field)]
-    return [FeatureIdentity(**each | {"shape": tuple(each["shape"])}) for each in found]
+    # The first columns did not say how pictures were fitted: all were cropped.
+    return [FeatureIdentity(**{"fit": "crop"} | each | {"shape": tuple(each["shape"])}) for each in found]
 
 
 def require_cached(schema: pa.Schema, identity: FeatureIdentity) -> None:
@@ -41,16 +44,25 @@ def require_cached(schema: pa.Schema, identity: FeatureIdentity) -> None:
     cached = cached_features(schema)
     if identity.digest in (each.digest for each in cached):
         return
-    there = ", ".join(f"{each.base} (digest {each.digest})" for each in cached) or "no base model"
+    there = ", ".join(map(_named, cached)) or "no base model"
     raise UserError(
-        f"the index has cached features for {there}, and none for {identity.base} (digest {identity.digest}): "
-        "`imagerag features` makes them"
+        f"the index has cached features for {there}, and none for {_named(identity)}: `imagerag features` makes them"
     )
 
 
-def prepare(store: Store, identity: FeatureIdentity) -> int:
-    """Make sure that the table has the column, and return the newest version. Call it under `writer_lock`."""
+def _named(identity: FeatureIdentity) -> str:
+    return f"{identity.base} (fit {identity.fit}, digest {identity.digest})"
+
+
+def prepare(store: Store, identity: FeatureIdentity, superseded: Collection[FeatureIdentity] = ()) -> int:
+    """Make sure that the table has the column, and return the newest version. Call it under `writer_lock`.
+
+    Args:
+        superseded: features that the newest version has and loses; the versions before it keep them.
+    """
     dataset = store.dataset()
+    if superseded:  # first, so that there are never both, whenever this is killed
+        dataset.drop_columns([each.column for each in superseded])
     if identity.column not in dataset.schema.names:
         dataset.add_columns(pa.schema([identity.to_field()]))
     return store.version

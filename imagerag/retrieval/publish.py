@@ -20,7 +20,7 @@ from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import is_blocked
 from imagerag.retrieval.features import cached_features
 from imagerag.retrieval.recall import to_numpy
-from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.retrieval.schema import EncoderIdentity, Fit
 from imagerag.retrieval.store import Store
 
 PUBLISHED = "published"
@@ -57,6 +57,7 @@ class FeaturesEntry:
     """Cached features of the published version."""
 
     base: str
+    fit: Fit
     digest: str
     num_rows: int
     """Rows that have them."""
@@ -206,7 +207,7 @@ def status(store: Store) -> IndexStatus:
 def _features_of(dataset: LanceDataset) -> Iterator[FeaturesEntry]:
     for each in cached_features(dataset.schema):
         num_rows = dataset.count_rows(f"{each.column} IS NOT NULL")
-        yield FeaturesEntry(base=each.base, digest=each.digest, num_rows=num_rows)
+        yield FeaturesEntry(base=each.base, fit=each.fit, digest=each.digest, num_rows=num_rows)
 
 
 def move_tag(store: Store, version: int) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from math import prod
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ Embeds = npt.NDArray[np.float32]
 """Embeddings (N, D), L2-normalised, or one of them (D,)."""
 Features = npt.NDArray[np.float16]
 """What a base model makes of rows (N, C, H, W), or of one."""
+Fit = Literal["auto", "pad", "crop"]
+"""How a picture of any shape becomes the square that a base model sees; see `hspace.fit`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class FeatureIdentity:
     base: str
     """The base model's name for people."""
     digest: str
-    """SHA-256 over all that the features depend on: the base model and the resolution."""
+    """SHA-256 over all that the features depend on: the base model, the resolution and `fit`."""
+    fit: Fit
     shape: tuple[int, int, int]
     """(C, H, W)."""
 

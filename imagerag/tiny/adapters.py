@@ -29,7 +29,6 @@ from imagerag.generation.finetuned import MANIFEST, load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.generation.sheet import sheet
 from imagerag.hspace.adapter import HSpaceAdapter, gate
-from imagerag.hspace.features import feature_identity
 from imagerag.hspace.slerp import slerp
 from imagerag.hspace.split import decode, encode
 from imagerag.settings import Settings
@@ -157,7 +156,7 @@ def make_report(adapters: dict[str, list[Path]], settings: Settings, out: Path) 
     """Measure everything, and write `adapters.json`, `adapters.md` and a grid to `out`."""
     base = load_base("tiny", "cpu")
     first = json.loads((next(iter(adapters.values()))[0] / MANIFEST).read_text())
-    data = RagData(TrainingSet(**first["training_set"]), feature_identity(base.identity, base.unet.config))
+    data = RagData(TrainingSet(**first["training_set"]), base)
     measurer = Measurer(data)
     seeds = range(max(map(len, adapters.values())))
     ways: list[tuple[str, list[torch.Tensor], ReferenceChoice]] = []

@@ -17,7 +17,10 @@ from lance import LanceDataset
 
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
-from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
+from imagerag.generation.base import BaseModel
+from imagerag.hspace.features import identity_in
+from imagerag.retrieval.features import require_cached
+from imagerag.retrieval.schema import Embeds, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.table import Arrays, Table, from_column, shape_of
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
@@ -84,17 +87,20 @@ class Column:
 class RagData:
     """The examples of a training set, read from their tables as they are needed."""
 
-    def __init__(self, training_set: TrainingSet, features: FeatureIdentity) -> None:
+    def __init__(self, training_set: TrainingSet, base: BaseModel) -> None:
         """Open a training set.
 
         Args:
-            features: whose cached features its references have.
+            training_set: what it is made of.
+            base: the student, whose cached features its references have.
 
         Raises:
             UserError: if its tables are gone or do not hold what they should.
         """
         self._index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
         index, dim = self._index.dataset, self._index.encoder.dim
+        features = identity_in(index.schema, base.identity, base.unet.config)
+        require_cached(index.schema, features)
         self._features = Column(index, features.column, features.shape)
         self._embeds = Column(index, "text_embed", (dim,))
         examples = Table.at(training_set.references_uri).open()

@@ -51,7 +51,7 @@ class Examples:
     @cached_property
     def features(self) -> FeatureIdentity:
         """Whose cached features the references have."""
-        return identity_of(self.base)
+        return identity_of(self.base, self.retriever.dataset.schema)
 
     def check(self) -> None:
         """Make sure that this can be learnt from.
@@ -139,8 +139,8 @@ class Examples:
 
     @cached_property
     def real_table(self) -> Table:
-        """Latents of the index's pictures."""
-        key = {"version": _VERSION, "base": self.base.identity.digest}
+        """Latents of the index's pictures, which are fitted as for their features."""
+        key = {"version": _VERSION, "base": self.base.identity.digest, "fit": self.features.fit}
         return Table.keyed(self.folder, "real", key, self._latent_columns)
 
     @cached_property

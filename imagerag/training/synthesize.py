@@ -21,6 +21,7 @@ from imagerag.compute import start_ray, stop_ray
 from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ranking import diversify
+from imagerag.retrieval.schema import Fit
 from imagerag.retrieval.search import Neighbour, Retriever
 from imagerag.settings import Settings
 from imagerag.table import Table, to_column
@@ -130,7 +131,8 @@ def _jobs(examples: Examples) -> Iterator[_Job]:
     numbered = pa.table({"id": rows["id"], "prompt": rows["caption"], "row": np.arange(rows.num_rows)})
     config = examples.config
     table = examples.real_table
-    yield _Job(table, numbered, RealWorker, "latents of pictures", {"table": table, "base": config.base, **index})
+    arguments = {"table": table, "base": config.base, "fit": examples.features.fit, **index}
+    yield _Job(table, numbered, RealWorker, "latents of pictures", arguments)
     listed = pa.table(
         {
             "id": rows["id"],
@@ -178,18 +180,20 @@ class _Worker(ABC):
 class RealWorker(_Worker):
     """Latents and text features of rows of the index."""
 
-    def __init__(self, *, base: str, uri: str, name: str, version: int, device: str, dtype: Any, **common: Any) -> None:
+    def __init__(
+        self, *, base: str, fit: Fit, uri: str, name: str, version: int, device: str, dtype: Any, **common: Any
+    ) -> None:
         super().__init__(**common)
         from imagerag.generation.base import load_base
 
-        self._base = load_base(base, device, dtype)
+        self._base, self._fit = load_base(base, device, dtype), fit
         self._retriever = Retriever(uri, name, version=version)
 
     def _make(self, rows: pa.Table) -> pa.Table:
         from imagerag.hspace.features import encode_latents, open_images
 
         images = self._retriever.take(rows["row"].to_numpy(), ["image"])["image"].to_pylist()
-        latents = encode_latents(self._base.vae, self._base.unet, open_images(images))
+        latents = encode_latents(self._base.vae, self._base.unet, open_images(images), self._fit)
         return _to_rows(rows["id"], rows["prompt"], latents, self._base.conditioner)
 
 

@@ -19,7 +19,7 @@ from imagerag.training.tracking import MlflowTracker
 if TYPE_CHECKING:
     import torch
 
-    from imagerag.retrieval.schema import FeatureIdentity
+    from imagerag.generation.base import BaseModel
     from imagerag.training.data import RagData
     from imagerag.training.finetune import Finetuning
 
@@ -78,9 +78,9 @@ def _train_steps(task: Task, board: Any) -> None:
     torch.set_num_threads(task.num_threads)  # Ray starts workers with one
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    training, features = _prepare(task, device, num_workers)
+    training, base = _prepare(task, device, num_workers)
     _resume(training, ray.train.get_checkpoint())
-    data = RagData(task.training_set, features)
+    data = RagData(task.training_set, base)
     loader = Loader(data, task.config, device, rank=rank, num_workers=num_workers)
     started, first, said = time.monotonic(), training.done, 0.0
     with MlflowTracker(task.tracking_uri, task.run_id) if rank == 0 else nullcontext() as tracker:
@@ -103,13 +103,12 @@ def _train_steps(task: Task, board: Any) -> None:
                 _report(training, data, tracker)
 
 
-def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Finetuning, FeatureIdentity]":
-    """Load the models, and return the training at its start and whose features it needs."""
+def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Finetuning, BaseModel]":
+    """Load the models, and return the training at its start and the student."""
     import ray.train.torch
     import torch
 
     from imagerag.generation.base import load_base
-    from imagerag.hspace.features import feature_identity
     from imagerag.training.finetune import Finetuning
     from imagerag.training.perceptual import load_perceptual
 
@@ -131,7 +130,7 @@ def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Fin
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[task.dtype],
         wrap=ray.train.torch.prepare_model if num_workers > 1 else lambda module: module,
     )
-    return training, feature_identity(base.identity, base.unet.config)
+    return training, base
 
 
 def _report(training: "Finetuning", data: "RagData", tracker: MlflowTracker | None) -> None:

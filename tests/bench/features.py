@@ -95,7 +95,7 @@ def _time_loop(num_rows: int) -> float:
     started = time.perf_counter()
     for start in range(0, num_rows, BATCH_SIZE):
         batch = slice(start, start + BATCH_SIZE)
-        encode_references(base.vae, base.unet, base.conditioner, open_images(images[batch]), captions[batch])
+        encode_references(base.vae, base.unet, base.conditioner, open_images(images[batch]), captions[batch], "auto")
     return time.perf_counter() - started
 
 

@@ -16,7 +16,6 @@ from imagerag.corpus.sample import load_drawings
 from imagerag.embedding.encoder import load_encoder
 from imagerag.generation.base import load_base
 from imagerag.hspace.config import FeaturesConfig
-from imagerag.hspace.features import feature_identity
 from imagerag.hspace.job import cache_features
 from imagerag.hspace.split import EncoderOutput, encode
 from imagerag.retrieval.store import Store
@@ -183,7 +182,7 @@ def _time_loop_beside_ray(folder: Path, training_set: TrainingSet, config: Finet
 
 def _prepare(training_set: TrainingSet, config: FinetuneConfig) -> tuple[Finetuning, list[list[partial[Loaded]]]]:
     base = load_base("tiny", "cpu")
-    data = RagData(training_set, feature_identity(base.identity, base.unet.config))
+    data = RagData(training_set, base)
     steps = [[load() for load in loads] for loads in Loader(data, config, _CPU).steps(0)]
     batches = [[partial(lambda loaded: loaded, loaded) for loaded in loads] for loads in steps]
     teacher = load_base("tiny-teacher", "cpu").unet

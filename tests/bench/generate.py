@@ -55,7 +55,7 @@ def run(scale: Scale, folder: Path) -> list[Row]:
 def _step(scale: Scale, folder: Path) -> list[Row]:
     """One step at 512x512, text encoded, without the autoencoder, which is the same for both."""
     pipeline = sd21()
-    identity = feature_identity(_SD21, pipeline.unet.config)
+    identity = feature_identity(_SD21, pipeline.unet.config, "auto")
     store = make_index(folder / "sd", _ROWS_OF_SD, identity)
     pipeline.use_index(store.uri, store.name)
 
@@ -85,7 +85,7 @@ def _step(scale: Scale, folder: Path) -> list[Row]:
 def _fetch(scale: Scale, folder: Path) -> list[Row]:
     """Neighbours with the features of `tiny`, 6 kB each."""
     num_rows = NUM_ROWS[scale]
-    identity = FeatureIdentity(base="tiny", digest="1" * 64, shape=_TINY_SHAPE)
+    identity = FeatureIdentity(base="tiny", digest="1" * 64, fit="auto", shape=_TINY_SHAPE)
     store = make_index(folder / "tiny", num_rows, identity)
     retriever = Retriever(store.uri, store.name)
     queries = make_vectors(NUM_QUERIES, seed=1)[:, None]

@@ -76,7 +76,7 @@ def _register(home: Path) -> None:
     cache_features(store, FeaturesConfig(), settings)
     version = index_and_publish(store).version
     base = load_base("tiny", "cpu")
-    adapter = HSpaceAdapter(channels=feature_identity(base.identity, base.unet.config).shape[0])
+    adapter = HSpaceAdapter(channels=feature_identity(base.identity, base.unet.config, "auto").shape[0])
     torch.nn.init.normal_(adapter.to_out.weight, std=0.02)
     adapter.save_pretrained(home / "adapter" / ADAPTER)
     run_id = start_run(settings, "finetune", "bench", {})
@@ -155,7 +155,7 @@ def _warm(scale: Scale, settings: Settings, folder: Path) -> Iterator[Row]:
 
 def _sd(scale: Scale, folder: Path) -> list[Row]:
     pipeline = sd21()
-    store = make_index(folder / "sd", 256, feature_identity(_identity(pipeline), pipeline.unet.config))
+    store = make_index(folder / "sd", 256, feature_identity(_identity(pipeline), pipeline.unet.config, "auto"))
     pipeline.use_index(store.uri, store.name)
     model = _model_of(pipeline)
     ways: list[Callable[[int], object]] = [

@@ -32,10 +32,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chosen = [drawing for drawing in drawings if drawing.concept.name in names]
     store = write_index(home / "index", Texts(), resolve("tiny").identity, chosen)
     base = load_base("tiny", "cpu")
-    identity = feature_identity(base.identity, base.unet.config)
+    identity = feature_identity(base.identity, base.unet.config, "auto")
 
     def compute(images: list[bytes], captions: list[str]) -> Features:
-        return to_cache(encode_references(base.vae, base.unet, base.conditioner, open_images(images), captions))
+        pictures = open_images(images)
+        return to_cache(encode_references(base.vae, base.unet, base.conditioner, pictures, captions, "auto"))
 
     version = features.prepare(store, identity)
     for fragment in features.missing(store.dataset(version), identity):

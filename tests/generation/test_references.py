@@ -14,8 +14,9 @@ from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
 from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
 from imagerag.hspace.features import feature_identity
+from imagerag.hspace.fit import FITS, fit_square
 from imagerag.retrieval import features
-from imagerag.retrieval.schema import EncoderIdentity, Features
+from imagerag.retrieval.schema import EncoderIdentity, Features, Fit
 from imagerag.retrieval.store import Store
 from tests.generation.folders import write_sd
 from tests.generation.with_index import (
@@ -178,7 +179,7 @@ def test_another_text_encoder_asks_the_indexs_own(store: Store, tmp_path: Path) 
     pipeline = ImageRAGTurboPipeline.from_base(base).use_index(store.uri, store.name)
     assert pipeline.index is not None
     assert not pipeline.index.shares_encoder
-    with pytest.raises(UserError, match=rf"features for test \(digest .*none for {base.identity.id}"):
+    with pytest.raises(UserError, match=rf"features for test \(fit auto, digest .*none for {base.identity.id}"):
         pipeline("a red dragon")
 
 
@@ -222,9 +223,43 @@ def test_missing_features_are_computed_with_a_warning_or_refused(
         latents(pipeline, "a red dragon", num_references=1)
 
 
+@pytest.mark.parametrize("fit", FITS)
+def test_pictures_that_are_given_are_fitted_as_the_indexs_are(
+    plain: ImageRAGTurboPipeline, tmp_path: Path, fit: Fit
+) -> None:
+    """Whether they are given by the caller or are rows whose features are missing."""
+    wide = Image.new("RGB", (48, 16), "white")
+    wide.paste(Image.open(io.BytesIO(drawing(7))).resize((32, 12)), (8, 2))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    store = write_store(tmp_path, plain, num_rows=6)
+    fill(store, plain, fit)
+    embeds = fixed_size_lists(sentences(plain, ["bicycle"]))
+    columns = {"caption": ["bicycle"], "image": [buffer.getvalue()], "text_embed": embeds, "image_embed": embeds}
+    append(store, make_rows(6, 7, resolve("tiny").identity, **columns))
+    index_and_publish(store)
+    pipeline = make_pipeline(make_adapter()).use_index(store.uri, store.name)
+    assert pipeline.index is not None
+    assert pipeline.index.identity == feature_identity(BASE, plain.unet.config, fit)
+
+    copied: dict[str, Any] = {"fusion": "slerp", "w": 0.0}
+
+    def given(pipeline: ImageRAGTurboPipeline, image: Image.Image) -> torch.Tensor:
+        return latents(pipeline, "bicycle", reference_images=[image], reference_captions=["bicycle"], **copied)
+
+    expected = given(plain, fit_square(wide, 16, fit))
+    assert torch.allclose(given(pipeline, wide), expected, atol=1e-5)
+    with pytest.warns(UserWarning, match="1 of the references have no cached features"):
+        made = latents(pipeline, "bicycle", num_references=1, **copied)
+    assert torch.allclose(made, expected, atol=0.01)
+    other = given(plain, fit_square(wide, 16, "pad" if fit == "crop" else "crop"))
+    assert not torch.allclose(expected, other, atol=0.05), "it matters"
+    assert torch.allclose(given(plain, wide), given(plain, fit_square(wide, 16, "auto")), atol=1e-5), "without an index"
+
+
 def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
     broken = write_store(tmp_path, plain)
-    identity = feature_identity(BASE, plain.unet.config)
+    identity = feature_identity(BASE, plain.unet.config, "auto")
     version = features.prepare(broken, identity)
 
     def compute(images: list[bytes], captions: list[str]) -> Features:

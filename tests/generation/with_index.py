@@ -18,7 +18,7 @@ from imagerag.generation.spec import BaseIdentity
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
 from imagerag.retrieval import features
-from imagerag.retrieval.schema import Features
+from imagerag.retrieval.schema import Features, Fit
 from imagerag.retrieval.store import Store
 from tests.generation.folders import small_unet, small_vae
 from tests.retrieval.rows import append, fixed_size_lists, make_rows
@@ -80,16 +80,16 @@ def sentences(plain: ImageRAGTurboPipeline, texts: list[str]) -> np.ndarray:
     return own
 
 
-def fill(store: Store, plain: ImageRAGTurboPipeline) -> None:
-    identity = feature_identity(BASE, plain.unet.config)
+def fill(store: Store, plain: ImageRAGTurboPipeline, fit: Fit = "auto") -> None:
+    identity = feature_identity(BASE, plain.unet.config, fit)
 
     def compute(images: list[bytes], captions: list[str]) -> Features:
-        return to_cache(encode(plain, images, captions))
+        return to_cache(encode(plain, images, captions, fit))
 
     version = features.prepare(store, identity)
     for fragment in features.missing(store.dataset(version), identity):
         features.commit(store, features.fill(store, identity, version, fragment, compute, 4), version)
 
 
-def encode(plain: ImageRAGTurboPipeline, images: list[bytes], captions: list[str]) -> torch.Tensor:
-    return encode_references(plain.vae, plain.unet, plain._conditioner, open_images(images), captions)
+def encode(plain: ImageRAGTurboPipeline, images: list[bytes], captions: list[str], fit: Fit = "auto") -> torch.Tensor:
+    return encode_references(plain.vae, plain.unet, plain._conditioner, open_images(images), captions, fit)

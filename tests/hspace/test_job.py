@@ -1,5 +1,6 @@
 """The cached-features job, with a real Ray."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,10 +11,12 @@ from pydantic import ValidationError
 
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
+from imagerag.generation.spec import resolve
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.hspace.features import encode_references, feature_identity, open_images
-from imagerag.hspace.job import cache_features
+from imagerag.hspace.job import cache_features, identities_of
 from imagerag.retrieval import features
+from imagerag.retrieval.schema import Fit
 from imagerag.retrieval.store import CommitConflictError, Store
 from imagerag.settings import Settings
 from tests.devices import DEVICES
@@ -37,8 +40,8 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def config(base: str, device: Literal["cpu", "cuda"] = "cpu") -> FeaturesConfig:
-    return FeaturesConfig(base=base, device=device, dtype="fp32", batch_size=8)
+def config(base: str, device: Literal["cpu", "cuda"] = "cpu", fit: Fit | None = None) -> FeaturesConfig:
+    return FeaturesConfig(base=base, device=device, dtype="fp32", batch_size=8, fit=fit)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -52,11 +55,11 @@ def test_every_row_has_what_the_base_model_makes_of_it(
     assert reports[-1] == (30, 30, "encoded")
 
     loaded = load_base(base, device="cpu")
-    identity = feature_identity(loaded.identity, loaded.unet.config)
+    identity = feature_identity(loaded.identity, loaded.unet.config, "auto")
     assert done.features_digest == identity.digest
     table = store.dataset(done.version).to_table(columns=["image", "caption", identity.column])
     images, captions = open_images(table["image"].to_pylist()), table["caption"].to_pylist()
-    expected = encode_references(loaded.vae, loaded.unet, loaded.conditioner, images, captions)
+    expected = encode_references(loaded.vae, loaded.unet, loaded.conditioner, images, captions, "auto")
     cached = np.stack([own for own in features.to_features(table[identity.column], identity) if own is not None])
     tolerance = 2e-3 if device == "cpu" else 1e-2  # a GPU convolves in TF32
     assert torch.allclose(torch.from_numpy(cached).float(), expected, atol=tolerance * float(expected.abs().max()))
@@ -100,3 +103,26 @@ def test_a_wrong_base_is_refused_before_anything_starts(tmp_path: Path) -> None:
         cache_features(
             Store(str(tmp_path), "none"), FeaturesConfig(base=str(tmp_path / "gone")), Settings(home=tmp_path)
         )
+
+
+def test_pictures_are_fitted_as_before_unless_another_fit_is_asked_for(store: Store, base: str, tmp_path: Path) -> None:
+    of_each = identities_of(resolve(base))
+    cropped, padded = of_each["crop"], of_each["pad"]
+    stranger = replace(cropped, base="stranger", digest="0" * 64)
+    former = replace(cropped, digest="1" * 64)  # of other weights in the same folder
+    for each in (stranger, former, cropped):
+        features.prepare(store, each)
+    version = store.version
+    for fragment, size in features.missing(store.dataset(), cropped).items():
+        zeros = np.zeros((size, *cropped.shape), np.float16)
+        features.commit(store, features.fill(store, cropped, version, fragment, lambda *_, z=zeros: z, size), version)
+
+    refusing = Settings(home=tmp_path, ray_address="nowhere:1")
+    kept = cache_features(store, config(base), refusing)
+    assert (kept.num_added, kept.fit, kept.features_digest) == (0, "crop", cropped.digest)
+    assert features.cached_features(store.dataset().schema) == [stranger, cropped]
+    made = cache_features(store, config(base, fit="pad"), Settings(home=tmp_path))
+    assert (made.num_added, made.fit, made.features_digest) == (30, "pad", padded.digest)
+    assert features.cached_features(store.dataset().schema) == [stranger, padded]
+    assert features.cached_features(store.dataset(kept.version).schema) == [stranger, cropped], "what readers may be on"
+    assert cache_features(store, config(base), refusing).fit == "pad"

@@ -20,7 +20,7 @@ from imagerag.hspace.features import encode_references, feature_identity, open_i
 from imagerag.hspace.lora import LORA_NAME, save_lora
 from imagerag.registry.versions import promote, register
 from imagerag.retrieval import features
-from imagerag.retrieval.schema import Features
+from imagerag.retrieval.schema import Features, Fit
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.tracking import mlflow_client, start_run, tracking_uri
@@ -47,15 +47,17 @@ class Home:
     def client(self) -> Any:
         return mlflow_client(tracking_uri(self.settings))
 
-    def publish(self) -> int:
-        """Give all rows their features, and publish them."""
+    def publish(self, fit: Fit = "auto") -> int:
+        """Give all rows their features by one fit, and publish them."""
         base, store = load_base(str(self.base), "cpu"), self.store
-        identity = feature_identity(base.identity, base.unet.config)
+        identity = feature_identity(base.identity, base.unet.config, fit)
 
         def compute(images: list[bytes], captions: list[str]) -> Features:
-            return to_cache(encode_references(base.vae, base.unet, base.conditioner, open_images(images), captions))
+            pictures = open_images(images)
+            return to_cache(encode_references(base.vae, base.unet, base.conditioner, pictures, captions, fit))
 
-        version = features.prepare(store, identity)
+        superseded = [each for each in features.cached_features(store.dataset().schema) if each != identity]
+        version = features.prepare(store, identity, superseded)
         for fragment in features.missing(store.dataset(version), identity):
             features.commit(store, features.fill(store, identity, version, fragment, compute, 4), version)
         return index_and_publish(store).version or 0

@@ -12,6 +12,7 @@ import pytest
 
 from imagerag.artifacts import Registered
 from imagerag.errors import UserError
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
 from imagerag.registry.versions import (
     MODEL_NAME,
@@ -153,6 +154,21 @@ def test_the_pinned_index_outlives_later_publications_but_no_takedown(home: Home
     assert not (tmp_path / "pulled").exists()
     with pytest.raises(UserError, match=rf"version {now} of the index"):
         register(home.finetuned("first"), home.settings, index_version=now)
+
+
+def test_each_version_fits_pictures_as_its_own_index_does(home: Home, tmp_path: Path) -> None:
+    register(home.finetuned("first"), home.settings)
+    home.publish("crop")
+    register(home.finetuned("first"), home.settings)
+    register(home.finetuned("first"), home.settings, portable=True)
+    for version, fit in (1, "auto"), (2, "crop"), (3, "crop"):
+        loaded = package.load(download(home.settings, version, tmp_path / str(version)))
+        pull(home.settings, str(version), tmp_path / f"pulled-{version}")
+        pulled = ImageRAGTurboPipeline.from_pretrained(tmp_path / f"pulled-{version}")
+        manifest = package.read(tmp_path / str(version))
+        for pipeline in (loaded, pulled):
+            assert pipeline.index.identity.fit == fit
+            assert pipeline.index.identity.digest == manifest.features_digest
 
 
 def test_an_index_that_was_made_anew_is_another_one(home: Home, tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 """Cached features as a column of the table."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from imagerag.errors import UserError
 from imagerag.retrieval import features
-from imagerag.retrieval.schema import FeatureIdentity, Features
+from imagerag.retrieval.schema import FEATURE_KEY, FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import CommitConflictError, Store, compact
 from imagerag.retrieval.takedown import remove
 from tests.retrieval.rows import append, embeddings, index_and_publish, make_rows
 
 SHAPE = (3, 2, 2)
-MINE = FeatureIdentity(base="base-a", digest="a" * 64, shape=SHAPE)
-OTHER = FeatureIdentity(base="base-b", digest="b" * 64, shape=SHAPE)
+MINE = FeatureIdentity(base="base-a", digest="a" * 64, fit="auto", shape=SHAPE)
+OTHER = FeatureIdentity(base="base-b", digest="b" * 64, fit="auto", shape=SHAPE)
 
 
 def compute(images: list[bytes], captions: list[str]) -> Features:
@@ -82,6 +86,34 @@ def test_two_base_models_lie_beside_each_other(store: Store) -> None:
     assert_right(store, OTHER)
 
 
+def test_superseded_features_are_gone_from_the_newest_version_alone(store: Store) -> None:
+    append(store, make_rows(0, 10))
+    fill_all(store)
+    fill_all(store, OTHER)
+    index_and_publish(store)
+    before = store.version
+    cropped = FeatureIdentity(base="base-a", digest="c" * 64, fit="crop", shape=SHAPE)
+    with store.writer_lock():
+        version = features.prepare(store, cropped, [MINE])
+    assert features.cached_features(store.dataset(version).schema) == [OTHER, cropped]
+    assert features.cached_features(store.dataset(before).schema) == [MINE, OTHER]
+    assert fill_all(store, cropped) == [10]
+    assert_right(store, cropped)
+    assert_right(store, OTHER)
+
+
+def test_columns_from_before_there_was_a_choice_are_cropped_ones(store: Store) -> None:
+    append(store, make_rows(0, 10))
+    old = FeatureIdentity(base="base-a", digest="0" * 64, fit="crop", shape=SHAPE)
+    about = {name: value for name, value in asdict(old).items() if name != "fit"}
+    column = pa.field(old.column, old.to_field().type, metadata={FEATURE_KEY: json.dumps(about).encode()})
+    store.dataset().add_columns(pa.schema([column]))
+    assert features.cached_features(store.dataset().schema) == [old]
+    index_and_publish(store)
+    with pytest.raises(UserError, match=r"base-a \(fit crop, .* none for base-a \(fit auto, .*`imagerag features`"):
+        Retriever(store.uri, store.name).search(embeddings(0, 1, 16), 4, features=MINE)
+
+
 def test_what_was_written_is_not_seen_before_the_commit(store: Store) -> None:
     append(store, make_rows(0, 10))
     version = features.prepare(store, MINE)
@@ -143,7 +175,8 @@ def test_features_of_another_base_are_refused(store: Store) -> None:
     append(store, make_rows(0, 10))
     fill_all(store)
     index_and_publish(store)
-    with pytest.raises(UserError, match=rf"features for base-a \(digest {'a' * 64}\), and none for base-b \(digest b"):
+    mine = rf"base-a \(fit auto, digest {'a' * 64}\)"
+    with pytest.raises(UserError, match=rf"features for {mine}, and none for base-b \(fit auto, digest b"):
         Retriever(store.uri, store.name).search(embeddings(0, 1, 16), 4, features=OTHER)
 
 

@@ -10,14 +10,15 @@ from imagerag.artifacts import TrainingSet
 from imagerag.generation.base import load_base
 from imagerag.generation.spec import resolve
 from imagerag.hspace.features import encode_references, open_images, to_cache
-from imagerag.hspace.job import identity_of
+from imagerag.hspace.job import _choose, identity_of
 from imagerag.retrieval import features
-from imagerag.retrieval.schema import FeatureIdentity, Features
+from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training import synthesize
 from imagerag.training.config import SynthesizeConfig
+from imagerag.training.data import RagData
 from imagerag.training.examples import Examples
 from tests.generation.with_index import CAPTIONS, drawing, make_pipeline, sentences, write_store
 from tests.retrieval.rows import append, fixed_size_lists, index_and_publish, make_rows
@@ -41,7 +42,7 @@ class World:
 
     @property
     def identity(self) -> FeatureIdentity:
-        return identity_of(resolve(self.base))
+        return identity_of(resolve(self.base), self.store.dataset().schema)
 
     def config(self, **changes: object) -> SynthesizeConfig:
         values = {"base": self.base, "teacher": self.base, "held_out": str(self.held_out), "num_inference_steps": 2}
@@ -62,15 +63,22 @@ class World:
         self.fill()
         index_and_publish(self.store)
 
-    def fill(self) -> None:
-        base, identity, store = load_base(self.base, "cpu"), self.identity, self.store
+    def fill(self, fit: Fit | None = None) -> None:
+        """Give all rows features, by the fit that is given or the one that is there."""
+        base, store = load_base(self.base, "cpu"), self.store
+        identity, superseded = _choose(resolve(self.base), fit, store.dataset().schema)
 
         def compute(images: list[bytes], captions: list[str]) -> Features:
-            return to_cache(encode_references(base.vae, base.unet, base.conditioner, open_images(images), captions))
+            pictures = open_images(images)
+            return to_cache(encode_references(base.vae, base.unet, base.conditioner, pictures, captions, identity.fit))
 
-        version = features.prepare(store, identity)
+        version = features.prepare(store, identity, superseded)
         for fragment in features.missing(store.dataset(version), identity):
             features.commit(store, features.fill(store, identity, version, fragment, compute, 4), version)
+
+    def data(self, training_set: TrainingSet) -> RagData:
+        """Open a training set."""
+        return RagData(training_set, load_base(self.base, "cpu"))
 
     def synthesize(self, **changes: object) -> TrainingSet:
         """Make a training set in this process."""

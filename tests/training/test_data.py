@@ -21,7 +21,7 @@ NOTHING = ReferenceChoice(number=3, own=0.0, own_among=0.0, none=1.0, random=0.0
 
 @pytest.fixture
 def data(world: World, training_set: TrainingSet) -> RagData:
-    return RagData(training_set, world.identity)
+    return world.data(training_set)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_an_example_is_what_the_base_model_makes_of_its_row(data: RagData, base:
     row = example_of(data, "doughnut")
     batch = data.read(np.array([row]), FOUND, rng())
     image = drawing(CAPTIONS.index("doughnut"))
-    expected = encode_latents(base.vae, base.unet, open_images([image]))
+    expected = encode_latents(base.vae, base.unet, open_images([image]), "auto")
     assert torch.allclose(batch.latents, expected, atol=2e-3 * float(expected.abs().max()))
     text = base.conditioner.encode(["doughnut"]).embeds
     assert torch.allclose(batch.text, text, atol=2e-3 * float(text.abs().max()))
@@ -56,7 +56,7 @@ def test_an_example_is_what_the_base_model_makes_of_its_row(data: RagData, base:
 def test_references_are_the_features_that_are_cached(data: RagData, base: BaseModel) -> None:
     row = example_of(data, "castle")
     batch = data.read(np.array([row]), FOUND, rng())
-    expected = encode_references(base.vae, base.unet, base.conditioner, open_images([drawing(20)]), ["castle"])
+    expected = encode_references(base.vae, base.unet, base.conditioner, open_images([drawing(20)]), ["castle"], "auto")
     assert torch.allclose(batch.h_references[0, 0], expected[0], atol=2e-3 * float(expected.abs().max()))
     assert float(batch.similarities[0, 0]) == pytest.approx(1.0, abs=2e-3), "the other castle has the same caption"
     assert (batch.similarities[0, 1:] < 0.9).all()
@@ -159,14 +159,14 @@ def test_what_does_not_fit_in_memory_is_read_from_files(
     data: RagData, world: World, training_set: TrainingSet, choice: ReferenceChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_module, "_KEPT_BYTES", 0)
-    from_files = RagData(training_set, world.identity)
+    from_files = world.data(training_set)
     rows = np.concatenate([data.learnt, data.held_out])[::-1]
     assert equal(from_files.read(rows, choice, rng()), data.read(rows, choice, rng()))
 
 
 def test_a_set_of_which_something_was_taken_down_is_not_learnt_from_any_more(own_world: World) -> None:
     made = own_world.synthesize()
-    data = RagData(made, own_world.identity)
+    data = own_world.data(made)
     data.check()
     remove(own_world.store, ids=[own_world.store.ids()[0].as_py()])
     with pytest.raises(UserError, match=f"version {made.index_version} of table 'images' .* is gone"):
@@ -177,4 +177,4 @@ def test_a_set_whose_latents_are_gone_is_refused(own_world: World) -> None:
     made = own_world.synthesize()
     own_world.examples().real_table.keep(own_world.examples().rows["id"].slice(2))
     with pytest.raises(UserError, match="lacks 2 latents, which were deleted: make it again"):
-        RagData(made, own_world.identity)
+        own_world.data(made)

@@ -37,7 +37,7 @@ def make_config(**changes: Any) -> FinetuneConfig:
 
 @pytest.fixture
 def data(world: World, training_set: TrainingSet) -> RagData:
-    return RagData(training_set, world.identity)
+    return world.data(training_set)
 
 
 @pytest.fixture

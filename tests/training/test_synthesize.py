@@ -1,19 +1,25 @@
 """A training set: made once, continued, and never more than what is missing."""
 
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.hspace.features import encode_latents
 from imagerag.table import from_column, shape_of
-from imagerag.training.config import SynthesizeConfig
+from imagerag.training.config import ReferenceChoice, SynthesizeConfig, tiny
+from imagerag.training.job import key_of
 from imagerag.training.synthesize import synthesize
 from tests.generation.folders import write_sd
 from tests.generation.with_index import drawing
+from tests.retrieval.rows import index_and_publish
 from tests.training.conftest import HELD_OUT, NAME, World
 
 
@@ -53,13 +59,36 @@ def test_another_version_of_the_index_costs_only_its_new_rows(own_world: World) 
     assert second.references_uri != first.references_uri
 
 
+def test_latents_are_of_pictures_that_are_fitted_as_for_their_features(own_world: World) -> None:
+    wide = Image.new("RGB", (48, 16), "white")
+    wide.paste("red", (4, 4, 44, 12))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    own_world.add(10, ["green castle"], [buffer.getvalue()])
+    base = load_base(own_world.base, "cpu")
+
+    def learnt(made: TrainingSet) -> np.ndarray:
+        data = own_world.data(made)
+        row = next(row for row, prompt in enumerate(data.prompts) if prompt == "green castle")
+        return data.read(np.array([row]), ReferenceChoice(), np.random.default_rng(0)).latents.numpy()
+
+    padded = own_world.synthesize()
+    own_world.fill("crop")
+    index_and_publish(own_world.store)
+    cropped = own_world.synthesize()
+    assert cropped.num_added == 11 + 11, "all latents are other ones, and so is the index's version"
+    assert cropped.real_uri != padded.real_uri
+    assert key_of(cropped, tiny().training) != key_of(padded, tiny().training)
+    expected = {fit: encode_latents(base.vae, base.unet, [wide], fit).numpy() for fit in ("pad", "crop")}
+    assert np.allclose(learnt(padded), expected["pad"], atol=5e-3 * np.abs(expected["pad"]).max())
+    assert np.allclose(learnt(cropped), expected["crop"], atol=5e-3 * np.abs(expected["crop"]).max())
+
+
 def test_what_is_taken_down_is_in_no_training_set(own_world: World) -> None:
     own_world.synthesize()
     gone = own_world.store.ids().to_pylist()[0]
     own_world.store.delete([gone])
     own_world.fill()
-    from tests.retrieval.rows import index_and_publish
-
     index_and_publish(own_world.store)
     examples = own_world.examples()
     examples.real_table.keep(examples.rows["id"])
