@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imagerag.cli.generate import BaseOption, open_pipeline, read_prompts
+from imagerag.cli.generate import BaseOption, ScaleOption, check_scale, open_pipeline, read_prompts
 from imagerag.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def compare(
         str | None, typer.Option(help="The multi-step model to compare with; `tiny-teacher` for `tiny`, else none.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, or its URI.")] = None,
+    scale: ScaleOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, which is the same everywhere.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder to write to: index.html, grid.png and scores.json.")] = Path(
         "compare"
@@ -32,15 +33,26 @@ def compare(
     wanted = read_prompts(prompts or [], prompt_file)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder; {out} is a file")
+    check_scale(scale, adapter)
     if teacher is None and base == "tiny":
         teacher = "tiny-teacher"
-    comparisons = run_comparison(wanted, name=name, base=base, teacher=teacher, adapter=adapter, seed=seed, out=out)
+    comparisons = run_comparison(
+        wanted, name=name, base=base, teacher=teacher, adapter=adapter, scale=scale, seed=seed, out=out
+    )
     print_scores(comparisons)
     typer.echo(f"page: {out / 'index.html'}")
 
 
 def run_comparison(
-    prompts: "Sequence[str]", *, name: str, base: str, teacher: str | None, adapter: str | None, seed: int, out: Path
+    prompts: "Sequence[str]",
+    *,
+    name: str,
+    base: str,
+    teacher: str | None,
+    adapter: str | None,
+    scale: float | None,
+    seed: int,
+    out: Path,
 ) -> "list[Comparison]":
     """Make the comparisons, and write them to `out`."""
     from imagerag.settings import Settings, check_name
@@ -59,7 +71,7 @@ def run_comparison(
     cache = settings.home / name / f"scorer-{retriever.version}.npz"
     if not cache.exists():
         typer.echo("fitting the score to the index's pictures, once for this version of it …", err=True)
-    comparer = Comparer(pipeline, with_many_steps, Scorer.of(retriever, cache), seed=seed)
+    comparer = Comparer(pipeline, with_many_steps, Scorer.of(retriever, cache), seed=seed, scale=scale)
     made = list(tqdm(comparer.compare(prompts), total=len(prompts), unit=" prompts", disable=None))
     write_comparison(out, made, retriever, title=f"imagerag compare: {base} with {name}")
     return made

@@ -23,6 +23,14 @@ BaseOption = Annotated[
 ]
 
 
+ScaleOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=10, help="Of what the adapter adds: 0 is the base model, more is bolder; the adapter's own if unset."
+    ),
+]
+
+
 class FusionOption(StrEnum):
     """How references are fused."""
 
@@ -44,7 +52,11 @@ def generate(
         int | None, typer.Option(min=0, help="How many each prompt is given; 4 for the adapter, 1 for slerp if unset.")
     ] = None,
     fusion: Annotated[FusionOption | None, typer.Option(help="The adapter if there is one, else slerp.")] = None,
-    w: Annotated[float, typer.Option(min=0, max=1, help="Of slerp: 1 is the base model, 0 the reference.")] = 0.8,
+    w: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Of slerp: 1 is the base model, 0 the reference; the base's own if unset."),
+    ] = None,
+    scale: ScaleOption = None,
     compose: Annotated[bool, typer.Option("--compose", help="Look for each thing that a prompt names.")] = False,
     adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, or its URI.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures of each prompt.")] = 8,
@@ -59,6 +71,7 @@ def generate(
         raise UserError(f"--out is a folder; {out} is a file")
     if name is None and (references or adapter or (fusion is not None and fusion is not FusionOption.NONE)):
         raise UserError("references come from an index: name its corpus by --name")
+    check_scale(scale, adapter)
     pipeline = open_pipeline(base, adapter)
     if name is not None:
         from imagerag.settings import Settings, check_name
@@ -80,9 +93,11 @@ def generate(
         num_references=references,
         fusion=None if fusion is None else fusion.value,
         w=w,
+        adapter_scale=scale,
         compose=compose,
     )
     about = {"base": base, "digest": pipeline.config.base_digest, "steps": steps, "guidance": guidance}
+    about |= {"fusion": fusion, "w": w, "scale": scale}
     with tqdm(pictures, total=len(wanted) * seeds, unit=" pictures", disable=None) as bar:
         for number, picture in enumerate(bar):
             _save(picture, about, out / file_name(number, picture))
@@ -91,6 +106,16 @@ def generate(
     _save_sheet(made, seeds, out / "grid.png")
     left_out = "" if len(wanted) <= _MAX_ROWS_IN_SHEET else f" (the first {_MAX_ROWS_IN_SHEET} prompts)"
     typer.echo(f"{len(wanted) * seeds} pictures in {out}, all in {out / 'grid.png'}{left_out}")
+
+
+def check_scale(scale: float | None, adapter: str | None) -> None:
+    """Make sure that there is something to scale.
+
+    Raises:
+        UserError: if not.
+    """
+    if scale is not None and adapter is None:
+        raise UserError(f"--scale is of what an adapter adds: name one by --adapter; got --scale {scale:g} alone")
 
 
 def open_pipeline(base: str, adapter: str | None) -> "ImageRAGTurboPipeline":

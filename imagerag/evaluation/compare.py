@@ -12,8 +12,6 @@ from imagerag.evaluation.scorer import Scorer
 from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
 from imagerag.generation.references import Reference
 
-W = 0.8
-"""The paper's fixed weight."""
 ORACLE_WS = tuple(number / 10 for number in range(1, 10))
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = {"tiny-teacher": 3.0}
@@ -46,10 +44,24 @@ class Comparer:
     """Makes comparisons with one base model and one index."""
 
     def __init__(
-        self, pipeline: ImageRAGTurboPipeline, teacher: ImageRAGTurboPipeline | None, scorer: Scorer, *, seed: int
+        self,
+        pipeline: ImageRAGTurboPipeline,
+        teacher: ImageRAGTurboPipeline | None,
+        scorer: Scorer,
+        *,
+        seed: int,
+        scale: float | None = None,
     ) -> None:
-        """Args: pipeline: with an index. teacher: the multi-step model. seed: of the noise."""
-        self._pipeline, self._teacher, self._scorer, self._seed = pipeline, teacher, scorer, seed
+        """Take what pictures are made with.
+
+        Args:
+            pipeline: with an index.
+            teacher: the multi-step model.
+            scorer: of the pictures.
+            seed: of the noise.
+            scale: of the adapter; by default its own.
+        """
+        self._pipeline, self._teacher, self._scorer, self._seed, self._scale = pipeline, teacher, scorer, seed, scale
 
     def compare(self, prompts: Sequence[str]) -> Iterator[Comparison]:
         """Yield a comparison of each prompt."""
@@ -60,10 +72,11 @@ class Comparer:
     def _cells(self, prompt: str) -> Iterator[Cell]:
         pipeline = self._pipeline
         yield self._cell("base", pipeline, prompt, fusion="none")
-        yield self._cell(f"slerp, w = {W}", pipeline, prompt, fusion="slerp", w=W)
+        yield self._cell(f"slerp, w = {pipeline.config.slerp_w}", pipeline, prompt, fusion="slerp")
         yield self._oracle(prompt)
         if pipeline.adapter is not None:
-            yield self._cell("adapter", pipeline, prompt, fusion="adapter")
+            title = "adapter" if self._scale is None else f"adapter, scale = {self._scale:g}"
+            yield self._cell(title, pipeline, prompt, fusion="adapter", adapter_scale=self._scale)
         if self._teacher is not None:
             guidance = TEACHER_GUIDANCE.get(self._teacher.config.base_id, _PAPERS_GUIDANCE)
             yield self._cell(

@@ -58,7 +58,9 @@ class EvaluateConfig(WorkersConfig):
         description="How pictures are made; the champion is left out where there is none.",
     )
     num_references: int | None = Field(default=None, ge=1, le=16, description="Unset: 4 for adapters, 1 for slerp.")
-    slerp_w: float = Field(default=0.8, ge=0, le=1, description="1 is the base model, 0 the reference.")
+    slerp_w: float | None = Field(
+        default=None, ge=0, le=1, description="1 is the base model, 0 the reference; unset: the base model's own."
+    )
     teacher_steps: int = Field(default=25, ge=1, le=1000, description="Of the teacher.")
     teacher_guidance: float | None = Field(default=None, ge=0, description="Unset: the paper's 7.5, 3 for `tiny`.")
     files: MetricFiles = Field(default=MetricFiles(), description="Weights that metrics need.")

@@ -10,7 +10,7 @@ from imagerag.artifacts import Finetuned
 from imagerag.evaluation.compare import TEACHER_GUIDANCE
 from imagerag.evaluation.config import EvaluateConfig, WayName
 from imagerag.generation.finetuned import ADAPTER, LORA
-from imagerag.generation.spec import resolve
+from imagerag.generation.spec import PAPERS_W, resolve
 
 _PAPERS_GUIDANCE = 7.5
 _NUM_REFERENCES = 4
@@ -28,7 +28,7 @@ class Way:
     num_references: int = 0
     is_random: bool = False
     """Whether references are any rows of the index, rather than those that a search finds."""
-    w: float = 0.8
+    w: float = PAPERS_W
     steps: int = 1
     guidance: float = 0.0
     adapter: str | None = None
@@ -53,14 +53,14 @@ def ways_of(config: EvaluateConfig, finetuned: Finetuned, teacher: str, champion
     own: dict[str, Any] = {"base": finetuned.base, "base_digest": finetuned.base_digest}
     k = config.num_references
     trained = _trained(finetuned.uri)
+    w = resolve(finetuned.base).slerp_w if config.slerp_w is None else config.slerp_w
     guidance = config.teacher_guidance
     if guidance is None:
         guidance = TEACHER_GUIDANCE.get(teacher, _PAPERS_GUIDANCE)
     made: dict[WayName, Way] = {
         "base": Way(name="base", title="base", **own),
         "slerp": Way(
-            name="slerp", title=f"slerp, w = {config.slerp_w}", fusion="slerp", num_references=k or 1,
-            w=config.slerp_w, **own,
+            name="slerp", title=f"slerp, w = {w}", fusion="slerp", num_references=k or 1, w=w, **own,
         ),
         "adapter": Way(name="adapter", title="adapter", num_references=k or _NUM_REFERENCES, **own, **trained),
         "random": Way(

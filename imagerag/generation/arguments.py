@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from imagerag.errors import UserError
-from imagerag.hspace.fusion import FusionName
 
 T = TypeVar("T")
 
 MAX_STEPS = 1000
 MAX_PROMPT_CHARACTERS = 2000
 """Text encoders see the first 77 tokens at most; what is much longer is a mistake."""
-MAX_REFERENCES = 64
 _LEAST_SIDE = 8
 
 
@@ -65,24 +63,6 @@ def check_sampling(
     size = num_prompts * images_per_prompt
     if isinstance(generator, list) and len(generator) != size:
         raise UserError(f"a list of generators has one for each of the {size} pictures; got {len(generator)}")
-
-
-def check_fusion(fusion: str, *, has_adapter: bool, num_references: int, w: float, threshold: float) -> None:
-    """Make sure that references can be fused like this.
-
-    Raises:
-        UserError: if not.
-    """
-    if fusion not in get_args(FusionName):
-        raise UserError(f"fusion is one of {', '.join(get_args(FusionName))}; got {fusion!r}")
-    if fusion == "adapter" and not has_adapter:
-        raise UserError("fusion 'adapter' needs an adapter, and this pipeline has none: use 'slerp', or give it one")
-    if not 0 <= num_references <= MAX_REFERENCES:
-        raise UserError(f"num_references must be between 0 and {MAX_REFERENCES}; got {num_references}")
-    if not 0 <= w <= 1:
-        raise UserError(f"w, the weight of the base model in slerp, must be between 0 and 1; got {w}")
-    if not -1 <= threshold <= 1:
-        raise UserError(f"similarity_threshold is a cosine, so between -1 and 1; got {threshold}")
 
 
 def check_given(

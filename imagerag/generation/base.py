@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imagerag.errors import UserError
-from imagerag.generation.spec import BaseIdentity, Part, parts_of, read_json, resolve
+from imagerag.generation.spec import PAPERS_W, BaseIdentity, Part, parts_of, read_json, resolve
 from imagerag.generation.text import TextConditioner
 from imagerag.workers import Dtype
 
@@ -29,6 +29,8 @@ class BaseModel:
     scheduler: SchedulerMixin
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     text_encoders: tuple[PreTrainedModel, ...]
+    slerp_w: float = PAPERS_W
+    """The default weight of the base model in slerp."""
 
     @property
     def conditioner(self) -> TextConditioner:
@@ -63,6 +65,7 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
         scheduler=load_scheduler(parts["scheduler"]),
         tokenizers=tuple(_load_tokenizer(parts[f"tokenizer{name}"]) for name in names),
         text_encoders=tuple(encoder.to(device) for encoder in encoders),
+        slerp_w=files.slerp_w,
     )
 
 

@@ -17,11 +17,12 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imagerag.errors import UserError
-from imagerag.generation.arguments import Given, check_fusion, check_given, check_prompts, check_sampling
+from imagerag.generation.arguments import Given, check_given, check_prompts, check_sampling
 from imagerag.generation.base import BaseModel
+from imagerag.generation.options import FusionOptions
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
 from imagerag.generation.saving import align, attach_beside, save_beside
-from imagerag.generation.spec import BaseIdentity
+from imagerag.generation.spec import PAPERS_W, BaseIdentity
 from imagerag.generation.text import Condition, TextConditioner, unet_arguments
 from imagerag.hspace.adapter import HSpaceAdapter, gate
 from imagerag.hspace.features import encode_references
@@ -34,7 +35,6 @@ from imagerag.retrieval.schema import Embeds
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Is told after each step: its number, its timestep and the latents (N, C, H, W)."""
-_DEFAULT_REFERENCES = {"adapter": 4, "slerp": 1}
 
 
 @dataclass
@@ -73,6 +73,7 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         index_version: int | None = None,
         has_lora: bool = False,
         similarity_threshold: float = 0.0,
+        slerp_w: float = PAPERS_W,
     ) -> None:
         """Make a pipeline of its parts; `from_base` and `from_pretrained` are easier.
 
@@ -85,6 +86,7 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             index_version: the version of it that is used, whatever is published; by default what is published.
             has_lora: whether LoRA belongs to the adapter, which `from_pretrained` then finds beside it.
             similarity_threshold: references whose caption is less similar to the prompt have no effect.
+            slerp_w: the weight of the base model in slerp, unless a call names another.
         """
         super().__init__()
         self.register_modules(
@@ -105,6 +107,7 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             index_version=index_version,
             has_lora=has_lora,
             similarity_threshold=similarity_threshold,
+            slerp_w=slerp_w,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -125,6 +128,7 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
             adapter=adapter,
             base_id=base.identity.id,
             base_digest=base.identity.digest,
+            slerp_w=base.slerp_w,
             **second,
         )
         align(pipeline)
@@ -197,8 +201,8 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         *,
         num_references: int | None = None,
         fusion: FusionName | None = None,
-        w: float = 0.8,
-        adapter_scale: float = 1.0,
+        w: float | None = None,
+        adapter_scale: float | None = None,
         similarity_threshold: float | None = None,
         compose: bool = False,
         reference_ids: Sequence[str] | Sequence[Sequence[str]] | None = None,
@@ -217,11 +221,13 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             prompt: one, or a batch of them.
-            num_references: how many rows of the index each prompt is given; by default 4 for the adapter, 1 for slerp.
+            num_references: how many rows of the index each prompt is given; by default 4 for the adapter and 1 for
+                slerp, or all of a smaller index.
             fusion: how they are fused; by default by the adapter if there is one, else by slerp if there is an index.
                 LoRA that was trained with the adapter is used with it alone; without it there is the base model.
-            w: of slerp: 1 is the base model, 0 the reference.
-            adapter_scale: of what the adapter adds; 0 is the base model.
+            w: of slerp: 1 is the base model, 0 the reference; by default the base model's own `slerp_w`.
+            adapter_scale: of what the adapter adds, 0 to 10: 0 is the base model, bit for bit, and more is bolder; by
+                default the adapter's own `default_scale`.
             similarity_threshold: instead of the pipeline's own.
             compose: whether to look for each thing that a prompt names by itself.
             reference_ids: rows of the index to use instead of a search, the same for all prompts or a list for each.
@@ -245,21 +251,18 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_prompts(prompts)
         check_sampling(len(prompts), num_inference_steps, num_images_per_prompt, generator)
         given = check_given(len(prompts), reference_ids, reference_images, reference_captions)
-        fusion = fusion or self._default_fusion(given)
-        num_references = _DEFAULT_REFERENCES.get(fusion, 0) if num_references is None else num_references
-        threshold = self.config.similarity_threshold if similarity_threshold is None else similarity_threshold
-        check_fusion(
-            fusion, has_adapter=self.adapter is not None, num_references=num_references, w=w, threshold=threshold
+        options = FusionOptions.of(
+            self, given, fusion, num_references, w=w, adapter_scale=adapter_scale, threshold=similarity_threshold
         )
 
         condition = self._conditioner.encode(prompts)  # tau(p_tgt)
         references = None
-        if fusion != "none" and (num_references or given.any):
-            found = self._find_references(prompts, condition, given, num_references, compose, strict)
+        if options.fusion != "none" and (options.num_references or given.any):
+            found = self._find_references(prompts, condition, given, options.num_references, compose, strict)
             references = found.repeat_interleave(num_images_per_prompt)
-        fuse = None if references is None else self._fusion(references, fusion, w, adapter_scale, threshold)
+        fuse = None if references is None else self._fusion(references, options)
 
-        with nullcontext() if fusion == "adapter" else without_lora(self.unet):
+        with nullcontext() if options.fusion == "adapter" and options.adapter_scale else without_lora(self.unet):
             latents = self._sample(
                 self._noise(len(prompts) * num_images_per_prompt, generator, latents),  # z_T
                 condition.repeat_interleave(num_images_per_prompt),
@@ -316,21 +319,14 @@ class ImageRAGTurboPipeline(DiffusionPipeline):  # type: ignore[misc]
         h = target.h if fuse is None else fuse(target.h)
         return decode(self.unet, replace(target, h=h))
 
-    def _fusion(
-        self, references: References, fusion: FusionName, w: float, adapter_scale: float, threshold: float
-    ) -> Fusion:
+    def _fusion(self, references: References, options: FusionOptions) -> Fusion:
         """Return `F`, with all that it needs on the device."""
         device, dtype = self._execution_device, self.unet.dtype
         h_references = references.features.to(device, dtype)
-        weights = gate(references.similarities, threshold).to(device)  # lambda
-        if fusion == "adapter":
-            return AdapterFusion(self.adapter, h_references, weights, adapter_scale)
-        return SlerpFusion(h_references, weights, w)
-
-    def _default_fusion(self, given: Given) -> FusionName:
-        if not given.any and self.config.index_name is None:
-            return "none"
-        return "slerp" if self.adapter is None else "adapter"
+        weights = gate(references.similarities, options.threshold).to(device)  # lambda
+        if options.fusion == "adapter":
+            return AdapterFusion(self.adapter, h_references, weights, options.adapter_scale)
+        return SlerpFusion(h_references, weights, options.w)
 
     def _find_references(
         self, prompts: list[str], condition: Condition, given: Given, k: int, compose: bool, strict: bool

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from imagerag.errors import UserError
 
 TINY = "tiny"
 TINY_TEACHER = "tiny-teacher"
+PAPERS_W = 0.8
+"""Of slerp (paper, Sec. 3.2), for a base model that names no other."""
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[0-9a-f]{40}))?")
 _INDEX = "model_index.json"
 _REQUIRED = ("vae", "unet", "scheduler", "tokenizer", "text_encoder")
@@ -55,6 +57,8 @@ class BaseFiles:
 
     identity: BaseIdentity
     parts: dict[str, Part]
+    slerp_w: float
+    """The default weight of the base model in slerp."""
 
 
 def check_spec(spec: str) -> str:
@@ -85,7 +89,9 @@ def resolve(spec: str) -> BaseFiles:
     parts = parts_of(spec)
     files = {f"{name}/{file.name}": file for name, part in parts.items() for file in part.files}
     name = str(Path(spec).expanduser().absolute()) if _is_folder(spec) else spec
-    return BaseFiles(identity=BaseIdentity(id=name, digest=digest_of(files)), parts=parts)
+    return BaseFiles(
+        identity=BaseIdentity(id=name, digest=digest_of(files)), parts=parts, slerp_w=_slerp_w(spec, parts)
+    )
 
 
 def parts_of(spec: str, only: Collection[str] = ()) -> dict[str, Part]:
@@ -115,6 +121,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} has to be JSON: {error}") from error
     return content
+
+
+def _slerp_w(spec: str, parts: Mapping[str, Part]) -> float:
+    """Return the weight that a base model's own manifest names: a folder's is `slerp_w` in model_index.json."""
+    if spec == TINY:
+        return tiny.SLERP_W
+    index = parts["unet"].folder.parent / _INDEX
+    w = read_json(index).get("slerp_w", PAPERS_W) if index.is_file() else PAPERS_W
+    if not isinstance(w, int | float) or not 0 <= w <= 1:
+        raise UserError(f"slerp_w, the weight of the base model in slerp, is between 0 and 1; {index} says {w!r}")
+    return w
 
 
 def _is_folder(spec: str) -> bool:

@@ -62,13 +62,16 @@ class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, channels: int = 1280, inner_dim: int | None = None, num_heads: int = 8) -> None:
+    def __init__(
+        self, channels: int = 1280, inner_dim: int | None = None, num_heads: int = 8, default_scale: float = 1.0
+    ) -> None:
         """Make an adapter that changes nothing.
 
         Args:
             channels: of the H-space.
             inner_dim: of queries, keys and values; by default twice the channels.
             num_heads: of the attention.
+            default_scale: what a pipeline takes as `scale` unless it is told another.
 
         Raises:
             ValueError: if the dimensions can't be divided.

@@ -37,8 +37,8 @@ class AdapterFusion:
 
     @property
     def shares(self) -> torch.Tensor:
-        """Lambda."""
-        return self.weights
+        """Lambda, and 0 where nothing is added."""
+        return self.weights if self.scale else torch.zeros_like(self.weights)
 
     def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
         """Return the fused features."""

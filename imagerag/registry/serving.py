@@ -42,6 +42,8 @@ SIGNATURE = ModelSignature(
             ParamSpec("num_images", DataType.long, 1),
             ParamSpec("num_references", DataType.long, None),
             ParamSpec("fusion", DataType.string, "adapter"),
+            ParamSpec("scale", DataType.double, None),
+            ParamSpec("w", DataType.double, None),
             ParamSpec("steps", DataType.long, 1),
         ]
     ),
@@ -81,6 +83,8 @@ def make_rows(
     num_images: int = 1,
     num_references: int | None = None,
     fusion: FusionName = "adapter",
+    scale: float | None = None,
+    w: float | None = None,
     steps: int = 1,
 ) -> list[dict[str, Any]]:
     """Make pictures of prompts, and return for each its `image` (PNG in base64), its `seed` and its `references`.
@@ -94,6 +98,8 @@ def make_rows(
         num_images: of each prompt.
         num_references: of each prompt; by default as many as suit the fusion.
         fusion: how references are used.
+        scale: of what the adapter adds; by default the adapter's own.
+        w: of the base model in slerp; by default the base model's own.
         steps: of the scheduler.
 
     Raises:
@@ -110,6 +116,8 @@ def make_rows(
         batch_size=1,
         num_references=num_references,
         fusion=fusion,
+        adapter_scale=scale,
+        w=w,
         num_inference_steps=steps,
     )
     return [

@@ -5,14 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from imagerag import tiny
 from imagerag.cli import app
 from imagerag.corpus.sample import load_drawings
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
+from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
 from imagerag.retrieval import features
 from imagerag.retrieval.index import IndexConfig, build_index
@@ -21,6 +24,7 @@ from imagerag.retrieval.schema import Features
 from tests.retrieval.quality import Texts, write_index
 
 NUM_ROWS = 120
+SLERP = f"slerp, w = {tiny.SLERP_W}"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def test_a_page_a_grid_and_numbers(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a castle\na <b>camera</b>\n")
     output = run("compare", "--prompt-file", prompts, "--name", "sample", "--out", out)
-    columns = ["base", "slerp, w = 0.8", "oracle: best w", "teacher, 25 steps"]
+    columns = ["base", SLERP, "oracle: best w", "teacher, 25 steps"]
     assert all(column in output for column in columns)
 
     scores = json.loads((out / "scores.json").read_text())
@@ -69,11 +73,11 @@ def test_a_page_a_grid_and_numbers(tmp_path: Path) -> None:
     for each in scores:
         cells = {cell["title"]: cell for cell in each["cells"]}
         assert list(cells) == columns
-        assert cells["oracle: best w"]["score"] >= cells["slerp, w = 0.8"]["score"]
+        assert cells["oracle: best w"]["score"] >= cells[SLERP]["score"]
         assert cells["base"]["references"] == cells["teacher, 25 steps"]["references"] == []
     (reference,) = scores[0]["cells"][1]["references"]
     assert reference["caption"] == "castle"
-    assert reference["weight"] == pytest.approx(0.2)
+    assert reference["weight"] == pytest.approx(1 - tiny.SLERP_W)
 
     page = (out / "index.html").read_text()
     assert page.count('<img class="made"') == 8
@@ -92,6 +96,23 @@ def test_generated_pictures_name_their_references(tmp_path: Path) -> None:
     assert [row["caption"] for row in about["references"]] == ["castle"]
     assert plain["references"] == []
     assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+def test_an_adapter_is_used_at_the_scale_that_is_asked_for(tmp_path: Path) -> None:
+    adapter = HSpaceAdapter(192)
+    torch.nn.init.constant_(adapter.to_gate.bias, 0.5)
+    adapter.save_pretrained(tmp_path / "adapter")
+    arguments = ("a castle", "--name", "sample", "--adapter", tmp_path / "adapter", "--seeds", 1)
+    made = {}
+    for scale in ("0", "1", "2", None):
+        run("generate", *arguments, *([] if scale is None else ["--scale", scale]), "--out", tmp_path / str(scale))
+        made[scale] = Image.open(tmp_path / str(scale) / "0000-a-castle-seed0.png")
+    run("generate", "a castle", "--seeds", 1, "--out", tmp_path / "base")
+    assert made["0"].tobytes() == Image.open(tmp_path / "base" / "0000-a-castle-seed0.png").tobytes()
+    assert made[None].tobytes() == made["1"].tobytes() != made["2"].tobytes()
+    assert json.loads(made["2"].text["imagerag"])["scale"] == 2
+    output = run("compare", *arguments[:5], "--scale", "2", "--out", tmp_path / "compare")
+    assert "adapter, scale = 2" in output
 
 
 def test_references_need_an_index() -> None:

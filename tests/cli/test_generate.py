@@ -71,6 +71,7 @@ def _difference(one: Image.Image, other: Image.Image) -> tuple[tuple[int, int], 
         (["--prompt-file", "missing.txt"], "--prompt-file has to be a readable text file; missing.txt"),
         (["a fox", "--base", "stabilityai/sd-turbo"], "pinned by a full commit"),
         (["a fox", "--out", __file__], "--out is a folder"),
+        (["a fox", "--name", "x", "--scale", "2"], "--scale is of what an adapter adds: name one by --adapter"),
     ],
 )
 def test_the_users_mistake_is_named_before_anything_is_loaded(

@@ -123,6 +123,17 @@ def make_here(job: pictures.PictureJob) -> dict[str, int]:
     return made
 
 
+def test_slerp_has_the_base_models_weight_unless_it_is_told_another(
+    own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
+) -> None:
+    own = finetuned(own_world)
+    index = Path(own.base, "model_index.json")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"slerp_w": 0.3}))
+    for told, expected in ((None, 0.3), (0.6, 0.6)):
+        ways = ways_of(config.model_copy(update={"slerp_w": told}), own, own.base, None)
+        assert [(way.title, way.w) for way in ways if way.name == "slerp"] == [(f"slerp, w = {expected}", expected)]
+
+
 def test_another_candidate_costs_only_its_own_pictures(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:

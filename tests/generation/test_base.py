@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from imagerag import tiny
 from imagerag.digests import sha256_of as digests_sha256_of
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
@@ -85,6 +86,19 @@ def test_a_large_files_digest_is_remembered_until_it_changes(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     assert resolve(str(copy)).identity != first
     assert weights in hashed
+
+
+def test_a_base_model_names_its_weight_in_slerp(bases: dict[str, Path], tmp_path: Path) -> None:
+    assert resolve("tiny").slerp_w == load_base("tiny", "cpu").slerp_w == tiny.SLERP_W
+    assert resolve(str(bases["sd-turbo"])).slerp_w == 0.8, "the paper's"
+    copy = shutil.copytree(bases["sd-turbo"], tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"slerp_w": 0.1}))
+    assert load_base(str(copy), "cpu").slerp_w == 0.1
+    for wrong in (2, "0.2", None):
+        (copy / "model_index.json").write_text(json.dumps(index | {"slerp_w": wrong}))
+        with pytest.raises(UserError, match=rf"is between 0 and 1; .*model_index.json says {wrong!r}"):
+            resolve(str(copy))
 
 
 @pytest.mark.parametrize(

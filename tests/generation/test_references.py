@@ -12,6 +12,7 @@ from PIL import Image
 
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
+from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
 from imagerag.hspace.features import feature_identity
 from imagerag.hspace.fit import FITS, fit_square
@@ -66,6 +67,12 @@ def call(pipeline: ImageRAGTurboPipeline, prompt: Any, seed: int = 0, **argument
     return pipeline(prompt, generator=generators, output_type="latent", **arguments)
 
 
+def load(folder: Path) -> ImageRAGTurboPipeline:
+    pipeline = ImageRAGTurboPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def test_the_nearest_row_comes_first_and_is_named(pipe: ImageRAGTurboPipeline) -> None:
     (references,) = call(pipe, "a red dragon", num_references=3).references
     assert [each.caption for each in references][:2] == ["red dragon", "green dragon"]
@@ -99,6 +106,37 @@ def test_without_an_effect_it_is_the_base_model_bit_for_bit(
     expected = latents(plain, fusion="none")
     assert torch.equal(latents(pipe, fusion="none"), expected)
     assert torch.equal(latents(pipe, **arguments), expected)
+
+
+def test_the_adapter_has_a_scale_of_its_own(pipe: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+    one, two = latents(pipe, adapter_scale=1.0), latents(pipe, adapter_scale=2.0)
+    assert not torch.allclose(one, two, atol=1e-3)
+    assert torch.equal(latents(pipe), one)
+    pipe.adapter.register_to_config(default_scale=2.0)
+    assert torch.equal(latents(pipe), two)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(latents(load(tmp_path)), two)
+    assert [row.weight for row in call(pipe, "a red dragon", adapter_scale=0.0).references[0]] == [0.0] * 4
+
+
+def test_slerp_has_the_base_models_weight(store: Store, tmp_path: Path) -> None:
+    papers, own = (make_pipeline(**own).use_index(store.uri, store.name) for own in ({}, {"slerp_w": 0.3}))
+    assert torch.equal(latents(papers), latents(own, w=0.8))
+    assert torch.equal(latents(own), latents(papers, w=0.3))
+    assert not torch.allclose(latents(own), latents(papers), atol=1e-3)
+    own.save_pretrained(tmp_path)
+    assert torch.equal(latents(load(tmp_path)), latents(own))
+    assert ImageRAGTurboPipeline.from_base(load_base(str(tmp_path), "cpu")).config.slerp_w == 0.3
+
+
+def test_a_small_index_gives_all_it_has_unless_more_is_asked_for(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+    small = write_store(tmp_path, plain, num_rows=3)
+    fill(small, plain)
+    index_and_publish(small)
+    pipeline = make_pipeline(make_adapter()).use_index(small.uri, small.name)
+    assert len(call(pipeline, "a castle").references[0]) == 3
+    with pytest.raises(UserError, match="4 of 3 in 'images'"):
+        call(pipeline, "a castle", num_references=4)
 
 
 def test_slerp_is_the_papers_formula(pipe: ImageRAGTurboPipeline, store: Store) -> None:
@@ -173,8 +211,6 @@ def test_the_prompt_is_encoded_once_where_the_index_shares_the_encoder(pipe: Ima
 
 
 def test_another_text_encoder_asks_the_indexs_own(store: Store, tmp_path: Path) -> None:
-    from imagerag.generation.base import load_base
-
     base = load_base(str(write_sd(tmp_path)), device="cpu")
     pipeline = ImageRAGTurboPipeline.from_base(base).use_index(store.uri, store.name)
     assert pipeline.index is not None
@@ -185,8 +221,7 @@ def test_another_text_encoder_asks_the_indexs_own(store: Store, tmp_path: Path) 
 
 def test_it_is_saved_and_loaded_with_all_that_it_needs(pipe: ImageRAGTurboPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
-    loaded = ImageRAGTurboPipeline.from_pretrained(tmp_path, local_files_only=True)
-    loaded.set_progress_bar_config(disable=True)
+    loaded = load(tmp_path)
     assert (tmp_path / "adapter" / "diffusion_pytorch_model.safetensors").is_file()
     assert torch.equal(latents(loaded, num_references=2), latents(pipe, num_references=2))
 
@@ -281,6 +316,10 @@ def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, 
         ("a castle", {"num_references": -1}, "between 0 and 64; got -1"),
         ("a castle", {"fusion": "blend"}, "fusion is one of adapter, slerp, none; got 'blend'"),
         ("a castle", {"w": 1.5, "fusion": "slerp"}, "between 0 and 1; got 1.5"),
+        ("a castle", {"adapter_scale": -0.1}, "what the adapter adds, must be between 0 and 10; got -0.1"),
+        ("a castle", {"adapter_scale": 10.5}, "between 0 and 10; got 10.5"),
+        ("a castle", {"adapter_scale": float("nan")}, "between 0 and 10; got nan"),
+        ("a castle", {"adapter_scale": float("inf")}, "between 0 and 10; got inf"),
         ("a castle", {"similarity_threshold": 2}, "a cosine, so between -1 and 1; got 2"),
         ("a castle", {"reference_ids": ["nobody"]}, "has no row with the id 'nobody'"),
         ("a castle", {"reference_ids": []}, "reference_ids is empty"),

@@ -52,6 +52,8 @@ def test_lora_comes_back_bit_for_bit_and_the_base_model_is_as_it_was(store: Stor
     expected = latents(pipeline)
     assert not torch.allclose(expected, latents(plain), atol=1e-2)
 
+    assert torch.equal(latents(pipeline, adapter_scale=0.0), latents(plain)), "nor is there LoRA then"
+
     pipeline.save_pretrained(tmp_path / "saved")
     assert torch.equal(latents(pipeline), expected), "saving changes nothing"
     loaded = load(tmp_path / "saved")

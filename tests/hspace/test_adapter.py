@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,14 @@ def test_it_is_saved_and_loaded(
     again = HSpaceAdapter.from_pretrained(tmp_path)
     assert again.config.channels == CHANNELS
     assert torch.allclose(again(target, references, WEIGHTS), trained(target, references, WEIGHTS), atol=1e-6)
+
+
+def test_one_that_was_saved_without_a_scale_has_one(trained: HSpaceAdapter, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("default_scale") == 1.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert HSpaceAdapter.from_pretrained(tmp_path).config.default_scale == 1.0
 
 
 def test_dimensions_are_checked() -> None:

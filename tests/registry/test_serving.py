@@ -43,6 +43,8 @@ def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPip
     assert Image.open(io.BytesIO(base64.b64decode(rows[0]["image"]))).size == (16, 16)
     assert make_rows(pipeline, ["a castle"], seed=4, num_references=2) == rows[3:], "whatever else is asked for"
     plain = make_rows(pipeline, [PROMPT], fusion="none")
+    assert make_rows(pipeline, [PROMPT], scale=0.0)[0]["image"] == plain[0]["image"]
+    assert make_rows(pipeline, [PROMPT], fusion="slerp", w=1.0)[0]["image"] == plain[0]["image"]
     assert plain[0]["references"] == []
     assert plain[0]["image"] != make_rows(pipeline, [PROMPT])[0]["image"]
 
@@ -57,6 +59,8 @@ def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPip
         ({"num_references": 65}, "num_references must be between 0 and 64; got 65"),
         ({"num_references": 9}, "num_references can't be more than the index has rows: 9 of 8"),
         ({"fusion": "mean"}, "fusion is one of adapter, slerp, none; got 'mean'"),
+        ({"scale": 11}, "adapter_scale, of what the adapter adds, must be between 0 and 10; got 11"),
+        ({"fusion": "slerp", "w": 1.1}, "between 0 and 1; got 1.1"),
         ({"steps": 0}, "the number of steps must be between 1 and 1000; got 0"),
     ],
 )
