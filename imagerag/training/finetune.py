@@ -26,6 +26,7 @@ from imagerag.training.discriminator import build_discriminator
 from imagerag.training.generator import Generator
 from imagerag.training.ladd import Ladd, Terms
 from imagerag.training.perceptual import Perceptual
+from imagerag.training.scale import choose_scale
 
 _BETAS, _HEADS_BETAS = (0.5, 0.99), (0.0, 0.99)
 _SHOWN = 12
@@ -198,7 +199,8 @@ class Finetuning:
 
         Returns:
             The losses with the references that a search finds, with random ones and with none; `score`, what the best
-            checkpoint has the least of; and a picture.
+            checkpoint has the least of; after the last step `default_scale`, which the adapter is exported with; and a
+            picture.
         """
         config = self.config
         step = max(1, len(data.held_out) // config.num_validated)
@@ -213,6 +215,12 @@ class Finetuning:
                 values |= {f"{term}{name}": float(value) for term, value in terms.items()}
                 pictures += [] if pictures else [(f"held out: {prompts}", self._decode(real))]
                 pictures.append((title, self._decode(fake)))
+            if self.done == config.steps:
+                choice = ReferenceChoice(number=config.references.number, **_SHOWINGS[0][-1])
+                with self._autocast():
+                    scale = choose_scale(self.generator, data, examples, choice, batch_size=config.micro_batch_size)
+                self.generator.adapter.register_to_config(default_scale=scale)
+                values["default_scale"] = scale
         weights = config.losses
         score = (weights.distillation or 1.0) * values["distillation"]
         score += weights.perceptual * values.get("perceptual", 0.0)

@@ -46,13 +46,13 @@ class Generator(nn.Module):
             self.unet.add_adapter(lora, adapter_name=LORA_NAME)
             cast_training_params(self.unet, torch.float32)
 
-    def forward(self, batch: RagBatch) -> torch.Tensor:
-        """Return `z_hat_0` (B, C, H, W)."""
+    def forward(self, batch: RagBatch, scale: float = 1.0) -> torch.Tensor:
+        """Return `z_hat_0` (B, C, H, W), with `scale` of what the adapter adds."""
         last = torch.full((len(batch.noise),), self.diffusion.last, device=batch.noise.device)
         with torch.no_grad():
             noised = self.diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)  # z_T
             target = encode(self.unet, noised, last, batch.text)
-        h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0))
+        h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0), scale)
         prediction = decode(self.unet, replace(target, h=h))
         # Where a UNet predicts noise, what it implies is some fifteen times as large as its error.
         return self.diffusion.to_clean(prediction.float(), noised, last)

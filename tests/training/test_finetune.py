@@ -12,12 +12,14 @@ import torch
 
 from imagerag.artifacts import TrainingSet
 from imagerag.generation.base import load_base
-from imagerag.generation.finetuned import load_finetuned
+from imagerag.generation.finetuned import ADAPTER, load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice, describe_accuracy
 from imagerag.training.data import Loader, RagData
 from imagerag.training.finetune import Finetuning
 from imagerag.training.perceptual import LatentDistance, LatentNetwork
+from imagerag.training.scale import SCALES
 from tests.devices import DEVICES
 from tests.training.conftest import World
 
@@ -199,6 +201,22 @@ def test_validation_is_the_same_each_time_and_changes_nothing(make: Callable[...
     assert values["score"] == pytest.approx(2.5 * values["distillation"] + values["perceptual"])
     assert len({values[f"distillation{way}"] for way in ("", "_random", "_none")}) == 3
     assert picture.width > picture.height / 8
+
+
+def test_the_scale_is_chosen_after_the_last_step_and_exported(
+    make: Callable[..., Finetuning], data: RagData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = make(steps=2)
+    run(training, data, until=1)
+    assert "default_scale" not in training.validate(data)[0]
+    run(training, data)
+    before = learnt(training)
+    assert training.validate(data)[0]["default_scale"] in SCALES
+    assert same(learnt(training), before)
+    monkeypatch.setattr("imagerag.training.scale.best_scale", lambda _: 1.5)
+    assert training.validate(data)[0]["default_scale"] == 1.5
+    training.export(tmp_path)
+    assert HSpaceAdapter.from_pretrained(tmp_path / ADAPTER).config.default_scale == 1.5
 
 
 def test_what_is_exported_makes_the_same_picture(
