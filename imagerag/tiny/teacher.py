@@ -3,9 +3,10 @@
 Three kinds of rows make a batch. Some teach the decoder to read pictures out of the H-space: a drawing goes through the
 encoder almost clean, and only its `h` is handed to the decoder, which works with the timestep T and with skip
 connections that are zero or of pure noise. So what the mid block says at t = 0 (a reference picture) and at t = T (a
-picture to be made) is one language, which is what fusion in the H-space rests on (paper, Sec. 3.1). Some are pure noise,
-because one step from there is all that the student will take. The rest are noised to a random timestep, as ever. The
-second phase has a quarter, a quarter and half of them; the fourth, whose model is sampled in many steps, reads nothing.
+picture to be made) is one language, which is what fusion in the H-space rests on (paper, Sec. 3.1). Some are pure
+noise, because one step from there is all that the student will take. The rest are noised to a random timestep, as ever.
+The second phase has a quarter, a quarter and half of them; the fourth, whose model is sampled in many steps, reads
+nothing.
 """
 
 from dataclasses import dataclass, replace

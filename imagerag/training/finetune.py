@@ -216,7 +216,7 @@ class Finetuning:
                 pictures += [] if pictures else [(f"held out: {prompts}", self._decode(real))]
                 pictures.append((title, self._decode(fake)))
             if self.done == config.steps:
-                choice = ReferenceChoice(number=config.references.number, **_SHOWINGS[0][-1])
+                choice = ReferenceChoice.found(config.references.number)
                 with self._autocast():
                     scale = choose_scale(self.generator, data, examples, choice, batch_size=config.micro_batch_size)
                 self.generator.adapter.register_to_config(default_scale=scale)
