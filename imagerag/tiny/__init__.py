@@ -11,5 +11,5 @@ MANIFEST_NAME = "manifest.json"
 TEXT_LENGTH = 32
 """Tokens that the UNets are conditioned on."""
 SLERP_W = 0.2
-"""The default weight of the student in slerp, as `imagerag.tiny.adapters` measured it: its skip connections carry
-little, so that the paper's 0.8 draws next to nothing of a reference."""
+"""The student's default weight in slerp, from what `imagerag.tiny.adapters` measures: its decoder reads pictures out of
+`h`, and with the paper's 0.8 draws next to nothing of a reference."""

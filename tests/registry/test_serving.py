@@ -28,7 +28,7 @@ from imagerag.registry.versions import download, pull, register
 from imagerag.training.tracking import tracking_uri
 from tests.registry.conftest import Home
 
-PROMPT, PARAMS = "a red dragon", {"seed": 7, "num_images": 2, "num_references": 2}
+PROMPT, PARAMS = "a red dragon", {"seed": 7, "num_images": 2, "num_references": 2, "scale": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,8 @@ prompt, params = json.loads(sys.argv[1])
 pipeline, images = ImageRAGTurboPipeline.from_pretrained(sys.argv[2]), []
 for seed in range(params["seed"], params["seed"] + params["num_images"]):
     generator, buffer = torch.Generator().manual_seed(seed), io.BytesIO()
-    made = pipeline(prompt, num_references=params["num_references"], generator=generator)
+    chosen = {"num_references": params["num_references"], "adapter_scale": params["scale"]}
+    made = pipeline(prompt, generator=generator, **chosen)
     made.images[0].save(buffer, "PNG")
     images.append(base64.b64encode(buffer.getvalue()).decode())
 print(json.dumps(images))
