@@ -69,7 +69,8 @@ class StudentPhase:
         """
         torch.manual_seed(seed)
         self.steps = steps
-        self.recipe = {"steps": steps, "seed": seed, "learning_rate": LEARNING_RATE, "batch_size": batch_size}
+        self.recipe: dict[str, Any] = {"steps": steps, "seed": seed, "learning_rate": LEARNING_RATE}
+        self.recipe |= {"batch_size": batch_size}
         self.recipe |= {"heads_learning_rate": HEADS_LEARNING_RATE, "ema_decay": EMA_DECAY}
         self.recipe |= {"weights": WEIGHTS.model_dump(), "reading_weight": READING_WEIGHT, "others": others.digest}
         self.unet = student.to(device, memory_format=torch.channels_last).train().requires_grad_(True)

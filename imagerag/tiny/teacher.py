@@ -144,8 +144,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            noise=self.noise.to(device),
+            timesteps=self.timesteps.to(device),
+            keep=self.keep.to(device),
+        )
 
 
 def draw(

@@ -30,7 +30,7 @@ from imagerag.training.scale import choose_scale
 
 _BETAS, _HEADS_BETAS = (0.5, 0.99), (0.0, 0.99)
 _SHOWN = 12
-_SHOWINGS = (
+_SHOWINGS: tuple[tuple[str, str, dict[str, float]], ...] = (
     ("with references", "", {}),
     ("with random references", "_random", {"random": 1.0}),
     ("without", "_none", {"none": 1.0}),
