@@ -20,6 +20,7 @@ def status(name: NameOption = "images") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from imagerag.retrieval.pins import pins
     from imagerag.retrieval.publish import status as read_status
 
     state = read_status(_store(name))
@@ -40,6 +41,8 @@ def status(name: NameOption = "images") -> None:
         published_at = f"{entry.published_at:%Y-%m-%d %H:%M:%S}"
         table.add_row(str(entry.version), published_at, f"{entry.num_rows:,}", f"{entry.recall_at_10:.3f}")
     Console().print(table)
+    for label, version in sorted(pins(_store(name)).items(), key=lambda each: each[1]):
+        typer.echo(f"version {version} is kept for {label}")
 
 
 @app.command()

@@ -26,7 +26,9 @@ from imagerag.generation.spec import resolve
 from imagerag.hspace.job import identity_of
 from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
+from imagerag.retrieval.pins import JOB, held
 from imagerag.retrieval.search import Retriever
+from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.job import training_set_of
 from imagerag.training.tracking import MlflowTracker, lasting_run, tracking_uri
@@ -70,7 +72,8 @@ def evaluate(
     parent = f"{settings.training_of(finetuned.index_name)}/evaluations"
     key = _key(config, prompts, ways, index)
     folder = f"{parent}/{key}"
-    with writer_lock(parent, key):
+    store = Store(retriever.uri, retriever.name)
+    with writer_lock(parent, key), held(store, retriever.version, f"{JOB}evaluation-{key}"):
         if (known := read_json(f"{folder}/{RESULTS}")) is not None:
             return replace(Evaluated(**known["evaluated"]), is_new=False, duration_s=time.perf_counter() - started)
         real = Real.of(retriever, prompts.texts)

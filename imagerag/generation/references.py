@@ -4,18 +4,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from imagerag.embedding.spec import resolve
-from imagerag.errors import UserError
+from imagerag.errors import UserError, VersionGoneError
 from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import is_text_tower
 from imagerag.hspace.features import identity_in
 from imagerag.retrieval.ranking import diversify, merge, split_phrases
-from imagerag.retrieval.schema import Embeds, Features
+from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,6 +28,7 @@ _MOST_OF_ONE_CAPTION = 2
 _OVERFETCH = 2
 """Rows that are fetched for each wanted one, so that there are others than those of one caption."""
 
+R = TypeVar("R")
 EncodeTexts = Callable[[Sequence[str]], Embeds | None]
 """Texts to the base model's own sentence features (N, D), L2-normalised, where it has some."""
 EncodeReferences = Callable[[Sequence["Image.Image"], Sequence[str]], torch.Tensor]
@@ -129,17 +130,18 @@ class ReferenceIndex:
             text_encoder: its own, which may be the index's as well.
             version: the pinned one; by default the published one.
         """
-        from imagerag.retrieval.pins import require_version
+        from imagerag.retrieval.publish import require_version
         from imagerag.retrieval.search import Retriever  # takes a second, which only an index's users pay
         from imagerag.retrieval.store import Store
 
         if version is not None:
             require_version(Store(uri, name), version)
         self.retriever = Retriever(uri, name, version=version)
-        self.identity = identity_in(self.retriever.dataset.schema, base, unet_config)
+        self._base, self._unet_config = base, unet_config
+        self.identity = self._identity()
         if self.retriever.num_rows == 0:
             raise UserError(f"the index {name!r} is empty: nothing can be retrieved")
-        self._name = name
+        self._name, self._is_pinned = name, version is not None
         self._text_encoder = text_encoder
 
     @cached_property
@@ -168,8 +170,9 @@ class ReferenceIndex:
             )
         phrases = [[prompt, *(split_phrases(prompt) if compose else [])] for prompt in prompts]
         queries = [phrase for own in phrases for phrase in own]
-        embeds = self.encode(queries, encode_texts)
-        near = self.retriever.search(embeds, _OVERFETCH * k, features=self.identity)
+        near = self._on_what_is_there(
+            lambda: self.retriever.search(self.encode(queries, encode_texts), _OVERFETCH * k, features=self.identity)
+        )
         found = iter([diversify(ranking, k, _MOST_OF_ONE_CAPTION) for ranking in near])
         rankings = [[next(found) for _ in own] for own in phrases]
         return [own[0] if len(own) == 1 else merge(own, k) for own in rankings]
@@ -178,8 +181,12 @@ class ReferenceIndex:
         self, ids: Sequence[Sequence[str]], prompts: Sequence[str], encode_texts: EncodeTexts
     ) -> "list[list[Neighbour]]":
         """Return the rows with these ids for each prompt. Errors as of `Retriever.fetch`."""
-        embeds = self.encode(prompts, encode_texts)
-        return [self.retriever.fetch(own, e, features=self.identity) for own, e in zip(ids, embeds, strict=True)]
+
+        def fetch_all() -> "list[list[Neighbour]]":
+            embeds = self.encode(prompts, encode_texts)
+            return [self.retriever.fetch(own, e, features=self.identity) for own, e in zip(ids, embeds, strict=True)]
+
+        return self._on_what_is_there(fetch_all)
 
     def encode(self, texts: Sequence[str], encode_texts: EncodeTexts) -> Embeds:
         """Return texts as the index's encoder sees them (N, D)."""
@@ -203,6 +210,27 @@ class ReferenceIndex:
             warnings.warn(f"{what}; they are computed now", stacklevel=3)
             computed = self._compute(missing, encode_references)
         return [[_checked(row, computed) for row in own] for own in rows]
+
+    def _on_what_is_there(self, read: Callable[[], R]) -> R:
+        """Return what `read` does, on the version that is published now where the one that was opened is gone.
+
+        Raises:
+            VersionGoneError: if the one that is gone is pinned.
+        """
+        try:
+            return read()
+        except VersionGoneError:
+            if self._is_pinned:
+                raise
+        self.retriever.refresh()
+        # The table may have been made anew, with another encoder and other features.
+        for name in ("_encoder", "shares_encoder"):
+            self.__dict__.pop(name, None)
+        self.identity = self._identity()
+        return read()
+
+    def _identity(self) -> FeatureIdentity:
+        return identity_in(self.retriever.dataset.schema, self._base, self._unet_config)
 
     def _compute(self, ids: Sequence[str], encode_references: EncodeReferences) -> dict[str, torch.Tensor]:
         from imagerag.hspace.features import open_images

@@ -24,8 +24,8 @@ from imagerag.registry.card import CARD, GRID, PICTURE, model_card, sources_of
 from imagerag.registry.lineage import log_inputs, run_of
 from imagerag.registry.model import FOLDER, check_model, write_model
 from imagerag.registry.package import Manifest
-from imagerag.retrieval.pins import pin, require_version
-from imagerag.retrieval.publish import require_published
+from imagerag.retrieval.pins import JOB, held, pin
+from imagerag.retrieval.publish import require_published, require_version
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.tracking import mlflow_client, tracking_uri
@@ -104,10 +104,9 @@ def register(
     store = Store(settings.index_uri, finetuned.index_name)
     with _writing(settings) as client, TemporaryDirectory() as temporary:
         run = run_of(client, finetuned.run_id)
-        # The store's lock keeps its version from being cleaned up before it is pinned.
-        with store.writer_lock():
-            index_version = require_published(store) if index_version is None else index_version
-            require_version(store, index_version)
+        index_version = require_published(store) if index_version is None else index_version
+        require_version(store, index_version)
+        with held(store, index_version, f"{JOB}registration-{finetuned.name}"):
             retriever = Retriever(store.uri, store.name, version=index_version)
             folder = Path(temporary, "package")
             manifest = package.pack(folder, finetuned, retriever, portable=portable)

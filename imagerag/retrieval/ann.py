@@ -32,7 +32,7 @@ class IndexRecord:
     recall_at_10: float
     num_unindexed_rows: int
     rows: str = ""
-    """A digest of the rows' ids: the same rows in the same partitions need not be measured again."""
+    """A digest of the rows, without their features: the same rows in the same partitions need not be measured again."""
     config: dict[str, Any]
     """The `IndexConfig` that it was built with."""
 

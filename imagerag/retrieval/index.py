@@ -135,8 +135,11 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
 
 
 def _digest_of_rows(dataset: LanceDataset) -> str:
-    ids = sorted(dataset.to_table(columns=["id"])["id"].to_pylist())
-    return hashlib.sha256("".join(ids).encode()).hexdigest()
+    """Return a digest of all that tells rows apart, but for their features."""
+    digest = hashlib.sha256()
+    for column in dataset.to_table(columns=["id", "url", "source", "licence"]).sort_by("id").columns:
+        digest.update("\0".join(column.to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def _index_words(store: Store) -> None:

@@ -1,33 +1,51 @@
-"""Pins: tags that keep a version of a table for what was made of it, such as a registered model.
+"""Pins: who keeps which version of a table, whatever is published since.
 
-The files of a pinned version outlive later publications. A takedown drops all pins, because bytes would outlive it too.
+A pin is a tag on a version that names its owner: a registered model, a training, or another job that reads it. A
+model's pin stays until the model is removed; that of a training or job is renewed while it runs and goes when it is
+done. One that fails or is killed leaves its pin to the next try, which has the same name and takes it over; a pin that
+was not renewed for as long as its kind may rest is removed by whoever publishes next. Publishing and cleaning up spare
+what is pinned. Takedowns drop every pin, because bytes would outlive them, and a reader whose version is gone is told so
+by `VersionGoneError`.
 """
 
-from imagerag.errors import UserError
-from imagerag.retrieval.publish import published_version
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from threading import Event, Thread
+
+from imagerag.errors import VersionGoneError
 from imagerag.retrieval.store import Store
 
+logger = logging.getLogger(__name__)
+
+JOB, TRAINING = "job-", "training-"
+"""What the labels of pins begin with that rest only for a while; a model's is its own."""
+_MAY_REST = {JOB: timedelta(hours=1), TRAINING: timedelta(days=7)}
+"""A half-done training can be gone on with after a weekend."""
 _PREFIX = "pin-"
+_RENEW_EVERY_S = 600.0
 
 
 def pin(store: Store, version: int, label: str) -> None:
     """Keep `version` for `label`, whatever is published later. What the label kept before is let go.
 
     Raises:
-        UserError: if the version is gone.
+        VersionGoneError: if there is no such version.
     """
-    with store.writer_lock():
-        require_version(store, version)
-        tags = store.dataset().tags
+    with store.tags_lock():
+        dataset = store.dataset(version)
         if label in pins(store):
-            tags.update(_PREFIX + label, version)
+            dataset.tags.update(_PREFIX + label, version)
         else:
-            tags.create(_PREFIX + label, version)
+            dataset.tags.create(_PREFIX + label, version)
+    # An object store has no lock: the version may have been cleaned up between the two.
+    store.dataset(version)
 
 
 def unpin(store: Store, label: str) -> None:
     """Let go what `label` keeps, if it keeps something. The files go when the next version is published."""
-    with store.writer_lock():
+    with store.tags_lock():
         if label in pins(store):
             store.dataset().tags.delete(_PREFIX + label)
 
@@ -38,21 +56,50 @@ def pins(store: Store) -> dict[str, int]:
     return {name.removeprefix(_PREFIX): int(tag["version"]) for name, tag in tags.items() if name.startswith(_PREFIX)}
 
 
-def require_version(store: Store, version: int) -> None:
-    """Make sure that what needs `version` of the table gets it.
+@contextmanager
+def held(store: Store, version: int, label: str) -> Iterator[None]:
+    """Keep `version` while the block runs, and after it if it fails, for the next try.
+
+    Args:
+        store: the table.
+        version: of it.
+        label: begins with `JOB` or `TRAINING`, and is the same at the next try.
 
     Raises:
-        UserError: if the table can't be reached, or has no such version; the message names the published one.
+        VersionGoneError: if there is no such version.
     """
+    assert label.startswith(tuple(_MAY_REST)), label
+    pin(store, version, label)
+    done = Event()
+    renewing = Thread(target=_renew, args=(store, version, label, done), name=label, daemon=True)
+    renewing.start()
     try:
-        if store.has(version):
+        yield
+    finally:
+        done.set()
+        renewing.join()
+    unpin(store, label)
+
+
+def drop_resting(store: Store) -> None:
+    """Remove the pins that nobody has renewed for as long as they may rest."""
+    with store.tags_lock():
+        tags = store.dataset().tags
+        now = datetime.now(UTC)
+        for name, tag in tags.list().items():
+            label = name.removeprefix(_PREFIX)
+            may_rest = next((time for kind, time in _MAY_REST.items() if label.startswith(kind)), None)
+            if name.startswith(_PREFIX) and may_rest is not None and now - tag["updated_at"] > may_rest:
+                logger.info("nothing was heard of %s since %s: its pin is removed", label, tag["updated_at"])
+                tags.delete(name)
+
+
+def _renew(store: Store, version: int, label: str, done: Event) -> None:
+    while not done.wait(_RENEW_EVERY_S):
+        try:
+            with store.tags_lock():
+                store.dataset(version).tags.update(_PREFIX + label, version)
+        except VersionGoneError:  # the reader is told when it reads
             return
-        now = published_version(store) if store.exists else None
-        there = "there is no such table" if now is None else f"version {now} is published now"
-    except OSError as error:
-        there = f"it can't be reached ({error})"
-    raise UserError(
-        f"version {version} of the index {store.name!r} in {store.uri}, which the model pins, is not to be had: "
-        f"{there}. Bring that index back; or register the model again, on the index as it is now, or portable, with a "
-        "copy of the index in it, for machines that can't reach it"
-    )
+        except (OSError, ValueError) as error:
+            logger.warning("the pin %s of table %s could not be renewed: %s", label, store.name, error)

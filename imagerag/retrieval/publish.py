@@ -4,9 +4,11 @@ The tag `published` is what readers open. Each published version also has a tag 
 rollback. The steps of every operation are ordered so that one that was killed is finished by repeating it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
+from math import ceil
 
 import numpy as np
 import pyarrow.compute as pc
@@ -15,15 +17,17 @@ from pydantic import Field
 
 from imagerag.artifacts import Check, IndexBuild, Publication
 from imagerag.config import Config
-from imagerag.errors import UserError
+from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import is_blocked
 from imagerag.retrieval.features import cached_features
+from imagerag.retrieval.pins import drop_resting
 from imagerag.retrieval.recall import to_numpy
-from imagerag.retrieval.schema import EncoderIdentity, Fit
+from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, Fit
 from imagerag.retrieval.store import Store
 
 PUBLISHED = "published"
+MAX_SHRINK = 0.5
 _NORM_TOLERANCE = 1e-3
 
 
@@ -31,14 +35,18 @@ class PublishConfig(Config):
     """What a version must pass to be published."""
 
     max_shrink: float = Field(
-        default=0.5,
+        default=MAX_SHRINK,
         ge=0.0,
         le=1.0,
-        description="The largest share of the published rows that a new version may lack.",
+        description="The largest share by which the table may shrink; checked before rows are deleted, too.",
     )
     min_recall: float = Field(default=0.95, ge=0.0, le=1.0, description="The smallest recall@10 against exact search.")
     keep: int = Field(
-        default=5, ge=1, le=100, description="How many publications are kept for a rollback, this one included."
+        default=5,
+        ge=1,
+        le=100,
+        description="How many publications are kept for a rollback, this one included. What only adds features to the "
+        "same rows takes the place of the publication without them.",
     )
 
 
@@ -110,6 +118,26 @@ def require_published(store: Store) -> int:
     return version
 
 
+def require_version(store: Store, version: int) -> None:
+    """Make sure that what needs `version` of the table gets it.
+
+    Raises:
+        UserError: if the table can't be reached, or has no such version; the message names the published one.
+    """
+    try:
+        if store.has(version):
+            return
+        now = published_version(store) if store.exists else None
+        there = "there is no such table" if now is None else f"version {now} is published now"
+    except OSError as error:
+        there = f"it can't be reached ({error})"
+    raise VersionGoneError(
+        f"version {version} of the index {store.name!r} in {store.uri}, which the model pins, is not to be had: "
+        f"{there}. Bring that index back; or register the model again, on the index as it is now, or portable, with a "
+        "copy of the index in it, for machines that can't reach it"
+    )
+
+
 def published_rows(store: Store) -> int:
     """Return the number of rows that readers see; 0 if there is no table or nothing was published."""
     version = published_version(store) if store.exists else None
@@ -135,7 +163,9 @@ def publish(store: Store, index: IndexBuild, config: PublishConfig) -> Publicati
         if published:
             _drop_tags(store, [version for version in _kept(store) if version > (previous or 0)])
             move_tag(store, index.version)
+            _drop_tags(store, _superseded(store))
             _drop_tags(store, _kept(store)[: -config.keep])
+            drop_resting(store)
             store.clean_up()
         return Publication(
             uri=store.uri,
@@ -149,7 +179,7 @@ def publish(store: Store, index: IndexBuild, config: PublishConfig) -> Publicati
 
 
 def rollback(store: Store, to: int | None = None) -> Publication:
-    """Let readers see an earlier publication: the one before, or version `to`.
+    """Let readers see an earlier publication: version `to`, or the last one that has all features that they see now.
 
     A version that was rolled back is not published again by itself; a rollback `to` it brings it back, until another
     version is published.
@@ -162,10 +192,7 @@ def rollback(store: Store, to: int | None = None) -> Publication:
         current = require_published(store)
         kept = _kept(store)
         if to is None:
-            earlier = [version for version in kept if version < current]
-            if not earlier:
-                raise UserError(f"version {current} of table {store.name!r} is the oldest publication that is kept")
-            to = earlier[-1]
+            to = _complete_before(store, current)
         elif to not in kept:
             raise UserError(
                 f"version {to} of table {store.name!r} is not a publication that is kept; these are: {kept}"
@@ -204,6 +231,39 @@ def status(store: Store) -> IndexStatus:
     )
 
 
+def _complete_before(store: Store, current: int) -> int:
+    earlier = [version for version in _kept(store) if version < current]
+    if not earlier:
+        raise UserError(f"version {current} of table {store.name!r} is the oldest publication that is kept")
+    features = cached_features(store.dataset(current).schema)
+    for version in reversed(earlier):
+        if _num_lacking(store.dataset(version), features) == 0:
+            return version
+    raise UserError(
+        f"no earlier publication of table {store.name!r} has the features of {features[-1].base} for all its rows: "
+        f"`imagerag index rollback --name {store.name} --to` one of {earlier}, and then `imagerag features`"
+    )
+
+
+def _superseded(store: Store) -> list[int]:
+    """Publications whose rows the next one has too, with at least their features."""
+    versions = [store.dataset(version) for version in _kept(store)]
+    found = []
+    for dataset, later in pairwise(versions):
+        rows, later_rows = (record.rows if (record := read_record(each)) else "" for each in (dataset, later))
+        features = cached_features(dataset.schema)
+        if rows and rows == later_rows and _num_lacking(later, features) <= _num_lacking(dataset, features):
+            found.append(int(dataset.version))
+    return found
+
+
+def _num_lacking(dataset: LanceDataset, features: Sequence[FeatureIdentity]) -> int:
+    """Return how many features of these kinds rows lack."""
+    own = set(dataset.schema.names)
+    counts = [dataset.count_rows(f"{each.column} IS NULL" if each.column in own else None) for each in features]
+    return sum(counts)
+
+
 def _features_of(dataset: LanceDataset) -> Iterator[FeaturesEntry]:
     for each in cached_features(dataset.schema):
         num_rows = dataset.count_rows(f"{each.column} IS NOT NULL")
@@ -229,7 +289,6 @@ def drop_history(store: Store) -> None:
 
 def check_rows(store: Store, dataset: LanceDataset, max_shrink: float) -> tuple[Check, ...]:
     """Check the rows of a version, whatever its index is like."""
-    num_before = published_rows(store)
     ids = dataset.to_table(columns=["id", "url", "image_sha256"])
     num_repeated = len(ids) - len(pc.unique(ids["id"]))
     num_bad = _count_bad_embeddings(dataset)
@@ -239,11 +298,31 @@ def check_rows(store: Store, dataset: LanceDataset, max_shrink: float) -> tuple[
         Check(name="unique ids", passed=num_repeated == 0, detail=f"{num_repeated} rows repeat another's id"),
         Check(name="embeddings", passed=num_bad == 0, detail=f"{num_bad} rows have an embedding whose norm is not 1"),
         Check(name="takedown", passed=num_blocked == 0, detail=f"{num_blocked} rows were taken down before"),
-        Check(
-            name="shrink",
-            passed=len(ids) >= (1 - max_shrink) * num_before,
-            detail=f"{len(ids)} rows after {num_before}; at most {max_shrink:.0%} may go",
-        ),
+        _check_shrink(len(ids), published_rows(store), max_shrink),
+    )
+
+
+def require_rows(store: Store, num_rows: int, max_shrink: float) -> None:
+    """Make sure that a table may be brought down to so many rows, before what it can't have back is deleted.
+
+    Raises:
+        UserError: if more than this share of the newest or the published rows would go.
+    """
+    num_before = max(store.count(), published_rows(store))
+    if _check_shrink(num_rows, num_before, max_shrink).passed:
+        return
+    needed = ceil(100 * (1 - num_rows / num_before)) / 100
+    raise UserError(
+        f"table {store.name!r} would shrink from {num_before} rows to {num_rows}; at most {max_shrink:.0%} may go. "
+        f"Nothing was deleted. Is the list whole? If it is: --max-shrink {needed:.2f} (`publish.max_shrink` in the UI)"
+    )
+
+
+def _check_shrink(num_rows: int, num_before: int, max_shrink: float) -> Check:
+    return Check(
+        name="shrink",
+        passed=num_rows >= (1 - max_shrink) * num_before,
+        detail=f"{num_rows} rows after {num_before}; at most {max_shrink:.0%} may go",
     )
 
 

@@ -1,6 +1,7 @@
 """Search in the published version of a table: by caption, by image, by words, or by meaning and words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -72,8 +73,8 @@ class Neighbour:
 class Retriever:
     """The published version of a table, or another that was published, opened for searching.
 
-    It stays on that version, whatever is published meanwhile, until `refresh` is called. A takedown deletes the files
-    of earlier versions: searches on one then fail until `refresh`.
+    It stays on that version, whatever is published meanwhile, until `refresh` is called. Where that version is gone, by a
+    takedown or because nobody keeps it (see `pins`), everything that reads raises `VersionGoneError`.
 
     Attributes:
         uri: of the database.
@@ -121,9 +122,24 @@ class Retriever:
         """Make sure that no takedown has deleted the version that is searched.
 
         Raises:
-            UserError: if one has.
+            VersionGoneError: if one has.
         """
         self._store.dataset(self.version)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Tell a version that is gone from what else may be wrong, where the block reads `dataset`.
+
+        Raises:
+            VersionGoneError: if the block fails and its version is gone.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, ValueError):  # Lance's and Arrow's own, for a file that is not there
+            self.check_version()
+            raise
 
     def search(
         self,
@@ -190,7 +206,8 @@ class Retriever:
             require_cached(self._schema, features)
         wanted = _Wanted(len(ids), None, images, features)
         quoted = ", ".join("'" + each.replace("'", "''") + "'" for each in ids)
-        found = self.dataset.to_table(columns=[*wanted.columns, "text_embed"], filter=f"id IN ({quoted})")
+        with self.reading():
+            found = self.dataset.to_table(columns=[*wanted.columns, "text_embed"], filter=f"id IN ({quoted})")
         similarities = None if embed is None else to_numpy(found["text_embed"]) @ self._check(embed[None])[0]
         scores = np.zeros(found.num_rows) if similarities is None else similarities
         by_id = {each.id: each for each in _neighbours(found, wanted, scores, similarities)}
@@ -207,7 +224,8 @@ class Retriever:
         """
         if features is not None:
             require_cached(self._schema, features)
-        return self.dataset.to_table(columns=list(columns))
+        with self.reading():
+            return self.dataset.to_table(columns=list(columns))
 
     def count_without(self, features: FeatureIdentity) -> int:
         """Return how many rows have no such cached features yet.
@@ -216,22 +234,25 @@ class Retriever:
             UserError: if the index has no such features at all.
         """
         require_cached(self._schema, features)
-        return int(self.dataset.count_rows(f"{features.column} IS NULL"))
+        with self.reading():
+            return int(self.dataset.count_rows(f"{features.column} IS NULL"))
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Return these columns of some rows, known by their place in what `read` returns, in this order."""
-        return self.dataset.take(rows, columns=list(columns))
+        with self.reading():
+            return self.dataset.take(rows, columns=list(columns))
 
     def sample(self, num_rows: int) -> tuple[list[bytes], Embeds]:
         """Return the images and the captions' embeddings (N, D) of some rows, of all if they are fewer."""
         count = self.dataset.count_rows()
         offsets = np.sort(np.random.default_rng(0).choice(count, min(num_rows, count), replace=False))
-        rows = self.dataset.take(offsets, columns=["image", "text_embed"])
+        rows = self.take(offsets, ["image", "text_embed"])
         return rows["image"].to_pylist(), to_numpy(rows["text_embed"])
 
     def _search_vectors(self, embeds: Embeds, column: str, wanted: "_Wanted") -> list[list[Neighbour]]:
         nprobes = self._nprobes.get(column)
-        found = nearest(self.dataset, column, embeds, wanted.k, wanted.columns, nprobes, wanted.where)
+        with self.reading():
+            found = nearest(self.dataset, column, embeds, wanted.k, wanted.columns, nprobes, wanted.where)
         neighbours: list[list[Neighbour]] = [[] for _ in embeds]
         queries = found["query_index"].to_pylist()
         scores = 1 - found["_distance"].to_numpy()
@@ -250,25 +271,26 @@ class Retriever:
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
         nprobes = self._nprobes.get("text_embed")
         columns = [*wanted.columns, "text_embed"]
-        found = RRFReranker().rerank_hybrid(
-            text,
-            nearest(
+        with self.reading():
+            near = nearest(
                 self.dataset, "text_embed", embed[None], wanted.k, columns, nprobes, wanted.where, with_row_id=True
-            ).drop_columns(["query_index"]),
-            self._match(text, wanted.where, wanted.k, columns),
+            )
+        found = RRFReranker().rerank_hybrid(
+            text, near.drop_columns(["query_index"]), self._match(text, wanted.where, wanted.k, columns)
         )[: wanted.k]
         return _neighbours(found, wanted, found["_relevance_score"].to_numpy(), to_numpy(found["text_embed"]) @ embed)
 
     def _match(self, text: str, where: str | None, k: int, columns: Sequence[str]) -> pa.Table:
         # As a text rather than a MatchQuery, Lance would be free to read operators in it.
-        return self.dataset.to_table(
-            columns=[*columns, "_score"],
-            full_text_query=MatchQuery(text, "caption"),
-            filter=where,
-            prefilter=where is not None,
-            limit=k,
-            with_row_id=True,
-        )
+        with self.reading():
+            return self.dataset.to_table(
+                columns=[*columns, "_score"],
+                full_text_query=MatchQuery(text, "caption"),
+                filter=where,
+                prefilter=where is not None,
+                limit=k,
+                with_row_id=True,
+            )
 
     def _check(self, embeds: Embeds | None) -> Embeds:
         dim = self.encoder.dim

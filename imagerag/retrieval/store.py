@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from lance import LanceDataset, LanceOperation
 from lance.fragment import FragmentMetadata, write_fragments
 
-from imagerag.errors import UserError
+from imagerag.errors import UserError, VersionGoneError
 from imagerag.locks import local_folder, writer_lock
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
 
@@ -53,13 +53,18 @@ class Store:
         """Open a version of the table, the newest by default.
 
         Raises:
-            UserError: if there is no such table or no longer such a version.
+            UserError: if there is no such table.
+            VersionGoneError: if there is no longer such a version.
         """
         dataset = self._open(version)
         if dataset is not None:
             return dataset
         if version is not None and self.exists:
-            raise UserError(f"version {version} of table {self.name!r} in {self.uri} is gone: it was cleaned up")
+            raise VersionGoneError(
+                f"version {version} of table {self.name!r} in {self.uri} is gone, by a takedown or by publications "
+                "since. Run the same again: it uses the version that is published now, which "
+                f"`imagerag index status --name {self.name}` shows"
+            )
         raise UserError(
             f"there is no table {self.name!r} in {self.uri}: `imagerag ingest` makes it from a list of image URLs"
         )
@@ -200,15 +205,20 @@ class Store:
         Call it under `writer_lock`. On an object store, where no lock keeps writers apart, left-over files are deleted
         when they are seven days old.
         """
-        self.dataset().cleanup_old_versions(
-            older_than=timedelta(0),
-            delete_unverified=local_folder(self.uri) is not None,
-            error_if_tagged_old_versions=False,
-        )
+        with self.tags_lock():
+            self.dataset().cleanup_old_versions(
+                older_than=timedelta(0),
+                delete_unverified=local_folder(self.uri) is not None,
+                error_if_tagged_old_versions=False,
+            )
 
     def writer_lock(self) -> AbstractContextManager[None]:
         """Keep this table's other writers out, see `imagerag.locks`; on an object store `commit` finds the conflict."""
         return writer_lock(self.uri, self.name)
+
+    def tags_lock(self) -> AbstractContextManager[None]:
+        """Keep a version from being cleaned up while it is tagged. Held for moments, while writers take hours."""
+        return writer_lock(self.uri, f"{self.name}.tags")
 
 
 def list_stores(uri: str) -> list[Store]:

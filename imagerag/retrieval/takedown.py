@@ -68,9 +68,11 @@ def remove(
         if published:
             move_tag(store, version)
             drop_history(store)
-        for label in pinned:
-            unpin(store, label)
-        store.clean_up()
+        with store.tags_lock():  # no job may pin a version between the two
+            pinned |= pins(store)
+            for label in pinned:
+                unpin(store, label)
+            store.clean_up()
     return Removal(
         ids=tuple(rows["id"].to_pylist()),
         urls=tuple(rows["url"].to_pylist()),

@@ -27,6 +27,8 @@ from imagerag.files import read_json, write_json
 from imagerag.generation.finetuned import MANIFEST
 from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
+from imagerag.retrieval.pins import TRAINING, held
+from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, TrainWorkersConfig
 from imagerag.training.tracking import lasting_run, tracking_uri
@@ -74,34 +76,37 @@ def finetune(
         if (manifest := read_json(f"{folder}/{MANIFEST}")) is not None:
             done = Finetuned(**manifest["finetuned"])
             return replace(done, is_new=False, duration_s=time.perf_counter() - started)
-        start_ray(settings)
-        try:
-            run_path = f"{settings.training_of(training_set.index_name)}/runs/{key}.json"
-            run_id = _tracked_run(run_path, key, training_set, config, settings, group)
-            result = _fit(key, run_id, training_set, config, workers, settings, on_progress)
-        except BaseException:
-            # Workers that nobody waits for any more keep the cores that the next try needs.
-            stop_ray()
-            raise
-        accuracy = float(result.metrics[ACCURACY])
-        best = min((metrics for _, metrics in result.best_checkpoints), key=lambda each: each[SCORE])
-        finetuned = Finetuned(
-            uri=folder,
-            name=key,
-            base=training_set.base,
-            base_digest=training_set.base_digest,
-            index_name=training_set.index_name,
-            index_version=training_set.index_version,
-            run_id=run_id,
-            num_steps=config.steps,
-            score=float(result.metrics[SCORE]),
-            best_step=int(best["step"]),
-            best_score=float(best[SCORE]),
-            is_new=True,
-            discriminator_accuracy=None if math.isnan(accuracy) else accuracy,
-            duration_s=time.perf_counter() - started,
-        )
-        _publish(result.checkpoint, finetuned, {"training_set": asdict(training_set), "config": config.model_dump()})
+        with held(Store(training_set.index_uri, training_set.index_name), training_set.index_version, TRAINING + key):
+            start_ray(settings)
+            try:
+                run_path = f"{settings.training_of(training_set.index_name)}/runs/{key}.json"
+                run_id = _tracked_run(run_path, key, training_set, config, settings, group)
+                result = _fit(key, run_id, training_set, config, workers, settings, on_progress)
+            except BaseException:
+                # Workers that nobody waits for any more keep the cores that the next try needs.
+                stop_ray()
+                raise
+            accuracy = float(result.metrics[ACCURACY])
+            best = min((metrics for _, metrics in result.best_checkpoints), key=lambda each: each[SCORE])
+            finetuned = Finetuned(
+                uri=folder,
+                name=key,
+                base=training_set.base,
+                base_digest=training_set.base_digest,
+                index_name=training_set.index_name,
+                index_version=training_set.index_version,
+                run_id=run_id,
+                num_steps=config.steps,
+                score=float(result.metrics[SCORE]),
+                best_step=int(best["step"]),
+                best_score=float(best[SCORE]),
+                is_new=True,
+                discriminator_accuracy=None if math.isnan(accuracy) else accuracy,
+                duration_s=time.perf_counter() - started,
+            )
+            _publish(
+                result.checkpoint, finetuned, {"training_set": asdict(training_set), "config": config.model_dump()}
+            )
     return finetuned
 
 

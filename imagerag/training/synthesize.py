@@ -20,9 +20,11 @@ from imagerag.artifacts import TrainingSet
 from imagerag.compute import start_ray, stop_ray
 from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
+from imagerag.retrieval.pins import JOB, held
 from imagerag.retrieval.ranking import diversify
 from imagerag.retrieval.schema import Fit
 from imagerag.retrieval.search import Neighbour, Retriever
+from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.table import Table, to_column
 from imagerag.training.config import SynthesizeConfig
@@ -57,7 +59,8 @@ def synthesize(
     started = time.perf_counter()
     examples = Examples(Retriever(settings.index_uri, name), config, settings.training_of(name))
     examples.check()
-    with writer_lock(settings.training_of(name), "training"):
+    store, version = Store(settings.index_uri, name), examples.retriever.version
+    with writer_lock(settings.training_of(name), "training"), held(store, version, f"{JOB}synthesis"):
         num_added, machine_s = _fill(examples, settings, on_progress)
     return _describe(examples, num_added, time.perf_counter() - started, machine_s)
 

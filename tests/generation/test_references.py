@@ -1,6 +1,7 @@
 """The pipeline with an index: what it finds, what it does with it, what it says of it, and what it refuses."""
 
 import io
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from imagerag.embedding.spec import resolve
-from imagerag.errors import UserError
+from imagerag.errors import UserError, VersionGoneError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
 from imagerag.hspace.features import feature_identity
@@ -19,6 +20,7 @@ from imagerag.hspace.fit import FITS, fit_square
 from imagerag.retrieval import features
 from imagerag.retrieval.schema import EncoderIdentity, Features, Fit
 from imagerag.retrieval.store import Store
+from imagerag.retrieval.takedown import remove
 from tests.generation.folders import write_sd
 from tests.generation.with_index import (
     BASE,
@@ -234,6 +236,21 @@ def test_lora_is_attached_by_pefts_own_calls(pipe: ImageRAGTurboPipeline) -> Non
     assert not torch.allclose(latents(pipe, num_references=2), before, atol=1e-4)
     pipe.unet.disable_adapters()
     assert torch.allclose(latents(pipe, num_references=2), before, atol=1e-6)
+
+
+def test_an_open_pipeline_moves_on_when_its_version_is_gone(store: Store, tmp_path: Path) -> None:
+    shutil.copytree(store.uri, tmp_path / "index")
+    own = Store(str(tmp_path / "index"), store.name)
+    version = own.version
+    following = make_pipeline(make_adapter()).use_index(own.uri, own.name)
+    pinned = make_pipeline(make_adapter()).use_index(own.uri, own.name, version)
+    remove(own, ids=make_rows(0, 1, caption=CAPTIONS[:1], image=[drawing(0)])["id"].to_pylist())
+    (found,) = call(following, "a castle", num_references=1).references
+    assert found[0].caption == "castle"
+    assert following.index is not None
+    assert following.index.retriever.version == own.version
+    with pytest.raises(VersionGoneError, match=f"version {version} of table 'images'"):
+        call(pinned, "a castle")
 
 
 def test_missing_features_are_computed_with_a_warning_or_refused(

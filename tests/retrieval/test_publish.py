@@ -11,6 +11,7 @@ from imagerag.retrieval.publish import PublishConfig, publish, published_rows, p
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from tests.retrieval.rows import DIM, ENCODER, append, embeddings, index_and_publish, make_rows
+from tests.retrieval.test_features import OTHER, fill_all
 
 
 def failed(publication: Publication) -> list[Check]:
@@ -178,6 +179,43 @@ def test_a_publication_that_was_killed_after_moving_the_tag_is_finished(store: S
     store.dataset().tags.create("published", index.version)
     assert publish(store, index, PublishConfig()).published
     assert [entry.version for entry in status(store).history] == [index.version]
+
+
+def test_features_belong_to_the_publication_whose_rows_they_are_of(store: Store) -> None:
+    """As every night: rows are published, and then their features."""
+    nights = []
+    for start in range(0, 40, 10):
+        append(store, make_rows(start, start + 10))
+        assert index_and_publish(store, PublishConfig(keep=3)).published
+        fill_all(store)
+        nights.append(index_and_publish(store, PublishConfig(keep=3)).version)
+    assert [entry.version for entry in status(store).history] == nights[:0:-1]
+    assert [version["version"] for version in store.dataset().versions()] == nights[1:]
+
+
+def test_other_metadata_of_the_same_rows_is_another_publication(store: Store) -> None:
+    append(store, make_rows(0, 10))
+    first = index_and_publish(store)
+    store.delete(make_rows(0, 1)["id"])
+    append(store, make_rows(0, 1, licence=["CC-BY-4.0"]))
+    second = index_and_publish(store)
+    assert [entry.version for entry in status(store).history] == [second.version, first.version]
+
+
+def test_a_rollback_lands_on_a_version_with_all_features(store: Store) -> None:
+    append(store, make_rows(0, 10))
+    fill_all(store)
+    complete = index_and_publish(store).version
+    for start in (10, 20):
+        append(store, make_rows(start, start + 10))
+        without = index_and_publish(store).version
+    assert len(status(store).history) == 3
+    assert rollback(store).version == complete
+    assert rollback(store, to=without).version == without
+    fill_all(store, OTHER)
+    index_and_publish(store)
+    with pytest.raises(UserError, match=r"no earlier publication .* features of base-b .*--to"):
+        rollback(store)
 
 
 def test_rollback_needs_a_publication(store: Store) -> None:

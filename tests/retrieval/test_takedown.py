@@ -6,7 +6,7 @@ import pytest
 from imagerag.errors import UserError
 from imagerag.retrieval.blocklist import block, blocked, is_blocked
 from imagerag.retrieval.index import IndexConfig, build_index
-from imagerag.retrieval.pins import pin, pins, unpin
+from imagerag.retrieval.pins import pin, pins
 from imagerag.retrieval.publish import PublishConfig, published_rows, published_version, rollback, status
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
@@ -168,17 +168,3 @@ def test_takedown_finds_rows_that_only_a_pinned_version_holds(history: Store) ->
     removal = remove(history, urls=["https://example.org/7.png"])
     assert (removal.num_rows, removal.pinned_by) == (1, ("model-1",))
     assert files_with(history, b"picture number 7") == []
-
-
-def test_a_pin_moves_and_is_let_go(history: Store) -> None:
-    first, second, *_ = sorted(entry.version for entry in status(history).history)
-    pin(history, first, "model-1")
-    pin(history, second, "model-1")
-    assert pins(history) == {"model-1": second}
-    unpin(history, "model-1")
-    unpin(history, "model-1")
-    assert pins(history) == {}
-    with pytest.raises(
-        UserError, match=rf"version 99 of the index .*version {published_version(history)} is published"
-    ):
-        pin(history, 99, "model-1")
