@@ -86,7 +86,8 @@ def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"])
         mode,
         parameters.retry_failed,
     )
-    embedded = embed_images(download, parameters.name, parameters.encoder, parameters.embed)
+    max_shrink = parameters.publish.max_shrink
+    embedded = embed_images(download, parameters.name, parameters.encoder, parameters.embed, max_shrink)
     index = index_rows(embedded, parameters.index)
     publication = publish_index(index, parameters.publish)
     report = CorpusReport(

@@ -12,7 +12,7 @@ from tasks.progress import StageProgress
 
 
 @stage("embed")
-def embed_images(download: Download, name: str, encoder: str, config: EmbedConfig) -> Embedded:
+def embed_images(download: Download, name: str, encoder: str, config: EmbedConfig, max_shrink: float) -> Embedded:
     """Make the table `name` hold exactly the images that the corpus wants and has."""
     settings = Settings()
     with StageProgress("embed", "images") as on_progress:
@@ -23,6 +23,7 @@ def embed_images(download: Download, name: str, encoder: str, config: EmbedConfi
             config=config,
             settings=settings,
             on_progress=on_progress,
+            max_shrink=max_shrink,
         )
     logger = get_run_logger()
     if result.num_added == 0 and result.num_removed == 0:

@@ -39,6 +39,10 @@ AllowHostOption = Annotated[
     list[str] | None, typer.Option(help="A host that may lie on loopback or in a private network; can be repeated.")
 ]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try again what failed in earlier runs.")]
+MaxShrinkOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="The largest share by which the table may shrink; 0.5 if not given."),
+]
 ParametersOption = Annotated[
     Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
 ]
@@ -56,6 +60,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
         caption_column: CaptionColumnOption = None,
         allow_host: AllowHostOption = None,
         retry_failed: RetryOption = False,
+        max_shrink: MaxShrinkOption = None,
         parameters: ParametersOption = None,
     ) -> None:
         options: dict[str, Any] = {
@@ -66,6 +71,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
             "columns": {"url": url_column, "caption": caption_column},
             "retry_failed": retry_failed or None,
             "download": {"allowed_hosts": allow_host or None},
+            "publish": {"max_shrink": max_shrink},
         }
         show_report(run_flow(flow, given(options), parameters))
 

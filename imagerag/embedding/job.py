@@ -28,6 +28,7 @@ from imagerag.embedding.encoder import UndecodableImageError, load_encoder
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
+from imagerag.retrieval.publish import MAX_SHRINK, require_rows
 from imagerag.retrieval.schema import EncoderIdentity, row_ids
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
@@ -54,6 +55,7 @@ def embed(
     config: EmbedConfig,
     settings: Settings,
     on_progress: OnProgress = silent,
+    max_shrink: float = MAX_SHRINK,
 ) -> Embedded:
     """Make the table of `store` hold exactly the rows that the corpus in `shards_uri` wants.
 
@@ -63,10 +65,12 @@ def embed(
     Args:
         encoder: see `load_encoder`.
         on_progress: is told of added rows.
+        max_shrink: the largest share by which the table may shrink. Rows that are deleted lose their features, and a
+            list that was cut short must not cost them.
 
     Raises:
-        UserError: if there is no such encoder, the table holds another encoder's rows, or there are fewer GPUs or
-            cores than `config` asks for.
+        UserError: if there is no such encoder, the table holds another encoder's rows, it would shrink too much, or
+            there are fewer GPUs or cores than `config` asks for.
         CorruptShardError: if an image that the corpus has can't be read from its shard.
         StalledError: if the workers hang. Calling again goes on where they stopped.
     """
@@ -77,6 +81,7 @@ def embed(
     with store.writer_lock():
         store.open_or_create(identity)
         missing, stale = compare(wanted, store.dataset().to_table(columns=_COMPARED))
+        require_rows(store, wanted.num_rows, max_shrink)
         num_removed = store.delete(stale) if len(stale) else 0
         machine_s = 0.0
         if missing.num_rows:

@@ -42,7 +42,7 @@ class Corpus:
                 write_shard(self.uri, shard, self.samples[10 * shard : 10 * shard + 10])
             want(self.uri, self.samples)
 
-    def embed(self, on_progress: OnProgress = silent, **config: Any) -> Embedded:
+    def embed(self, on_progress: OnProgress = silent, max_shrink: float = 0.5, **config: Any) -> Embedded:
         return embed(
             shards_uri=str(self.uri),
             store=self.store,
@@ -50,6 +50,7 @@ class Corpus:
             config=EmbedConfig(device="cpu", **config),
             settings=self.settings,
             on_progress=on_progress,
+            max_shrink=max_shrink,
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -188,7 +189,10 @@ def test_no_work_starts_nothing(again: Corpus, monkeypatch: pytest.MonkeyPatch) 
     assert counts(second) == (21, 0, 0, 1)
     assert second.version == version
     want(corpus.uri, corpus.samples[:5])
-    assert counts(corpus.embed()) == (5, 0, 16, 0)
+    with pytest.raises(UserError, match=r"from 21 rows to 5; at most 50% may go.*--max-shrink 0.77"):
+        corpus.embed()
+    assert corpus.store.version == version, "a list that was cut short deletes nothing"
+    assert counts(corpus.embed(max_shrink=0.77)) == (5, 0, 16, 0)
 
 
 def test_an_empty_corpus_makes_an_empty_table(tmp_path: Path, encoder_folder: Path) -> None:

@@ -16,7 +16,7 @@ from flows.reindex import reindex
 from imagerag.cli import app
 from imagerag.corpus.sample.server import BAD_URLS, SampleServer
 from imagerag.errors import UserError
-from imagerag.retrieval.publish import status
+from imagerag.retrieval.publish import rollback, status
 from imagerag.retrieval.store import Store
 from tasks.report import CorpusReport
 
@@ -151,9 +151,15 @@ def test_a_version_that_fails_its_checks_is_not_published(
 ) -> None:
     urls = server.url_list(limit=NUM_IMAGES)
     good = urls.filter(pc.invert(pc.match_substring(urls["url"], "/bad/")))
-    with pytest.raises(NotPublishedError, match="shrink: 10 rows after"):
+    store = Store(str(home / "index"), "flow")
+    with pytest.raises(UserError, match=rf"shrink from {before.embedded.num_rows} rows to 10; at most 50% may go"):
         reindex(_parameters(good.slice(0, 10), tmp_path))
-    assert status(Store(str(home / "index"), "flow")).published_version == before.publication.version
+    assert status(store).newest_version == before.publication.version, "a list that was cut short deletes nothing"
+    reindex(_parameters(good.slice(1), tmp_path))
+    rollback(store)
+    with pytest.raises(NotPublishedError, match="newer: .* was rolled back"):
+        reindex(_parameters(good.slice(1), tmp_path))
+    assert status(store).published_version == before.publication.version
     assert _rows(home).num_rows == before.embedded.num_rows
 
 
