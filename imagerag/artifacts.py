@@ -1,6 +1,6 @@
 """The frozen records that pass between stages: references and counts, never data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -180,6 +180,24 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a takedown did to one kind of thing, in words for people."""
+
+    deleted: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    """What is not this home's to delete, or could not be."""
+
+    @classmethod
+    def merged(cls, sweeps: Iterable["Sweep"]) -> "Sweep":
+        """Return them as one."""
+        every = list(sweeps)
+        return cls(
+            deleted=tuple(each for sweep in every for each in sweep.deleted),
+            left=tuple(each for sweep in every for each in sweep.left),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,19 +76,25 @@ class Table:
         return ids
 
     def keep(self, ids: pa.ChunkedArray) -> None:
-        """Delete all rows but these from every version, with what killed writers left behind.
+        """Delete all rows but these, as `drop` does."""
+        own = self.open().to_table(columns=["id"])["id"]
+        self.drop(own.filter(pc.invert(pc.is_in(own, ids))))
+
+    def drop(self, ids: pa.ChunkedArray) -> int:
+        """Delete rows from every version, with what killed writers left behind, and return how many there were.
 
         Rewrites only files that hold such a row. A training that reads one of them fails, and has to: it is taken down.
         """
         dataset = self.open()
         own = dataset.to_table(columns=["id"])["id"]
-        doomed = own.filter(pc.invert(pc.is_in(own, ids)))
+        doomed = own.filter(pc.is_in(own, ids))
         if not len(doomed):
-            return
+            return 0
         dataset.merge_insert("id").when_matched_delete().execute(pa.table({"id": doomed}))
         dataset = self.open()
         compact(dataset, deleted_share=0.0)
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=local_folder(self.uri) is not None)
+        return len(doomed)
 
     def write(self, rows: pa.Table) -> list[str]:
         """Write rows to files that belong to no version yet, and return what `commit` needs. Runs in any process."""

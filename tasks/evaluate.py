@@ -13,13 +13,12 @@ from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.evaluation.gate import Decision, decide
 from imagerag.evaluation.results import GRID, read_results
 from imagerag.registry.champion import Champion
-from imagerag.registry.versions import promote, register
+from imagerag.registry.versions import THE_GATE, promote, register
 from imagerag.settings import Settings
 from tasks.policy import stage
 from tasks.progress import StageProgress
 
 _LONGEST_DAYS = 7
-_AUTHOR = "the gate"
 
 
 @stage("evaluate", timeout_days=_LONGEST_DAYS)
@@ -72,7 +71,7 @@ def register_model(finetuned: Finetuned, evaluated: Evaluated, decision: Decisio
             portable=portable,
         )
     if decision.passed:
-        promote(settings, registered.version, reason=decision.summary(), author=_AUTHOR)
+        promote(settings, registered.version, reason=decision.summary(), author=THE_GATE)
         resource = {
             "prefect.resource.id": f"imagerag.model.{registered.name}",
             "prefect.resource.name": registered.name,

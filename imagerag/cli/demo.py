@@ -123,7 +123,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _pull(settings: "Settings", version: int) -> Path:
-    from imagerag.registry.versions import pull
+    from imagerag.registry.fetch import pull
 
     out = settings.home / CORPUS / f"model-{version}"
     if not out.exists():

@@ -7,7 +7,6 @@ import typer
 if TYPE_CHECKING:
     from imagerag.artifacts import Publication
     from imagerag.retrieval.store import Store
-    from imagerag.retrieval.takedown import Removal
 
 app = typer.Typer(help="Show, publish, roll back and take down.", no_args_is_help=True)
 
@@ -59,7 +58,7 @@ def publish(name: NameOption = "images") -> None:
 @app.command()
 def rollback(
     name: NameOption = "images",
-    to: Annotated[int | None, typer.Option(help="A kept version; the one before if not given.")] = None,
+    to: Annotated[int | None, typer.Option(help="A kept version, else the last one with all features.")] = None,
 ) -> None:
     """Let readers see an earlier publication."""
     from imagerag.retrieval.publish import rollback as roll_back
@@ -75,43 +74,28 @@ def remove(
     sha256: Annotated[list[str] | None, typer.Option(help="Of an image file to take down; can be repeated.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Take images down: out of the shards, the table and all its versions, for good, whatever URL they came from."""
-    from imagerag.corpus.takedown import hashes_of, take_down
-    from imagerag.retrieval import takedown
-    from imagerag.settings import Settings
+    """Take images down, for good, whatever URL they came from: shards, table, training sets, pages, models."""
+    from imagerag.settings import Settings, check_name
+    from imagerag.takedown import find, take_down
 
-    store, shards_uri = _store(name), Settings().shards_of(name)
-    hashes = [*(sha256 or ()), *(hashes_of(shards_uri, url) if url else ())]
-    rows = takedown.find(store, ids=id or (), image_sha256s=hashes)
-    hashes = sorted({*hashes, *rows["image_sha256"].to_pylist()})
-    typer.echo(f"{rows.num_rows} rows of {name}, {len(hashes)} images")
+    settings = Settings()
+    target = find(settings, check_name(name), urls=url or (), ids=id or (), sha256s=sha256 or ())
+    num_images, num_rows = len(target.image_sha256s), len(target.ids)
+    typer.echo(f"{num_images} images of {name}, under {len(target.urls)} URLs, in {num_rows} rows")
     if not yes:
-        typer.confirm("Remove them for good? No rollback past this is possible", abort=True)
-    # The shards first: an ingest between the two must not bring the rows back.
-    take_down(shards_uri, urls=url or (), sha256s=hashes)
-    removal = takedown.remove(store, image_sha256s=hashes)
-    typer.echo(f"removed {removal.num_rows} rows; the table is at version {removal.version}")
-    _name_models(name, removal)
-
-
-def _name_models(name: str, removal: "Removal") -> None:
-    """Tell which registered models need their makers' attention after a takedown."""
-    from imagerag.registry.versions import MODEL_NAME, versions_of_index
-    from imagerag.settings import Settings
-
-    for label in removal.unpinned:
-        why = "used removed rows" if label in removal.pinned_by else "used an earlier version"
-        typer.echo(
-            f"{label} {why}, and can't load any more unless it is portable: register it again on version "
-            f"{removal.version}"
+        typer.confirm(
+            "Remove them for good, with models that carry a copy of the index? No rollback past this is possible",
+            abort=True,
         )
-    clean = [label for label in removal.unpinned if label not in removal.pinned_by]
-    for info in versions_of_index(Settings(), name):
-        if info.portable and not any(label.startswith(f"{MODEL_NAME}-{info.version}-") for label in clean):
-            typer.echo(
-                f"version {info.version} of {MODEL_NAME} is portable and holds a copy of version "
-                f"{info.pinned('index_version')} of the index, removed rows included if it had them: delete it"
-            )
+    done = take_down(settings, name, target)
+    typer.echo(f"removed {done.num_samples} images from the shards")
+    if done.removal is not None:
+        typer.echo(f"removed {done.removal.num_rows} rows; the table is at version {done.removal.version}")
+    for each in done.sweep.deleted:
+        typer.echo(f"deleted {each}")
+    for each in done.sweep.left:
+        typer.echo(f"left: {each}")
+    typer.echo(f"report: {done.uri}")
 
 
 def _store(name: str) -> "Store":

@@ -72,7 +72,7 @@ def pull(
     if alias is not None and version is not None:
         raise UserError("a version is named by --alias or by --version, not by both")
     from imagerag.cli.quiet import quiet_models
-    from imagerag.registry.versions import pull as pull_version
+    from imagerag.registry.fetch import pull as pull_version
     from imagerag.settings import Settings
 
     quiet_models()

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.corpus import ledger, shards
-from imagerag.errors import UserError
 
 
 def take_down(uri: str, *, urls: Collection[str] = (), sha256s: Collection[str] = ()) -> int:
@@ -29,20 +28,10 @@ def take_down(uri: str, *, urls: Collection[str] = (), sha256s: Collection[str] 
         return remove_taken_down(uri)
 
 
-def hashes_of(uri: str, urls: Collection[str]) -> list[str]:
-    """Return the SHA-256 of every image that these URLs ever brought.
-
-    Raises:
-        UserError: if one of them brought none.
-    """
-    fetched = ledger.read_attempts(uri)
-    fetched = fetched.filter(
-        pc.and_(pc.is_valid(fetched["sha256"]), pc.is_in(fetched["url"], pa.array(urls, pa.string())))
-    )
-    unknown = set(urls) - set(fetched["url"].to_pylist())
-    if unknown:
-        raise UserError(f"no image was ever fetched from {min(unknown)!r} into {uri}; nothing was taken down")
-    return pc.unique(fetched["sha256"]).to_pylist()  # type: ignore[no-any-return]
+def fetched_images(uri: str) -> pa.Table:
+    """Return url, caption and sha256 of every image that the corpus ever brought, whatever became of it."""
+    attempts = ledger.read_attempts(uri)
+    return attempts.filter(pc.is_valid(attempts["sha256"])).select(["url", "caption", "sha256"])
 
 
 def remove_taken_down(uri: str) -> int:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from imagerag.artifacts import CachedFeatures, Finetuned
+from imagerag.registry.fetch import download
 from imagerag.registry.model import FOLDER
-from imagerag.registry.versions import CHAMPION, download, list_versions, versions_of_index
+from imagerag.registry.versions import CHAMPION, list_versions, versions_of_index
 from imagerag.settings import Settings
 
 _DIGITS = 16

@@ -1,11 +1,10 @@
-"""Versions of the registered model in MLflow: made, listed, promoted, rolled back and fetched.
+"""Versions of the registered model in MLflow: made, listed, promoted and rolled back.
 
 A version's tag holds the digest of its manifest, which holds those of all files: what has no such tag, or other
 files, was not registered by this package and is not used. Aliases are what others ask for: `candidate` is what was
 registered last, `champion` the one in use, `previous` the champion before it.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.locks import writer_lock
 from imagerag.registry import package
-from imagerag.registry.card import CARD, GRID, PICTURE, model_card, sources_of
+from imagerag.registry.card import GRID, PICTURE, model_card, sources_of
 from imagerag.registry.lineage import log_inputs, run_of
-from imagerag.registry.model import FOLDER, check_model, write_model
+from imagerag.registry.model import write_model
 from imagerag.registry.package import Manifest
 from imagerag.retrieval.pins import JOB, held, pin
 from imagerag.retrieval.publish import require_published, require_version
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MODEL_NAME = "imagerag-turbo"
+THE_GATE = "the gate"
+"""Who promotes where no person does."""
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 _TAG = "imagerag."
 _MANIFEST_TAG, _CONTENT_TAG = f"{_TAG}manifest", f"{_TAG}content"
@@ -65,6 +66,11 @@ class VersionInfo:
     def portable(self) -> bool:
         """Whether it carries a copy of its index."""
         return self.pinned("portable") == "True"
+
+    @property
+    def pin_label(self) -> str:
+        """What its index's version is kept for, see `retrieval.pins`."""
+        return _pin_label(self.version, self.pinned("content"))
 
     def pinned(self, name: str) -> str:
         """Return what it pins: `base`, `index_name`, `index_version` and so on; nothing where it is not signed."""
@@ -102,7 +108,7 @@ def register(
     from imagerag.retrieval.search import Retriever
 
     store = Store(settings.index_uri, finetuned.index_name)
-    with _writing(settings) as client, TemporaryDirectory() as temporary:
+    with writing_registry(settings) as client, TemporaryDirectory() as temporary:
         run = run_of(client, finetuned.run_id)
         index_version = require_published(store) if index_version is None else index_version
         require_version(store, index_version)
@@ -110,7 +116,7 @@ def register(
             retriever = Retriever(store.uri, store.name, version=index_version)
             folder = Path(temporary, "package")
             manifest = package.pack(folder, finetuned, retriever, portable=portable)
-            known = [each for each in _versions(client) if each.tags.get(_CONTENT_TAG) == manifest.content]
+            known = [each for each in versions_in(client) if each.tags.get(_CONTENT_TAG) == manifest.content]
             if known:
                 version = known[0].version
             else:
@@ -119,7 +125,7 @@ def register(
                 model = write_model(Path(temporary, "model"), folder, manifest, card, grid)
                 log_inputs(client, finetuned, manifest)
                 version = _create(client, run, model, folder, manifest, card, tags)
-            pin(store, index_version, f"{MODEL_NAME}-{version}-{manifest.content[:_DIGITS]}")
+            pin(store, index_version, _pin_label(version, manifest.content))
         if _aliases(client).get(CANDIDATE) != version:
             client.set_registered_model_alias(MODEL_NAME, CANDIDATE, str(version))
     return Registered(
@@ -138,8 +144,8 @@ def resolve_version(settings: Settings, alias_or_version: str) -> VersionInfo:
     Raises:
         UserError: if MLflow can't be used, or there is none.
     """
-    with _registry(settings) as client:
-        return _resolve(client, alias_or_version)
+    with reading_registry(settings) as client:
+        return find_version(client, alias_or_version)
 
 
 def list_versions(settings: Settings) -> list[VersionInfo]:
@@ -148,8 +154,13 @@ def list_versions(settings: Settings) -> list[VersionInfo]:
     Raises:
         UserError: if MLflow can't be used.
     """
-    with _registry(settings) as client:
-        return _versions(client)
+    with reading_registry(settings) as client:
+        return versions_in(client)
+
+
+def has_registry(settings: Settings) -> bool:
+    """Whether there is an MLflow to ask: none is made by asking."""
+    return settings.mlflow_tracking_uri is not None or (settings.home / "mlflow" / "mlflow.db").is_file()
 
 
 def versions_of_index(settings: Settings, index_name: str) -> list[VersionInfo]:
@@ -158,7 +169,7 @@ def versions_of_index(settings: Settings, index_name: str) -> list[VersionInfo]:
     Raises:
         UserError: if MLflow can't be used.
     """
-    if settings.mlflow_tracking_uri is None and not (settings.home / "mlflow" / "mlflow.db").is_file():
+    if not has_registry(settings):
         return []
     return [info for info in list_versions(settings) if info.pinned("index_name") == index_name]
 
@@ -177,8 +188,8 @@ def promote(
         UserError: if there is no such version, it was not registered by this package, or no reason is given.
     """
     _check_reason(reason)
-    with _writing(settings) as client:
-        _check_signed(_resolve(client, str(version)))
+    with writing_registry(settings) as client:
+        check_signed(find_version(client, str(version)))
         champion = _aliases(client).get(CHAMPION)
         if champion == version:
             return
@@ -195,7 +206,7 @@ def rollback(settings: Settings, *, reason: str, author: str) -> int:
         UserError: if there is none, or no reason is given.
     """
     _check_reason(reason)
-    with _writing(settings) as client:
+    with writing_registry(settings) as client:
         aliases = _aliases(client)
         champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
         if champion is None or previous is None or previous == champion:
@@ -208,59 +219,8 @@ def rollback(settings: Settings, *, reason: str, author: str) -> int:
         return previous
 
 
-def download(settings: Settings, version: int, to: Path) -> Path:
-    """Fetch a version's files, make sure that they are what was registered, and return the model's own folder.
-
-    Nothing of them is run or unpickled. `to` is written as a whole, or not at all.
-
-    Raises:
-        UserError: if MLflow or the version is not to be had, the version was not registered by this package, has a
-            pickle or was changed, or there is something at `to`.
-    """
-    from mlflow.artifacts import download_artifacts
-
-    _check_free(to)
-    with _registry(settings) as client:
-        digest = _check_signed(_resolve(client, str(version)))
-        source = client.get_model_version_download_uri(MODEL_NAME, str(version))
-    with _partial(to) as partial:
-        try:
-            fetched = download_artifacts(source, dst_path=str(partial), tracking_uri=tracking_uri(settings))
-        except Exception as error:
-            raise UserError(f"the files of {MODEL_NAME} {version} can't be fetched from {source}: {error}") from error
-        check_model(Path(fetched), digest)
-        Path(fetched).rename(to)
-    return to / FOLDER
-
-
-def pull(settings: Settings, alias_or_version: str, out: Path) -> VersionInfo:
-    """Write a version as `ImageRAGTurboPipeline.from_pretrained` loads it: base model, adapter, LoRA, card.
-
-    A portable version brings its index; another one names the index's place and version.
-
-    Raises:
-        UserError: as of `download`, and if the base model or the index is not the pinned one.
-    """
-    _check_free(out)
-    info = resolve_version(settings, alias_or_version)
-    with _partial(out) as partial:
-        folder = download(settings, info.version, partial / "model")
-        pipeline = package.load(folder, device="cpu", dtype="fp32")
-        pulled = partial / "pulled"
-        if info.portable:
-            pipeline.register_to_config(index_uri=package.INDEX)
-        pipeline.save_pretrained(pulled)
-        for path in (folder / package.MANIFEST, partial / "model" / CARD, partial / "model" / GRID):
-            if path.is_file():
-                shutil.copy(path, pulled)
-        if info.portable:
-            shutil.copytree(folder / package.INDEX, pulled / package.INDEX)
-        pulled.rename(out)
-    return info
-
-
 @contextmanager
-def _registry(settings: Settings) -> Iterator["MlflowClient"]:
+def reading_registry(settings: Settings) -> Iterator["MlflowClient"]:
     """Yield MLflow's client.
 
     Raises:
@@ -276,13 +236,14 @@ def _registry(settings: Settings) -> Iterator["MlflowClient"]:
 
 
 @contextmanager
-def _writing(settings: Settings) -> Iterator["MlflowClient"]:
+def writing_registry(settings: Settings) -> Iterator["MlflowClient"]:
     """Yield MLflow's client, while no other process of this home changes versions or aliases."""
-    with writer_lock(str(settings.home / "mlflow"), "registry"), _registry(settings) as client:
+    with writer_lock(str(settings.home / "mlflow"), "registry"), reading_registry(settings) as client:
         yield client
 
 
-def _versions(client: "MlflowClient") -> list[VersionInfo]:
+def versions_in(client: "MlflowClient") -> list[VersionInfo]:
+    """Return all versions, the newest first."""
     names: dict[int, list[str]] = {}
     for alias, version in sorted(_aliases(client).items()):
         names.setdefault(version, []).append(alias)
@@ -305,8 +266,9 @@ def _aliases(client: "MlflowClient") -> dict[str, int]:
     return {alias: int(version) for model in found for alias, version in model.aliases.items()}
 
 
-def _resolve(client: "MlflowClient", alias_or_version: str) -> VersionInfo:
-    infos = _versions(client)
+def find_version(client: "MlflowClient", alias_or_version: str) -> VersionInfo:
+    """Return the version with this alias or number; errors as of `resolve_version`."""
+    infos = versions_in(client)
     for info in infos:
         if alias_or_version in (str(info.version), *info.aliases):
             return info
@@ -319,7 +281,11 @@ def _resolve(client: "MlflowClient", alias_or_version: str) -> VersionInfo:
     )
 
 
-def _check_signed(info: VersionInfo) -> str:
+def _pin_label(version: int, content: str) -> str:
+    return f"{MODEL_NAME}-{version}-{content[:_DIGITS]}"
+
+
+def check_signed(info: VersionInfo) -> str:
     """Return the digest of the version's manifest.
 
     Raises:
@@ -338,22 +304,9 @@ def _check_reason(reason: str) -> None:
         raise UserError("say why, for those who look at it later: the reason is empty")
 
 
-def _check_free(path: Path) -> None:
-    if path.exists():
-        raise UserError(f"{path} is there already, and nothing is overwritten: name a folder that is not there")
-
-
 def _tag(client: "MlflowClient", version: int, tags: Mapping[str, str]) -> None:
     for name, value in tags.items():
         client.set_model_version_tag(MODEL_NAME, str(version), name, value)
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path`, for what is moved there when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}-", suffix=".partial", dir=path.parent) as folder:
-        yield Path(folder)
 
 
 def _create(

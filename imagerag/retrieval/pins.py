@@ -4,8 +4,8 @@ A pin is a tag on a version that names its owner: a registered model, a training
 model's pin stays until the model is removed; that of a training or job is renewed while it runs and goes when it is
 done. One that fails or is killed leaves its pin to the next try, which has the same name and takes it over; a pin that
 was not renewed for as long as its kind may rest is removed by whoever publishes next. Publishing and cleaning up spare
-what is pinned. Takedowns drop every pin, because bytes would outlive them, and a reader whose version is gone is told so
-by `VersionGoneError`.
+what is pinned. Takedowns drop every pin, because bytes would outlive them, and a reader whose version is gone is told
+so by `VersionGoneError`.
 """
 
 import logging

@@ -133,8 +133,9 @@ def require_version(store: Store, version: int) -> None:
         there = f"it can't be reached ({error})"
     raise VersionGoneError(
         f"version {version} of the index {store.name!r} in {store.uri}, which the model pins, is not to be had: "
-        f"{there}. Bring that index back; or register the model again, on the index as it is now, or portable, with a "
-        "copy of the index in it, for machines that can't reach it"
+        f"{there}. Bring that index back (a home that was moved is named by IMAGERAG_HOME); or register the model "
+        "again, on the index as it is now, or portable, with a copy of the index in it, for machines that can't reach "
+        "it"
     )
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance import LanceDataset
 
-from imagerag.errors import UserError
 from imagerag.retrieval.ann import read_record
-from imagerag.retrieval.blocklist import Column, block, blocked, matches
+from imagerag.retrieval.blocklist import Column, block, matches
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.pins import pins, unpin
 from imagerag.retrieval.publish import PublishConfig, check_rows, drop_history, move_tag, published_version
@@ -39,21 +39,23 @@ class Removal:
 def remove(
     store: Store, *, urls: Sequence[str] = (), ids: Sequence[str] = (), image_sha256s: Sequence[str] = ()
 ) -> Removal:
-    """Take down every row with one of these URLs, ids or image hashes.
+    """Take down every row with one of these URLs, ids or image hashes, and what files still hold of earlier ones.
 
     The values and the ids of the rows are blocked first, so that no later version with such a row is published. Then
     the rows are deleted, the remaining ones are rewritten and indexed anew, readers are moved to the result, and all
     earlier versions are deleted, pinned ones too: **no rollback past a takedown is possible**, and readers that are
     still on an earlier version must refresh. If it is killed, call it again with the same values.
 
-    On an object store, files that a killed writer left there may hold the bytes for up to seven days more.
+    Everything is rewritten where no row has one of the values, too: a row that a re-indexing deleted stays in its file
+    until a tenth of that is gone.
 
-    Raises:
-        UserError: if no row of the newest or of any published version has one of the values.
+    On an object store, files that a killed writer left there may hold the bytes for up to seven days more.
     """
     wanted: dict[Column, list[str]] = {"id": list(ids), "url": list(urls), "image_sha256": list(image_sha256s)}
     with store.writer_lock():
-        rows = find(store, urls=urls, ids=ids, image_sha256s=image_sha256s)
+        known = reachable_rows(store)
+        masks = [matches(known, column, values) for column, values in wanted.items()]
+        rows = known.filter(pc.or_(pc.or_(masks[0], masks[1]), masks[2]))
         pinned = pins(store)
         holders = _versions_with(store, set(pinned.values()), rows["id"])
         _restore_published_if_unhealthy(store)
@@ -84,30 +86,19 @@ def remove(
     )
 
 
-def find(
-    store: Store, *, urls: Sequence[str] = (), ids: Sequence[str] = (), image_sha256s: Sequence[str] = ()
-) -> pa.Table:
-    """Return id, url and image_sha256 of the rows that `remove` takes down with the same values.
-
-    They are looked for in all versions that readers can get at, or soon may.
-
-    Raises:
-        UserError: if there is nothing to look for, or no such row has one of the values.
-    """
-    wanted: dict[Column, list[str]] = {"id": list(ids), "url": list(urls), "image_sha256": list(image_sha256s)}
-    if not any(wanted.values()):
-        raise UserError("name at least one URL, id or image hash to take down")
+def reachable_rows(store: Store) -> pa.Table:
+    """Return id, url and image_sha256 of the rows of all versions that readers can get at, or soon may."""
     tagged = {int(tag["version"]) for tag in store.dataset().tags.list().values()}
     versions = [store.dataset(version) for version in sorted(tagged | {store.version})]
-    rows = pa.concat_tables(version.to_table(columns=["id", "url", "image_sha256"]) for version in versions)
-    found = []
-    for column, values in wanted.items():
-        # A value that is blocked may have lost its rows to a takedown that was killed later on.
-        missing = set(values) - set(rows[column].to_pylist()) - set(blocked(store, column))
-        if missing:
-            raise UserError(f"no row of table {store.name!r} has the {column} {min(missing)!r}; nothing was taken down")
-        found.append(rows.filter(matches(rows, column, values)))
-    return pa.concat_tables(found).group_by(["id", "url", "image_sha256"]).aggregate([])
+    columns = ["id", "url", "image_sha256"]
+    rows = pa.concat_tables(version.to_table(columns=columns) for version in versions)
+    return rows.group_by(columns).aggregate([])
+
+
+def holds(dataset: LanceDataset, ids: pa.Array) -> bool:
+    """Whether a copy of a table may hold one of the rows: it has one, or has deleted rows, which stay in its files."""
+    deleted = any(fragment.num_deletions for fragment in dataset.get_fragments())
+    return deleted or bool(pc.any(pc.is_in(dataset.to_table(columns=["id"])["id"], ids)).as_py())
 
 
 def _versions_with(store: Store, versions: set[int], ids: pa.ChunkedArray) -> set[int]:

@@ -157,7 +157,7 @@ def test_a_version_that_fails_its_checks_is_not_published(
     assert status(store).newest_version == before.publication.version, "a list that was cut short deletes nothing"
     reindex(_parameters(good.slice(1), tmp_path))
     rollback(store)
-    with pytest.raises(NotPublishedError, match="newer: .* was rolled back"):
+    with pytest.raises(NotPublishedError, match=r"newer: .* was rolled back"):
         reindex(_parameters(good.slice(1), tmp_path))
     assert status(store).published_version == before.publication.version
     assert _rows(home).num_rows == before.embedded.num_rows

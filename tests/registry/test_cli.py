@@ -50,5 +50,5 @@ def test_a_takedown_names_the_models_that_used_the_rows(own: Home) -> None:
     said = run("index", "remove", "--id", ids[0], "--yes")
     assert "imagerag-turbo-1-" in said
     assert "used removed rows, and can't load any more unless it is portable: register it again on version " in said
-    assert "version 2 of imagerag-turbo is portable and holds a copy" in said
+    assert "deleted version 2 of imagerag-turbo, which was candidate, with its copy of the index" in said
     assert "imagerag-turbo-1" not in run("index", "remove", "--id", ids[1], "--yes")

@@ -23,8 +23,9 @@ from PIL import Image
 from imagerag.errors import UserError
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
+from imagerag.registry.fetch import download, pull
 from imagerag.registry.serving import make_rows
-from imagerag.registry.versions import download, pull, register
+from imagerag.registry.versions import register
 from imagerag.training.tracking import tracking_uri
 from tests.registry.conftest import Home
 

@@ -14,13 +14,12 @@ from imagerag.artifacts import Registered
 from imagerag.errors import UserError
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
+from imagerag.registry.fetch import download, pull
 from imagerag.registry.versions import (
     MODEL_NAME,
     VersionInfo,
-    download,
     list_versions,
     promote,
-    pull,
     register,
     resolve_version,
     rollback,

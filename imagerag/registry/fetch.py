@@ -1,0 +1,86 @@
+"""A version's files, fetched from MLflow and verified, as they are or as a diffusers folder."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from imagerag.errors import UserError
+from imagerag.registry import package
+from imagerag.registry.card import CARD, GRID
+from imagerag.registry.model import FOLDER, check_model
+from imagerag.registry.versions import (
+    MODEL_NAME,
+    VersionInfo,
+    check_signed,
+    find_version,
+    reading_registry,
+    resolve_version,
+)
+from imagerag.settings import Settings
+from imagerag.training.tracking import tracking_uri
+
+
+def download(settings: Settings, version: int, to: Path) -> Path:
+    """Fetch a version's files, make sure that they are what was registered, and return the model's own folder.
+
+    Nothing of them is run or unpickled. `to` is written as a whole, or not at all.
+
+    Raises:
+        UserError: if MLflow or the version is not to be had, the version was not registered by this package, has a
+            pickle or was changed, or there is something at `to`.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    _check_free(to)
+    with reading_registry(settings) as client:
+        digest = check_signed(find_version(client, str(version)))
+        source = client.get_model_version_download_uri(MODEL_NAME, str(version))
+    with _partial(to) as partial:
+        try:
+            fetched = download_artifacts(source, dst_path=str(partial), tracking_uri=tracking_uri(settings))
+        except Exception as error:
+            raise UserError(f"the files of {MODEL_NAME} {version} can't be fetched from {source}: {error}") from error
+        check_model(Path(fetched), digest)
+        Path(fetched).rename(to)
+    return to / FOLDER
+
+
+def pull(settings: Settings, alias_or_version: str, out: Path) -> VersionInfo:
+    """Write a version as `ImageRAGTurboPipeline.from_pretrained` loads it: base model, adapter, LoRA, card.
+
+    A portable version brings its index; another one names the index's place and version.
+
+    Raises:
+        UserError: as of `download`, and if the base model or the index is not the pinned one.
+    """
+    _check_free(out)
+    info = resolve_version(settings, alias_or_version)
+    with _partial(out) as partial:
+        folder = download(settings, info.version, partial / "model")
+        pipeline = package.load(folder, device="cpu", dtype="fp32")
+        pulled = partial / "pulled"
+        if info.portable:
+            pipeline.register_to_config(index_uri=package.INDEX)
+        pipeline.save_pretrained(pulled)
+        for path in (folder / package.MANIFEST, partial / "model" / CARD, partial / "model" / GRID):
+            if path.is_file():
+                shutil.copy(path, pulled)
+        if info.portable:
+            shutil.copytree(folder / package.INDEX, pulled / package.INDEX)
+        pulled.rename(out)
+    return info
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} is there already, and nothing is overwritten: name a folder that is not there")
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path`, for what is moved there when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", suffix=".partial", dir=path.parent) as folder:
+        yield Path(folder)

@@ -1,0 +1,113 @@
+"""Versions of the registered model that go, by their number or by a limit, and what that frees.
+
+A version pins a version of its index and has its files in MLflow. The automation makes one a night, so the limit is
+what keeps a disk from filling. What has an alias stays, and what people promoted or rolled back, too.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from imagerag.errors import UserError
+from imagerag.registry.versions import (
+    MODEL_NAME,
+    THE_GATE,
+    VersionInfo,
+    find_version,
+    versions_in,
+    writing_registry,
+)
+from imagerag.retrieval.pins import unpin
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+from imagerag.training.tracking import tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """A version that is gone."""
+
+    version: int
+    num_bytes: int
+    """Of its files."""
+    index: str
+    """What it kept of its index, whose files go when the next version of that is published."""
+
+
+def remove(settings: Settings, version: int) -> Removed:
+    """Remove a version, its files and its pin. If it is killed, call it again.
+
+    Raises:
+        UserError: if MLflow can't be used, there is no such version, or it has an alias.
+    """
+    with writing_registry(settings) as client:
+        info = find_version(client, str(version))
+        if info.aliases:
+            raise UserError(
+                f"version {version} of {MODEL_NAME} is {' and '.join(info.aliases)}, which others ask for: let another "
+                "version be that first (`imagerag promote`)"
+            )
+        return remove_version(client, settings, info)
+
+
+def prune(settings: Settings, keep: int) -> list[Removed]:
+    """Remove all versions but the `keep` newest of those that nobody named; these stay as well.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    with writing_registry(settings) as client:
+        unnamed = [info for info in versions_in(client) if info.signed and not _is_named(info)]
+        return [remove_version(client, settings, info) for info in unnamed[keep:]]
+
+
+def remove_version(client: "MlflowClient", settings: Settings, info: VersionInfo) -> Removed:
+    """Remove a version, whatever names it."""
+    store = Store(info.pinned("index_uri"), info.pinned("index_name"))
+    if info.signed and store.exists:
+        unpin(store, info.pin_label)
+    source = client.get_model_version_download_uri(MODEL_NAME, str(info.version))
+    num_bytes = sum(size for _, size in files_of(settings, source))
+    delete_files(settings, source)
+    client.delete_model_version(MODEL_NAME, str(info.version))
+    index = f"{store.name} {info.pinned('index_version')}"
+    return Removed(version=info.version, num_bytes=num_bytes, index=index)
+
+
+def files_of(settings: Settings, uri: str) -> Iterator[tuple[str, int]]:
+    """Yield the path and size of every artifact below a URI; nothing where there is none."""
+    repository = _repository(settings, uri)
+    folders: list[str | None] = [None]
+    while folders:
+        for each in repository.list_artifacts(folders.pop()):
+            if each.is_dir:
+                folders.append(each.path)
+            else:
+                yield each.path, int(each.file_size or 0)
+
+
+def delete_files(settings: Settings, uri: str) -> bool:
+    """Delete an artifact, or a folder of them, and return whether it was there."""
+    folder, name = uri.rstrip("/").rsplit("/", 1)
+    repository = _repository(settings, folder)
+    found = any(each.path == name for each in repository.list_artifacts())
+    if found:
+        repository.delete_artifacts(name)
+    return found
+
+
+def _is_named(info: VersionInfo) -> bool:
+    by_people = info.pinned("promoted_by") not in ("", THE_GATE) or bool(info.pinned("rolled_back_by"))
+    return bool(info.aliases) or by_people
+
+
+def _repository(settings: Settings, uri: str) -> Any:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(uri, tracking_uri=tracking_uri(settings))

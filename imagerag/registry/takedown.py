@@ -1,0 +1,106 @@
+"""What MLflow keeps of an image that is taken down: pages and pictures of runs, and models with a copy of the index."""
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from imagerag.artifacts import Sweep
+from imagerag.locks import local_folder
+from imagerag.registry.card import GRID
+from imagerag.registry.model import FOLDER
+from imagerag.registry.package import INDEX
+from imagerag.registry.removal import delete_files, remove_version
+from imagerag.registry.versions import (
+    MODEL_NAME,
+    VersionInfo,
+    find_version,
+    has_registry,
+    versions_of_index,
+    writing_registry,
+)
+from imagerag.retrieval.store import Store
+from imagerag.retrieval.takedown import holds
+from imagerag.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_PAGES = ("index.html", GRID)
+_VALIDATION = "validation"
+
+
+def sweep_models(
+    settings: Settings, name: str, ids: pa.Array, evaluation_runs: Collection[str], training_sets: Collection[str]
+) -> Sweep:
+    """Delete what MLflow has of rows that are taken down, and name what can't be reached.
+
+    Args:
+        settings: where MLflow is.
+        name: the corpus.
+        ids: of the rows.
+        evaluation_runs: whose pages show one of them.
+        training_sets: names of the tables of references that list one of them.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    if not has_registry(settings):
+        return Sweep()
+    versions = versions_of_index(settings, name)
+    with writing_registry(settings) as client:
+        sweeps = [
+            _sweep(settings, f"MLflow run {run_id}: {each}", f"{uri}/{each}")
+            for run_id, uri, found in _artifacts(client, evaluation_runs, training_sets)
+            for each in found
+        ]
+        for info in versions:
+            source = client.get_model_version_download_uri(MODEL_NAME, str(info.version))
+            if info.pinned("evaluation_run") in evaluation_runs:
+                sweeps.append(_sweep(settings, f"{MODEL_NAME} {info.version}: {GRID}", f"{source}/{GRID}"))
+            if info.portable:
+                sweeps.append(_sweep_portable(client, settings, info, source, ids))
+    return Sweep.merged(sweeps)
+
+
+def _artifacts(
+    client: "MlflowClient", evaluation_runs: Collection[str], training_sets: Collection[str]
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield runs with the URI of their artifacts and which of these have to go."""
+    for run in _runs(client):
+        if run.info.run_id in evaluation_runs:
+            yield run.info.run_id, run.info.artifact_uri, _PAGES
+        if run.data.tags.get("references_uri", "").rsplit("/", 1)[-1] in training_sets:
+            yield run.info.run_id, run.info.artifact_uri, (_VALIDATION,)
+
+
+def _runs(client: "MlflowClient") -> Iterator[Any]:
+    from mlflow.entities import ViewType
+
+    experiments = [each.experiment_id for each in client.search_experiments(view_type=ViewType.ALL)]
+    token: str | None = ""
+    while token is not None:
+        page = client.search_runs(experiments, run_view_type=ViewType.ALL, max_results=1_000, page_token=token or None)
+        yield from page
+        token = page.token or None
+
+
+def _sweep(settings: Settings, what: str, uri: str) -> Sweep:
+    try:
+        return Sweep(deleted=(what,)) if delete_files(settings, uri) else Sweep()
+    except Exception as error:  # noqa: BLE001 - artifact stores have exceptions of their own; a person has to see to it
+        return Sweep(left=(f"{what} can't be deleted from {uri}: {error}",))
+
+
+def _sweep_portable(client: "MlflowClient", settings: Settings, info: VersionInfo, source: str, ids: pa.Array) -> Sweep:
+    named = f"version {info.version} of {MODEL_NAME}"
+    copies = f"whoever pulled or downloaded {named} has a copy of version {info.pinned('index_version')} of the index"
+    folder = local_folder(source)
+    if folder is None:
+        return Sweep(left=(f"{named} is portable: if its index had the rows, `imagerag models remove`; {copies}",))
+    copy = Store(str(folder / FOLDER / INDEX), info.pinned("index_name"))
+    if not copy.exists or not holds(copy.dataset(), ids):
+        return Sweep()
+    remove_version(client, settings, find_version(client, str(info.version)))
+    aliases = f", which was {' and '.join(info.aliases)}" if info.aliases else ""
+    return Sweep(deleted=(f"{named}{aliases}, with its copy of the index",), left=(copies,))

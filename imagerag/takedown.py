@@ -1,0 +1,252 @@
+"""Takedown: an image leaves everything that is made of it here, and one report says so.
+
+    shards                  its samples leave the tars, and it is refused from then on
+    table                   its rows leave all versions with embeddings and features; every pin goes
+    training sets           its latents for every base model; lists of references that name it, whole
+    evaluations             pictures made with it as a reference; pages that show it, MLflow's copies of them too
+    models                  versions and copies under the home with an index that holds it
+
+What the teacher made of prompts alone stays, and so do trained weights: the report names trainings that learnt from the
+image, and what else only a person can reach. It is kept beside the shards. Every step can be repeated: after a kill,
+call it again with the same values.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+from fsspec.implementations.local import LocalFileSystem
+
+from imagerag.artifacts import Sweep
+from imagerag.corpus.takedown import fetched_images
+from imagerag.corpus.takedown import take_down as take_down_of_shards
+from imagerag.errors import UserError
+from imagerag.files import read_json, write_file
+from imagerag.locks import writer_lock
+from imagerag.retrieval.blocklist import Column, blocked
+from imagerag.retrieval.pins import JOB, TRAINING, pins
+from imagerag.retrieval.schema import row_ids
+from imagerag.retrieval.store import Store
+from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove
+from imagerag.settings import Settings
+from imagerag.table import Table
+
+REPORTS = "takedowns"
+"""The folder of reports, in that of the corpus's shards."""
+_KNOWN = pa.schema([("id", pa.string()), ("url", pa.string()), ("image_sha256", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What has to go: images, and everything that was ever known of them."""
+
+    ids: tuple[str, ...]
+    urls: tuple[str, ...]
+    image_sha256s: tuple[str, ...]
+    asked: Mapping[Column, Sequence[str]]
+    """What was named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Takedown:
+    """What was done."""
+
+    uri: str
+    """Of the report."""
+    num_samples: int
+    """Images that were removed from the shards."""
+    removal: Removal | None
+    """Of the table, if there is one."""
+    sweep: Sweep
+
+
+def find(
+    settings: Settings, name: str, *, urls: Sequence[str] = (), ids: Sequence[str] = (), sha256s: Sequence[str] = ()
+) -> Target:
+    """Return the images with these URLs, row ids or hashes, under whatever other URL or caption they came, too.
+
+    Raises:
+        UserError: if nothing is named, or the corpus never had one of them.
+    """
+    store = Store(settings.index_uri, name)
+    sha256s = [sha256.lower() for sha256 in sha256s]
+    wanted: dict[Column, Sequence[str]] = {"id": ids, "url": urls, "image_sha256": sha256s}
+    if not any(wanted.values()):
+        raise UserError("name at least one URL, id or image hash to take down")
+    fetched = fetched_images(settings.shards_of(name))
+    known = pa.table([row_ids(fetched["sha256"], fetched["caption"]), fetched["url"], fetched["sha256"]], _KNOWN)
+    if store.exists:
+        known = pa.concat_tables([known, reachable_rows(store).select(_KNOWN.names).cast(_KNOWN)])
+    hashes = set(sha256s)
+    for column, values in wanted.items():
+        # A value that is blocked may have lost its rows to a takedown that was killed later on.
+        missing = set(values) - set(known[column].to_pylist()) - set(blocked(store, column) if store.exists else ())
+        if missing:
+            raise UserError(f"{name!r} never had an image of the {column} {min(missing)!r}; nothing was taken down")
+        hashes |= set(known.filter(pc.is_in(known[column], pa.array(values, pa.string())))["image_sha256"].to_pylist())
+    own = known.filter(pc.is_in(known["image_sha256"], pa.array(hashes, pa.string())))
+    return Target(
+        ids=tuple(sorted({*ids, *own["id"].to_pylist()})),
+        urls=tuple(sorted({*urls, *own["url"].to_pylist()})),
+        image_sha256s=tuple(sorted(hashes)),
+        asked=wanted,
+    )
+
+
+def take_down(settings: Settings, name: str, target: Target) -> Takedown:
+    """Remove what `find` found in a corpus from everything, and leave a report.
+
+    Images and named URLs are refused from now on.
+
+    Raises:
+        UserError: if MLflow can't be used. There is no report then, and calling again goes on.
+    """
+    now = datetime.now(UTC)
+    store, ids = Store(settings.index_uri, name), pa.array(target.ids, pa.string())
+    reading = [label for label in (pins(store) if store.exists else ()) if label.startswith((JOB, TRAINING))]
+    # The shards first: an ingest between the two must not bring the rows back.
+    num_samples = take_down_of_shards(settings.shards_of(name), urls=target.asked["url"], sha256s=target.image_sha256s)
+    removal = remove(store, ids=target.ids, image_sha256s=target.image_sha256s) if store.exists else None
+    sweeps = [_sweep_training(settings, name, ids), _sweep_copies(settings, store, ids)]
+    if reading:
+        jobs = ", ".join(sorted(reading))
+        sweeps.append(Sweep(left=(f"jobs were reading the index ({jobs}): call this again when they have ended",)))
+    if removal is not None and removal.unpinned:
+        sweeps.append(Sweep(left=tuple(_of_pin(label, removal) for label in removal.unpinned)))
+    sweep = Sweep.merged(sweeps)
+    uri = f"{settings.shards_of(name)}/{REPORTS}/{now:%Y-%m-%dT%H-%M-%S}.md"
+    write_file(uri, _report(name, now, target, num_samples, removal, sweep).encode())
+    return Takedown(uri=uri, num_samples=num_samples, removal=removal, sweep=sweep)
+
+
+def _of_pin(label: str, removal: Removal) -> str:
+    why = "used removed rows" if label in removal.pinned_by else "used an earlier version"
+    if label.startswith((JOB, TRAINING)):
+        return f"{label} {why}: it ends, and begins anew on version {removal.version} when it is run again"
+    return (
+        f"{label} {why}, and can't load any more unless it is portable: register it again on version {removal.version}"
+    )
+
+
+def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
+    """Delete what training sets and evaluations have; MLflow's copies first, which are found by what is here."""
+    from imagerag.registry.takedown import sweep_models
+
+    folder = settings.training_of(name)
+    sets = [uri for uri in _tables(folder, "references") if _lists(uri, ids)]
+    roots = [str(settings.home), *([] if _is_inside(folder, settings.home) else [folder])]
+    pages = [page for root in roots for page in _pages(root, ids)]
+    runs = [results["evaluated"]["run_id"] for page in pages if (results := _results_beside(page)) is not None]
+    set_names = [uri.rsplit("/", 1)[-1] for uri in sets]
+    swept = sweep_models(settings, name, ids, runs, set_names)
+    trained = [f"adapter {uri} learnt from the images" for uri in _trained_on(folder, set_names)]
+    deleted = []
+    with writer_lock(folder, "training"):  # another writer's files, not yet committed, would be deleted too
+        for uri in _tables(folder, "real"):
+            if count := Table.at(uri).drop(pa.chunked_array([ids])):
+                deleted.append(f"{count} latents in {uri}")
+        pictures = [uri for uri in _tables(f"{folder}/evaluations", "pictures") if _shows(uri, ids)]
+        # Of an index's version that is gone, so that nothing reads them any more.
+        for uri in (*sets, *pictures):
+            _delete(uri)
+            deleted.append(uri)
+    for page in pages:
+        _delete(page)
+        _delete(f"{page.rsplit('/', 1)[0]}/grid.png")
+        deleted.append(page)
+    return Sweep.merged([swept, Sweep(deleted=tuple(deleted), left=tuple(trained))])
+
+
+def _sweep_copies(settings: Settings, store: Store, ids: pa.Array) -> Sweep:
+    """Delete models under the home that have a copy of the index: fetched champions, and what was pulled there."""
+    deleted = [str(path) for path in settings.home.glob(f"{store.name}/scorer-*.npz")]
+    cache = settings.home / "models"
+    for copy in settings.home.glob(f"**/index/{store.name}.lance"):
+        own = Store(str(copy.parent), store.name)
+        is_registered = (settings.home / "mlflow") in copy.parents  # those are `sweep_models`'s
+        if own.table_uri == store.table_uri or is_registered or not holds(own.dataset(), ids):
+            continue
+        model = cache / copy.relative_to(cache).parts[0] if cache in copy.parents else copy.parent.parent
+        deleted.append(str(model))
+    for path in deleted:
+        _delete(path)
+    return Sweep(deleted=tuple(deleted))
+
+
+def _tables(folder: str, kind: str) -> list[str]:
+    filesystem, root = fsspec.url_to_fs(folder)
+    found = filesystem.glob(f"{root}/{kind}-*.lance")
+    return [filesystem.unstrip_protocol(path).removeprefix("file://") for path in found]
+
+
+def _lists(uri: str, ids: pa.Array) -> bool:
+    rows = Table.at(uri).open().to_table(columns=["id", "references"])
+    named = pc.is_in(rows["id"], ids), pc.is_in(pc.list_flatten(rows["references"]), ids)
+    return any(pc.any(each).as_py() for each in named)
+
+
+def _shows(uri: str, ids: pa.Array) -> bool:
+    own = Table.at(uri).open().to_table(columns=["references"])["references"].to_pylist()
+    shown = {reference["id"] for text in own for reference in json.loads(text)}
+    return bool(shown & set(ids.to_pylist()))
+
+
+def _pages(folder: str, ids: pa.Array) -> Iterator[str]:
+    """Yield pages that show one of the rows, which they name beside its picture."""
+    filesystem, root = fsspec.url_to_fs(folder)
+    marks = [f'data-row="{id}"'.encode() for id in ids.to_pylist()]
+    for path in filesystem.glob(f"{root}/**/*.html"):
+        content = filesystem.cat_file(path)
+        if any(mark in content for mark in marks):
+            yield filesystem.unstrip_protocol(path).removeprefix("file://")
+
+
+def _results_beside(page: str) -> dict[str, dict[str, str]] | None:
+    return read_json(f"{page.rsplit('/', 1)[0]}/results.json")
+
+
+def _trained_on(folder: str, set_names: Collection[str]) -> Iterator[str]:
+    filesystem, root = fsspec.url_to_fs(folder)
+    for path in filesystem.glob(f"{root}/finetuned/*/finetune.json"):
+        manifest = json.loads(filesystem.cat_file(path))
+        if manifest.get("training_set", {}).get("references_uri", "").rsplit("/", 1)[-1] in set_names:
+            yield path.rsplit("/", 1)[0]
+
+
+def _delete(uri: str) -> None:
+    filesystem, path = fsspec.url_to_fs(uri)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def _is_inside(uri: str, folder: Path) -> bool:
+    filesystem, path = fsspec.url_to_fs(uri)
+    return isinstance(filesystem, LocalFileSystem) and folder in Path(path).parents
+
+
+def _report(name: str, now: datetime, target: Target, num_samples: int, removal: Removal | None, sweep: Sweep) -> str:
+    deleted = [f"{num_samples} images in the shards"]
+    if removal is not None:
+        deleted.append(
+            f"{removal.num_rows} rows of the table with their embeddings and features, in all versions; it is at "
+            f"version {removal.version}"
+        )
+    left = [
+        *sweep.left,
+        "files in a folder or on a server of yours that the URLs name, and backups: nothing here can reach them",
+    ]
+    parts = {
+        "Asked for": [f"{column} {value}" for column, values in target.asked.items() for value in values],
+        "Images (SHA-256)": target.image_sha256s,
+        "Their rows": target.ids,
+        "Their URLs": target.urls,
+        "Deleted": [*deleted, *sweep.deleted],
+        "Left for a person to see to": left,
+    }
+    sections = [f"## {title}\n\n" + "\n".join(f"- {each}" for each in lines) for title, lines in parts.items()]
+    return "\n\n".join([f"# Takedown from {name}, {now:%Y-%m-%d %H:%M} UTC", *sections]) + "\n"

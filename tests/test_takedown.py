@@ -1,0 +1,174 @@
+"""A takedown, everywhere at once: no file under the home holds what was taken down."""
+
+import json
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from imagerag import takedown
+from imagerag.artifacts import Finetuned
+from imagerag.cli import app
+from imagerag.errors import UserError
+from imagerag.evaluation.compare import Cell, Comparison
+from imagerag.evaluation.compare_page import write_comparison
+from imagerag.generation.references import Reference
+from imagerag.registry.versions import list_versions, promote, register
+from imagerag.retrieval import store as store_module
+from imagerag.retrieval.publish import PublishConfig
+from imagerag.retrieval.search import Retriever
+from imagerag.table import Table
+from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
+from tests.embedding.shards import Sample, want, write_shard
+from tests.evaluation.conftest import finetuned
+from tests.generation.with_index import CAPTIONS, drawing
+from tests.retrieval.rows import append, index_and_publish, make_rows
+from tests.training.conftest import NAME, World, own_world, world_folder
+
+__all__ = ["finetuned", "own_world", "world_folder"]
+
+GONE = CAPTIONS.index("llama")
+URL = f"https://example.org/{GONE}.png"
+
+
+def files_with(folder: Path, *traces: bytes) -> list[str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [str(path) for path in files if any(trace in path.read_bytes() for trace in traces)]
+
+
+def write_page(world: World, folder: Path, id: str) -> None:
+    """A page that shows the row, as those of evaluations do."""
+    shown = Reference(id=id, caption="llama", url=URL, source="", licence="", similarity=1.0, weight=1.0)
+    cell = Cell(title="adapter", image=Image.new("RGB", (8, 8)), score=0.5, seconds=0.1, references=(shown,))
+    retriever = Retriever(world.settings.index_uri, NAME)
+    write_comparison(folder, [Comparison(prompt="a llama", cells=(cell,))], retriever, title="a page")
+
+
+class Everything:
+    """A home in which an image is everywhere."""
+
+    def __init__(self, world: World, own: Finetuned) -> None:
+        self.world, self.settings, self.own = world, world.settings, own
+        table = world.store.dataset().to_table(filter=f"url = '{URL}'")
+        (self.row,) = table.select(["id", "image", "image_sha256"]).to_pylist()
+        self.image = self.row["image"]
+        own_latents = world.examples().real_table.open().to_table(filter=f"id = '{self.row['id']}'")["latents"]
+        features = table[world.identity.column]
+        arrays = [column.combine_chunks().flatten().to_numpy() for column in (own_latents, features)]
+        self.traces = (self.image, b64encode(self.image), *(array.tobytes() for array in arrays))
+        self._write_shards()
+        self._evaluate()
+        self._register()
+        write_page(world, self.settings.home / NAME, self.row["id"])
+
+    def _write_shards(self) -> None:
+        uri = Path(self.settings.shards_of(NAME))
+        samples = [
+            Sample(f"https://example.org/{number}.png", caption, drawing(number))
+            for number, caption in enumerate(CAPTIONS)
+        ]
+        write_shard(uri, 0, samples)
+        want(uri, samples)
+
+    def _evaluate(self) -> None:
+        folder = Path(self.settings.training_of(NAME)) / "evaluations" / "e1"
+        write_page(self.world, folder, self.row["id"])
+        self.evaluation_run = start_run(self.settings, "evaluate", "e1", {})
+        (folder / "results.json").write_text(json.dumps({"evaluated": {"run_id": self.evaluation_run}}))
+        shown = [[{"id": self.row["id"]}], [{"id": "another"}]]
+        columns = (pa.field("image", pa.large_binary()), pa.field("references", pa.string()))
+        table = Table.keyed(str(folder.parent), "pictures", {"index": 1}, columns)
+        rows = {"id": ["a", "b"], "image": [self.image, b""], "references": [json.dumps(own) for own in shown]}
+        table.open()
+        table.commit(table.write(pa.table(rows)))
+        validation = {"references_uri": self.world.examples().references_table.uri}
+        self.training_run = start_run(self.settings, "finetune", "t1", {}, validation)
+        for run_id, name in (
+            (self.evaluation_run, "index.html"), (self.evaluation_run, "grid.png"), (self.training_run, "000001.png"),
+        ):  # fmt: skip
+            with MlflowTracker(tracking_uri(self.settings), run_id) as tracker:
+                if name.startswith("0"):
+                    tracker.image(f"validation/{name}", Image.open(folder / "grid.png"))
+                else:
+                    tracker.file(name, (folder / name).read_bytes())
+
+    def _register(self) -> None:
+        grid = Path(self.settings.training_of(NAME)) / "evaluations" / "e1" / "grid.png"
+        tags = {"imagerag.evaluation_run": self.evaluation_run}
+        register(self.own, self.settings, grid=grid, tags=tags)
+        register(self.own, self.settings, portable=True)
+        promote(self.settings, 2, reason="it travels", author="somebody")
+        home, version = self.settings.home, self.world.store.version
+        for model in (home / "models" / "2-abc" / "artifacts" / "package", home / NAME / "model-2"):
+            self.world.store.copy(version, str(model / "index"))  # as a fetched champion and a pulled model have it
+
+
+@pytest.fixture
+def everything(own_world: World, finetuned: Callable[..., Finetuned], monkeypatch: pytest.MonkeyPatch) -> Everything:
+    # Fragments of three rows are as large as they may be: none is rewritten but for what was deleted of it.
+    monkeypatch.setattr(store_module, "_FRAGMENT_ROWS", 3)
+    own_world.add(10, ["green castle"], [drawing(30)])
+    monkeypatch.setenv("IMAGERAG_HOME", str(own_world.settings.home))
+    return Everything(own_world, finetuned(own_world, tracked=True))
+
+
+def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
+    home, settings = everything.settings.home, everything.settings
+    held = files_with(home, *everything.traces)
+    for part in ("shards/", "index/", "/real-", "evaluations/e1/", "mlflow/artifacts", "models/2-abc", "model-2"):
+        assert any(part in path for path in held), part
+    assert len(everything.world.store.dataset().get_fragments()) > 1
+
+    target = takedown.find(settings, NAME, urls=[URL])
+    assert target.image_sha256s == (everything.row["image_sha256"],)
+    done = takedown.take_down(settings, NAME, target)
+
+    assert files_with(home, *everything.traces) == []
+    assert done.num_samples == 1
+    assert done.removal is not None
+    assert done.removal.num_rows == 1
+    assert everything.world.store.count() == 10
+    assert everything.row["id"] not in everything.world.examples().real_table.ids()
+    assert len(everything.world.examples().real_table.ids()) == 10
+    assert [info.version for info in list_versions(settings)] == [1]
+    report = Path(done.uri).read_text()
+    assert Path(done.uri).parent == Path(settings.shards_of(NAME), "takedowns")
+    for part in (
+        everything.row["image_sha256"], everything.row["id"], URL, "1 latents in",
+        f"MLflow run {everything.evaluation_run}: index.html", f"MLflow run {everything.training_run}: validation",
+        "imagerag-turbo 1: grid.png", "version 2 of imagerag-turbo, which was candidate and champion, with its copy",
+        "whoever pulled or downloaded version 2", f"adapter {everything.own.uri} learnt from the images",
+        "register it again on version", "backups",
+    ):  # fmt: skip
+        assert part in report, part
+
+    again = takedown.take_down(settings, NAME, takedown.find(settings, NAME, ids=[everything.row["id"]]))
+    assert (again.num_samples, again.sweep.deleted) == (0, ()), "a second time there is nothing left to do"
+
+
+def test_an_image_that_left_the_index_is_taken_down(everything: Everything) -> None:
+    """From the shards, the models and whatever else was made of it before."""
+    world = everything.world
+    world.store.delete([everything.row["id"]])
+    for start in (100, 200):
+        append(world.store, make_rows(start, start + 1, world.store.encoder))
+        world.fill()
+        index_and_publish(world.store, PublishConfig(keep=1))
+    result = CliRunner().invoke(app, ["index", "remove", "--name", NAME, "--url", URL, "--yes"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "removed 1 images from the shards" in result.output
+    assert files_with(everything.settings.home, *everything.traces) == []
+
+
+def test_what_was_never_there_is_named(own_world: World) -> None:
+    version = own_world.store.version
+    for wanted in ({"urls": [URL, "https://example.org/nope"]}, {"ids": ["0" * 40]}, {"sha256s": ["0" * 64]}):
+        with pytest.raises(UserError, match=r"'images' never had an image of the .*; nothing was taken down"):
+            takedown.find(own_world.settings, NAME, **wanted)
+    with pytest.raises(UserError, match="at least one URL"):
+        takedown.find(own_world.settings, NAME)
+    assert own_world.store.version == version
