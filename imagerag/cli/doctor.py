@@ -51,6 +51,7 @@ def doctor() -> None:
         "engines": _engines,
         "encoders and base models": _models,
         "indexes": _indexes,
+        "registered models": _registered,
     }
     missing = 0
     console = Console()
@@ -153,3 +154,21 @@ def _indexes() -> Iterator[Finding]:
             )
         else:
             yield Finding(store.name, f"version {state.published_version}, {state.num_rows:,} rows, {state.encoder.id}")
+
+
+def _registered() -> Iterator[Finding]:
+    from imagerag.registry.health import check_versions
+    from imagerag.registry.versions import has_registry
+    from imagerag.settings import Settings
+
+    settings = Settings()
+    if not has_registry(settings):
+        yield Finding("models", "none yet")
+        return
+    try:
+        for info, fault in check_versions(settings):
+            seen = ", ".join([*info.aliases, f"index {info.pinned('index_name')} {info.pinned('index_version')}"])
+            remedy = f"{fault}: register it again (`imagerag evaluate`), or `imagerag models remove {info.version}`"
+            yield Finding(f"version {info.version}", seen, remedy if fault else "")
+    except UserError as error:
+        yield Finding("models", "not known", str(error))

@@ -68,14 +68,16 @@ def evaluate(
     retriever.count_without(identity_of(resolve(finetuned.base), retriever.dataset.schema))
     prompts = read_prompts(config, training_set)
     ways = ways_of(config, finetuned, training_set.teacher, champion)
-    index = IndexVersion(uri=retriever.uri, name=retriever.name, version=retriever.version)
+    index = IndexVersion.of(retriever)
     parent = f"{settings.training_of(finetuned.index_name)}/evaluations"
     key = _key(config, prompts, ways, index)
     folder = f"{parent}/{key}"
     store = Store(retriever.uri, retriever.name)
     with writer_lock(parent, key), held(store, retriever.version, f"{JOB}evaluation-{key}"):
         if (known := read_json(f"{folder}/{RESULTS}")) is not None:
-            return replace(Evaluated(**known["evaluated"]), is_new=False, duration_s=time.perf_counter() - started)
+            done = Evaluated(**known["evaluated"])
+            seconds = time.perf_counter() - started
+            return replace(done, uri=folder, adapter=finetuned.uri, is_new=False, duration_s=seconds)
         real = Real.of(retriever, prompts.texts)
         # Before any picture is made, because it refuses files that are not what they should be.
         suite = Suite(config, prompts, real, retriever)
@@ -108,8 +110,8 @@ def _key(config: EvaluateConfig, prompts: Prompts, ways: list[Way], index: Index
         "config": config.model_dump(exclude={"num_workers", "stall_timeout_s", "batch_size", "files"}),
         "files": digests_of(config.files),
         "prompts": [prompts.texts, prompts.categories],
-        "ways": [way.key(asdict(index)) | {"name": way.name} for way in ways],
-        "index": asdict(index),
+        "ways": [way.key(index.key) | {"name": way.name} for way in ways],
+        "index": index.key,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from imagerag.evaluation.timed import TimedPipeline
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
+    from imagerag.retrieval.search import Retriever
 
 VERSION = 3
 """Of how pictures are made: another one makes other tables."""
@@ -74,6 +75,18 @@ class IndexVersion:
     uri: str
     name: str
     version: int
+    created_at: str
+
+    @classmethod
+    def of(cls, retriever: "Retriever") -> "IndexVersion":
+        """Return the version that is open."""
+        *_, created_at = retriever.identity
+        return cls(uri=retriever.uri, name=retriever.name, version=retriever.version, created_at=str(created_at))
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What pictures depend on: not where the index is, so that a home can be moved."""
+        return {"name": self.name, "version": self.version, "created_at": self.created_at}
 
 
 class PictureJob:
@@ -86,9 +99,7 @@ class PictureJob:
         self.ways, self.images_per_prompt = ways, config.images_per_prompt
         self._index, self._config = index, config
         key = {"version": VERSION, "device": config.device, "dtype": config.dtype}
-        self._tables = {
-            way.name: Table.keyed(folder, "pictures", key | way.key(asdict(index)), _COLUMNS) for way in ways
-        }
+        self._tables = {way.name: Table.keyed(folder, "pictures", key | way.key(index.key), _COLUMNS) for way in ways}
         seeds = [
             _seed_of(prompt, number, config.seed) for prompt in prompts for number in range(self.images_per_prompt)
         ]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ from imagerag.hspace.job import identities_of, identity_of
 from imagerag.locks import local_folder
 from imagerag.retrieval.publish import move_tag
 from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
 
 if TYPE_CHECKING:
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
@@ -173,10 +175,10 @@ def load(folder: Path, device: str | None = None, dtype: "Dtype | None" = None) 
     base = load_base(manifest.base, device, dtype)
     pipeline = ImageRAGTurboPipeline.from_base(base, load_finetuned(folder, base))
     pipeline.set_progress_bar_config(disable=True)
-    uri = str(folder / INDEX) if manifest.portable else manifest.index_uri
+    uri = str(folder / INDEX) if manifest.portable else _find_index(manifest)
     pipeline.use_index(uri, manifest.index_name, manifest.index_version)
     if not manifest.portable:
-        _check_index(manifest)
+        _check_index(uri, manifest)
     return pipeline
 
 
@@ -188,11 +190,25 @@ def _check_base(base: BaseFiles, digest: str) -> None:
         )
 
 
-def _check_index(manifest: Manifest) -> None:
-    found = Store(manifest.index_uri, manifest.index_name).created_at(manifest.index_version).isoformat()
+def _find_index(manifest: Manifest) -> str:
+    """Return where the pinned version is: where it was, or in this home, which may have been moved since."""
+    for uri in (manifest.index_uri, Settings().index_uri):
+        store = Store(uri, manifest.index_name)
+        with suppress(OSError):  # another machine's, or a store that can't be reached
+            if store.has(manifest.index_version) and _made_at(store, manifest) == manifest.index_created_at:
+                return uri
+    return manifest.index_uri
+
+
+def _made_at(store: Store, manifest: Manifest) -> str:
+    return store.created_at(manifest.index_version).isoformat()
+
+
+def _check_index(uri: str, manifest: Manifest) -> None:
+    found = _made_at(Store(uri, manifest.index_name), manifest)
     if found != manifest.index_created_at:
         raise UserError(
-            f"version {manifest.index_version} of the index {manifest.index_name!r} in {manifest.index_uri} is not the "
+            f"version {manifest.index_version} of the index {manifest.index_name!r} in {uri} is not the "
             f"pinned one: it was made {found}, and that {manifest.index_created_at}. The index was made anew since: "
             "register the model again on it"
         )

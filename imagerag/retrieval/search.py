@@ -73,8 +73,8 @@ class Neighbour:
 class Retriever:
     """The published version of a table, or another that was published, opened for searching.
 
-    It stays on that version, whatever is published meanwhile, until `refresh` is called. Where that version is gone, by a
-    takedown or because nobody keeps it (see `pins`), everything that reads raises `VersionGoneError`.
+    It stays on that version, whatever is published meanwhile, until `refresh` is called. Where that version is gone,
+    by a takedown or because nobody keeps it (see `pins`), everything that reads raises `VersionGoneError`.
 
     Attributes:
         uri: of the database.
@@ -95,6 +95,11 @@ class Retriever:
         self._open(require_published(self._store) if version is None else version)
         if encoder is not None:
             self.check_encoder(encoder)
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What tells this version from all others: name, number and time of making, but not where the table is."""
+        return [self.name, self.version, self._store.created_at(self.version).isoformat()]
 
     def refresh(self) -> None:
         """Move to the version that is published now."""

@@ -163,7 +163,7 @@ class Examples:
         """Every example with its prompt's embedding by the index's encoder and its references' ids, the best first."""
         key = {
             "version": _VERSION,
-            "index": [self.retriever.uri, self.retriever.name, self.retriever.version],
+            "index": self.retriever.identity,
             "encoder": self.retriever.encoder.digest,
             "held_out": _digest("\n".join(sorted(self.held_out))),
             "teacher": self.teacher_table.digest if self.config.num_teacher_latents else None,

@@ -120,8 +120,20 @@ def read_finetuned(folder: str) -> Finetuned:
 
 
 def training_set_of(finetuned: Finetuned) -> TrainingSet:
-    """Return what an adapter was trained on; errors as of `read_finetuned`."""
-    return TrainingSet(**_read_manifest(finetuned.uri)["training_set"])
+    """Return what an adapter was trained on, wherever that is now; errors as of `read_finetuned`."""
+    manifest = _read_manifest(finetuned.uri)
+    made = TrainingSet(**manifest["training_set"])
+    former, now = (uri.rsplit("/", 2)[0] for uri in (manifest["finetuned"]["uri"], finetuned.uri))
+
+    def moved(uri: str) -> str:
+        return now + uri.removeprefix(former) if uri.startswith(f"{former}/") else uri
+
+    return replace(
+        made,
+        real_uri=moved(made.real_uri),
+        teacher_uri=made.teacher_uri and moved(made.teacher_uri),
+        references_uri=moved(made.references_uri),
+    )
 
 
 def _read_manifest(folder: str) -> dict[str, Any]:
@@ -151,7 +163,11 @@ def key_of(training_set: TrainingSet, config: FinetuneConfig) -> str:
         "version": _VERSION,
         "base": training_set.base_digest,
         "teacher": training_set.teacher_digest,
-        "tables": [training_set.real_uri, training_set.teacher_uri, training_set.references_uri],
+        # By name, so that a home can be moved.
+        "tables": [
+            uri and uri.rsplit("/", 1)[-1]
+            for uri in (training_set.real_uri, training_set.teacher_uri, training_set.references_uri)
+        ],
         "num_teacher": training_set.num_teacher,
         "config": config.model_dump(),
     }

@@ -17,6 +17,7 @@ from PIL import Image
 from imagerag.errors import UserError
 from imagerag.files import read_json, write_json
 from imagerag.settings import Settings
+from imagerag.training.relocation import ARTIFACTS, follow_home
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -138,7 +139,7 @@ def start_run(
             client.update_run(run_id, status="RUNNING")
             return run_id
         found = client.get_experiment_by_name(experiment)
-        location = None if settings.mlflow_tracking_uri else (settings.home / "mlflow" / "artifacts").as_uri()
+        location = None if settings.mlflow_tracking_uri else (settings.home / ARTIFACTS).as_uri()
         number = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
         parent = {} if group is None else {_PARENT: _group(client, number, group)}
         run = client.create_run(number, run_name=run_name, tags=dict(tags or {}) | parent)
@@ -183,11 +184,12 @@ def _group(client: "MlflowClient", experiment_id: str, name: str) -> str:
 
 
 def tracking_uri(settings: Settings) -> str:
-    """Return where MLflow keeps what is tracked: a server, or a database in the home."""
+    """Return where MLflow keeps what is tracked: a server, or a database in the home, wherever that is now."""
     if settings.mlflow_tracking_uri is not None:
         return settings.mlflow_tracking_uri
     folder = settings.home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
+    follow_home(folder / "mlflow.db", settings.home)
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 

@@ -20,7 +20,7 @@ from imagerag.evaluation.ways import ways_of
 from imagerag.generation.base import load_base
 from imagerag.generation.finetuned import load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.retrieval.publish import published_version
+from imagerag.retrieval.search import Retriever
 from imagerag.settings import Settings
 from imagerag.training.job import newest_finetuned, read_finetuned
 from imagerag.training.tracking import tracking_uri
@@ -101,7 +101,7 @@ def job_of(world: World, own: Finetuned, config: EvaluateConfig, champion: str |
     return pictures.PictureJob(
         HELD_OUT,
         ways_of(config, own, own.base, champion),
-        pictures.IndexVersion(uri=world.settings.index_uri, name=NAME, version=published_version(world.store) or 0),
+        pictures.IndexVersion.of(Retriever(world.settings.index_uri, NAME)),
         config,
         f"{world.settings.training_of(NAME)}/evaluations",
     )

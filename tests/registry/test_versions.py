@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from imagerag.artifacts import Registered
+from imagerag.cli import app
 from imagerag.errors import UserError
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
+from imagerag.registry.health import check_versions
 from imagerag.registry.versions import (
     MODEL_NAME,
     VersionInfo,
@@ -28,6 +31,7 @@ from imagerag.retrieval.pins import pins
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.takedown import remove
 from imagerag.settings import Settings
+from imagerag.training.tracking import tracking_uri
 from tests.registry.conftest import NAME, Home
 from tests.retrieval.rows import append, index_and_publish, make_rows
 
@@ -168,6 +172,41 @@ def test_each_version_fits_pictures_as_its_own_index_does(home: Home, tmp_path: 
         for pipeline in (loaded, pulled):
             assert pipeline.index.identity.fit == fit
             assert pipeline.index.identity.digest == manifest.features_digest
+
+
+def test_a_home_can_be_moved(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its models, the portable one by `models:/` too; `doctor` says what can't be had."""
+    import mlflow
+
+    register(home.finetuned("first"), home.settings)
+    register(home.finetuned("first"), home.settings, portable=True)
+    promote(home.settings, 1, **WHY)
+    version = home.store.version
+    settings = Settings(home=tmp_path / "moved to" / "another place")
+    settings.home.parent.mkdir()
+    home.settings.home.rename(settings.home)
+    monkeypatch.setenv("IMAGERAG_HOME", str(settings.home))
+
+    champion, portable = resolve_version(settings, "champion"), resolve_version(settings, "2")
+    assert champion.pinned("index_uri") == settings.index_uri
+    assert [fault for _, fault in check_versions(settings)] == [None, None]
+    assert package.load(download(settings, 1, tmp_path / "fetched")).index.retriever.version == version
+    pull(settings, str(portable.version), tmp_path / "pulled")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(settings))
+    loaded = mlflow.pyfunc.load_model("models:/imagerag-turbo/2")
+    (row,) = loaded.predict([{"prompt": "a castle"}], params={"seed": 7})
+    assert row["references"]
+    assert not home.settings.home.exists(), "nothing was made at the former place"
+
+    shutil.rmtree(settings.index_uri)
+    assert [fault for _, fault in check_versions(settings)] == [
+        None,
+        f"version {version} of its index 'images' is gone",
+    ]
+    shutil.rmtree(settings.home / "mlflow" / "artifacts")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "its files are not in" in " ".join(result.output.split())
 
 
 def test_an_index_that_was_made_anew_is_another_one(home: Home, tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Whether registered versions can be had: their files, and the index that they pin."""
+
+from collections.abc import Iterator
+
+from imagerag.registry.removal import files_of
+from imagerag.registry.versions import MODEL_NAME, VersionInfo, list_versions, reading_registry
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+
+
+def check_versions(settings: Settings) -> Iterator[tuple[VersionInfo, str | None]]:
+    """Yield every version of the registered model, the newest first, and what is wrong with it.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    for info in list_versions(settings):
+        yield info, _fault(settings, info)
+
+
+def _fault(settings: Settings, info: VersionInfo) -> str | None:
+    with reading_registry(settings) as client:
+        source = client.get_model_version_download_uri(MODEL_NAME, str(info.version))
+    try:
+        found = any(path.endswith("MLmodel") for path, _ in files_of(settings, source))
+    except Exception as error:  # noqa: BLE001 - artifact stores have exceptions of their own
+        return f"its files in {source} can't be read: {error}"
+    if not found:
+        return f"its files are not in {source}"
+    if not info.signed or info.portable:
+        return None
+    name, version = info.pinned("index_name"), int(info.pinned("index_version"))
+    if any(Store(uri, name).has(version) for uri in {info.pinned("index_uri"), settings.index_uri}):
+        return None
+    return f"version {version} of its index {name!r} is gone"
