@@ -7,7 +7,7 @@ from imagerag.config import Config
 from imagerag.settings import check_name
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
-from tasks.finetune import plan_training, synthesize_examples, train_adapter
+from tasks.finetune import choose_version, plan_training, synthesize_examples, train_adapter
 from tasks.policy import hide_user_tracebacks
 from tasks.report import FinetuneReport, write_finetune_report
 
@@ -20,6 +20,11 @@ class FinetuneParameters(Config):
     training: FinetuneConfig = Field(default=config.tiny().training, description="How it is learnt.")
     workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="On which machines.")
     group: str | None = Field(default=None, description="An MLflow run to nest this one's under, for ablations.")
+    anew: bool = Field(
+        default=False,
+        description="Begin on the published index, even where a training with these parameters was begun on an earlier "
+        "version and is not finished.",
+    )
     dry_run: bool = Field(default=False, description="Only say what it would take.")
 
     _check_name = field_validator("name")(check_name)
@@ -32,10 +37,11 @@ def finetune(parameters: FinetuneParameters) -> FinetuneReport:
     Run it again at any time: it goes on with what was stopped, and redoes nothing that is done.
     """
     hide_user_tracebacks()
-    plan = plan_training(parameters.name, parameters.data, parameters.training)
+    version = choose_version(parameters.name, parameters.data, parameters.training, anew=parameters.anew)
+    plan = plan_training(parameters.name, version, parameters.data, parameters.training)
     if parameters.dry_run:
         return FinetuneReport(name=parameters.name, plan=plan)
-    training_set = synthesize_examples(parameters.name, parameters.data)
+    training_set = synthesize_examples(parameters.name, version, parameters.data)
     finetuned = train_adapter(training_set, parameters.training, parameters.workers, parameters.group)
     report = FinetuneReport(name=parameters.name, plan=plan, training_set=training_set, finetuned=finetuned)
     write_finetune_report(report)

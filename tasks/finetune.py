@@ -4,12 +4,15 @@ from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
 from imagerag.artifacts import Finetuned, TrainingSet
+from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.search import Retriever
+from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
 from imagerag.training.examples import Examples
 from imagerag.training.job import finetune
 from imagerag.training.plan import Plan, plan
+from imagerag.training.resume import version_to_learn_from
 from imagerag.training.synthesize import synthesize
 from tasks.policy import stage
 from tasks.progress import StageProgress
@@ -18,11 +21,27 @@ _LONGEST_DAYS = 30
 """The paper trains for a week."""
 
 
+@stage("version")
+def choose_version(name: str, data: SynthesizeConfig, training: FinetuneConfig, *, anew: bool) -> int:
+    """Find the version of the index that is learnt from, and say where that is not the published one."""
+    settings = Settings()
+    version = version_to_learn_from(name, data, training, settings, anew=anew)
+    published = require_published(Store(settings.index_uri, name))
+    if version != published:
+        get_run_logger().warning(
+            "goes on with the training that was begun on version %s of the index, which is kept for it; version %s is "
+            "published now: `anew` (--anew) begins on that",
+            version,
+            published,
+        )
+    return version
+
+
 @stage("plan")
-def plan_training(name: str, data: SynthesizeConfig, training: FinetuneConfig) -> Plan:
+def plan_training(name: str, index_version: int, data: SynthesizeConfig, training: FinetuneConfig) -> Plan:
     """Find out what the training will take, and leave it as an artifact."""
     settings = Settings()
-    examples = Examples(Retriever(settings.index_uri, name), data, settings.training_of(name))
+    examples = Examples(Retriever(settings.index_uri, name, version=index_version), data, settings.training_of(name))
     made = plan(examples, training)
     create_markdown_artifact(
         f"# {name}: what the training takes\n\n{made.markdown()}",
@@ -33,10 +52,10 @@ def plan_training(name: str, data: SynthesizeConfig, training: FinetuneConfig) -
 
 
 @stage("synthesize", timeout_days=_LONGEST_DAYS)
-def synthesize_examples(name: str, config: SynthesizeConfig) -> TrainingSet:
+def synthesize_examples(name: str, index_version: int, config: SynthesizeConfig) -> TrainingSet:
     """Make what the training learns from."""
     with StageProgress("synthesize", "rows") as on_progress:
-        result = synthesize(name, config, Settings(), on_progress)
+        result = synthesize(name, config, Settings(), on_progress, index_version=index_version)
     logger = get_run_logger()
     if result.num_added == 0:
         logger.info("nothing to make: all latents and references are there")

@@ -37,6 +37,10 @@ def finetune(
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed is another training.")] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Models in training at a time.")] = None,
     group: Annotated[str | None, typer.Option(help="An MLflow run to nest this one's under, for ablations.")] = None,
+    anew: Annotated[
+        bool,
+        typer.Option("--anew", help="Begin on the published index, not go on with what was begun on an earlier one."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
     parameters: ParametersOption = None,
 ) -> None:
@@ -47,6 +51,7 @@ def finetune(
         "training": {"steps": steps, "seed": seed},
         "workers": {"num_workers": num_workers},
         "group": group,
+        "anew": anew,
         "dry_run": dry_run,
     }
     show_finetune(run_flow("finetune", given(options), parameters, defaults=_recipe(recipe, base, teacher)))

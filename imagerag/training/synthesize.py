@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,14 @@ _ROWS_OF_A_TASK = 256
 
 
 def synthesize(
-    name: str, config: SynthesizeConfig, settings: Settings, on_progress: OnProgress = silent
+    name: str,
+    config: SynthesizeConfig,
+    settings: Settings,
+    on_progress: OnProgress = silent,
+    *,
+    index_version: int | None = None,
 ) -> TrainingSet:
-    """Bring the training set of the corpus `name` to what its published index and `config` say.
+    """Bring the training set of the corpus `name` to what a version of its index, by default the published one, says.
 
     What is there already is left alone. Where nothing is missing, neither Ray nor a model is started.
 
@@ -57,12 +63,14 @@ def synthesize(
         StalledError: if the workers hang. Calling again goes on where they stopped.
     """
     started = time.perf_counter()
-    examples = Examples(Retriever(settings.index_uri, name), config, settings.training_of(name))
+    retriever = Retriever(settings.index_uri, name, version=index_version)
+    examples = Examples(retriever, config, settings.training_of(name))
     examples.check()
     store, version = Store(settings.index_uri, name), examples.retriever.version
     with writer_lock(settings.training_of(name), "training"), held(store, version, f"{JOB}synthesis"):
         num_added, machine_s = _fill(examples, settings, on_progress)
-    return _describe(examples, num_added, time.perf_counter() - started, machine_s)
+    duration_s = time.perf_counter() - started
+    return replace(describe(examples), num_added=num_added, duration_s=duration_s, machine_s=machine_s)
 
 
 def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tuple[int, float]:
@@ -92,7 +100,8 @@ def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tu
     return num_missing, machine_s
 
 
-def _describe(examples: Examples, num_added: int, duration_s: float, machine_s: float) -> TrainingSet:
+def describe(examples: Examples) -> TrainingSet:
+    """Return the training set of these examples, which need not be made yet."""
     retriever, config = examples.retriever, examples.config
     return TrainingSet(
         index_uri=retriever.uri,
@@ -108,9 +117,7 @@ def _describe(examples: Examples, num_added: int, duration_s: float, machine_s: 
         num_real=examples.rows.num_rows,
         num_teacher=config.num_teacher_latents,
         num_held_out=int(examples.is_held_out.sum()),
-        num_added=num_added,
-        duration_s=duration_s,
-        machine_s=machine_s,
+        num_added=0,
     )
 
 
