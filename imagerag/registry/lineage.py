@@ -5,9 +5,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from imagerag.artifacts import Finetuned
-from imagerag.errors import UserError
 from imagerag.registry.package import Manifest
 from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+from imagerag.training.job import EXPERIMENT
+from imagerag.training.tracking import find_run, start_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -15,20 +17,21 @@ if TYPE_CHECKING:
 _DIGITS = 16
 
 
-def run_of(client: "MlflowClient", run_id: str) -> Any:
-    """Return a training's run.
+def run_of(client: "MlflowClient", finetuned: Finetuned, settings: Settings) -> Any:
+    """Return a training's run; where MLflow has lost it, one that names it.
 
     Raises:
-        UserError: if MLflow has none.
+        UserError: if MLflow can't be used.
     """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        raise UserError(
-            f"a version belongs to its training's run; MLflow has no run {run_id!r}: register it where it was trained"
-        ) from error
+    run = find_run(client, finetuned.run_id)
+    if run is None:
+        tags = {"base_digest": finetuned.base_digest, "index_version": str(finetuned.index_version)}
+        run_id = start_run(
+            settings, EXPERIMENT, finetuned.name, {"base": finetuned.base}, tags, run_id=finetuned.run_id
+        )
+        client.set_terminated(run_id)
+        run = client.get_run(run_id)
+    return run
 
 
 def log_inputs(client: "MlflowClient", finetuned: Finetuned, manifest: Manifest) -> None:

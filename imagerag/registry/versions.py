@@ -7,7 +7,7 @@ registered last, `champion` the one in use, `previous` the champion before it.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,14 +102,15 @@ def register(
         portable: whether it carries a copy of the index, for machines that can't reach the store.
 
     Raises:
-        UserError: if MLflow, the training's run, the base model or the index is not to be had, or what was trained
+        UserError: if MLflow, the base model or the index is not to be had, or what was trained
             does not fit them.
     """
     from imagerag.retrieval.search import Retriever
 
     store = Store(settings.index_uri, finetuned.index_name)
     with writing_registry(settings) as client, TemporaryDirectory() as temporary:
-        run = run_of(client, finetuned.run_id)
+        run = run_of(client, finetuned, settings)
+        finetuned = replace(finetuned, run_id=run.info.run_id)
         index_version = require_published(store) if index_version is None else index_version
         require_version(store, index_version)
         with held(store, index_version, f"{JOB}registration-{finetuned.name}"):

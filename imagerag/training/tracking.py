@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PARENT, _GROUP = "mlflow.parentRunId", "imagerag.group"
+CONTINUES = "imagerag.continues"
+"""The tag of a run that took the place of one that MLflow lost: its id."""
 _RETRY_AFTER_S = 5.0
 _LEFT_AT_END_S = 60.0
 
@@ -120,6 +122,8 @@ def start_run(
 ) -> str:
     """Start a run, or go on with the run `run_id`, and return its id.
 
+    A run that MLflow lost, as after its database was restored, has one successor, which names it.
+
     Args:
         settings: where MLflow is.
         experiment: its experiment, which is made where there is none.
@@ -135,20 +139,34 @@ def start_run(
     uri = tracking_uri(settings)
     client = mlflow_client(uri)
     try:
-        if run_id is not None and client.get_run(run_id).info.lifecycle_stage == "active":
-            client.update_run(run_id, status="RUNNING")
-            return run_id
+        if run_id is not None and (known := find_run(client, run_id)) is not None:
+            client.update_run(known.info.run_id, status="RUNNING")
+            return str(known.info.run_id)
         found = client.get_experiment_by_name(experiment)
         location = None if settings.mlflow_tracking_uri else (settings.home / ARTIFACTS).as_uri()
         number = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
         parent = {} if group is None else {_PARENT: _group(client, number, group)}
-        run = client.create_run(number, run_name=run_name, tags=dict(tags or {}) | parent)
+        lost = {} if run_id is None else {CONTINUES: run_id}
+        run = client.create_run(number, run_name=run_name, tags=dict(tags or {}) | parent | lost)
         for name, value in parameters.items():
             client.log_param(run.info.run_id, name, value)
         started: str = run.info.run_id
     except Exception as error:
         raise UserError(f"MLflow at {uri} can't be used: {error}") from error
     return started
+
+
+def find_run(client: "MlflowClient", run_id: str) -> Any:
+    """Return a run, or the one that took its place, or None."""
+    from mlflow.exceptions import MlflowException
+
+    with suppress(MlflowException):
+        run = client.get_run(run_id)
+        if run.info.lifecycle_stage == "active":
+            return run
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`{CONTINUES}` = '{run_id}'", max_results=1)
+    return found[0] if found else None
 
 
 def lasting_run(

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from imagerag.errors import UserError
+from imagerag.files import write_json
 from imagerag.settings import Settings
 from imagerag.training import tracking
 from imagerag.training.tracking import MlflowTracker, lasting_run, start_run, tracking_uri
@@ -115,3 +116,18 @@ def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
     client = MlflowTracker(tracking_uri(settings), run_id)._client
     assert client.get_run(run_id).info.status == "RUNNING"
     assert len(client.search_runs(["1"])) == 1
+
+
+def test_a_run_that_was_lost_has_one_successor(tmp_path: Path) -> None:
+    """As after MLflow's database was restored from a backup."""
+    settings = Settings(home=tmp_path)
+    path = str(tmp_path / "runs" / "a.json")
+    write_json(path, {"run_id": "0" * 32})
+    own = (settings, "test", "run", {"rate": 0.1}, {})
+    run_id = lasting_run(path, *own)
+    assert lasting_run(path, *own) == run_id
+    assert start_run(*own, run_id="0" * 32) == run_id
+    client = MlflowTracker(tracking_uri(settings), run_id)._client
+    assert client.get_run(run_id).data.tags["imagerag.continues"] == "0" * 32
+    client.delete_run(run_id)
+    assert lasting_run(path, *own) != run_id, "nor is one that was deleted gone on with"
