@@ -27,6 +27,12 @@ class EvaluateParameters(Config):
     portable: bool = Field(
         default=False, description="Pack the index into the model, for machines that can't reach the store."
     )
+    keep_models: int = Field(
+        default=10,
+        ge=0,
+        description="Registered versions that are kept beside those with an alias and those that people promoted or "
+        "rolled back; older ones are removed, with what they keep of their index.",
+    )
 
     _check_name = field_validator("name")(check_name)
 
@@ -49,7 +55,9 @@ def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
     champion = present_champion(settings, finetuned)
     evaluated = evaluate_adapter(finetuned, parameters.evaluation, champion)
     decision = pass_gate(evaluated, parameters.gate, champion)
-    registered = register_model(finetuned, evaluated, decision, portable=parameters.portable)
+    registered = register_model(
+        finetuned, evaluated, decision, portable=parameters.portable, keep=parameters.keep_models
+    )
     report = EvaluateReport(name=parameters.name, evaluated=evaluated, decision=decision, registered=registered)
     write_evaluate_report(report)
     return report

@@ -13,6 +13,7 @@ from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.evaluation.gate import Decision, decide
 from imagerag.evaluation.results import GRID, read_results
 from imagerag.registry.champion import Champion
+from imagerag.registry.removal import prune
 from imagerag.registry.versions import THE_GATE, promote, register
 from imagerag.settings import Settings
 from tasks.policy import stage
@@ -49,8 +50,10 @@ def pass_gate(evaluated: Evaluated, config: GateConfig, champion: Champion | Non
 
 
 @stage("register")
-def register_model(finetuned: Finetuned, evaluated: Evaluated, decision: Decision, *, portable: bool) -> Registered:
-    """Register the candidate with its results, and make it champion if it passed the gate."""
+def register_model(
+    finetuned: Finetuned, evaluated: Evaluated, decision: Decision, *, portable: bool, keep: int
+) -> Registered:
+    """Register the candidate with its results, make it champion if it passed the gate, and remove what is too old."""
     settings = Settings()
     tags = {
         "imagerag.gate": "passed" if decision.passed else "failed",
@@ -78,5 +81,8 @@ def register_model(finetuned: Finetuned, evaluated: Evaluated, decision: Decisio
         }
         reasons = {"model": registered.uri, "reasons": decision.summary()}
         emit_event("imagerag.gate.passed", resource, payload=reasons)
-    get_run_logger().info("%s %s", registered.uri, "is champion" if decision.passed else "stays a candidate")
+    logger = get_run_logger()
+    logger.info("%s %s", registered.uri, "is champion" if decision.passed else "stays a candidate")
+    for removed in prune(settings, keep):
+        logger.info("removed version %s of the model, beyond the %s that are kept", removed.version, keep)
     return registered

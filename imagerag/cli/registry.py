@@ -12,8 +12,14 @@ from imagerag.errors import UserError
 ReasonOption = Annotated[str, typer.Option(help="Why, for those who look at it later.")]
 
 
-def models() -> None:
+models_app = typer.Typer(help="List the versions of the registered model, or remove one.")
+
+
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context) -> None:
     """List the versions of the registered model: which is in use, of what it was made, who promoted it and why."""
+    if context.invoked_subcommand is not None:
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -40,6 +46,24 @@ def models() -> None:
     console.print(table)
     for line in promoted:
         console.print(line, highlight=False, markup=False)
+
+
+@models_app.command()
+def remove(
+    version: Annotated[int, typer.Argument(help="Of the registered model; `imagerag models` lists them.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a version that has no alias: its files, and what it keeps of its index."""
+    from imagerag.registry.removal import remove as remove_version
+    from imagerag.settings import Settings
+
+    if not yes:
+        typer.confirm(f"Remove version {version} for good?", abort=True)
+    removed = remove_version(Settings(), version)
+    typer.echo(
+        f"version {version} is removed: {removed.num_bytes / 2**20:,.1f} MiB are free; version {removed.index} goes "
+        "with the next publication, unless something else keeps it"
+    )
 
 
 def promote(

@@ -37,7 +37,7 @@ class Removed:
     num_bytes: int
     """Of its files."""
     index: str
-    """What it kept of its index, whose files go when the next version of that is published."""
+    """Number and name of what it kept, whose files go when the next version of the index is published."""
 
 
 def remove(settings: Settings, version: int) -> Removed:
@@ -76,7 +76,7 @@ def remove_version(client: "MlflowClient", settings: Settings, info: VersionInfo
     num_bytes = sum(size for _, size in files_of(settings, source))
     delete_files(settings, source)
     client.delete_model_version(MODEL_NAME, str(info.version))
-    index = f"{store.name} {info.pinned('index_version')}"
+    index = f"{info.pinned('index_version')} of {store.name!r}"
     return Removed(version=info.version, num_bytes=num_bytes, index=index)
 
 

@@ -18,8 +18,11 @@ from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
 from imagerag.registry.health import check_versions
+from imagerag.registry.removal import prune
+from imagerag.registry.removal import remove as remove_model
 from imagerag.registry.versions import (
     MODEL_NAME,
+    THE_GATE,
     VersionInfo,
     list_versions,
     promote,
@@ -98,6 +101,34 @@ def test_the_same_content_is_one_version(home: Home) -> None:
     assert of_alias(home) == {"candidate": 1}
 
 
+def test_versions_that_nobody_named_are_removed_with_what_they_keep(home: Home) -> None:
+    settings, kept_by = home.settings, []
+    for number in range(5):
+        register(home.finetuned("first"), settings)
+        kept_by.append(home.store.version)
+        if number == 0:
+            promote(settings, 1, reason="better", author=THE_GATE)
+        if number == 1:
+            promote(settings, 2, **WHY)
+            promote(settings, 1, reason="better", author=THE_GATE)
+            home.client.delete_registered_model_alias(MODEL_NAME, "previous")
+        publish_more(home)
+    with pytest.raises(UserError, match=r"version 1 of imagerag-turbo is champion, which others ask for"):
+        remove_model(settings, 1)
+    assert of_alias(home) == {"candidate": 5, "champion": 1}
+    (removed,) = prune(settings, keep=1)
+    assert removed.version == 3, "1 and 5 have aliases, a person promoted 2, and 4 is the newest of the rest"
+    assert removed.num_bytes > 10_000
+    assert removed.index == f"{kept_by[2]} of 'images'"
+    assert [info.version for info in list_versions(settings)] == [5, 4, 2, 1]
+    assert set(pins(home.store).values()) == {kept_by[number] for number in (0, 1, 3, 4)}
+    publish_more(home)
+    assert not home.store.has(kept_by[2])
+    run = home.client.get_run(home.finetuned("first").run_id)
+    assert len(home.client.list_artifacts(run.info.run_id, "models")) == 4
+    assert remove_model(settings, 4).version == 4
+
+
 def test_two_registrations_at_once(home: Home) -> None:
     made: list[Registered] = []
     names = ("first", "second", "first")
@@ -174,6 +205,15 @@ def test_each_version_fits_pictures_as_its_own_index_does(home: Home, tmp_path: 
             assert pipeline.index.identity.digest == manifest.features_digest
 
 
+def test_a_training_whose_run_was_lost_has_another(home: Home) -> None:
+    lost = replace(home.finetuned("first"), run_id="0" * 32)
+    first, again = (register(lost, home.settings) for _ in range(2))
+    assert (first.version, again.version) == (1, 1)
+    run = home.client.get_run(first.run_id)
+    assert run.data.tags["imagerag.continues"] == lost.run_id
+    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
+
+
 def test_a_home_can_be_moved(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its models, the portable one by `models:/` too; `doctor` says what can't be had."""
     import mlflow
@@ -231,8 +271,6 @@ def test_what_is_not_there(home: Home, tmp_path: Path, monkeypatch: pytest.Monke
         resolve_version(home.settings, "best")
     with pytest.raises(UserError, match="no version or alias '7'"):
         promote(home.settings, 7, **WHY)
-    with pytest.raises(UserError, match="MLflow has no run 'nothing'"):
-        register(replace(finetuned, run_id="nothing"), home.settings)
     with pytest.raises(UserError, match=r"is there already, and nothing is overwritten"):
         pull(home.settings, "1", home.base)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
