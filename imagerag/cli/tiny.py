@@ -22,6 +22,9 @@ def report(
         "report"
     ),
     pictures: Annotated[int, typer.Option(min=120, help="How many of each model and split.")] = 498,
+    photos: Annotated[
+        Path | None, typer.Option(help="A folder of other pictures, named by what they show, to read out of their h.")
+    ] = None,
     readme: Annotated[
         Path | None, typer.Option(help="A text whose part between the marks is replaced as well.")
     ] = None,
@@ -31,7 +34,7 @@ def report(
         _read(readme)  # a measurement takes minutes: what can be wrong is wrong now
     from imagerag.tiny.report import make_report
 
-    tables = make_report(out, pictures).markdown()
+    tables = make_report(out, pictures, photos).markdown()
     typer.echo(tables)
     typer.echo(f"in {out}, with a grid of each model and split")
     if readme is not None:

@@ -1,11 +1,17 @@
 """Whether the H-space of the embedded base model carries the picture, which fusion in it rests on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from imagerag.evaluation.intervals import Estimate, estimate
+from imagerag.generation.base import BaseModel
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.hspace.fit import fit_square
 from imagerag.tiny.teacher import build_scheduler, rebuild_from_h
 from imagerag.training.diffusion import Diffusion
 
@@ -20,6 +26,26 @@ class Measures:
     """How much of the one-step output's variance changes when `h` is zero."""
     shuffling: float
     """How much changes when every row gets another row's `h`. More than all, where each is another picture."""
+
+
+def read(base: BaseModel, images: Sequence[Image.Image], captions: Sequence[str]) -> Estimate:
+    """Return how well pictures are shown that are given as their own references: PSNR in dB.
+
+    Nothing but their `h` is used, as by slerp with w = 0. The prompt is the caption, and all of a picture is fitted
+    into the base model's square.
+    """
+    pipeline = ImageRAGTurboPipeline.from_base(base)
+    pipeline.set_progress_bar_config(disable=True)
+    side = base.unet.config.sample_size * pipeline.vae_scale_factor
+    decibels = []
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        square = fit_square(image, side, "pad")
+        shown = pipeline(
+            caption, reference_images=[square], reference_captions=[caption], fusion="slerp", w=0.0, output_type="np",
+            generator=torch.Generator().manual_seed(number),
+        ).images[0]  # fmt: skip
+        decibels.append(-10 * np.log10(np.square(shown - np.asarray(square) / 255).mean()))
+    return estimate(decibels)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 Everything is measured on concepts of two splits: `base`, which it was trained on, and `held_out`, which nothing was.
 """
 
+import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from tqdm import tqdm
 
 from imagerag.corpus.sample import Concept, Drawing, load_drawings
 from imagerag.embedding.encoder import load_encoder
+from imagerag.errors import UserError
 from imagerag.evaluation.distances import Distances, measure_distances
 from imagerag.evaluation.features import load_feature_network
 from imagerag.evaluation.intervals import Estimate, estimate
@@ -71,6 +74,8 @@ class Report:
 
     psnr_db: Estimate
     hspace: hspace.Measures
+    read_db: dict[str, Estimate]
+    """PSNR of pictures that are read out of their own `h` alone."""
     rows: tuple[Row, ...]
 
     def markdown(self) -> str:
@@ -93,16 +98,28 @@ class Report:
             f"Held-out drawings rebuilt from their `h` at t = 0 alone: latent error {self.hspace.rebuilding}. "
             f"Share of the picture's variance that changes when `h` is zeroed {self.hspace.zeroing:.0%}, "
             f"when it is exchanged within the batch {self.hspace.shuffling:.0%}.",
+            "",
+            "Given as their own references, with w = 0: "
+            + "; ".join(
+                f"{what} PSNR {each.mean:.1f} dB [{each.low:.1f}, {each.high:.1f}]"
+                for what, each in self.read_db.items()
+            )
+            + ".",
         ]
         return "\n".join(lines) + "\n"
 
 
-def make_report(folder: Path, num_prompts: int = 498) -> Report:
+def make_report(folder: Path, num_prompts: int = 498, photos: Path | None = None) -> Report:
     """Measure everything, write `report.json`, `report.md` and grids to `folder`, and return the numbers.
 
     Args:
         num_prompts: pictures of each model and split; the concepts of a split take turns.
+        photos: a folder of other pictures, whose files are named by what they show, to be read out of their `h`.
+
+    Raises:
+        UserError: if there are none in it.
     """
+    others = {} if photos is None else {f"pictures in {photos.name}": named_pictures(photos)}
     for model in MODELS:
         resolve(model.base)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +133,13 @@ def make_report(folder: Path, num_prompts: int = 498) -> Report:
                 row, pictures = measurer.generated(model, split, bar.update)
                 rows.append(row)
                 _save_sheet(pictures, folder / f"{model.base}-{split}.png")
-    report = Report(psnr_db=measurer.psnr(), hspace=measurer.hspace(), rows=tuple(rows))
+    read = {"held-out drawings": measurer.held_out(), **others}
+    report = Report(
+        psnr_db=measurer.psnr(),
+        hspace=measurer.hspace(),
+        read_db={what: hspace.read(measurer.base("tiny"), list(own.values()), list(own)) for what, own in read.items()},
+        rows=tuple(rows),
+    )
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     (folder / "report.md").write_text(report.markdown())
     return report
@@ -160,7 +183,7 @@ class _Measurer:
         """Return what the measures say of a model's pictures, and the pictures."""
         concepts = np.resize(np.random.default_rng(0).permutation(self._of(split)), self._num_prompts)
         names = [self._concepts[concept].name for concept in concepts]
-        pipeline = ImageRAGTurboPipeline.from_base(self._base(model.base))
+        pipeline = ImageRAGTurboPipeline.from_base(self.base(model.base))
         pipeline.set_progress_bar_config(disable=True)
         made: list[Generated] = []
         started = time.perf_counter()
@@ -184,7 +207,7 @@ class _Measurer:
 
     def psnr(self) -> Estimate:
         """Return how well the autoencoder rebuilds held-out drawings, in dB."""
-        vae = self._base("tiny").vae
+        vae = self.base("tiny").vae
         held_out = torch.tensor([drawing.concept.split == "held_out" for drawing in self._drawings])
         values: list[float] = []
         for part in self._pictures.pixels[held_out].split(64):
@@ -196,19 +219,40 @@ class _Measurer:
 
     def hspace(self) -> hspace.Measures:
         """Return what the student's H-space carries, on held-out drawings."""
-        base = self._base("tiny")
+        base = self.base("tiny")
         chosen = [index for index, drawing in enumerate(self._drawings) if drawing.concept.split == "held_out"]
         latents = encode_all(base.vae, self._pictures.pixels[chosen], _CPU)
         text = base.conditioner.encode([self._drawings[index].concept.name for index in chosen]).embeds
         return hspace.measure(base.unet, latents, text)
 
-    def _base(self, spec: str) -> BaseModel:
+    def held_out(self) -> dict[str, Image.Image]:
+        """Return a drawing of each held-out concept by its name, the styles in turn."""
+        pictures: dict[str, Image.Image] = {}
+        own = [drawing for drawing in self._drawings if drawing.concept.split == "held_out"]
+        for number in np.random.default_rng(0).permutation(len(own)):
+            pictures.setdefault(own[number].concept.name, Image.open(io.BytesIO(own[number].image)))
+        return pictures
+
+    def base(self, spec: str) -> BaseModel:
+        """Return a base model, which is loaded once."""
         if spec not in self._bases:
             self._bases[spec] = load_base(spec, "cpu")
         return self._bases[spec]
 
     def _of(self, split: str) -> list[int]:
         return [number for number, concept in enumerate(self._concepts) if concept.split == split]
+
+
+def named_pictures(folder: Path) -> dict[str, Image.Image]:
+    """Return the pictures in a folder by their files' names.
+
+    Raises:
+        UserError: if there are none.
+    """
+    paths = sorted(path for path in folder.glob("*") if path.suffix in (".jpg", ".png", ".webp"))
+    if not paths:
+        raise UserError(f"there are no jpg, png or webp files in {folder}")
+    return {path.stem.replace("-", " "): Image.open(path) for path in paths}
 
 
 def identified(
