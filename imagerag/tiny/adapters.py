@@ -1,16 +1,21 @@
 """How much adapters of the embedded base model help on concepts that nothing was trained on.
 
-python -m imagerag.tiny.adapters --name sample adapter=FOLDER,FOLDER lora=FOLDER,FOLDER
+python -m imagerag.tiny.adapters adapter=FOLDER,FOLDER lora=FOLDER,FOLDER
 
 Each held-out concept is drawn in three styles, in one step each, with references in other styles than the drawing that
-it is compared with. What a picture was shown does not count among the drawings by which it is recognised, so that a
-copy is worth no more than what it shows. Folders of one name are trainings with different seeds.
+it is compared with. Adapters are compared with what needs no training: slerp, at fixed weights and at the one that is
+the best on other concepts, of which the base model has seen as little. Folders of one name are trainings with different
+seeds.
+
+Then copies: how near pictures are to what they were shown, by the adapter's scale and slerp's w, with references in
+other styles and with the very drawing among them. Adapters that were trained with other shares of rows shown
+themselves are other names.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,122 +26,100 @@ from tqdm import tqdm
 from imagerag.artifacts import TrainingSet
 from imagerag.corpus.sample import load_drawings
 from imagerag.evaluation.compare import TEACHER_GUIDANCE, TEACHER_STEPS
-from imagerag.evaluation.features import load_feature_network
+from imagerag.evaluation.curve import Point, to_svg
 from imagerag.evaluation.intervals import Estimate, estimate
-from imagerag.evaluation.recognition import Judge
 from imagerag.generation.base import BaseModel, load_base
 from imagerag.generation.finetuned import MANIFEST, load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.generation.sheet import sheet
 from imagerag.hspace.adapter import HSpaceAdapter, gate
+from imagerag.hspace.features import encode_latents, open_images
 from imagerag.hspace.slerp import slerp
 from imagerag.hspace.split import decode, encode
-from imagerag.settings import Settings
-from imagerag.tiny.data import Pictures
-from imagerag.tiny.vae import to_input
+from imagerag.tiny.measure import NONE, ONE, RANDOM, RIGHT, Judges, Measurer, Row, pixels
 from imagerag.training.config import ReferenceChoice
 from imagerag.training.data import Ints, RagBatch, RagData
 from imagerag.training.diffusion import Diffusion
 
-_CPU = torch.device("cpu")
-_STYLES_OF_A_CONCEPT = 3
-_BATCH_SIZE = 64
+FIXED_WS = (0.8, 0.5, 0.2, 0.0)
+VALIDATED_WS = tuple(number / 10 for number in range(10))
+SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
+_VALIDATION_SPLIT = "adapter"
 _SHOWN = 12
-_RIGHT = ReferenceChoice(number=4, none=0.0, random=0.0)
-_ONE = ReferenceChoice(number=1, none=0.0, random=0.0)
-_RANDOM = ReferenceChoice(number=4, none=0.0, random=1.0)
-_NONE = ReferenceChoice(number=4, none=1.0, random=0.0)
-
 
 Model = tuple[BaseModel, HSpaceAdapter | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way to make pictures."""
+class Way:
+    """Pictures of the examples, and what they were made with."""
 
     title: str
-    recognised: Estimate
-    """Share whose concept is the nearest of 100."""
-    identified: Estimate
-    """Share whose latents are nearer to a drawing of their own concept than to any other held-out one, in its style."""
-    latent_error: Estimate
-    """Mean squared difference to the drawing's latents, whose variance is one."""
-    sharpness: Estimate
-    """Energy of the gradients over that of drawings."""
-    by_seed: tuple[float, ...]
-    """Share recognised, training by training."""
+    made: list[torch.Tensor]
+    """Latents (N, C, H, W), of each seed."""
+    shown: list[Ints] | None
+    """Drawings (N, K), likewise."""
 
 
-class Measurer:
-    """Holds what all ways share."""
+@dataclass(frozen=True, kw_only=True)
+class CopyPoint:
+    """One setting of a way, for the curves of copies."""
 
-    def __init__(self, data: RagData) -> None:
-        self._data = data
-        drawings = load_drawings()
-        pictures = Pictures.of(drawings)
-        self._network = load_feature_network()
-        self._judge = Judge.of(self._network([to_input(pictures.pixels, _CPU)]), pictures.concepts.numpy())
-        numbers = dict(zip((d.concept.name for d in drawings), pictures.concepts.tolist(), strict=True))
-        self._names = np.array([numbers.get(prompt, -1) for prompt in data.prompts])
-        self._candidates = np.unique(self._names[data.held_out])
-        self._drawing_of = {drawing.image: number for number, drawing in enumerate(drawings)}
-        self._styles = pictures.styles.numpy()
-        self.examples = self._some_of_each()
-        self.prompts = [data.prompts[example] for example in self.examples]
+    curve: str
+    setting: str
+    row: Row
 
-    def _some_of_each(self) -> Ints:
-        """Return up to three examples of each held-out concept."""
-        order = np.random.default_rng(0).permutation(self._data.held_out)
-        chosen = [order[self._names[order] == concept][:_STYLES_OF_A_CONCEPT] for concept in self._candidates]
-        return np.sort(np.concatenate(chosen))
 
-    def measure(self, title: str, made: Sequence[torch.Tensor], shown: ReferenceChoice, base: BaseModel) -> Row:
-        """Measure latents (N, C, H, W) of the examples, of each training one."""
-        real = torch.cat([batch.latents for batch in self.batches(_NONE, 0)])
-        concepts, per_seed = self._names[self.examples], []
-        for seed, latents in enumerate(made):
-            features = self._network(_pixels(base, part) for part in latents.split(_BATCH_SIZE))
-            ignored = self._shown_drawings(shown, seed)
-            recognised = self._judge.recognised(features, concepts, self._candidates, ignored)
-            errors = (latents - real).square().mean((1, 2, 3)).numpy()
-            energies = (_energy(latents) / _energy(real).mean()).numpy()
-            per_seed.append(np.stack([recognised, self._identified(latents, real), errors, energies]))
-        values = np.mean(per_seed, axis=0)
-        by_concept = np.stack([values[:, concepts == concept].mean(1) for concept in self._candidates], 1)
-        names = ("recognised", "identified", "latent_error", "sharpness")
-        measured = {name: estimate(own) for name, own in zip(names, by_concept, strict=True)}
-        return Row(title=title, **measured, by_seed=tuple(float(each[0].mean()) for each in per_seed))
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that was measured."""
 
-    def batches(self, choice: ReferenceChoice, seed: int) -> Iterator[RagBatch]:
-        """Yield the examples with references; the noise of a seed is the same for all ways."""
-        for number, part in enumerate(np.array_split(self.examples, -(-len(self.examples) // _BATCH_SIZE))):
-            noise = np.random.default_rng([seed, number, 1]).standard_normal((len(part), *self._shape), np.float32)
-            batch = self._data.read(part, choice, np.random.default_rng([seed, number]))
-            yield replace(batch, noise=torch.from_numpy(noise))
+    rows: tuple[Row, ...]
+    best_w: float
+    """Of slerp, on other concepts than those of `rows`."""
+    gains: dict[str, Estimate]
+    """Of each adapter with four references over slerp with `best_w`: recognised, paired by concept."""
+    copies: tuple[CopyPoint, ...] = field(default=())
 
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return tuple(self._data.read(self.examples[:1], _NONE, np.random.default_rng(0)).latents.shape[1:])
-
-    def _shown_drawings(self, choice: ReferenceChoice, seed: int) -> Ints:
-        """Return which of the judge's drawings each example was shown (N, K)."""
-        images = self._data.images()
-        numbers = np.array([self._drawing_of.get(image, -1) for image in images] + [-1])
-        parts = np.array_split(self.examples, -(-len(self.examples) // _BATCH_SIZE))
-        rows = [
-            self._data.choose(part, choice, np.random.default_rng([seed, number])) for number, part in enumerate(parts)
+    def markdown(self) -> str:
+        """Return it as tables."""
+        lines = [_ROW_HEAD, _line_under(_ROW_HEAD)]
+        for row in self.rows:
+            cells = [row.title, row.recognised, ", ".join(f"{value:.3f}" for value in row.by_seed)]
+            cells += [row.recognised_second, f"{row.disagreement:.3f}", row.identified, row.latent_error, row.sharpness]
+            cells += [row.nearest or "", row.copies or ""]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines += ["", f"The best w of slerp on other concepts: {self.best_w}."]
+        lines += [
+            f"Recognised, {name} with 4 references less slerp with that w, paired by concept: {gain}."
+            for name, gain in self.gains.items()
         ]
-        return numbers[np.concatenate(rows)]
+        lines += ["", _COPY_HEAD, _line_under(_COPY_HEAD)]
+        for point in self.copies:
+            cells = [point.curve, point.setting, point.row.recognised, point.row.recognised_second]
+            cells += [point.row.nearest or "", point.row.copies or ""]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        return "\n".join(lines) + "\n"
 
-    def _identified(self, latents: torch.Tensor, real: torch.Tensor) -> np.ndarray:
-        distances = torch.cdist(latents.flatten(1), real.flatten(1)).numpy()
-        concepts = self._names[self.examples]
-        return np.asarray(concepts[distances.argmin(1)] == concepts)
+    def curves(self) -> str:
+        """Return copies and recognition as an SVG."""
+        curves: dict[str, list[Point]] = {}
+        for each in self.copies:
+            assert each.row.copies is not None, each
+            point = Point(label=each.setting, x=each.row.copies.mean, y=each.row.recognised.mean)
+            curves.setdefault(each.curve, []).append(point)
+        return to_svg(curves, x_title="share of copies", y_title="recognised among 100")
+
+
+_ROW_HEAD = (
+    "| | recognised among 100 | by training | recognised, second judge | they disagree | identified | latent error "
+    "| sharpness | similarity to what was shown | copies |"
+)
+_COPY_HEAD = "| | setting | recognised | second judge | similarity to what was shown | copies |"
 
 
 def one_step(
-    base: BaseModel, adapter: HSpaceAdapter | None, batch: RagBatch, *, w: float | None = None
+    base: BaseModel, adapter: HSpaceAdapter | None, batch: RagBatch, *, w: float | None = None, scale: float = 1.0
 ) -> torch.Tensor:
     """Return clean latents by the adapter, by slerp with the first reference, or by the base model alone."""
     diffusion = Diffusion(base.scheduler)
@@ -146,104 +129,174 @@ def one_step(
         target = encode(base.unet, noised, last, batch.text)
         h = target.h
         if adapter is not None:
-            h = adapter(h, batch.h_references, gate(batch.similarities, 0.0))
+            h = adapter(h, batch.h_references, gate(batch.similarities, 0.0), scale)
         elif w is not None:
             h = slerp(h, batch.h_references[:, 0], w)
         return diffusion.to_clean(decode(base.unet, replace(target, h=h)), noised, last)
 
 
-def make_report(adapters: dict[str, list[Path]], settings: Settings, out: Path) -> list[Row]:
-    """Measure everything, and write `adapters.json`, `adapters.md` and a grid to `out`."""
+class Maker:
+    """Makes the pictures of a measurer's examples."""
+
+    def __init__(self, measurer: Measurer, base: BaseModel) -> None:
+        self._measurer, self._base = measurer, base
+
+    def way(
+        self,
+        title: str,
+        models: Sequence[Model],
+        choice: ReferenceChoice,
+        *,
+        w: float | None = None,
+        scale: float = 1.0,
+        with_itself: bool = False,
+    ) -> Way:
+        """Return pictures by a model for each seed.
+
+        Args:
+            with_itself: whether the very drawing is the first reference, before the others.
+        """
+        made, shown = [], []
+        for seed, model in enumerate(models):
+            batches = self._measurer.batches(choice, seed)
+            drawings = self._measurer.shown(choice, seed)
+            if with_itself:
+                batches = map(self._with_itself, batches)
+                drawings = np.concatenate([self._measurer.own(), drawings[:, : choice.number - 1]], 1)
+            made.append(torch.cat([one_step(*model, batch, w=w, scale=scale) for batch in batches]))
+            shown.append(drawings)
+        return Way(
+            title=title, made=made, shown=None if choice.none == 1 or (w is None and models[0][1] is None) else shown
+        )
+
+    def references(self, data: RagData) -> Way:
+        """Return the first references themselves, through the autoencoder: as good as a copy can be."""
+        images, rows = data.images(), data.choose(self._measurer.examples, ONE, np.random.default_rng(0))[:, 0]
+        parts = np.array_split(rows, -(-len(rows) // 64))
+        vae, unet = self._base.vae, self._base.unet
+        made = [encode_latents(vae, unet, open_images([images[row] for row in part]), "crop") for part in parts]
+        return Way(
+            title="the first reference itself, through the autoencoder",
+            made=[torch.cat(made)],
+            shown=[self._measurer.shown(ONE, 0)],
+        )
+
+    def teacher(self) -> Way:
+        """Return what the teacher makes without references."""
+        pipeline = ImageRAGTurboPipeline.from_base(load_base("tiny-teacher", "cpu"))
+        pipeline.set_progress_bar_config(disable=True)
+        prompts, made = list(self._measurer.prompts), []
+        for batch in self._measurer.batches(NONE, 0):
+            part, prompts = prompts[: len(batch.noise)], prompts[len(batch.noise) :]
+            guidance = TEACHER_GUIDANCE["tiny-teacher"]
+            output = pipeline(
+                part, latents=batch.noise, num_inference_steps=TEACHER_STEPS, guidance_scale=guidance,
+                output_type="latent",
+            )  # fmt: skip
+            made.append(output.images)
+        return Way(title=f"teacher, {TEACHER_STEPS} steps, no references", made=[torch.cat(made).clone()], shown=None)
+
+    def _with_itself(self, batch: RagBatch) -> RagBatch:
+        with torch.inference_mode():
+            own = encode(self._base.unet, batch.latents, torch.zeros(len(batch.latents)), batch.text).h
+        others = batch.h_references[:, : batch.h_references.shape[1] - 1]
+        similarities = torch.cat([torch.ones(len(own), 1), batch.similarities[:, : others.shape[1]]], 1)
+        return replace(batch, h_references=torch.cat([own[:, None], others], 1), similarities=similarities)
+
+
+def choose_w(data: RagData, judges: Judges, base: BaseModel) -> float:
+    """Return the w with which slerp is recognised most often on concepts that neither the base model nor a judge knows.
+
+    These are concepts that adapters learn from; slerp learns nothing.
+    """
+    measurer = Measurer.of_split(data, judges, _VALIDATION_SPLIT, per_concept=1)
+    maker = Maker(measurer, base)
+    ways = {w: maker.way(f"w = {w}", [(base, None)], ONE, w=w) for w in VALIDATED_WS}
+    return max(ways, key=lambda w: measurer.measure("", ways[w].made, base).recognised.mean)
+
+
+def make_report(adapters: dict[str, list[Path]], out: Path) -> Report:
+    """Measure everything, and write `adapters.json`, `adapters.md`, `copies.svg` and grids to `out`."""
     base = load_base("tiny", "cpu")
     first = json.loads((next(iter(adapters.values()))[0] / MANIFEST).read_text())
     data = RagData(TrainingSet(**first["training_set"]), base)
-    measurer = Measurer(data)
-    seeds = range(max(map(len, adapters.values())))
-    ways: list[tuple[str, list[torch.Tensor], ReferenceChoice]] = []
+    judges = Judges(load_drawings())
+    measurer = Measurer.of_split(data, judges, "held_out")
+    maker = Maker(measurer, base)
+    best_w = choose_w(data, judges, base)
+    plain: list[Model] = [(base, None)] * max(map(len, adapters.values()))
 
-    def add(title: str, models: Sequence[Model], choice: ReferenceChoice, w: float | None = None) -> None:
-        made = [
-            torch.cat([one_step(*model, batch, w=w) for batch in measurer.batches(choice, seed)])
-            for seed, model in zip(seeds, models, strict=False)
-        ]
-        ways.append((title, made, choice))
-
-    plain: list[Model] = [(base, None) for _ in seeds]
-    add("base, no references", plain, _NONE)
-    for w in (0.8, 0.2):
-        add(f"slerp, w = {w}, 1 reference", plain, _ONE, w)
+    ways = [maker.way("base, no references", plain, NONE)]
+    ways += [maker.way(f"slerp, w = {w}, 1 reference", plain, ONE, w=w) for w in FIXED_WS]
+    best = maker.way(f"slerp, w = {best_w}, the best on other concepts", plain, ONE, w=best_w)
+    ways.append(best)
+    with_references: dict[str, list[Model]] = {}
     for name, folders in adapters.items():
         models: list[Model] = []
         for folder in folders:
             own = load_base("tiny", "cpu")
             models.append((own, load_finetuned(folder, own)))
-        learnt = json.loads((folders[0] / MANIFEST).read_text())["config"]["references"]["number"]
-        if learnt:
-            add(f"{name}, 4 references", models, _RIGHT)
-            add(f"{name}, 1 reference", models, _ONE)
-            add(f"{name}, random references", models, _RANDOM)
-        add(f"{name}, no references", models, _NONE)
-    ways.append(("teacher, 25 steps, no references", [_by_teacher(measurer)], _NONE))
-    rows = [measurer.measure(title, made, choice, base) for title, made, choice in tqdm(ways, unit=" ways")]
+        if json.loads((folders[0] / MANIFEST).read_text())["config"]["references"]["number"]:
+            with_references[name] = models
+            ways.append(maker.way(f"{name}, 4 references", models, RIGHT))
+            ways.append(maker.way(f"{name}, 1 reference", models, ONE))
+            ways.append(maker.way(f"{name}, random references", models, RANDOM))
+        ways.append(maker.way(f"{name}, no references", models, NONE))
+    ways += [maker.references(data), maker.teacher()]
+    rows = {way.title: measurer.measure(way.title, way.made, base, way.shown) for way in tqdm(ways, unit=" ways")}
+    slerps = np.array(rows[best.title].by_concept)
+    report = Report(
+        rows=tuple(rows.values()),
+        best_w=best_w,
+        gains={name: estimate(np.array(rows[f"{name}, 4 references"].by_concept) - slerps) for name in with_references},
+        copies=tuple(_copies(measurer, maker, base, {name: models[0] for name, models in with_references.items()})),
+    )
+    _write(out, report, measurer, base, ways)
+    return report
+
+
+def _copies(measurer: Measurer, maker: Maker, base: BaseModel, models: dict[str, Model]) -> list[CopyPoint]:
+    points = []
+    for itself in (False, True):
+        shown = "the drawing itself among the references" if itself else "references in other styles"
+        for w in tqdm(FIXED_WS, desc="copies by w"):
+            way = maker.way("slerp", [(base, None)], ONE, w=w, with_itself=itself)
+            row = measurer.measure(way.title, way.made, base, way.shown)
+            points.append(CopyPoint(curve=f"slerp, {shown}", setting=f"w = {w}", row=row))
+        for name, model in models.items():
+            for scale in tqdm(SCALES, desc="copies by scale"):
+                way = maker.way(name, [model], RIGHT, scale=scale, with_itself=itself)
+                row = measurer.measure(way.title, way.made, base, way.shown)
+                points.append(CopyPoint(curve=f"{name}, {shown}", setting=f"scale {scale}", row=row))
+    return points
+
+
+def _write(out: Path, report: Report, measurer: Measurer, base: BaseModel, ways: Sequence[Way]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "adapters.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    (out / "adapters.md").write_text(to_markdown(rows))
-    step = len(measurer.examples) // _SHOWN
-    real = torch.cat([batch.latents for batch in measurer.batches(_NONE, 0)])
+    (out / "adapters.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+    (out / "adapters.md").write_text(report.markdown())
+    (out / "copies.svg").write_text(report.curves())
+    real = torch.cat([batch.latents for batch in measurer.batches(NONE, 0)])
+    step = max(1, len(real) // _SHOWN)
     prompts = ", ".join(measurer.prompts[::step][:_SHOWN])
-    shown = [(f"drawings of {prompts}", real), *((title, made[0]) for title, made, _ in ways)]
+    shown = [(f"drawings of {prompts}", real), *((way.title, way.made[0]) for way in ways)]
     sheet([(title, _images(base, latents[::step][:_SHOWN])) for title, latents in shown]).save(out / "adapters.png")
-    return rows
-
-
-def to_markdown(rows: Sequence[Row]) -> str:
-    """Return the rows as a table."""
-    lines = [
-        "| | recognised among 100 | by training | identified | latent error | sharpness |",
-        "|---|---|---|---|---|---|",
+    disputed = [
+        (f"{way.title}: the judges disagree", _images(base, way.made[0][list(row.disputed[:_SHOWN])]))
+        for way, row in zip(ways, report.rows, strict=True)
+        if row.disputed
     ]
-    for row in rows:
-        by_seed = ", ".join(f"{value:.3f}" for value in row.by_seed)
-        lines.append(
-            f"| {row.title} | {row.recognised} | {by_seed} | {row.identified} | {row.latent_error} | {row.sharpness} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _by_teacher(measurer: Measurer) -> torch.Tensor:
-    teacher = load_base("tiny-teacher", "cpu")
-    pipeline = ImageRAGTurboPipeline.from_base(teacher)
-    pipeline.set_progress_bar_config(disable=True)
-    prompts = measurer.prompts
-    made = []
-    with tqdm(total=len(prompts), desc="teacher", unit=" pictures") as bar:
-        for batch in measurer.batches(_NONE, 0):
-            part, prompts = prompts[: len(batch.noise)], prompts[len(batch.noise) :]
-            guidance = TEACHER_GUIDANCE["tiny-teacher"]
-            made.append(
-                pipeline(
-                    part, latents=batch.noise, num_inference_steps=TEACHER_STEPS, guidance_scale=guidance,
-                    output_type="latent",
-                ).images
-            )  # fmt: skip
-            bar.update(len(part))
-    return torch.cat(made).clone()
-
-
-def _pixels(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        pixels: torch.Tensor = base.vae.decode(latents / base.vae.config.scaling_factor).sample.clamp(-1, 1)
-    return pixels
+    if disputed:
+        sheet(disputed).save(out / "disputed.png")
 
 
 def _images(base: BaseModel, latents: torch.Tensor) -> list[Image.Image]:
-    pixels = ((_pixels(base, latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each) for each in pixels]
+    decoded = ((pixels(base, latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(each) for each in decoded]
 
 
-def _energy(latents: torch.Tensor) -> torch.Tensor:
-    across, down = latents.diff(dim=3).square().mean((1, 2, 3)), latents.diff(dim=2).square().mean((1, 2, 3))
-    return across + down
+def _line_under(head: str) -> str:
+    return "|---" * (head.count("|") - 1) + "|"
 
 
 def main() -> None:
@@ -254,7 +307,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pairs = (each.split("=", 1) for each in arguments.adapters)
     adapters = {name: [Path(folder) for folder in folders.split(",")] for name, folders in pairs}
-    print(to_markdown(make_report(adapters, Settings(), arguments.out)))  # noqa: T201
+    print(make_report(adapters, arguments.out).markdown())  # noqa: T201
 
 
 if __name__ == "__main__":

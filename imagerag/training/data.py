@@ -154,6 +154,11 @@ class RagData:
         images: list[bytes] = self._index.read(["image"])["image"].to_pylist()
         return images
 
+    def own(self, examples: Ints) -> Ints:
+        """Return the rows of the index (B,) that examples are of, -1 for none."""
+        rows: Ints = self._own[examples]
+        return rows
+
     def choose(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> Ints:
         """Return what examples (B,) are shown, as rows of the index (B, K), -1 for none.
 

@@ -1,0 +1,204 @@
+"""What pictures of the sample corpus's concepts are worth: the measures of `imagerag.tiny.adapters`.
+
+All ways to make pictures are judged by the same drawings. What the way with the most references was shown does not
+count for any of them, so that a copy is worth no more than what it shows, and a way that is shown more does not lose by
+that.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from imagerag.corpus.sample import Drawing
+from imagerag.evaluation.contrastive import contrastive_features, has_contrastive_network
+from imagerag.evaluation.features import load_feature_network
+from imagerag.evaluation.intervals import Estimate, estimate
+from imagerag.evaluation.recognition import Floats, Judge
+from imagerag.generation.base import BaseModel
+from imagerag.tiny.data import Pictures
+from imagerag.tiny.vae import to_input
+from imagerag.training.config import ReferenceChoice
+from imagerag.training.data import Ints, RagBatch, RagData
+
+RIGHT = ReferenceChoice(number=4, none=0.0, random=0.0)
+ONE = ReferenceChoice(number=1, none=0.0, random=0.0)
+RANDOM = ReferenceChoice(number=4, none=0.0, random=1.0)
+NONE = ReferenceChoice(number=4, none=1.0, random=0.0)
+_STYLES_OF_A_CONCEPT = 3
+_BATCH_SIZE = 64
+_COPY_QUANTILE = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to make pictures. Means over concepts, with 95 % intervals."""
+
+    title: str
+    recognised: Estimate
+    """Share whose concept is the nearest of 100."""
+    recognised_second: Estimate
+    """The same by the second judge."""
+    disagreement: float
+    """Share of pictures that one judge recognises and the other does not."""
+    identified: Estimate
+    """Share whose latents are nearer to a drawing of their own concept than to any other, in its style."""
+    latent_error: Estimate
+    """Mean squared difference to the drawing's latents, whose variance is one."""
+    sharpness: Estimate
+    """Energy of the gradients over that of drawings."""
+    nearest: Estimate | None
+    """Similarity to the nearest of the drawings that were shown, by the first judge's features."""
+    copies: Estimate | None
+    """Share that is nearer to it than 999 of 1,000 pairs of different drawings are to each other."""
+    by_seed: tuple[float, ...]
+    """Share recognised, training by training."""
+    by_concept: tuple[float, ...]
+    """Share recognised of each concept, for paired differences."""
+    disputed: tuple[int, ...]
+    """Pictures of the first seed that one judge recognises and the other does not."""
+
+
+class Judges:
+    """Drawings of the sample corpus, as the two judges see them."""
+
+    def __init__(self, drawings: Sequence[Drawing]) -> None:
+        pictures = Pictures.of(drawings)
+        self.concepts: Ints = pictures.concepts.numpy()
+        """Of each drawing."""
+        self.place_of = {drawing.image: place for place, drawing in enumerate(drawings)}
+        self.number_of = dict(zip((d.concept.name for d in drawings), self.concepts.tolist(), strict=True))
+        """Of a concept, by its name."""
+        self.split_of = dict(zip(self.concepts.tolist(), (d.concept.split for d in drawings), strict=True))
+        self._networks = [load_feature_network(), *([contrastive_features] if has_contrastive_network() else [])]
+        real = [to_input(pictures.pixels, "cpu")]
+        self._judges = [Judge.of(network(real), self.concepts) for network in self._networks]
+
+    def features(self, pictures: Sequence[torch.Tensor]) -> list[Floats]:
+        """Return what each judge sees of pictures that come in batches (B, 3, H, W), -1 to 1."""
+        return [network(pictures) for network in self._networks]
+
+    def recognised(self, features: list[Floats], concepts: Ints, candidates: Ints, left_out: Ints) -> list[Floats]:
+        """Return each judge's verdicts, as `Judge.recognised`."""
+        return [
+            judge.recognised(own, concepts, candidates, left_out).astype(float)
+            for judge, own in zip(self._judges, features, strict=True)
+        ]
+
+    def nearest(self, features: list[Floats], shown: Ints) -> Floats:
+        """Return the first judge's similarity of pictures to the nearest of the drawings (N, K) that were shown."""
+        judge = self._judges[0]
+        centred = features[0] - judge.centre
+        unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+        similarities = np.einsum("nd,nkd->nk", unit, judge.features[shown])
+        return np.asarray(np.where(shown >= 0, similarities, -1).max(1))
+
+    def copy_threshold(self, concepts: Ints) -> float:
+        """Return the similarity that 999 of 1,000 pairs of different drawings of some concepts do not reach."""
+        features = self._judges[0].features[np.isin(self.concepts, concepts)]
+        similarities = (features @ features.T)[np.triu_indices(len(features), 1)]
+        return float(np.quantile(similarities[similarities < 1 - 1e-4], _COPY_QUANTILE))
+
+
+class Measurer:
+    """Measures ways to make pictures of the same examples."""
+
+    def __init__(self, data: RagData, judges: Judges, examples: Ints) -> None:
+        """Args: examples: of `data`, whose captions are concepts of the sample corpus."""
+        self._data, self._judges, self.examples = data, judges, examples
+        self.prompts = [data.prompts[example] for example in examples]
+        self._concepts = np.array([judges.number_of[prompt] for prompt in self.prompts])
+        self._candidates = np.unique(self._concepts)
+        self._threshold = judges.copy_threshold(self._candidates)
+        self._places = np.array([judges.place_of.get(image, -1) for image in data.images()] + [-1])
+        """Of the index's rows among the judges' drawings."""
+        self._left_out = self.shown(RIGHT, 0)
+        """(N, 4), for all ways."""
+
+    @classmethod
+    def of_split(cls, data: RagData, judges: Judges, split: str, per_concept: int = _STYLES_OF_A_CONCEPT) -> "Measurer":
+        """Return one of so many examples of each concept of a split, drawn in different styles."""
+        rows = np.concatenate([data.learnt, data.held_out])
+        concepts = np.array([judges.number_of.get(data.prompts[row], -1) for row in rows])
+        own = np.array([judges.split_of.get(concept) == split for concept in concepts.tolist()])
+        order = np.random.default_rng(0).permutation(np.flatnonzero(own))
+        chosen = [order[concepts[order] == concept][:per_concept] for concept in np.unique(concepts[own])]
+        return cls(data, judges, np.sort(rows[np.concatenate(chosen)]))
+
+    def batches(self, choice: ReferenceChoice, seed: int) -> Iterator[RagBatch]:
+        """Yield the examples with references; the noise of a seed is the same for all ways."""
+        for number, part in enumerate(self._parts()):
+            batch = self._data.read(part, choice, np.random.default_rng([seed, number]))
+            noise = np.random.default_rng([seed, number, 1]).standard_normal(tuple(batch.latents.shape), np.float32)
+            yield replace(batch, noise=torch.from_numpy(noise))
+
+    def shown(self, choice: ReferenceChoice, seed: int) -> Ints:
+        """Return which drawings (N, K) the examples are shown; -1 for none."""
+        rows = [
+            self._data.choose(part, choice, np.random.default_rng([seed, number]))
+            for number, part in enumerate(self._parts())
+        ]
+        places: Ints = self._places[np.concatenate(rows)]
+        return places
+
+    def own(self) -> Ints:
+        """Return the examples' own drawings (N, 1)."""
+        places: Ints = self._places[self._data.own(self.examples)][:, None]
+        return places
+
+    def measure(
+        self, title: str, made: Sequence[torch.Tensor], base: BaseModel, shown: Sequence[Ints] | None = None
+    ) -> Row:
+        """Measure latents (N, C, H, W) of the examples, of each seed.
+
+        Args:
+            shown: which drawings (N, K) the pictures of each seed were made with.
+        """
+        real = torch.cat([batch.latents for batch in self.batches(NONE, 0)])
+        per_seed = []
+        for seed, latents in enumerate(made):
+            features = self._judges.features([pixels(base, part) for part in latents.split(_BATCH_SIZE)])
+            verdicts = self._judges.recognised(features, self._concepts, self._candidates, self._left_out)
+            errors = (latents - real).square().mean((1, 2, 3)).numpy()
+            energies = (_energy(latents) / _energy(real).mean()).numpy()
+            near = np.full(len(real), np.nan) if shown is None else self._judges.nearest(features, shown[seed])
+            copies = np.where(np.isnan(near), np.nan, near > self._threshold)
+            per_seed.append(
+                np.stack([verdicts[0], verdicts[-1], self._identified(latents, real), errors, energies, near, copies])
+            )
+        values = np.mean(per_seed, axis=0)
+        first, *rest = (self._by_concept(each) for each in values)
+        names = ("recognised_second", "identified", "latent_error", "sharpness", "nearest", "copies")
+        disputed = [each[0] != each[1] for each in per_seed]
+        return Row(
+            title=title,
+            recognised=estimate(first),
+            **{name: None if np.isnan(own).any() else estimate(own) for name, own in zip(names, rest, strict=True)},  # type: ignore[arg-type]
+            disagreement=float(np.mean(disputed)),
+            by_seed=tuple(float(each[0].mean()) for each in per_seed),
+            by_concept=tuple(first.tolist()),
+            disputed=tuple(np.flatnonzero(disputed[0]).tolist()),
+        )
+
+    def _parts(self) -> list[Ints]:
+        return np.array_split(self.examples, -(-len(self.examples) // _BATCH_SIZE))
+
+    def _by_concept(self, values: Floats) -> Floats:
+        return np.array([values[self._concepts == concept].mean() for concept in self._candidates])
+
+    def _identified(self, latents: torch.Tensor, real: torch.Tensor) -> Floats:
+        distances = torch.cdist(latents.flatten(1), real.flatten(1)).numpy()
+        return np.asarray(self._concepts[distances.argmin(1)] == self._concepts, float)
+
+
+def pixels(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
+    """Return pictures (N, 3, H, W), -1 to 1, of latents."""
+    with torch.inference_mode():
+        decoded: torch.Tensor = base.vae.decode(latents / base.vae.config.scaling_factor).sample.clamp(-1, 1)
+    return decoded
+
+
+def _energy(latents: torch.Tensor) -> torch.Tensor:
+    across, down = latents.diff(dim=3).square().mean((1, 2, 3)), latents.diff(dim=2).square().mean((1, 2, 3))
+    return across + down
