@@ -13,8 +13,9 @@ from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.evaluation.gate import Decision, decide
 from imagerag.evaluation.results import GRID, read_results
 from imagerag.registry.champion import Champion
+from imagerag.registry.promotion import promote
 from imagerag.registry.removal import prune
-from imagerag.registry.versions import THE_GATE, promote, register
+from imagerag.registry.versions import THE_GATE, register
 from imagerag.settings import Settings
 from tasks.policy import stage
 from tasks.progress import StageProgress

@@ -17,7 +17,8 @@ from imagerag.errors import UserError
 from imagerag.evaluation.compare import Cell, Comparison
 from imagerag.evaluation.compare_page import write_comparison
 from imagerag.generation.references import Reference
-from imagerag.registry.versions import list_versions, promote, register
+from imagerag.registry.promotion import promote
+from imagerag.registry.versions import list_versions, register
 from imagerag.retrieval import store as store_module
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.search import Retriever

@@ -71,7 +71,7 @@ def promote(
     reason: ReasonOption,
 ) -> None:
     """Make a version of the registered model the champion."""
-    from imagerag.registry.versions import promote as promote_version
+    from imagerag.registry.promotion import promote as promote_version
     from imagerag.settings import Settings
 
     promote_version(Settings(), version, reason=reason, author=_user())
@@ -80,7 +80,7 @@ def promote(
 
 def rollback(reason: ReasonOption) -> None:
     """Make the previous champion the champion again."""
-    from imagerag.registry.versions import rollback as roll_back
+    from imagerag.registry.promotion import rollback as roll_back
     from imagerag.settings import Settings
 
     version = roll_back(Settings(), reason=reason, author=_user())

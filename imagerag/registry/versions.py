@@ -1,4 +1,4 @@
-"""Versions of the registered model in MLflow: made, listed, promoted and rolled back.
+"""Versions of the registered model in MLflow: made and listed; `promotion` says which one is in use.
 
 A version's tag holds the digest of its manifest, which holds those of all files: what has no such tag, or other
 files, was not registered by this package and is not used. Aliases are what others ask for: `candidate` is what was
@@ -36,8 +36,8 @@ MODEL_NAME = "imagerag-turbo"
 THE_GATE = "the gate"
 """Who promotes where no person does."""
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
-_TAG = "imagerag."
-_MANIFEST_TAG, _CONTENT_TAG = f"{_TAG}manifest", f"{_TAG}content"
+TAG = "imagerag."
+_MANIFEST_TAG, _CONTENT_TAG = f"{TAG}manifest", f"{TAG}content"
 _INDEX_KEYS = ("index_uri", "index_name", "index_version")
 _PINNED = ("base", "base_digest", "encoder_id", *_INDEX_KEYS, "features_digest", "training", "portable")
 """What of the manifest is a tag, so that it can be seen and searched for."""
@@ -74,7 +74,7 @@ class VersionInfo:
 
     def pinned(self, name: str) -> str:
         """Return what it pins: `base`, `index_name`, `index_version` and so on; nothing where it is not signed."""
-        return self.tags.get(_TAG + name, "")
+        return self.tags.get(TAG + name, "")
 
 
 def register(
@@ -127,7 +127,7 @@ def register(
                 log_inputs(client, finetuned, manifest)
                 version = _create(client, run, model, folder, manifest, card, tags)
             pin(store, index_version, _pin_label(version, manifest.content))
-        if _aliases(client).get(CANDIDATE) != version:
+        if aliases_of(client).get(CANDIDATE) != version:
             client.set_registered_model_alias(MODEL_NAME, CANDIDATE, str(version))
     return Registered(
         name=MODEL_NAME,
@@ -175,51 +175,6 @@ def versions_of_index(settings: Settings, index_name: str) -> list[VersionInfo]:
     return [info for info in list_versions(settings) if info.pinned("index_name") == index_name]
 
 
-def promote(
-    settings: Settings,
-    version: int,
-    *,
-    reason: str,
-    author: str,
-    tags: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Make a version the champion, and the champion so far `previous`. Nothing moves if it is the champion already.
-
-    Raises:
-        UserError: if there is no such version, it was not registered by this package, or no reason is given.
-    """
-    _check_reason(reason)
-    with writing_registry(settings) as client:
-        check_signed(find_version(client, str(version)))
-        champion = _aliases(client).get(CHAMPION)
-        if champion == version:
-            return
-        _tag(client, version, {**tags, f"{_TAG}promoted_by": author, f"{_TAG}reason": reason})
-        if champion is not None:
-            client.set_registered_model_alias(MODEL_NAME, PREVIOUS, str(champion))
-        client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(version))
-
-
-def rollback(settings: Settings, *, reason: str, author: str) -> int:
-    """Make the previous champion the champion again, and return its version. There is no previous one then.
-
-    Raises:
-        UserError: if there is none, or no reason is given.
-    """
-    _check_reason(reason)
-    with writing_registry(settings) as client:
-        aliases = _aliases(client)
-        champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
-        if champion is None or previous is None or previous == champion:
-            now = "there is no champion" if champion is None else f"version {champion} is the champion"
-            raise UserError(f"{MODEL_NAME} has no previous champion to go back to; {now}. `imagerag promote` makes one")
-        _tag(client, champion, {f"{_TAG}rolled_back_by": author, f"{_TAG}rollback_reason": reason})
-        client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(previous))
-        # Twice in a panic is not once and back.
-        client.delete_registered_model_alias(MODEL_NAME, PREVIOUS)
-        return previous
-
-
 @contextmanager
 def reading_registry(settings: Settings) -> Iterator["MlflowClient"]:
     """Yield MLflow's client.
@@ -246,7 +201,7 @@ def writing_registry(settings: Settings) -> Iterator["MlflowClient"]:
 def versions_in(client: "MlflowClient") -> list[VersionInfo]:
     """Return all versions, the newest first."""
     names: dict[int, list[str]] = {}
-    for alias, version in sorted(_aliases(client).items()):
+    for alias, version in sorted(aliases_of(client).items()):
         names.setdefault(version, []).append(alias)
     found = client.search_model_versions(f"name = '{MODEL_NAME}'")
     infos = [
@@ -262,7 +217,8 @@ def versions_in(client: "MlflowClient") -> list[VersionInfo]:
     return sorted(infos, key=lambda info: -info.version)
 
 
-def _aliases(client: "MlflowClient") -> dict[str, int]:
+def aliases_of(client: "MlflowClient") -> dict[str, int]:
+    """Return the version that each alias names."""
     found = client.search_registered_models(f"name = '{MODEL_NAME}'")
     return {alias: int(version) for model in found for alias, version in model.aliases.items()}
 
@@ -300,16 +256,6 @@ def check_signed(info: VersionInfo) -> str:
     return info.tags[_MANIFEST_TAG]
 
 
-def _check_reason(reason: str) -> None:
-    if not reason.strip():
-        raise UserError("say why, for those who look at it later: the reason is empty")
-
-
-def _tag(client: "MlflowClient", version: int, tags: Mapping[str, str]) -> None:
-    for name, value in tags.items():
-        client.set_model_version_tag(MODEL_NAME, str(version), name, value)
-
-
 def _create(
     client: "MlflowClient",
     run: Any,
@@ -332,7 +278,7 @@ def _create(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    pinned = {_TAG + name: str(getattr(manifest, name)) for name in _PINNED}
+    pinned = {TAG + name: str(getattr(manifest, name)) for name in _PINNED}
     made = client.create_model_version(
         MODEL_NAME,
         source=f"{run.info.artifact_uri}/{place}",

@@ -30,8 +30,9 @@ from imagerag.hspace.features import feature_identity
 from imagerag.hspace.job import cache_features
 from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
+from imagerag.registry.promotion import promote
 from imagerag.registry.serving import ImageRAGTurboModel
-from imagerag.registry.versions import promote, register
+from imagerag.registry.versions import register
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.tracking import start_run, tracking_uri

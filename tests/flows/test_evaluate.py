@@ -9,7 +9,8 @@ from flows.evaluate import EvaluateParameters, evaluate
 from imagerag.artifacts import Finetuned
 from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
 from imagerag.evaluation.results import read_results
-from imagerag.registry.versions import CANDIDATE, CHAMPION, list_versions, promote
+from imagerag.registry.promotion import promote
+from imagerag.registry.versions import CANDIDATE, CHAMPION, list_versions
 from tests.evaluation.networks import write_clip
 from tests.training.conftest import NAME, World
 

@@ -16,7 +16,8 @@ from imagerag.generation.base import load_base
 from imagerag.generation.finetuned import ADAPTER, LORA, MANIFEST
 from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
 from imagerag.hspace.lora import LORA_NAME, save_lora
-from imagerag.registry.versions import promote, register
+from imagerag.registry.promotion import promote
+from imagerag.registry.versions import register
 from imagerag.retrieval import features
 from imagerag.retrieval.schema import Features, Fit
 from imagerag.retrieval.store import Store

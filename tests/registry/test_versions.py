@@ -18,6 +18,7 @@ from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
 from imagerag.registry.health import check_versions
+from imagerag.registry.promotion import promote, rollback, rolled_back
 from imagerag.registry.removal import prune
 from imagerag.registry.removal import remove as remove_model
 from imagerag.registry.versions import (
@@ -25,10 +26,8 @@ from imagerag.registry.versions import (
     THE_GATE,
     VersionInfo,
     list_versions,
-    promote,
     register,
     resolve_version,
-    rollback,
 )
 from imagerag.retrieval.pins import pins
 from imagerag.retrieval.publish import PublishConfig
@@ -168,6 +167,29 @@ def test_promoted_and_rolled_back(home: Home) -> None:
         rollback(settings, **WHY)
     with pytest.raises(UserError, match="the reason is empty"):
         promote(settings, 2, reason=" ", author="somebody")
+
+
+def test_what_a_person_rolled_back_only_a_person_promotes_again(home: Home) -> None:
+    """With whatever index: the same weights are another version on each."""
+    settings, gate = home.settings, {"reason": "better", "author": THE_GATE}
+    for name in ("first", "second"):
+        promote(settings, register(home.finetuned(name), settings).version, **gate)
+    assert rolled_back(settings, "second") == ""
+    rollback(settings, reason="too dark", author="ada")
+    assert rolled_back(settings, "second") == "ada rolled back version 2: too dark"
+    assert rolled_back(settings, "first") == ""
+    publish_more(home)
+    assert register(home.finetuned("second"), settings).version == 3
+    for version in (2, 3):
+        with pytest.raises(UserError, match=r"ada rolled back version 2: too dark\. Only a person promotes it again"):
+            promote(settings, version, **gate)
+    assert of_alias(home)["champion"] == 1
+    promote(settings, 3, reason="brighter rows", author="ada")
+    assert rolled_back(settings, "second") == ""
+    assert resolve_version(settings, "2").tags["imagerag.rollback_reason"] == "too dark"
+    promote(settings, 1, **gate)
+    promote(settings, 2, **gate)
+    assert of_alias(home)["champion"] == 2
 
 
 def test_the_pinned_index_outlives_later_publications_but_no_takedown(home: Home, tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Which version of the registered model is in use: promoted and rolled back, by whom and why."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from imagerag.errors import UserError
+from imagerag.registry.versions import (
+    CHAMPION,
+    MODEL_NAME,
+    PREVIOUS,
+    TAG,
+    THE_GATE,
+    aliases_of,
+    check_signed,
+    find_version,
+    reading_registry,
+    versions_in,
+    writing_registry,
+)
+from imagerag.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_ROLLED_BACK_TAG = f"{TAG}rolled_back_by"
+
+
+def rolled_back(settings: Settings, training: str) -> str:
+    """Return who rolled a training's weights back and why, if somebody did and nobody has promoted them since.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    with reading_registry(settings) as client:
+        return _rolled_back(client, training)
+
+
+def promote(
+    settings: Settings,
+    version: int,
+    *,
+    reason: str,
+    author: str,
+    tags: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Make a version the champion, and the champion so far `previous`. Nothing moves if it is the champion already.
+
+    What a person rolled back, with whatever index, is promoted again only by a person, and from then on is as others.
+
+    Args:
+        settings: where MLflow is.
+        version: of the registered model.
+        reason: why.
+        author: who, or `THE_GATE`.
+        tags: of the version.
+
+    Raises:
+        UserError: if there is no such version, it was not registered by this package, no reason is given, or the gate
+            promotes what a person rolled back.
+    """
+    _check_reason(reason)
+    with writing_registry(settings) as client:
+        info = find_version(client, str(version))
+        check_signed(info)
+        champion = aliases_of(client).get(CHAMPION)
+        if champion == version:
+            return
+        if author != THE_GATE:
+            _forget_rollbacks(client, info.pinned("training"))
+        elif by := _rolled_back(client, info.pinned("training")):
+            raise UserError(f"{by}. Only a person promotes it again: `imagerag promote {version} --reason ...`")
+        _tag(client, version, {**tags, f"{TAG}promoted_by": author, f"{TAG}reason": reason})
+        if champion is not None:
+            client.set_registered_model_alias(MODEL_NAME, PREVIOUS, str(champion))
+        client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(version))
+
+
+def rollback(settings: Settings, *, reason: str, author: str) -> int:
+    """Make the previous champion the champion again, and return its version. There is no previous one then.
+
+    Raises:
+        UserError: if there is none, or no reason is given.
+    """
+    _check_reason(reason)
+    with writing_registry(settings) as client:
+        aliases = aliases_of(client)
+        champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
+        if champion is None or previous is None or previous == champion:
+            now = "there is no champion" if champion is None else f"version {champion} is the champion"
+            raise UserError(f"{MODEL_NAME} has no previous champion to go back to; {now}. `imagerag promote` makes one")
+        _tag(client, champion, {_ROLLED_BACK_TAG: author, f"{TAG}rollback_reason": reason})
+        client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(previous))
+        # Twice in a panic is not once and back.
+        client.delete_registered_model_alias(MODEL_NAME, PREVIOUS)
+        return previous
+
+
+def _check_reason(reason: str) -> None:
+    if not reason.strip():
+        raise UserError("say why, for those who look at it later: the reason is empty")
+
+
+def _rolled_back(client: "MlflowClient", training: str) -> str:
+    for info in versions_in(client):
+        if info.pinned("training") == training and (person := info.tags.get(_ROLLED_BACK_TAG)):
+            return f"{person} rolled back version {info.version}: {info.pinned('rollback_reason')}"
+    return ""
+
+
+def _forget_rollbacks(client: "MlflowClient", training: str) -> None:
+    """Let the gate promote a training again. Why it was rolled back stays to be read."""
+    for info in versions_in(client):
+        if info.pinned("training") == training and _ROLLED_BACK_TAG in info.tags:
+            client.delete_model_version_tag(MODEL_NAME, str(info.version), _ROLLED_BACK_TAG)
+
+
+def _tag(client: "MlflowClient", version: int, tags: Mapping[str, str]) -> None:
+    for name, value in tags.items():
+        client.set_model_version_tag(MODEL_NAME, str(version), name, value)
