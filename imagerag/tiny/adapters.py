@@ -86,7 +86,13 @@ class Report:
         lines = [_ROW_HEAD, _line_under(_ROW_HEAD)]
         for row in self.rows:
             cells = [row.title, row.recognised, ", ".join(f"{value:.3f}" for value in row.by_seed)]
-            cells += [row.recognised_second, f"{row.disagreement:.3f}", row.identified, row.latent_error, row.sharpness]
+            cells += [
+                row.recognised_second,
+                f"{row.disagreement:.3f}",
+                row.identified,
+                row.latent_error,
+                row.sharpness,
+            ]
             cells += [row.nearest or "", row.copies or ""]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines += ["", f"The best w of slerp on other concepts: {self.best_w}."]

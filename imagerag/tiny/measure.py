@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from imagerag.corpus.sample import Drawing
-from imagerag.evaluation.contrastive import contrastive_features, has_contrastive_network
+from imagerag.evaluation.contrastive import contrastive_features
 from imagerag.evaluation.features import load_feature_network
 from imagerag.evaluation.intervals import Estimate, estimate
 from imagerag.evaluation.recognition import Floats, Judge
@@ -71,13 +71,13 @@ class Judges:
         self.number_of = dict(zip((d.concept.name for d in drawings), self.concepts.tolist(), strict=True))
         """Of a concept, by its name."""
         self.split_of = dict(zip(self.concepts.tolist(), (d.concept.split for d in drawings), strict=True))
-        self._networks = [load_feature_network(), *([contrastive_features] if has_contrastive_network() else [])]
+        self._first = load_feature_network()
         real = [to_input(pictures.pixels, "cpu")]
-        self._judges = [Judge.of(network(real), self.concepts) for network in self._networks]
+        self._judges = [Judge.of(features, self.concepts) for features in self.features(real)]
 
     def features(self, pictures: Sequence[torch.Tensor]) -> list[Floats]:
         """Return what each judge sees of pictures that come in batches (B, 3, H, W), -1 to 1."""
-        return [network(pictures) for network in self._networks]
+        return [self._first(pictures), contrastive_features(pictures)]
 
     def recognised(self, features: list[Floats], concepts: Ints, candidates: Ints, left_out: Ints) -> list[Floats]:
         """Return each judge's verdicts, as `Judge.recognised`."""
@@ -164,9 +164,7 @@ class Measurer:
             energies = (_energy(latents) / _energy(real).mean()).numpy()
             near = np.full(len(real), np.nan) if shown is None else self._judges.nearest(features, shown[seed])
             copies = np.where(np.isnan(near), np.nan, near > self._threshold)
-            per_seed.append(
-                np.stack([verdicts[0], verdicts[-1], self._identified(latents, real), errors, energies, near, copies])
-            )
+            per_seed.append(np.stack([*verdicts, self._identified(latents, real), errors, energies, near, copies]))
         values = np.mean(per_seed, axis=0)
         first, *rest = (self._by_concept(each) for each in values)
         names = ("recognised_second", "identified", "latent_error", "sharpness", "nearest", "copies")

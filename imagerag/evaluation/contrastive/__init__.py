@@ -62,11 +62,6 @@ class ContrastiveNetwork(nn.Module):
         return features
 
 
-def has_contrastive_network() -> bool:
-    """Return whether there are weights."""
-    return (FOLDER / WEIGHTS_NAME).is_file()
-
-
 @cache
 def load_contrastive_network(folder: Path = FOLDER) -> ContrastiveNetwork:
     """Return the network with the weights of `folder`, by default the shipped ones."""

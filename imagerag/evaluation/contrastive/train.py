@@ -92,6 +92,7 @@ def train(recipe: Recipe, drawings: Sequence[Drawing]) -> ContrastiveNetwork:
     """Return the trained network, the same for the same recipe and drawings on one kind of machine."""
     torch.manual_seed(recipe.seed)
     network = ContrastiveNetwork().train()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     head = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, recipe.projection_dim))
     grouped: dict[str, list[torch.Tensor]] = defaultdict(list)
     for drawing in drawings:
