@@ -53,8 +53,8 @@ def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
     adapter = parameters.adapter
     finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
     champion = present_champion(settings, finetuned)
-    evaluated = evaluate_adapter(finetuned, parameters.evaluation, champion)
-    decision = pass_gate(evaluated, parameters.gate, champion)
+    evaluated = evaluate_adapter(finetuned, parameters.evaluation, parameters.gate, champion)
+    decision = pass_gate(finetuned, evaluated, parameters.gate, champion)
     registered = register_model(
         finetuned, evaluated, decision, portable=parameters.portable, keep=parameters.keep_models
     )

@@ -119,6 +119,31 @@ class Finetuned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexVersion:
+    """Where references come from."""
+
+    uri: str
+    name: str
+    version: int
+    created_at: str
+    """It tells the version from one of the same number in an index that was made anew."""
+
+    @property
+    def key(self) -> dict[str, str | int]:
+        """What pictures depend on: not where the index is, so that a home can be moved."""
+        return {"name": self.name, "version": self.version, "created_at": self.created_at}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """The model in use: its weights, with the index that it pins."""
+
+    folder: str
+    """Of the weights, which all workers can read."""
+    index: IndexVersion
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """What an evaluation left."""
 

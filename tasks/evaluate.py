@@ -13,7 +13,7 @@ from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.evaluation.gate import Decision, decide
 from imagerag.evaluation.results import GRID, read_results
 from imagerag.registry.champion import Champion
-from imagerag.registry.promotion import promote
+from imagerag.registry.promotion import promote, rolled_back
 from imagerag.registry.removal import prune
 from imagerag.registry.versions import THE_GATE, register
 from imagerag.settings import Settings
@@ -24,13 +24,15 @@ _LONGEST_DAYS = 7
 
 
 @stage("evaluate", timeout_days=_LONGEST_DAYS)
-def evaluate_adapter(finetuned: Finetuned, config: EvaluateConfig, champion: Champion | None) -> Evaluated:
+def evaluate_adapter(
+    finetuned: Finetuned, config: EvaluateConfig, gate: GateConfig, champion: Champion | None
+) -> Evaluated:
     """Make pictures in every way, and measure them."""
     from imagerag.evaluation.job import evaluate  # imports torch, which other flows need not wait for
 
     with StageProgress("evaluate", "pictures") as on_progress:
-        folder = None if champion is None else champion.folder
-        result = evaluate(finetuned, config, Settings(), on_progress, champion=folder)
+        deployed = None if champion is None else champion.deployed
+        result = evaluate(finetuned, config, Settings(), on_progress, champion=deployed, metric=gate.metric)
     logger = get_run_logger()
     if not result.is_new:
         logger.info("nothing to measure: %s was finished before", result.name)
@@ -38,9 +40,15 @@ def evaluate_adapter(finetuned: Finetuned, config: EvaluateConfig, champion: Cha
 
 
 @stage("gate")
-def pass_gate(evaluated: Evaluated, config: GateConfig, champion: Champion | None) -> Decision:
+def pass_gate(finetuned: Finetuned, evaluated: Evaluated, config: GateConfig, champion: Champion | None) -> Decision:
     """Decide whether the candidate may become champion, and leave the reasons as an artifact."""
-    decision = decide(read_results(evaluated.uri), config, has_champion=champion is not None)
+    decision = decide(
+        read_results(evaluated.uri),
+        config,
+        has_champion=champion is not None,
+        is_index_update=champion is not None and champion.is_same_weights,
+        rolled_back=rolled_back(Settings(), finetuned.name),
+    )
     key = evaluated.index_name.replace("_", "-")
     create_markdown_artifact(
         f"# {evaluated.index_name}: the gate\n\n{decision.markdown()}\n",

@@ -1,6 +1,6 @@
 """How models are evaluated, and what a candidate must reach: every value checked when it is built."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -8,8 +8,8 @@ from imagerag.config import Config
 from imagerag.errors import UserError
 from imagerag.workers import WorkersConfig
 
-WayName = Literal["base", "slerp", "adapter", "random", "no_references", "champion", "teacher"]
-GateMetricName = Literal["recognised", "text_score", "clip_score", "aesthetics", "tifa"]
+WayName = Literal["base", "slerp", "best_slerp", "adapter", "random", "no_references", "champion", "teacher"]
+GateMetricName = Literal["recognised", "recognised_second", "text_score", "clip_score", "aesthetics", "tifa"]
 """Metrics of single pictures, which can be paired by prompt."""
 MetricName = Literal[GateMetricName, "frechet", "kernel", "fid", "cmmd"]
 
@@ -54,12 +54,20 @@ class EvaluateConfig(WorkersConfig):
     num_prompts: int = Field(default=200, ge=2, description="At most so many, chosen by the seed.")
     images_per_prompt: int = Field(default=1, ge=1, le=64, description="Each from a noise of its own.")
     ways: tuple[WayName, ...] = Field(
-        default=("base", "slerp", "adapter", "random", "no_references", "champion", "teacher"),
+        default=("base", "slerp", "best_slerp", "adapter", "random", "no_references", "champion", "teacher"),
         description="How pictures are made; the champion is left out where there is none.",
     )
     num_references: int | None = Field(default=None, ge=1, le=16, description="Unset: 4 for adapters, 1 for slerp.")
     slerp_w: float | None = Field(
         default=None, ge=0, le=1, description="1 is the base model, 0 the reference; unset: the base model's own."
+    )
+    slerp_ws: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(0.0, 0.2, 0.4, 0.6, 0.8),
+        min_length=1,
+        description="Of `best_slerp`: each half of the prompts gets the one that is the best on the other half.",
+    )
+    adapter_scales: tuple[Annotated[float, Field(gt=0, le=10)], ...] = Field(
+        default=(1.5, 2.0), description="Beside 1, for the curve of copies and recognition."
     )
     teacher_steps: int = Field(default=25, ge=1, le=1000, description="Of the teacher.")
     teacher_guidance: float | None = Field(default=None, ge=0, description="Unset: the paper's 7.5, 3 for `tiny`.")
@@ -69,8 +77,11 @@ class EvaluateConfig(WorkersConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not {"base", "adapter"} <= set(self.ways):
-            raise UserError(f"the gate compares `adapter` with `base`: both have to be among the ways; got {self.ways}")
+        if not {"base", "best_slerp", "adapter"} <= set(self.ways):
+            raise UserError(
+                "the gate compares `adapter` with `base` and with `best_slerp`, the best that needs no training: all "
+                f"three have to be among the ways; got {self.ways}"
+            )
         return self
 
     def lacking(self, metric: MetricName) -> str:
@@ -84,15 +95,17 @@ class GateConfig(Config):
 
     metric: GateMetricName = Field(
         default="recognised",
-        description="It has to be better than the base model's and the champion's: the 95 % interval of the paired "
-        "difference lies above zero.",
+        description="It has to be better than the base model's, the champion's and that of slerp with the w that is "
+        "best on other prompts: the 95 % interval of the paired difference lies above zero.",
     )
     max_loss: float = Field(
         default=0.1,
         ge=0,
         description="Every other metric may be worse than the base model's by this share of it at most.",
     )
-    max_slowdown: float = Field(default=2.0, ge=1, description="A picture may take so many times the base model's.")
+    max_slowdown: float = Field(
+        default=2.0, ge=1, description="A picture may take so many times the base model's, as a median over pairs."
+    )
 
     def check(self, evaluation: EvaluateConfig) -> None:
         """Raise UserError where the evaluation can't measure what the gate decides by."""

@@ -33,7 +33,15 @@ def measure_copies(pictures: Pictures, threshold: float | None) -> Copies | None
     own = _centred(pictures.features[rows], pictures.real.features)
     similarities = np.einsum("nd,nkd->nk", own, real[shown[rows]])
     nearest = np.where(shown[rows] >= 0, similarities, -1).max(1)
-    return Copies(similarity=float(nearest.mean()), threshold=threshold, share=float((nearest > threshold).mean()))
+    by_picture: list[float | None] = [None] * len(shown)
+    for row, similarity in zip(rows, nearest.tolist(), strict=True):
+        by_picture[row] = similarity
+    return Copies(
+        similarity=float(nearest.mean()),
+        threshold=threshold,
+        share=float((nearest > threshold).mean()),
+        by_picture=tuple(by_picture),
+    )
 
 
 def threshold_of(real: Real) -> float | None:

@@ -1,7 +1,7 @@
 """Features of pictures by a network that knows ImageNet and nothing of ours: EfficientNet-Lite0."""
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -66,8 +66,13 @@ def load_feature_network() -> FeatureNetwork:
 
 def features_of(pictures: Sequence[Image.Image]) -> Features:
     """Return features (N, 1280) of pictures of any size."""
-    batches = (pictures[start : start + _BATCH_SIZE] for start in range(0, len(pictures), _BATCH_SIZE))
-    return load_feature_network()(torch.stack([_to_tensor(picture) for picture in batch]) for batch in batches)
+    return load_feature_network()(to_batches(pictures))
+
+
+def to_batches(pictures: Sequence[Image.Image]) -> Iterator[torch.Tensor]:
+    """Yield pictures of any size as batches (B, 3, 128, 128), -1 to 1."""
+    for start in range(0, len(pictures), _BATCH_SIZE):
+        yield torch.stack([_to_tensor(picture) for picture in pictures[start : start + _BATCH_SIZE]])
 
 
 def _to_tensor(picture: Image.Image) -> torch.Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from imagerag.evaluation.compare import Cell, Comparison
-from imagerag.evaluation.intervals import Estimate, estimate
-from imagerag.evaluation.metrics import NotMeasuredError, Pictures, Real, Recognised
+from imagerag.evaluation.intervals import Estimate
+from imagerag.evaluation.metrics import NotMeasuredError, Pictures, Real, Recognised, mean_of
 from imagerag.evaluation.pictures import Made
 from imagerag.evaluation.ways import Way
 from imagerag.generation.batch import generate
@@ -49,14 +49,14 @@ def measure_growth(pipeline: ImageRAGTurboPipeline, uri: str, name: str, prompts
         )
         for number, prompt in enumerate(prompts)
     )
+    numbers, both = np.arange(len(prompts)), (before, after)
+    left_out = np.concatenate([real.places_of(made.references) for made in both], 1)
+    pictures = [Pictures(made, tuple(prompts), numbers, real, left_out) for made in both]
     try:
         judge = Recognised(real)
+        shares = [mean_of(np.asarray(judge.measure(each))) for each in pictures]
     except NotMeasuredError:
         return Growth(comparisons, None, None)
-    numbers = np.arange(len(prompts))
-    shares = [
-        estimate(np.asarray(judge.measure(Pictures(made, tuple(prompts), numbers, real)))) for made in (before, after)
-    ]
     return Growth(comparisons, *shares)
 
 

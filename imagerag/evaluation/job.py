@@ -10,14 +10,15 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from imagerag.artifacts import Evaluated, Finetuned, TrainingSet
-from imagerag.evaluation.config import EvaluateConfig
+from imagerag.artifacts import Deployed, Evaluated, Finetuned, IndexVersion
+from imagerag.evaluation.config import EvaluateConfig, GateMetricName, MetricName
 from imagerag.evaluation.copies import measure_copies, measure_leakage, threshold_of
 from imagerag.evaluation.metrics import Pictures, Real
+from imagerag.evaluation.no_training import choose_ws, with_chosen_ws
 from imagerag.evaluation.page import to_files
-from imagerag.evaluation.pictures import VERSION, IndexVersion, Made, PictureJob
+from imagerag.evaluation.pictures import VERSION, Made, PictureJob
 from imagerag.evaluation.prompts import Prompts, read_prompts
-from imagerag.evaluation.results import RESULTS, Latency, Results, Retrieval, WayResults
+from imagerag.evaluation.results import JUDGES, RESULTS, CurvePoint, Latency, Results, Retrieval, Score, WayResults
 from imagerag.evaluation.suite import Suite
 from imagerag.evaluation.ways import Way, ways_of
 from imagerag.evaluation.weights import digests_of
@@ -34,7 +35,7 @@ from imagerag.training.job import training_set_of
 from imagerag.training.tracking import MlflowTracker, lasting_run, tracking_uri
 
 EXPERIMENT = "evaluate"
-_VERSION = 2
+_VERSION = 3
 """Of what is measured, beside that of the pictures: another one measures again."""
 
 
@@ -44,9 +45,10 @@ def evaluate(
     settings: Settings,
     on_progress: OnProgress = silent,
     *,
-    champion: str | None = None,
+    champion: Deployed | None = None,
+    metric: GateMetricName = "recognised",
 ) -> Evaluated:
-    """Compare an adapter with its base model, the teacher and the present champion, on the published index.
+    """Compare an adapter on the published index with its base model, slerp, the teacher and the model in use.
 
     Pictures that were made before are not made again, and an evaluation that was finished is returned at once.
 
@@ -55,7 +57,8 @@ def evaluate(
         config: what is generated and measured.
         settings: where everything is.
         on_progress: is told of pictures, then of measured ways.
-        champion: the folder of the present champion, if there is one.
+        champion: the model in use, if there is one.
+        metric: that the gate decides by, and so slerp's w is chosen by.
 
     Raises:
         UserError: if the training, its index, prompts or files of a metric are not there or not what they should be.
@@ -67,12 +70,12 @@ def evaluate(
     # Refuses an index without features.
     retriever.count_without(identity_of(resolve(finetuned.base), retriever.dataset.schema))
     prompts = read_prompts(config, training_set)
-    ways = ways_of(config, finetuned, training_set.teacher, champion)
-    index = IndexVersion.of(retriever)
-    parent = f"{settings.training_of(finetuned.index_name)}/evaluations"
-    key = _key(config, prompts, ways, index)
-    folder = f"{parent}/{key}"
     store = Store(retriever.uri, retriever.name)
+    index = store.index_version(retriever.version)
+    ways = ways_of(config, finetuned, training_set.teacher, index, champion)
+    parent = f"{settings.training_of(finetuned.index_name)}/evaluations"
+    key = _key(config, prompts, ways, index, metric)
+    folder = f"{parent}/{key}"
     with writer_lock(parent, key), held(store, retriever.version, f"{JOB}evaluation-{key}"):
         if (known := read_json(f"{folder}/{RESULTS}")) is not None:
             done = Evaluated(**known["evaluated"])
@@ -81,9 +84,23 @@ def evaluate(
         real = Real.of(retriever, prompts.texts)
         # Before any picture is made, because it refuses files that are not what they should be.
         suite = Suite(config, prompts, real, retriever)
-        job = PictureJob(prompts.texts, ways, index, config, parent)
+        job = PictureJob(prompts.texts, ways, config, parent)
         latencies = job.run(settings, on_progress)
-        results, pictures = _measure(job, suite, real, prompts, retriever, training_set, latencies, on_progress)
+        rows, points, pictures = _Measuring(job, suite, real, prompts, on_progress).measure(config, metric, latencies)
+        metrics = suite.about
+        results = Results(
+            base=training_set.base,
+            adapter=finetuned.uri,
+            index=f"{retriever.name}, version {retriever.version}",
+            machine=_machine(),
+            prompts=prompts.texts,
+            categories=prompts.categories,
+            metrics=metrics,
+            ways=tuple(replace(row, scores={name: row.scores[name] for name in metrics}) for row in rows),
+            points=tuple(points),
+            leakage=measure_leakage(retriever, prompts.texts, training_set),
+            not_measured=suite.not_measured,
+        )
         files = to_files(results, pictures, retriever)
         run_id = _track(f"{parent}/runs/{key}.json", key, finetuned, config, results, files, settings)
         for name, content in files.items():
@@ -104,61 +121,78 @@ def evaluate(
     return evaluated
 
 
-def _key(config: EvaluateConfig, prompts: Prompts, ways: list[Way], index: IndexVersion) -> str:
+def _key(config: EvaluateConfig, prompts: Prompts, ways: list[Way], index: IndexVersion, metric: GateMetricName) -> str:
     inputs = {
         "version": [_VERSION, VERSION],
         "config": config.model_dump(exclude={"num_workers", "stall_timeout_s", "batch_size", "files"}),
         "files": digests_of(config.files),
         "prompts": [prompts.texts, prompts.categories],
-        "ways": [way.key(index.key) | {"name": way.name} for way in ways],
+        "ways": [way.key() | {"name": way.name} for way in ways],
         "index": index.key,
+        "metric": metric,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _measure(
-    job: PictureJob,
-    suite: Suite,
-    real: Real,
-    prompts: Prompts,
-    retriever: Retriever,
-    training_set: TrainingSet,
-    latencies: dict[str, Latency],
-    on_progress: OnProgress,
-) -> tuple[Results, list[Pictures]]:
-    numbers = np.repeat(np.arange(len(prompts.texts)), job.images_per_prompt)
-    texts = tuple(prompts.texts[number] for number in numbers)
-    threshold = threshold_of(real)
-    rows, pictures = [], []
-    for made in job.read():
-        pictures.append(Pictures(made, texts, numbers, real))
-        rows.append(
-            WayResults(
-                name=made.way.name,
-                title=made.way.title,
-                function_evaluations=made.way.steps,
-                num_pictures=len(made.images),
-                scores=suite.measure(pictures[-1]),
-                latency=latencies[made.way.name],
-                retrieval=_retrieval(made, texts),
-                copies=measure_copies(pictures[-1], threshold),
-            )
+class _Measuring:
+    """Measures the pictures of a job, all by the same real ones."""
+
+    def __init__(self, job: PictureJob, suite: Suite, real: Real, prompts: Prompts, on_progress: OnProgress) -> None:
+        self._job, self._suite, self._real, self._on_progress = job, suite, real, on_progress
+        self._numbers = np.repeat(np.arange(len(prompts.texts)), job.images_per_prompt)
+        self._texts = tuple(prompts.texts[number] for number in self._numbers)
+        self._left_out = np.concatenate([real.places_of(job.references(way)) for way in job.ways], 1)
+        self._threshold = threshold_of(real)
+
+    def measure(
+        self, config: EvaluateConfig, metric: GateMetricName, latencies: dict[str, Latency]
+    ) -> tuple[list[WayResults], list[CurvePoint], list[Pictures]]:
+        """Return what was found of each column and each point, and the columns' pictures."""
+        rows: list[WayResults] = []
+        columns: list[Pictures] = []
+        points: list[CurvePoint] = []
+        by_w: dict[float, tuple[Made, dict[MetricName, Score]]] = {}
+        for way in self._job.ways:
+            pictures = self._pictures(self._job.read(way))
+            if way.is_column:
+                rows.append(self._row(pictures, latencies[way.name]))
+                columns.append(pictures)
+            scores = dict(rows[-1].scores) if way.is_column else self._suite.measure(pictures, {metric, *JUDGES})
+            copies = rows[-1].copies if way.is_column else measure_copies(pictures, self._threshold)
+            if way.curve:
+                judged = {name: scores[name].estimate for name in JUDGES if name in scores}
+                points.append(CurvePoint(curve=way.curve, setting=way.setting, scores=judged, copies=copies))
+            if way.curve == "slerp" and way.w in config.slerp_ws:
+                by_w[way.w] = pictures.made, scores
+            self._on_progress(len(points) + len(rows), len(self._job.ways), f"measured {way.title}")
+        if metric in self._suite.about:
+            best = self._pictures(self._best_slerp(by_w, metric))
+            before = config.ways[: config.ways.index("best_slerp")]
+            place = sum(row.name in before for row in rows)
+            rows.insert(place, self._row(best, latencies["best_slerp"]))
+            columns.insert(place, best)
+        return rows, sorted(points, key=lambda point: (point.curve, point.setting)), columns
+
+    def _best_slerp(self, by_w: dict[float, tuple[Made, dict[MetricName, Score]]], metric: GateMetricName) -> Made:
+        values = {w: scores[metric].values for w, (_, scores) in sorted(by_w.items())}
+        ws = choose_ws(values, larger_is_better=self._suite.about[metric].larger_is_better)
+        return with_chosen_ws({w: made for w, (made, _) in by_w.items()}, ws, self._numbers)
+
+    def _row(self, pictures: Pictures, latency: Latency) -> WayResults:
+        way = pictures.made.way
+        return WayResults(
+            name=way.name,
+            title=way.title,
+            function_evaluations=way.steps,
+            num_pictures=len(pictures.made.images),
+            scores=self._suite.measure(pictures),
+            latency=latency,
+            retrieval=_retrieval(pictures.made, self._texts),
+            copies=measure_copies(pictures, self._threshold),
         )
-        on_progress(len(rows), len(job.ways), f"measured {made.way.title}")
-    metrics = suite.about
-    results = Results(
-        base=training_set.base,
-        adapter=next(way.adapter or "" for way in job.ways if way.name == "adapter"),
-        index=f"{retriever.name}, version {retriever.version}",
-        machine=_machine(),
-        prompts=prompts.texts,
-        categories=prompts.categories,
-        metrics=metrics,
-        ways=tuple(replace(row, scores={name: row.scores[name] for name in metrics}) for row in rows),
-        leakage=measure_leakage(retriever, prompts.texts, training_set),
-        not_measured=suite.not_measured,
-    )
-    return results, pictures
+
+    def _pictures(self, made: Made) -> Pictures:
+        return Pictures(made, self._texts, self._numbers, self._real, self._left_out)
 
 
 def _retrieval(made: Made, prompts: tuple[str, ...]) -> Retrieval | None:

@@ -6,19 +6,21 @@ Those here need nothing from a hub: EfficientNet-Lite0 comes with a package. The
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from imagerag.evaluation.config import MetricName
+from imagerag.evaluation.contrastive import contrastive_features
 from imagerag.evaluation.distances import frechet, measure_distances
-from imagerag.evaluation.features import Features, features_of
+from imagerag.evaluation.features import Features, features_of, to_batches
 from imagerag.evaluation.intervals import Estimate, estimate, jackknifed
 from imagerag.evaluation.pictures import Made
 from imagerag.evaluation.recognition import NUM_NAMES, Floats, Judge
 from imagerag.evaluation.scorer import NUM_ROWS, Scorer
+from imagerag.generation.references import Reference
 from imagerag.hspace.features import open_images
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds
@@ -27,6 +29,9 @@ from imagerag.retrieval.search import Retriever
 _FEWEST_PICTURES = 100
 _FEWEST_NAMES = 20
 _MOST_REAL = 20_000
+_LEAST_KNOWN = 0.1
+"""Share of the real pictures that the second judge has to recognise."""
+_MOST_ASKED = 500
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,20 @@ class Real:
     def features(self) -> Features:
         """(N, 1280)."""
         return features_of(self.images)
+
+    @cached_property
+    def second_features(self) -> Features:
+        """(N, 160), of the second judge."""
+        return contrastive_features(to_batches(self.images))
+
+    def places_of(self, references: Sequence[tuple[Reference, ...]]) -> npt.NDArray[np.int64]:
+        """Return the places of references among these pictures (N, K); -1 for none and for others."""
+        places = {id: place for place, id in enumerate(self.ids)}
+        most = max((len(own) for own in references), default=0)
+        found = np.full((len(references), max(most, 1)), -1)
+        for row, own in enumerate(references):
+            found[row, : len(own)] = [places.get(reference.id, -1) for reference in own]
+        return found
 
     @classmethod
     def of(cls, retriever: Retriever, prompts: Sequence[str]) -> "Real":
@@ -66,6 +85,9 @@ class Pictures:
     numbers: npt.NDArray[np.int64]
     """Of each picture, the number of its prompt."""
     real: Real
+    left_out: npt.NDArray[np.int64]
+    """The places among the real pictures of what any way was shown (N, K), -1 for none: they recognise no picture, so
+    that a copy is worth no more than what it shows, and a way that is shown more loses nothing by that."""
 
     @cached_property
     def features(self) -> Features:
@@ -73,14 +95,14 @@ class Pictures:
         return features_of(self.made.images)
 
     @cached_property
+    def second_features(self) -> Features:
+        """(N, 160), of the second judge."""
+        return contrastive_features(to_batches(self.made.images))
+
+    @cached_property
     def shown(self) -> npt.NDArray[np.int64]:
         """The places among the real pictures of what each was shown (N, K); -1 for none and for others."""
-        places = {id: place for place, id in enumerate(self.real.ids)}
-        most = max((len(own) for own in self.made.references), default=0)
-        shown = np.full((len(self.prompts), max(most, 1)), -1)
-        for row, own in enumerate(self.made.references):
-            shown[row, : len(own)] = [places.get(reference.id, -1) for reference in own]
-        return shown
+        return self.real.places_of(self.made.references)
 
 
 Value = Floats | Estimate
@@ -104,13 +126,21 @@ class NotMeasuredError(Exception):
 
 
 class Recognised:
-    """Is a picture's prompt the nearest of a hundred, by the real pictures that it was not shown?"""
+    """Is a picture's prompt the nearest of a hundred, by the real pictures that no way was shown?"""
 
-    name: MetricName = "recognised"
     larger_is_better = True
 
-    def __init__(self, real: Real) -> None:
-        """Raises NotMeasuredError where too few prompts are captions of the index."""
+    def __init__(self, real: Real, name: Literal["recognised", "recognised_second"] = "recognised") -> None:
+        """Make a judge of real pictures.
+
+        Args:
+            name: which judge: EfficientNet-Lite0, or the second one, which knows drawings alone.
+
+        Raises:
+            NotMeasuredError: if too few prompts are captions of the index, or the second judge does not know its way
+                about the index's pictures.
+        """
+        self.name: MetricName = name
         self._candidates = np.unique(real.prompts)
         if len(self._candidates) < _FEWEST_NAMES:
             raise NotMeasuredError(
@@ -119,16 +149,41 @@ class Recognised:
             )
         self._num_names = min(NUM_NAMES, len(self._candidates))
         self.title = f"recognised among {self._num_names}"
-        self._judge = Judge.of(real.features, real.prompts)
+        if name == "recognised":
+            self._judge = Judge.of(real.features, real.prompts)
+            return
+        self.title += ", second judge"
+        self._judge = Judge.of(real.second_features, real.prompts)
+        known = self._share_of_real(real)
+        if known < _LEAST_KNOWN:
+            raise NotMeasuredError(
+                f"knows drawings alone: of the index's own pictures it recognises {known:.2f} by the others of their "
+                f"captions, and is asked from {_LEAST_KNOWN} on"
+            )
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return 1 or 0 for each picture, and NaN where the index has none of its prompt."""
-        known = np.isin(pictures.numbers, self._candidates)
+        """Return 1 or 0 for each picture, and NaN where the index has none of its prompt that no way was shown."""
+        own = self._judge.concepts == pictures.numbers[:, None]
+        rows, places = np.nonzero(pictures.left_out >= 0)
+        own[rows, pictures.left_out[rows, places]] = False
+        known = own.any(1)
         values = np.full(len(known), np.nan)
+        features = pictures.features if self.name == "recognised" else pictures.second_features
         values[known] = self._judge.recognised(
-            pictures.features[known], pictures.numbers[known], self._candidates, pictures.shown[known], self._num_names
+            features[known], pictures.numbers[known], self._candidates, pictures.left_out[known], self._num_names
         )
         return values
+
+    def _share_of_real(self, real: Real) -> float:
+        """Return the share of real pictures that are recognised by the others of their prompts, of 500 at most."""
+        several = np.flatnonzero(np.bincount(real.prompts)[real.prompts] > 1)
+        some = np.random.default_rng(0).permutation(several)[:_MOST_ASKED]
+        if len(some) == 0:
+            return 0.0
+        found = self._judge.recognised(
+            real.second_features[some], real.prompts[some], self._candidates, some[:, None], self._num_names
+        )
+        return float(found.mean())
 
 
 class TextScore:

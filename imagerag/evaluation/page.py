@@ -8,12 +8,14 @@ from PIL import Image
 
 from imagerag.evaluation.compare import Cell, Comparison
 from imagerag.evaluation.compare_page import render_comparisons
+from imagerag.evaluation.curve import Point, to_svg
 from imagerag.evaluation.metrics import Pictures
 from imagerag.evaluation.results import GRID, PAGE, TABLE, Results
 from imagerag.generation.sheet import sheet, to_png
 from imagerag.retrieval.search import Retriever
 
 _SHOWN = 12
+_DISPUTED = 4
 
 
 def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retriever) -> dict[str, bytes]:
@@ -29,10 +31,12 @@ def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retrieve
         title=f"imagerag evaluate: {results.base} with {retriever.name}",
         tables=[
             ("Means with 95 % bootstrap intervals over prompts", list(results.rows())),
+            ("Copies, by slerp's w and the adapter's scale", list(results.point_rows())),
             ("Retrieval", list(results.retrieval_rows())),
             ("By category", list(results.slices())),
         ],
         notes=results.notes(),
+        curves=_curves(results) if "recognised" in results.metrics else "",
     )
     titles = " | ".join(way.title for way in results.ways)
     rows: list[tuple[str, list[Image.Image]]] = [
@@ -43,12 +47,29 @@ def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retrieve
 
 
 def _chosen(results: Results) -> list[int]:
-    """Return prompts to show: as many failures of the adapter as successes, where that was measured, else the first."""
+    """Return prompts to show: as many failures of the adapter as successes, where that was measured, else the first.
+
+    Then some of whose pictures by the adapter the judges disagree.
+    """
     if "recognised" not in results.candidate.scores:
         return list(range(len(results.prompts)))[:_SHOWN]
     values = results.candidate.scores["recognised"].values
     good, bad = np.nonzero(values > 0)[0], np.nonzero(values == 0)[0]
-    return [*good[: _SHOWN // 2].tolist(), *bad[: _SHOWN - len(good[: _SHOWN // 2])].tolist()]
+    chosen = [*good[: _SHOWN // 2].tolist(), *bad[: _SHOWN - len(good[: _SHOWN // 2])].tolist()]
+    if "recognised_second" in results.candidate.scores:
+        disputed = np.setdiff1d(np.flatnonzero(results.candidate.disputed), chosen)
+        chosen += disputed[:_DISPUTED].tolist()
+    return chosen
+
+
+def _curves(results: Results) -> str:
+    """Return recognition against copies as SVG."""
+    curves: dict[str, list[Point]] = {}
+    for point in results.points:
+        if point.copies is not None:
+            y = point.scores["recognised"].mean
+            curves.setdefault(point.curve, []).append(Point(label=f"{point.setting}", x=point.copies.share, y=y))
+    return to_svg(curves, x_title="share of copies", y_title="recognised") if curves else ""
 
 
 def _cells(results: Results, pictures: Sequence[Pictures], number: int) -> Iterator[Cell]:
@@ -60,6 +81,8 @@ def _cells(results: Results, pictures: Sequence[Pictures], number: int) -> Itera
             f"{results.metrics[name].title}: {'not measured' if value is None else f'{value:.2f}'}"
             for name, value in scored.items()
         ]
+        if way.copies is not None and (label := way.copies.label(first)):
+            notes.insert(0, label)
         assert way.latency is not None, way
         yield Cell(
             title=way.title,

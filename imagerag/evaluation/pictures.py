@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from imagerag.artifacts import IndexVersion
 from imagerag.compute import start_ray, stop_ray
 from imagerag.evaluation.config import EvaluateConfig
 from imagerag.evaluation.results import Latency
@@ -36,9 +37,8 @@ if TYPE_CHECKING:
 
     from imagerag.evaluation.timed import TimedPipeline
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
-    from imagerag.retrieval.search import Retriever
 
-VERSION = 3
+VERSION = 4
 """Of how pictures are made: another one makes other tables."""
 _ROWS_OF_A_TASK = 64
 _COLUMNS = (
@@ -55,8 +55,8 @@ _TIMING = "timing"
 _PARTS = ("text", "retrieval", "denoising", "decoding")
 _TIMED_PROMPTS = 8
 _FEWEST_TIMED = 3
-_TIMED_S = 2.5
-"""For each way, after which no further prompt begins."""
+_TIMED_S = 4.0
+"""For each way and the base model, after which no further pair begins."""
 
 
 @dataclass(frozen=True)
@@ -68,38 +68,15 @@ class Made:
     references: list[tuple[Reference, ...]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexVersion:
-    """Which index references come from."""
-
-    uri: str
-    name: str
-    version: int
-    created_at: str
-
-    @classmethod
-    def of(cls, retriever: "Retriever") -> "IndexVersion":
-        """Return the version that is open."""
-        *_, created_at = retriever.identity
-        return cls(uri=retriever.uri, name=retriever.name, version=retriever.version, created_at=str(created_at))
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What pictures depend on: not where the index is, so that a home can be moved."""
-        return {"name": self.name, "version": self.version, "created_at": self.created_at}
-
-
 class PictureJob:
     """The pictures of some prompts in some ways, and how long one takes."""
 
-    def __init__(
-        self, prompts: Sequence[str], ways: Sequence[Way], index: IndexVersion, config: EvaluateConfig, folder: str
-    ) -> None:
+    def __init__(self, prompts: Sequence[str], ways: Sequence[Way], config: EvaluateConfig, folder: str) -> None:
         """Args: folder: of the tables."""
         self.ways, self.images_per_prompt = ways, config.images_per_prompt
-        self._index, self._config = index, config
+        self._config = config
         key = {"version": VERSION, "device": config.device, "dtype": config.dtype}
-        self._tables = {way.name: Table.keyed(folder, "pictures", key | way.key(index.key), _COLUMNS) for way in ways}
+        self._tables = {way.name: Table.keyed(folder, "pictures", key | way.key(), _COLUMNS) for way in ways}
         seeds = [
             _seed_of(prompt, number, config.seed) for prompt in prompts for number in range(self.images_per_prompt)
         ]
@@ -128,17 +105,20 @@ class PictureJob:
         assert done == total, f"{done} pictures were made instead of {total}"
         return latencies
 
-    def read(self) -> Iterator[Made]:
-        """Yield each way's pictures."""
-        for way in self.ways:
-            rows = self._tables[way.name].open().to_table()
-            order = pc.index_in(self._wanted["id"], rows["id"].combine_chunks())
-            own = rows.take(order)
-            yield Made(
-                way,
-                [Image.open(io.BytesIO(image), formats=["PNG"]).convert("RGB") for image in own["image"].to_pylist()],
-                [tuple(Reference(**each) for each in json.loads(text)) for text in own["references"].to_pylist()],
-            )
+    def read(self, way: Way) -> Made:
+        """Return a way's pictures."""
+        images = self._column(way, "image")
+        opened = [Image.open(io.BytesIO(image), formats=["PNG"]).convert("RGB") for image in images]
+        return Made(way, opened, self.references(way))
+
+    def references(self, way: Way) -> list[tuple[Reference, ...]]:
+        """Return what each of a way's pictures was shown."""
+        return [tuple(Reference(**each) for each in json.loads(text)) for text in self._column(way, "references")]
+
+    def _column(self, way: Way, name: str) -> list[Any]:
+        rows = self._tables[way.name].open().to_table(columns=["id", name])
+        column: list[Any] = rows[name].take(pc.index_in(self._wanted["id"], rows["id"].combine_chunks())).to_pylist()
+        return column
 
     def _missing(self, table: Table) -> pa.Table:
         present = pa.array(table.ids(), pa.string())
@@ -146,7 +126,7 @@ class PictureJob:
 
     def _results(self, parts: list[pa.Table], settings: Settings) -> Iterator[dict[str, Any]]:
         config = self._config
-        arguments = {"ways": self.ways, "tables": self._tables, "index": self._index, "config": config}
+        arguments = {"ways": self.ways, "tables": self._tables, "config": config}
         start_ray(settings)
         try:
             with closing(watched(partial(mapped, parts, Worker, arguments, config), config.stall_timeout_s)) as results:
@@ -165,7 +145,6 @@ class Worker:
         *,
         ways: Sequence[Way],
         tables: dict[str, Table],
-        index: IndexVersion,
         config: EvaluateConfig,
         device: str,
         dtype: Any,
@@ -175,8 +154,8 @@ class Worker:
 
         torch.set_num_threads(num_threads)  # Ray starts workers with one
         self._ways: dict[str, Way] = {way.name: way for way in ways}
-        self._tables, self._index, self._config, self._device, self._dtype = tables, index, config, device, dtype
-        self._pipelines: dict[tuple[str, str | None], TimedPipeline] = {}
+        self._tables, self._config, self._device, self._dtype = tables, config, device, dtype
+        self._pipelines: dict[tuple[str, str | None, IndexVersion | None], TimedPipeline] = {}
         self._ids: np.ndarray | None = None
         """Of the index's rows, where random ones are asked for."""
 
@@ -201,17 +180,24 @@ class Worker:
         return rows.drop_columns(["way"]).append_column("image", images).append_column("references", [references])
 
     def _time_all(self, prompts: list[str]) -> dict[str, dict[str, float]]:
-        """Return each way's `Latency`. The ways take turns, so that they share what else is going on."""
-        measured: dict[str, list[list[float]]] = {name: [] for name in self._ways}
+        """Return the `Latency` of each column, and of slerp, which takes the same time with any w."""
+        slerp = next(way for way in self._ways.values() if way.curve == "slerp")
+        timed = {way.name: way for way in self._ways.values() if way.is_column} | {"best_slerp": slerp}
+        return {name: self._time_pairs(way, prompts) for name, way in timed.items()}
+
+    def _time_pairs(self, way: Way, prompts: list[str]) -> dict[str, float]:
+        """Time a way and the base model in turn. Both of a pair share what else the machine does; the next may not."""
+        pairs: list[list[list[float]]] = []
         started = time.perf_counter()
         for number, prompt in enumerate([prompts[0], *prompts]):
-            for name, own in measured.items():
-                own.append(self._time(self._ways[name], prompt, number))
-            if number >= _FEWEST_TIMED and time.perf_counter() - started > _TIMED_S * len(measured):
+            pair = (self._ways["base"], way)
+            timed = [self._time(each, prompt, number) for each in (pair if number % 2 else pair[::-1])]
+            pairs.append(timed if number % 2 else timed[::-1])
+            if number >= _FEWEST_TIMED and time.perf_counter() - started > _TIMED_S:
                 break
-        # The first call loads what the others have.
-        medians = {name: 1000 * np.median(own[1:], axis=0) for name, own in measured.items()}
-        return {name: dict(zip((*_PARTS, "total"), own.tolist(), strict=True)) for name, own in medians.items()}
+        measured = np.array(pairs[1:])  # the first pair loads what the others have
+        latency = dict(zip((*_PARTS, "total"), (1000 * np.median(measured[:, 1], axis=0)).tolist(), strict=True))
+        return latency | {"slowdown": float(np.median(measured[:, 1, -1] / measured[:, 0, -1]))}
 
     def _time(self, way: Way, prompt: str, seed: int) -> list[float]:
         """Return the seconds of a picture's parts, then of all."""
@@ -225,7 +211,10 @@ class Worker:
         return [total - sum(parts), *parts, total]
 
     def _pipeline(self, way: Way) -> "TimedPipeline":
-        known = (way.base, way.adapter)
+        # A way without references shares the pipeline of one that has some.
+        indexes = (each.index for each in self._ways.values() if (each.base, each.adapter) == (way.base, way.adapter))
+        index = way.index or next((index for index in indexes if index is not None), None)
+        known = (way.base, way.adapter, index)
         if known not in self._pipelines:
             from imagerag.evaluation.timed import TimedPipeline
             from imagerag.generation.base import load_base
@@ -237,8 +226,8 @@ class Worker:
                     adapter = load_finetuned(folder, base)
             pipeline = TimedPipeline.from_base(base, adapter)
             pipeline.set_progress_bar_config(disable=True)
-            if any(each.num_references for each in self._ways.values() if (each.base, each.adapter) == known):
-                pipeline.use_index(self._index.uri, self._index.name, self._index.version)
+            if index is not None:
+                pipeline.use_index(index.uri, index.name, index.version)
             self._pipelines[known] = pipeline
         return self._pipelines[known]
 
@@ -247,6 +236,7 @@ class Worker:
             "fusion": way.fusion,
             "num_references": way.num_references,
             "w": way.w,
+            "adapter_scale": way.adapter_scale,
             "num_inference_steps": way.steps,
             "guidance_scale": way.guidance,
         }

@@ -13,6 +13,8 @@ from imagerag.files import read_json
 
 PAGE, TABLE, GRID, RESULTS = "index.html", "table.md", "grid.png", "results.json"
 """What an evaluation's folder holds."""
+JUDGES: tuple[MetricName, MetricName] = ("recognised", "recognised_second")
+_SETTING = {"slerp": "w =", "adapter": "scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class Latency:
     denoising: float
     decoding: float
     total: float
+    slowdown: float
+    """Of a picture over the base model's that was made just before or after it: the median of such pairs' ratios."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,13 @@ class Copies:
     """What 999 of 1,000 pairs of different real pictures do not reach."""
     share: float
     """Of pictures above it: close to a copy."""
+    by_picture: tuple[float | None, ...]
+    """The similarity of each; None for pictures that were shown nothing of the prompts' pictures."""
+
+    def label(self, picture: int) -> str:
+        """Return what people have to know of a picture that copies; nothing of others."""
+        similarity = self.by_picture[picture]
+        return f"copy: similarity {similarity:.2f}" if similarity is not None and similarity > self.threshold else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +106,23 @@ class WayResults:
     retrieval: Retrieval | None = None
     copies: Copies | None = None
 
+    @property
+    def disputed(self) -> np.ndarray:
+        """Return of which prompts (P,) the judges see different shares recognised, where both were asked."""
+        first, second = (self.scores[name].values for name in JUDGES)
+        return np.asarray((first != second) & ~np.isnan(first) & ~np.isnan(second))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """What one setting of slerp's w or the adapter's scale gives, and how much of it is copied."""
+
+    curve: str
+    setting: float
+    scores: Mapping[MetricName, Estimate]
+    """By the judges."""
+    copies: Copies | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricAbout:
@@ -117,6 +145,7 @@ class Results:
     metrics: Mapping[MetricName, MetricAbout]
     ways: tuple[WayResults, ...]
     leakage: Leakage
+    points: tuple[CurvePoint, ...] = ()
     not_measured: Mapping[str, str] = field(default_factory=dict)
     """Metrics, and what they lack."""
 
@@ -128,6 +157,11 @@ class Results:
     def candidate(self) -> WayResults:
         """Of the adapter, which every evaluation measures."""
         return next(way for way in self.ways if way.name == "adapter")
+
+    @property
+    def best_slerp(self) -> WayResults:
+        """Of the best that needs no training, which is measured wherever the gate's metric is."""
+        return next(way for way in self.ways if way.name == "best_slerp")
 
     @property
     def base_model(self) -> WayResults:
@@ -147,6 +181,7 @@ class Results:
         own["leakage"] = Leakage(**own["leakage"])
         own["prompts"], own["categories"] = tuple(own["prompts"]), tuple(own["categories"])
         own["ways"] = tuple(map(_way, own["ways"]))
+        own["points"] = tuple(map(_point, own["points"]))
         return cls(**own)
 
     def flat(self) -> dict[str, float]:
@@ -164,11 +199,23 @@ class Results:
         """Yield the table, line by line, its head first."""
         titles = [about.title + (" ↑" if about.larger_is_better else " ↓") for about in self.metrics.values()]
         split = "of it text and the rest + retrieval + denoising + decoding"
-        yield ["", "NFE", *titles, "copies", "ms per image", split]
+        judged = all(name in self.metrics for name in JUDGES)
+        yield ["", "NFE", *titles, *(["judges disagree"] if judged else []), "copies", "ms per image", split]
         for way in self.ways:
-            scores = [_cell(way.scores.get(name)) for name in self.metrics]
-            copies = "" if way.copies is None else f"{way.copies.share:.3f}"
-            yield [way.title, str(way.function_evaluations), *scores, copies, *_milliseconds(way.latency)]
+            cells = [_cell(way.scores.get(name)) for name in self.metrics]
+            cells += [f"{np.mean(way.disputed):.3f}"] if judged else []
+            cells += ["" if way.copies is None else f"{way.copies.share:.3f}"]
+            yield [way.title, str(way.function_evaluations), *cells, *_milliseconds(way.latency)]
+
+    def point_rows(self) -> Iterator[list[str]]:
+        """Yield what the settings of slerp and the adapter give, and how much of it is copied, its head first."""
+        judges = [name for name in JUDGES if name in self.metrics]
+        yield ["", *(self.metrics[name].title for name in judges), "similarity to what was shown", "copies"]
+        for point in self.points:
+            cells = [str(point.scores[name]) for name in judges]
+            copies = point.copies
+            cells += ["", ""] if copies is None else [f"{copies.similarity:.3f}", f"{copies.share:.3f}"]
+            yield [f"{point.curve}, {_SETTING[point.curve]} {point.setting}", *cells]
 
     def slices(self) -> Iterator[list[str]]:
         """Yield the adapter's paired gain over the base model by category, its head first."""
@@ -202,13 +249,15 @@ class Results:
             f"{seen.num_prompts_learnt} were learnt from. Of the index's {seen.num_images} pictures of them, "
             f"{seen.num_images_learnt} were learnt from under another caption, and {seen.num_near_duplicates} have a "
             "near duplicate among what was learnt.",
+            "What any way was shown of a prompt's pictures is left out for all ways, when a picture is recognised. "
             "Copies: the share of pictures that are nearer to what they were shown than 999 of 1,000 pairs of "
             f"different real pictures are to each other. Times are medians of one picture at a time on {self.machine}.",
         ]
 
     def markdown(self) -> str:
         """Return the whole as a page."""
-        tables = [table for rows in (self.rows(), self.retrieval_rows(), self.slices()) if (table := _table(rows))]
+        parts = (self.rows(), self.point_rows(), self.retrieval_rows(), self.slices())
+        tables = [table for rows in parts if (table := _table(rows))]
         return "\n".join("\n".join(part) + "\n" for part in (*tables, *([note] for note in self.notes())))
 
 
@@ -228,9 +277,18 @@ def _way(values: dict[str, Any]) -> WayResults:
         )
         for name, score in own["scores"].items()
     }
-    for name, kind in (("latency", Latency), ("retrieval", Retrieval), ("copies", Copies)):
+    for name, kind in (("latency", Latency), ("retrieval", Retrieval)):
         own[name] = None if own[name] is None else kind(**own[name])
-    return WayResults(**own)
+    return WayResults(**own | {"copies": _copies(own["copies"])})
+
+
+def _point(values: dict[str, Any]) -> CurvePoint:
+    scores = {name: Estimate(**each) for name, each in values["scores"].items()}
+    return CurvePoint(**values | {"scores": scores, "copies": _copies(values["copies"])})
+
+
+def _copies(values: dict[str, Any] | None) -> Copies | None:
+    return None if values is None else Copies(**values | {"by_picture": tuple(values["by_picture"])})
 
 
 def _cell(score: Score | None) -> str:

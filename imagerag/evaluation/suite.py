@@ -1,6 +1,6 @@
 """All metrics of an evaluation: those that can be measured, and of the others what they lack."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 
 import numpy as np
@@ -58,10 +58,10 @@ class Suite:
             each.name: MetricAbout(title=each.title, larger_is_better=each.larger_is_better) for each in self._metrics
         }
 
-    def measure(self, pictures: Pictures) -> dict[MetricName, Score]:
-        """Measure one way; a metric that can't be measured of it is measured of none."""
+    def measure(self, pictures: Pictures, only: Collection[MetricName] | None = None) -> dict[MetricName, Score]:
+        """Measure one way, by all metrics or some; a metric that can't be measured of it is measured of none."""
         scores = {}
-        for metric in list(self._metrics):
+        for metric in [each for each in self._metrics if only is None or each.name in only]:
             try:
                 scores[metric.name] = self._score(metric, pictures)
             except NotMeasuredError as error:
@@ -94,6 +94,7 @@ def _makers(
     yield "aesthetics", lambda: Aesthetics(clip(), files.aesthetic_head or "")
     yield "tifa", lambda: Tifa(files.tifa_questions or "", files.tifa_vqa or "", prompts.texts)
     yield "recognised", lambda: Recognised(real)
+    yield "recognised_second", lambda: Recognised(real, "recognised_second")
 
     def text_score() -> Metric:
         embeds = load_encoder(retriever.encoder.id).encode_texts(list(prompts.texts))

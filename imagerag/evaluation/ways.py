@@ -1,12 +1,13 @@
 """The ways to make pictures that an evaluation compares, and what the pictures of each depend on."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import fsspec
 
-from imagerag.artifacts import Finetuned
+from imagerag.artifacts import Deployed, Finetuned, IndexVersion
 from imagerag.evaluation.compare import TEACHER_GUIDANCE
 from imagerag.evaluation.config import EvaluateConfig, WayName
 from imagerag.generation.finetuned import ADAPTER, LORA
@@ -14,71 +15,107 @@ from imagerag.generation.spec import PAPERS_W, resolve
 
 _PAPERS_GUIDANCE = 7.5
 _NUM_REFERENCES = 4
+_NOT_IN_KEY = ("name", "title", "base", "adapter", "is_column", "curve", "index")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One column of the comparison."""
+    """One column of the comparison, or one point of a curve."""
 
-    name: WayName
+    name: str
     title: str
     base: str
     base_digest: str
     fusion: str = "none"
     num_references: int = 0
+    index: IndexVersion | None = None
+    """Where references come from."""
     is_random: bool = False
     """Whether references are any rows of the index, rather than those that a search finds."""
     w: float = PAPERS_W
+    adapter_scale: float = 1.0
     steps: int = 1
     guidance: float = 0.0
     adapter: str | None = None
     """The folder of what was trained."""
     adapter_digest: str | None = None
+    is_column: bool = True
+    """Whether it has all measures, rather than those of a curve alone."""
+    curve: str = ""
+    """That it is a point of: `slerp`, by w, or `adapter`, by scale."""
 
-    def key(self, index: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def setting(self) -> float:
+        """What differs along the curve."""
+        return self.w if self.curve == "slerp" else self.adapter_scale
+
+    def key(self) -> dict[str, Any]:
         """Return all that its pictures depend on, beside prompt and seed."""
-        own = {name: value for name, value in asdict(self).items() if name not in ("name", "title", "base", "adapter")}
-        return own | ({"index": index} if self.num_references else {})
+        own = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_KEY}
+        return own | ({"index": self.index.key} if self.index is not None else {})
 
 
-def ways_of(config: EvaluateConfig, finetuned: Finetuned, teacher: str, champion: str | None) -> list[Way]:
-    """Return the ways that are asked for.
+def ways_of(
+    config: EvaluateConfig, finetuned: Finetuned, teacher: str, index: IndexVersion, champion: Deployed | None
+) -> list[Way]:
+    """Return the ways that are asked for, then the points of curves that are none of them.
+
+    What `best_slerp` is of, which takes its pictures from slerp's curve, `best_slerp` in `job` says.
 
     Args:
         config: which.
         finetuned: the candidate.
         teacher: its teacher.
-        champion: the folder of the present champion, if there is one.
+        index: where references come from.
+        champion: the present one, if there is one; it keeps its own index.
     """
-    own: dict[str, Any] = {"base": finetuned.base, "base_digest": finetuned.base_digest}
+    base: dict[str, Any] = {"base": finetuned.base, "base_digest": finetuned.base_digest}
     k = config.num_references
-    trained = _trained(finetuned.uri)
-    w = resolve(finetuned.base).slerp_w if config.slerp_w is None else config.slerp_w
     guidance = config.teacher_guidance
     if guidance is None:
         guidance = TEACHER_GUIDANCE.get(teacher, _PAPERS_GUIDANCE)
+    w = resolve(finetuned.base).slerp_w if config.slerp_w is None else config.slerp_w
+    slerp = Way(
+        name="slerp", title=f"slerp, w = {w}", fusion="slerp", num_references=k or 1, w=w, curve="slerp", index=index,
+        **base,
+    )  # fmt: skip
+    adapter = Way(
+        name="adapter", title="adapter", num_references=k or _NUM_REFERENCES, curve="adapter", index=index, **base,
+        **_trained(finetuned.uri),
+    )  # fmt: skip
     made: dict[WayName, Way] = {
-        "base": Way(name="base", title="base", **own),
-        "slerp": Way(
-            name="slerp", title=f"slerp, w = {w}", fusion="slerp", num_references=k or 1, w=w, **own,
+        "base": Way(name="base", title="base", **base),
+        "slerp": slerp,
+        "adapter": adapter,
+        "random": replace(adapter, name="random", title="adapter, random references", is_random=True, curve=""),
+        "no_references": replace(
+            adapter, name="no_references", title="adapter, no references", num_references=0, index=None, curve=""
         ),
-        "adapter": Way(name="adapter", title="adapter", num_references=k or _NUM_REFERENCES, **own, **trained),
-        "random": Way(
-            name="random", title="adapter, random references", num_references=k or _NUM_REFERENCES, is_random=True,
-            **own, **trained,
-        ),
-        "no_references": Way(name="no_references", title="adapter, no references", **own, **trained),
-    }  # fmt: skip
+    }
     if champion is not None:
-        made["champion"] = Way(
-            name="champion", title="champion", num_references=k or _NUM_REFERENCES, **own, **_trained(champion)
-        )
+        made["champion"] = replace(
+            adapter, name="champion", title=f"champion, with its index's version {champion.index.version}",
+            index=champion.index, curve="", **_trained(champion.folder),
+        )  # fmt: skip
     if "teacher" in config.ways:
         made["teacher"] = Way(
             name="teacher", title="teacher", base=teacher, base_digest=resolve(teacher).identity.digest,
             steps=config.teacher_steps, guidance=guidance,
         )  # fmt: skip
-    return [made[name] for name in config.ways if name in made]
+    columns = [made[name] for name in config.ways if name in made]
+    return [*columns, *(point for point in _points(config, slerp, adapter) if point.key() not in _keys(columns))]
+
+
+def _points(config: EvaluateConfig, slerp: Way, adapter: Way) -> Iterator[Way]:
+    for w in dict.fromkeys(config.slerp_ws):
+        yield replace(slerp, name=f"slerp, w = {w}", title=f"slerp, w = {w}", w=w, is_column=False)
+    for scale in dict.fromkeys(config.adapter_scales):
+        title = f"adapter, scale {scale}"
+        yield replace(adapter, name=title, title=title, adapter_scale=scale, is_column=False)
+
+
+def _keys(ways: list[Way]) -> list[dict[str, Any]]:
+    return [way.key() for way in ways]
 
 
 def _trained(folder: str) -> dict[str, Any]:

@@ -1,11 +1,18 @@
-"""The present champion, as an evaluation compares a candidate with it."""
+"""The present champion, as an evaluation compares a candidate with it: its own weights with its own index."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from imagerag.artifacts import CachedFeatures, Finetuned
+import fsspec
+
+from imagerag.artifacts import CachedFeatures, Deployed, Finetuned
+from imagerag.registry import package
 from imagerag.registry.fetch import download
-from imagerag.registry.model import FOLDER
-from imagerag.registry.versions import CHAMPION, list_versions, versions_of_index
+from imagerag.registry.versions import CHAMPION, VersionInfo, list_versions, versions_of_index
+from imagerag.retrieval.publish import require_published
+from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 
 _DIGITS = 16
@@ -13,28 +20,58 @@ _DIGITS = 16
 
 @dataclass(frozen=True)
 class Champion:
-    """A version with other weights than the candidate's."""
+    """The version in use, where it is not what the candidate would be."""
 
     version: int
-    folder: str | None
-    """Of its weights; None where it is for another base model, and so can't be compared."""
+    deployed: Deployed | None
+    """None where it is for another base model, and so can't be compared."""
+    is_same_weights: bool
+    """As the candidate's, which then differs in its index alone."""
 
 
 def present_champion(settings: Settings, finetuned: Finetuned) -> Champion | None:
-    """Fetch the champion, verified, unless there is none or it has the candidate's own weights.
+    """Fetch the champion, verified, unless there is none or it has the candidate's weights and index.
 
     Raises:
-        UserError: if MLflow can't be used, or the champion's files are not what was registered.
+        UserError: if MLflow can't be used, nothing is published, or the champion's files are not what was registered.
     """
     info = next((each for each in list_versions(settings) if CHAMPION in each.aliases), None)
-    if info is None or info.pinned("training") == finetuned.name:
+    if info is None:
+        return None
+    store = Store(settings.index_uri, finetuned.index_name)
+    present = store.index_version(require_published(store))
+    is_same_weights = info.pinned("training") == finetuned.name
+    name, version = info.pinned("index_name"), int(info.pinned("index_version"))
+    if is_same_weights and (name, version) == (present.name, present.version):
         return None
     if info.pinned("base_digest") != finetuned.base_digest:
-        return Champion(info.version, None)
-    folder = settings.home / "models" / f"{info.version}-{info.pinned('content')[:_DIGITS]}"
-    if not folder.exists():
-        download(settings, info.version, folder)
-    return Champion(info.version, str(folder / FOLDER))
+        return Champion(info.version, None, is_same_weights)
+    folder = _shared_copy(settings, info, finetuned.index_name)
+    # Where it was, or in this home, which may have been moved since.
+    uris = [f"{folder}/{package.INDEX}"] if info.portable else [info.pinned("index_uri"), settings.index_uri]
+    own = next((each for each in (Store(uri, name) for uri in uris) if each.has(version)), None)
+    # Where a takedown deleted its own, there is no other than the present one that it could be used with.
+    index = present if own is None else own.index_version(version)
+    return Champion(info.version, Deployed(folder=folder, index=index), is_same_weights)
+
+
+def _shared_copy(settings: Settings, info: VersionInfo, index_name: str) -> str:
+    """Return the model's own folder where all workers can read it: beside trainings, not in this machine's home."""
+    shared = f"{settings.training_of(index_name)}/champions/{info.version}-{info.pinned('content')[:_DIGITS]}"
+    filesystem, path = fsspec.url_to_fs(shared)
+    if not filesystem.exists(f"{path}/{package.MANIFEST}"):
+        with TemporaryDirectory() as temporary:
+            folder = download(settings, info.version, Path(temporary, "model"))
+            manifest = folder / package.MANIFEST
+            for file in sorted(each for each in folder.rglob("*") if each.is_file() and each != manifest):
+                _put(filesystem, file, f"{path}/{file.relative_to(folder).as_posix()}")
+            _put(filesystem, manifest, f"{path}/{package.MANIFEST}")  # the last: a folder that has it is whole
+    return shared
+
+
+def _put(filesystem: Any, file: Path, path: str) -> None:
+    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    filesystem.put_file(str(file), path)
 
 
 def champion_behind(settings: Settings, cached: CachedFeatures, index_version: int) -> str | None:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from lance import LanceDataset, LanceOperation
 from lance.fragment import FragmentMetadata, write_fragments
 
+from imagerag.artifacts import IndexVersion
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.locks import local_folder, writer_lock
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
@@ -72,6 +73,15 @@ class Store:
     def has(self, version: int) -> bool:
         """Whether the table is there, and has this version."""
         return self._open(version) is not None
+
+    def index_version(self, version: int) -> IndexVersion:
+        """Return a version of the table as others are told of it.
+
+        Raises:
+            UserError: as of `dataset`.
+        """
+        created_at = self.created_at(version).isoformat()
+        return IndexVersion(uri=self.uri, name=self.name, version=version, created_at=created_at)
 
     def created_at(self, version: int) -> datetime:
         """Return when a version was made. It tells it from one of the same number in a table made anew."""

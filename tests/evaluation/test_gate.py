@@ -12,7 +12,9 @@ from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.evaluation.gate import decide
 from imagerag.evaluation.intervals import estimate
 from imagerag.evaluation.results import (
+    JUDGES,
     Copies,
+    CurvePoint,
     Latency,
     Leakage,
     MetricAbout,
@@ -25,7 +27,7 @@ from imagerag.evaluation.results import (
 NUM = 80
 
 
-def way(name: str, values: np.ndarray, *, ms: float = 100.0, distance: float = 5.0) -> WayResults:
+def way(name: str, values: np.ndarray, *, slowdown: float = 1.5, distance: float = 5.0) -> WayResults:
     return WayResults(
         name=name,
         title=name,
@@ -35,13 +37,19 @@ def way(name: str, values: np.ndarray, *, ms: float = 100.0, distance: float = 5
             "clip_score": Score(estimate=estimate(values), by_prompt=tuple(values.tolist())),
             "frechet": Score(estimate=estimate([distance, distance])),
         },
-        latency=Latency(text=1.0, retrieval=2.0, denoising=3.0, decoding=4.0, total=ms),
+        latency=Latency(text=1.0, retrieval=2.0, denoising=3.0, decoding=4.0, total=100.0, slowdown=slowdown),
         retrieval=Retrieval(hit_rate=0.5, similarity=0.6, gated=0.1),
-        copies=Copies(similarity=0.4, threshold=0.8, share=0.02),
+        copies=Copies(similarity=0.4, threshold=0.8, share=0.5, by_picture=(None, 0.4, 0.9)),
     )
 
 
-def results(*ways: WayResults, **changes: Any) -> Results:
+def slerp_of(base: WayResults) -> WayResults:
+    """Slerp that is worth what the base model is."""
+    return replace(base, name="best_slerp", title="slerp, w best on other prompts (0.2)")
+
+
+def results(base: WayResults, *others: WayResults, slerp: WayResults | None = None, **changes: Any) -> Results:
+    ways = (base, slerp or slerp_of(base), *others)
     leakage = Leakage(
         num_prompts_in_index=NUM, num_prompts_learnt=0, num_images=90, num_images_learnt=0, num_near_duplicates=3
     )
@@ -62,8 +70,9 @@ BETTER = NOISE + 0.02 + np.random.default_rng(1).normal(0, 0.02, NUM)
 CONFIG = GateConfig(metric="clip_score")
 
 
-def failed(found: Results, *, has_champion: bool = False) -> list[str]:
-    return [each.rule for each in decide(found, CONFIG, has_champion=has_champion).reasons if not each.passed]
+def failed(found: Results, *, has_champion: bool = False, **facts: Any) -> list[str]:
+    decision = decide(found, CONFIG, has_champion=has_champion, **facts)
+    return [each.rule for each in decision.reasons if not each.passed]
 
 
 def test_better_on_the_same_prompts_passes_though_the_intervals_overlap() -> None:
@@ -76,7 +85,16 @@ def test_better_on_the_same_prompts_passes_though_the_intervals_overlap() -> Non
 
 def test_no_better_than_chance_does_not_pass() -> None:
     same = NOISE + np.random.default_rng(2).normal(0, 0.02, NUM)
-    assert failed(results(way("base", NOISE), way("adapter", same))) == ["CLIP score: better than the base"]
+    assert failed(results(way("base", NOISE), way("adapter", same))) == [
+        "CLIP score: better than the base", "CLIP score: better than the slerp, w best on other prompts (0.2)",
+    ]  # fmt: skip
+
+
+def test_what_needs_no_training_has_to_be_beaten_too() -> None:
+    base, candidate = way("base", NOISE), way("adapter", BETTER)
+    slerp = replace(slerp_of(base), scores=way("", BETTER + 0.01).scores)
+    (rule,) = failed(results(base, candidate, slerp=slerp))
+    assert rule == "CLIP score: better than the slerp, w best on other prompts (0.2)"
 
 
 def test_the_champion_has_to_be_beaten_too() -> None:
@@ -88,11 +106,33 @@ def test_the_champion_has_to_be_beaten_too() -> None:
     assert failed(results(base, candidate), has_champion=True) == ["better than the champion"], "it was not compared"
 
 
+def test_the_weights_in_use_are_asked_only_whether_a_new_index_does_them_no_harm() -> None:
+    base, slerp = way("base", NOISE), replace(slerp_of(way("base", NOISE)), scores=way("", BETTER + 0.01).scores)
+    same = BETTER + np.random.default_rng(3).normal(0, 0.02, NUM)
+    champion = replace(way("champion", BETTER), title="champion, with its index's version 3")
+    facts = {"has_champion": True, "is_index_update": True}
+    found = results(base, way("adapter", same), champion, slerp=slerp)
+    assert failed(found, **facts) == []
+    (answer,) = [each for each in decide(found, CONFIG, **facts).reasons if "the new index" in each.rule]
+    assert "paired gain" in answer.seen
+    worse = results(base, way("adapter", BETTER - 0.01), champion, slerp=slerp)
+    assert failed(worse, **facts) == [
+        "CLIP score: the new index no worse than that of the champion, with its index's version 3"
+    ]
+
+
+def test_what_a_person_rolled_back_does_not_pass() -> None:
+    found = results(way("base", NOISE), way("adapter", BETTER))
+    assert failed(found, rolled_back="ada rolled back version 2: too dark") == [
+        "what a person rolled back, only a person promotes"
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
         ({"distance": 5.6}, "distance: at most 10% worse than the base"),
-        ({"ms": 201.0}, "latency: at most 2.0 times the base's"),
+        ({"slowdown": 2.1}, "latency: at most 2.0 times the base's"),
     ],
 )
 def test_losing_too_much_elsewhere_does_not_pass(changes: dict[str, float], rule: str) -> None:
@@ -117,8 +157,8 @@ def test_a_metric_that_was_not_measured_or_has_no_pairs_is_refused() -> None:
     base = replace(found.base_model, scores=dict(found.base_model.scores) | {"clip_score": unknown})
     with pytest.raises(UserError, match="two prompts of which clip_score was measured; there are 0"):
         decide(results(base, found.candidate), CONFIG, has_champion=False)
-    with pytest.raises(ValidationError, match="both have to be among the ways"):
-        EvaluateConfig(ways=("adapter", "teacher"))
+    with pytest.raises(ValidationError, match="all three have to be among the ways"):
+        EvaluateConfig(ways=("base", "adapter"))
 
 
 def test_results_survive_json_and_say_what_was_not_measured() -> None:
@@ -126,11 +166,32 @@ def test_results_survive_json_and_say_what_was_not_measured() -> None:
     by_prompt = (None, *values[1:].tolist())
     found = results(way("base", NOISE), way("adapter", BETTER))
     scores = dict(found.ways[0].scores) | {"clip_score": Score(estimate=estimate(values[1:]), by_prompt=by_prompt)}
-    found = replace(found, ways=(replace(found.ways[0], scores=scores), found.ways[1]))
+    copies = found.candidate.copies
+    assert copies is not None
+    assert [copies.label(picture) for picture in range(3)] == ["", "", "copy: similarity 0.90"]
+    points = (
+        CurvePoint(curve="slerp", setting=0.2, scores={"recognised": estimate(NOISE)}, copies=copies),
+        CurvePoint(curve="adapter", setting=2.0, scores={}, copies=None),
+    )
+    found = replace(found, ways=(replace(found.ways[0], scores=scores), *found.ways[1:]), points=points)
     assert Results.from_json(found.to_json()) == found
     text = found.markdown()
     assert "Not measured: tifa (needs files.tifa_questions)." in text
     assert "| base | 1 | 0.3" in text
     assert "| odd | 40 |" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.count("|") == lines[0].count("|") for line in lines[:4])
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:5])
+    assert "| slerp, w = 0.2 | 0.400 | 0.500 |" in text
+
+
+def test_the_table_says_how_often_the_judges_disagree() -> None:
+    about = {name: MetricAbout(title=name, larger_is_better=True) for name in JUDGES}
+    verdicts = (np.array([1.0, 0.0, 1.0, 0.0]), np.array([1.0, 1.0, 0.0, np.nan]))
+    scores = {
+        name: Score(estimate=estimate(own[:3]), by_prompt=tuple(None if np.isnan(v) else v for v in own.tolist()))
+        for name, own in zip(JUDGES, verdicts, strict=True)
+    }
+    own = replace(way("base", NOISE), scores=scores)
+    assert own.disputed.tolist() == [False, True, True, False]
+    head, row = list(results(own, metrics=about).rows())[:2]
+    assert dict(zip(head, row, strict=True))["judges disagree"] == "0.500"

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from imagerag.artifacts import Finetuned
+from imagerag.artifacts import Deployed, Finetuned
 from imagerag.errors import UserError
 from imagerag.evaluation import pictures
 from imagerag.evaluation.config import EvaluateConfig, MetricFiles
@@ -20,7 +21,6 @@ from imagerag.evaluation.ways import ways_of
 from imagerag.generation.base import load_base
 from imagerag.generation.finetuned import load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.retrieval.search import Retriever
 from imagerag.settings import Settings
 from imagerag.training.job import newest_finetuned, read_finetuned
 from imagerag.training.tracking import tracking_uri
@@ -29,7 +29,9 @@ from tests.training.conftest import HELD_OUT, NAME, World
 
 pytestmark = pytest.mark.engines
 
-WAYS = ("base", "slerp", "adapter", "random", "no_references", "teacher")
+WAYS = ("base", "slerp", "best_slerp", "adapter", "random", "no_references", "teacher")
+NUM_MADE = 6 + 4 + 2
+"""Ways whose pictures are made, w's of slerp that are no way's, and scales."""
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +50,14 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
         pass
 
     def stop(done: int, total: int, note: str = "") -> None:
-        assert total == 6 * 2 * 2, "six ways, two prompts, two pictures of each"
+        assert total == NUM_MADE * 2 * 2, "two prompts, two pictures of each"
         raise StoppedError(note)
 
-    with pytest.raises(StoppedError) as stopped:
-        evaluate(own, config, settings, stop)
-    assert str(stopped.value) in WAYS
+    with pytest.raises(StoppedError):
+        evaluate(own, config, settings, stop, metric="clip_score")
     seen: list[tuple[int, int, str]] = []
-    made = evaluate(own, config, settings, lambda *each: seen.append(each))
-    assert next(total for _, total, _ in seen) == 5 * 2 * 2, "those of one way were there"
+    made = evaluate(own, config, settings, lambda *each: seen.append(each), metric="clip_score")
+    assert next(total for _, total, _ in seen) == (NUM_MADE - 1) * 2 * 2, "those of one way were there"
     assert made.is_new
     assert {path.name for path in Path(made.uri).iterdir()} == {PAGE, TABLE, GRID, RESULTS}
     results = read_results(made.uri)
@@ -74,7 +75,12 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
         parts = (way.latency.text, way.latency.denoising, way.latency.decoding)
         assert all(0 < part < way.latency.total for part in parts)
         assert (way.latency.retrieval > 0) == (way.retrieval is not None)
-        assert (way.retrieval is not None) == (way.name in ("slerp", "adapter", "random"))
+        assert (way.retrieval is not None) == (way.name in ("slerp", "best_slerp", "adapter", "random"))
+        assert way.latency.slowdown > 0
+    assert [(point.curve, point.setting) for point in results.points] == [
+        ("adapter", 1.0), ("adapter", 1.5), ("adapter", 2.0),
+        ("slerp", 0.0), ("slerp", 0.2), ("slerp", 0.4), ("slerp", 0.6), ("slerp", 0.8),
+    ]  # fmt: skip
     adapter, random = results.way("adapter"), results.way("random")
     assert adapter is not None
     assert random is not None
@@ -83,7 +89,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     assert adapter.retrieval.hit_rate == 1
     assert adapter.retrieval.similarity > random.retrieval.similarity
 
-    again = evaluate(own, config, settings, lambda *each: pytest.fail(f"worked on {each}"))
+    again = evaluate(own, config, settings, lambda *each: pytest.fail(f"worked on {each}"), metric="clip_score")
     assert not again.is_new
     assert again.metrics == made.metrics
 
@@ -98,10 +104,11 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
 
 
 def job_of(world: World, own: Finetuned, config: EvaluateConfig, champion: str | None = None) -> pictures.PictureJob:
+    index = world.store.index_version(require_published(world.store))
+    deployed = None if champion is None else Deployed(folder=champion, index=index)
     return pictures.PictureJob(
         HELD_OUT,
-        ways_of(config, own, own.base, champion),
-        pictures.IndexVersion.of(Retriever(world.settings.index_uri, NAME)),
+        ways_of(config, own, own.base, index, deployed),
         config,
         f"{world.settings.training_of(NAME)}/evaluations",
     )
@@ -110,9 +117,8 @@ def job_of(world: World, own: Finetuned, config: EvaluateConfig, champion: str |
 def make_here(job: pictures.PictureJob) -> dict[str, int]:
     """Make what a job lacks in this process, and return how many pictures of each way that was."""
     worker = pictures.Worker(
-        ways=job.ways, tables=job._tables, index=job._index, config=job._config, device="cpu", dtype=None,
-        num_threads=1,
-    )  # fmt: skip
+        ways=job.ways, tables=job._tables, config=job._config, device="cpu", dtype=None, num_threads=1
+    )
     made = {}
     for name, table in job._tables.items():
         rows = job._missing(table)
@@ -138,13 +144,16 @@ def test_another_candidate_costs_only_its_own_pictures(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:
     """And the same weights in another place cost nothing, as champion too."""
-    config = config.model_copy(update={"ways": ("base", "adapter", "champion"), "images_per_prompt": 1})
+    ways = ("base", "slerp", "best_slerp", "adapter", "champion")
+    few = {"ways": ways, "images_per_prompt": 1, "slerp_ws": (0.2, 0.8), "adapter_scales": ()}
+    config = config.model_copy(update=few)
     first = finetuned(own_world)
-    assert make_here(job_of(own_world, first, config)) == {"base": 2, "adapter": 2}
+    made_first = make_here(job_of(own_world, first, config))
+    assert made_first == {"base": 2, "slerp": 2, "adapter": 2, "slerp, w = 0.2": 2}, "0.8 is slerp's own"
     second = finetuned(own_world)
     job = job_of(own_world, second, config, champion=first.uri)
-    assert make_here(job) == {"base": 0, "adapter": 2, "champion": 0}
-    made = {each.way.name: each.images for each in job.read()}
+    assert make_here(job) == {"base": 0, "slerp": 0, "adapter": 2, "champion": 0, "slerp, w = 0.2": 0}
+    made = {way.name: job.read(way).images for way in job.ways}
     assert not np.array_equal(np.asarray(made["adapter"][0]), np.asarray(made["champion"][0]))
 
 
@@ -152,18 +161,26 @@ def test_a_way_is_what_the_pipeline_makes(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:
     own = finetuned(own_world)
-    config = config.model_copy(update={"ways": ("base", "adapter"), "images_per_prompt": 1})
+    few = {"ways": ("base", "best_slerp", "adapter"), "images_per_prompt": 1, "slerp_ws": (0.2,)}
+    config = config.model_copy(update=few)
     job = job_of(own_world, own, config)
     make_here(job)
     base = load_base(own.base, "cpu")
     pipeline = ImageRAGTurboPipeline.from_base(base, load_finetuned(Path(own.uri), base))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.use_index(own_world.settings.index_uri, NAME)
-    for way in job.read():
-        for prompt, image in zip(HELD_OUT, way.images, strict=True):
+    arguments: dict[str, dict[str, Any]] = {
+        "base": {"fusion": "none"},
+        "adapter": {"fusion": "adapter"},
+        "slerp, w = 0.2": {"fusion": "slerp", "w": 0.2},
+        "adapter, scale 1.5": {"fusion": "adapter", "adapter_scale": 1.5},
+        "adapter, scale 2.0": {"fusion": "adapter", "adapter_scale": 2.0},
+    }
+    assert {way.name for way in job.ways} == set(arguments)
+    for way in job.ways:
+        for prompt, image in zip(HELD_OUT, job.read(way).images, strict=True):
             generator = torch.Generator().manual_seed(pictures._seed_of(prompt, 0, 0))
-            fusion, count = ("adapter", 4) if way.way.name == "adapter" else ("none", 0)
-            expected = pipeline(prompt, generator=generator, fusion=fusion, num_references=count).images[0]
+            expected = pipeline(prompt, generator=generator, **arguments[way.name]).images[0]
             difference = np.abs(np.asarray(image, int) - np.asarray(expected, int))
             assert difference.max() <= 1, "a batch's sums are in another order"
 

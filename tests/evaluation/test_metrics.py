@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from imagerag.evaluation.config import MetricFiles
 from imagerag.evaluation.copies import measure_copies, threshold_of
 from imagerag.evaluation.metrics import Distance, NotMeasuredError, Pictures, Real, Recognised, by_prompt, mean_of
 from imagerag.evaluation.pictures import Made
+from imagerag.evaluation.results import JUDGES
 from imagerag.evaluation.tifa import Tifa
 from imagerag.evaluation.ways import Way
 from imagerag.evaluation.weights import digests_of
@@ -39,7 +41,8 @@ def pictures_of(
     real: Real, images: list[Image.Image], numbers: np.ndarray, shown: list[tuple[str, ...]] | None = None
 ) -> Pictures:
     references = [tuple(map(reference, own)) for own in shown or [()] * len(images)]
-    return Pictures(Made(WAY, images, references), tuple(map(str, numbers)), numbers, real)
+    left_out = real.places_of(references)
+    return Pictures(Made(WAY, images, references), tuple(map(str, numbers)), numbers, real, left_out)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,38 @@ def test_a_copy_is_not_recognised_by_what_it_copies(drawn: tuple[Real, list[Imag
     judge = Recognised(real)
     assert np.mean(judge.measure(pictures_of(real, copies, numbers))) == 1
     assert 0.3 < np.mean(judge.measure(pictures_of(real, copies, numbers, shown))) < 0.6
+
+
+def test_a_picture_is_worth_the_same_whatever_its_way_was_shown(
+    drawn: tuple[Real, list[Image.Image], np.ndarray],
+) -> None:
+    """The widest way decides what is left out for all, and what leaves nothing is not measured."""
+    real, images, numbers = drawn
+    half = len(real.ids) // 2
+    judge = Recognised(real)
+    one, two = ([own[:count] for own in zip(real.ids[:half], real.ids[half:], strict=True)] for count in (1, 2))
+    left_out = real.places_of(pictures_of(real, images, numbers, one).made.references)
+    values = [
+        np.asarray(judge.measure(replace(pictures_of(real, images, numbers, shown), left_out=left_out)))
+        for shown in (None, one, two)
+    ]
+    assert np.array_equal(values[0], values[1])
+    assert np.array_equal(values[0], values[2])
+    assert np.isnan(np.asarray(judge.measure(pictures_of(real, images, numbers, two)))).all()
+
+
+def test_the_second_judge_is_another_one_and_knows_what_it_does_not_know(
+    drawn: tuple[Real, list[Image.Image], np.ndarray],
+) -> None:
+    real, images, numbers = drawn
+    pictures = pictures_of(real, images, numbers)
+    first, second = (np.asarray(Recognised(real, name).measure(pictures)) for name in JUDGES)
+    assert second.mean() > 0.2
+    assert 0.02 < (first != second).mean() < 0.5
+    noise = np.random.default_rng(0).integers(0, 256, (len(real.images), 16, 16, 3), np.uint8)
+    unlike = Real(real.ids, [Image.fromarray(each) for each in noise], real.prompts)
+    with pytest.raises(NotMeasuredError, match=r"knows drawings alone: of the index's own pictures it recognises 0\.0"):
+        Recognised(unlike, "recognised_second")
 
 
 def test_copies_are_found_and_drawings_of_the_same_are_none(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:

@@ -9,7 +9,7 @@ from flows.evaluate import EvaluateParameters, evaluate
 from imagerag.artifacts import Finetuned
 from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
 from imagerag.evaluation.results import read_results
-from imagerag.registry.promotion import promote
+from imagerag.registry.promotion import promote, rollback
 from imagerag.registry.versions import CANDIDATE, CHAMPION, list_versions
 from tests.evaluation.networks import write_clip
 from tests.training.conftest import NAME, World
@@ -29,7 +29,8 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
 ) -> None:
     monkeypatch.setenv("IMAGERAG_HOME", str(own_world.settings.home))
     clip = str(write_clip(tmp_path_factory.mktemp("clip")))
-    config = EvaluateConfig(ways=("base", "adapter", "champion"), files=MetricFiles(clip=clip))
+    ways = ("base", "best_slerp", "adapter", "champion")
+    config = EvaluateConfig(ways=ways, slerp_ws=(0.2,), adapter_scales=(), files=MetricFiles(clip=clip))
     strict = GateConfig(metric="clip_score", max_slowdown=100)
     first = finetuned(own_world, tracked=True)
     parameters = EvaluateParameters(name=NAME, evaluation=config, gate=strict)
@@ -61,6 +62,13 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
     assert any("better than the champion" in reason.rule for reason in second.decision.reasons)
     assert aliases(own_world)[CANDIDATE] == 2
     assert aliases(own_world)[CHAMPION] == (2 if second.decision.passed else 1)
+
+    promote(own_world.settings, 2, reason="to be rolled back", author="a test")
+    rollback(own_world.settings, reason="too dark", author="a test")
+    third = evaluate(parameters)
+    assert not third.decision.passed
+    assert "a test rolled back version 2: too dark" in third.decision.markdown()
+    assert aliases(own_world)[CHAMPION] == 1, "a rerun does not promote what a person rolled back"
 
     with get_client(sync_client=True) as client:
         texts = [str(artifact.data) for artifact in client.read_artifacts()]
