@@ -21,6 +21,7 @@ from imagerag.evaluation.ways import ways_of
 from imagerag.generation.base import load_base
 from imagerag.generation.finetuned import load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.retrieval.publish import require_published
 from imagerag.settings import Settings
 from imagerag.training.job import newest_finetuned, read_finetuned
 from imagerag.training.tracking import tracking_uri
