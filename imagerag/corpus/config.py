@@ -7,6 +7,8 @@ from pydantic import Field
 
 from imagerag.config import Config
 
+ImageFormat = Literal["jpeg", "png", "webp", "gif", "avif", "heic", "tiff", "bmp"]
+
 
 class DownloadConfig(Config):
     """What may be fetched, how, and what is kept of it."""
@@ -16,7 +18,13 @@ class DownloadConfig(Config):
     )
     image_format: Literal["jpg", "webp", "png"] = Field(
         default="jpg",
-        description="Format of stored images. A file that has it already, is small enough and opaque is kept as it is.",
+        description="Format of stored images. A file that has it already, is small enough, upright, in sRGB and opaque "
+        "is kept as it is.",
+    )
+    formats: tuple[ImageFormat, ...] = Field(
+        default=("jpeg", "png", "webp", "gif", "avif", "heic", "tiff", "bmp"),
+        min_length=1,
+        description="Formats that are decoded, of an animation its first picture; heic needs pillow-heif.",
     )
     timeout_s: float = Field(
         default=10.0,

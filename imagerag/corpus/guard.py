@@ -1,16 +1,8 @@
 """What may be fetched from strangers, and the names of what can go wrong. `opener` enforces it on the network."""
 
 import ipaddress
-import warnings
 from enum import StrEnum
-from typing import IO
 
-from PIL import Image
-
-FORMATS = ("JPEG", "PNG", "WEBP")
-
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
-_PNG_BIT_DEPTH = 24  # offset in the file: signature, chunk length, "IHDR", width, height
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 # Not public, though `ipaddress` calls them global (the first only in early releases of Python 3.11): protocol
 # assignments, with a cloud's metadata service among them; 6to4 relays; another cloud's services; site-local.
@@ -44,12 +36,6 @@ class Reason(StrEnum):
 
 
 _REASONS = {str(reason): reason for reason in Reason}
-# What img2dataset itself writes, by its beginning; everything else begins with its reason.
-_IMG2DATASET_MESSAGES = {
-    "unknown url type": Reason.BLOCKED_SCHEME,
-    "Use of image disallowed by X-Robots-Tag": Reason.OPT_OUT,
-    "hash mismatch": Reason.HASH_MISMATCH,
-}
 
 
 class FetchError(Exception):
@@ -61,12 +47,7 @@ class FetchError(Exception):
 
 def reason_of(error_message: str | None) -> Reason:
     """The reason that a failed row's `error_message` begins with."""
-    message = error_message or ""
-    reason = _REASONS.get(message.partition(":")[0])
-    if reason is None:
-        known = (reason for start, reason in _IMG2DATASET_MESSAGES.items() if message.startswith(start))
-        reason = next(known, Reason.OTHER)
-    return reason
+    return _REASONS.get((error_message or "").partition(":")[0], Reason.OTHER)
 
 
 def is_public(address: str) -> bool:
@@ -84,28 +65,3 @@ def is_public(address: str) -> bool:
         and not (ip.is_multicast or ip.is_reserved)
         and not any(ip in network for network in _NOT_PUBLIC if network.version == ip.version)
     )
-
-
-def check_image(stream: IO[bytes], max_pixels: int) -> None:
-    """Read an image's header, decode nothing.
-
-    Raises:
-        FetchError: if it is no JPEG, PNG or WebP of at most `max_pixels` pixels and 8 bits a channel.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(stream, formats=FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise FetchError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels") from None
-    except (OSError, ValueError):  # not identified, or cut off in its header
-        stream.seek(0)
-        if stream.read(12).startswith(_SIGNATURES):
-            raise FetchError(Reason.CORRUPT_IMAGE, "unreadable header") from None
-        raise FetchError(Reason.UNSUPPORTED_FORMAT, f"not one of {', '.join(FORMATS)}") from None
-    if image.width * image.height > max_pixels:
-        raise FetchError(Reason.TOO_MANY_PIXELS, f"{image.width}x{image.height} is more than {max_pixels} pixels")
-    if image.format == "PNG":
-        stream.seek(_PNG_BIT_DEPTH)
-        if stream.read(1) == b"\x10":  # OpenCV would clip it to white when it writes 8 bits
-            raise FetchError(Reason.UNSUPPORTED_FORMAT, "PNG with 16 bits a channel")

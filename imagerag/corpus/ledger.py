@@ -74,9 +74,7 @@ def read_attempts(uri: str) -> pa.Table:
     stored = pa.schema([field for field in SCHEMA if field.name not in ("reason", "shard")])
     rows = ds.dataset(paths, schema=stored, filesystem=fs, format="parquet").to_table()
     rows = rows.append_column("shard", pc.divide(pc.cast(rows["key"], pa.int64()), 10**shards.ROW_DIGITS))
-    num_planned = {shard: stats["count"] for shard, stats in finished.items()}
-    dropped = _dropped_rows(uri, rows, num_planned)
-    return _with_reasons(pa.concat_tables([rows, *dropped], promote_options="default"))
+    return _with_reasons(rows)
 
 
 def with_takedowns(rows: pa.Table, takedowns: pa.Table, *hash_columns: str) -> pa.Table:
@@ -90,20 +88,6 @@ def with_takedowns(rows: pa.Table, takedowns: pa.Table, *hash_columns: str) -> p
         values = pc.if_else(taken, pa.scalar(value, pa.string()), rows[column])
         rows = rows.set_column(rows.column_names.index(column), column, values)
     return rows
-
-
-def _dropped_rows(uri: str, rows: pa.Table, num_planned: dict[int, int]) -> list[pa.Table]:
-    """Rows that img2dataset was given and did not report: it drops a sample that it fails to write."""
-    counted = rows["shard"].value_counts().to_pylist()
-    num_reported = {count["values"]: count["counts"] for count in counted}
-    short = [shard for shard, count in num_planned.items() if num_reported.get(shard, 0) < count]
-    dropped = []
-    for shard, plan in shards.read_plans(uri, short).items():
-        absent = plan.join(rows.filter(pc.equal(rows["shard"], shard)).select(PAIR), PAIR, join_type="left anti")
-        absent = absent.append_column("shard", pa.repeat(pa.scalar(shard, pa.int64()), absent.num_rows))
-        message = f"{Reason.OTHER}: img2dataset dropped the sample"
-        dropped.append(absent.append_column("error_message", pa.repeat(message, absent.num_rows)))
-    return dropped
 
 
 def _with_reasons(rows: pa.Table) -> pa.Table:

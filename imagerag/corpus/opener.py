@@ -1,12 +1,12 @@
 """The network side of the guard: an opener for `urllib` that cannot be led to an address that is not public.
 
-img2dataset fetches with `urllib.request.urlopen`, which uses the opener that is installed for the process. The one
-that `guarded_fetching` installs speaks http and https only, looks at every address before it connects to it, connects
-to that very address, and does the same for every redirect. For the images of a folder that the user gave, and for
-nothing else, it reads files of that folder too.
+It speaks http and https only, looks at every address before it connects to it, connects to that very address, and does
+the same for every redirect. For the images of a folder that the user gave, and for nothing else, it reads files of that
+folder too.
 """
 
 import io
+import math
 import os
 import socket
 import ssl
@@ -37,29 +37,20 @@ Resolve = Callable[..., list[Any]]
 """`socket.getaddrinfo`, or what a test puts in its place."""
 
 
-@contextmanager
-def guarded_fetching(
+def guarded_opener(
     config: DownloadConfig, resolve: Resolve = socket.getaddrinfo, *, folder: str | None = None
-) -> Iterator[None]:
-    """Make `urllib.request.urlopen` safe in this process, for as long as the block runs.
+) -> OpenerDirector:
+    """Return an opener that is safe for a stranger's URLs.
 
     Its errors are `FetchError`s. The `timeout` of a call, which is required, bounds the whole of it: connecting,
     redirects, headers and body together; only looking up a name is left to the resolver's own limit. Proxies of the
     environment are not used: a proxy looks up names itself, where nothing can be checked.
 
+    A response has `length`, the bytes that it will bring as far as that is known; `deadline`, the time (monotonic)
+    until which it may take, which may be moved; and its `read` brings the whole body.
+
     `file:` URLs are refused, but for files in `folder`, a path without links.
     """
-    urllib_request.install_opener(guarded_opener(config, resolve, folder=folder))
-    try:
-        yield
-    finally:
-        urllib_request.install_opener(urllib_request.build_opener())
-
-
-def guarded_opener(
-    config: DownloadConfig, resolve: Resolve = socket.getaddrinfo, *, folder: str | None = None
-) -> OpenerDirector:
-    """The opener that `guarded_fetching` installs."""
     opener = _Opener()
     opener.add_handler(_GuardedHandler(config, resolve))
     if folder is not None:
@@ -88,7 +79,7 @@ class _GuardedHandler(AbstractHTTPHandler):
         return ssl.create_default_context()
 
     def http_request(self, request: Request) -> Request:
-        if not request.full_url.isascii():
+        if not request.full_url.isascii() or " " in request.full_url:
             request.full_url = quote(request.full_url, safe=punctuation)  # as browsers do
         if "@" in (request.host or ""):
             raise FetchError(Reason.INVALID_URL, "user name or password in the URL")
@@ -131,25 +122,42 @@ class _FolderHandler(BaseHandler):
     def __init__(self, folder: str, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
 
-    def file_open(self, request: Request) -> addinfourl:
+    def file_open(self, request: Request) -> "_File":
         path = Path(os.fsdecode(unquote_to_bytes(urlsplit(request.full_url).path)))
         try:
             resolved = path.resolve(strict=True)
             if not resolved.is_relative_to(self._folder):
                 raise FetchError(Reason.OUTSIDE_FOLDER, f"{path} leads to {resolved}")
-            content = self._read(resolved)
+            # What was checked may be a link or a pipe a moment later: neither is followed nor waited for.
+            file = open(os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115
+        except OSError as error:
+            raise FetchError(Reason.UNREADABLE_FILE, error.strerror or str(error)) from error
+        return _File(file, request.full_url, self._max_bytes)
+
+
+class _File(addinfourl):
+    """A file of the folder, as if it were a reply."""
+
+    deadline = math.inf
+
+    def __init__(self, file: IO[bytes], url: str, max_bytes: int) -> None:
+        super().__init__(file, Message(), url)
+        self._file, self._max_bytes = file, max_bytes
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise FetchError(Reason.UNREADABLE_FILE, "no regular file")
+        self.length = status.st_size
+
+    def read(self, amt: int | None = None) -> bytes:
+        """The whole file, whatever `amt`."""
+        try:
+            content = self._file.read(self._max_bytes + 1)
         except OSError as error:
             raise FetchError(Reason.UNREADABLE_FILE, error.strerror or str(error)) from error
         if len(content) > self._max_bytes:
-            raise FetchError(Reason.TOO_MANY_BYTES, f"more than {self._max_bytes} bytes")
-        return addinfourl(io.BytesIO(content), Message(), request.full_url)
-
-    def _read(self, path: Path) -> bytes:
-        # What was checked may be a link or a pipe a moment later: neither is followed nor waited for.
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FetchError(Reason.UNREADABLE_FILE, "no regular file")
-            return file.read(self._max_bytes + 1)
+            raise _too_many(self._max_bytes)
+        return content
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -226,17 +234,30 @@ class _Response(HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, max_bytes: int, deadline: float, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self._max_bytes = max_bytes
-        self.fp = io.BufferedReader(_TimedReader(self.fp.detach(), sock, deadline))
+        self._timed = _TimedReader(self.fp.detach(), sock, deadline)
+        self.fp = io.BufferedReader(self._timed)
+
+    @property
+    def deadline(self) -> float:
+        """Until when it may take."""
+        return self._timed.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self._timed.deadline = deadline
 
     def read(self, amt: int | None = None) -> bytes:
         """The whole body, whatever `amt`."""
         body = io.BytesIO()
         with _named_errors():
+            if self.length is not None and self.length > self._max_bytes:
+                self.close()
+                raise _too_many(self._max_bytes)
             while piece := super().read(_PIECE):
                 body.write(piece)
                 if body.tell() > self._max_bytes:
                     self.close()
-                    raise FetchError(Reason.TOO_MANY_BYTES, f"more than {self._max_bytes} bytes")
+                    raise _too_many(self._max_bytes)
             if self.length:
                 raise client.IncompleteRead(body.getvalue(), self.length)
         return body.getvalue()
@@ -246,13 +267,13 @@ class _TimedReader(io.RawIOBase):
     """Reads a socket until a deadline. A socket's own timeout starts anew with every packet."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
-        self._raw, self._sock, self._deadline = raw, sock, deadline
+        self._raw, self._sock, self.deadline = raw, sock, deadline
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_left(self._deadline))
+        self._sock.settimeout(_left(self.deadline))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -266,6 +287,10 @@ def _check_public(host: str, port: int, addresses: list[str]) -> None:
     for address in addresses:
         if not is_public(address):
             raise FetchError(Reason.BLOCKED_ADDRESS, f"{host} is at {address}, which is not public")
+
+
+def _too_many(max_bytes: int) -> FetchError:
+    return FetchError(Reason.TOO_MANY_BYTES, f"more than {max_bytes} bytes")
 
 
 def _left(deadline: float) -> float:

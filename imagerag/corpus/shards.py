@@ -31,12 +31,15 @@ from imagerag.corpus import url_list
 PLAN_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("url", "caption", "source", "licence", "expected_sha256", "folder")]
 )
-"""Rows of a shard: `expected_sha256` is there in all of them or in none, and so is `folder`, which is one."""
+"""Rows of a shard: `folder` is there in all of them or in none, and is one."""
 TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
 
 SHARD_DIGITS = 5
 ROW_DIGITS = 4
 """The key of a sample is its shard's id, in `SHARD_DIGITS` digits or more, and its row, in `ROW_DIGITS`."""
+
+IN_FLIGHT_BYTES = 256 * 2**20
+"""Files that one worker holds at a time, fetched and not yet stored."""
 
 _NUM_READERS = 32
 

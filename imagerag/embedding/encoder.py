@@ -8,10 +8,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from imagerag.embedding import spec as specs
 from imagerag.embedding import tiny
+from imagerag.images import upright_srgb
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.workers import Dtype
 
@@ -145,14 +146,8 @@ def load_encoder(spec: str, device: str | None = None, dtype: Dtype | None = Non
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` upright, its transparency on white, as RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert("RGB")
+    """Return `image` as people see it, RGB, and of a very long one the middle."""
+    image = upright_srgb(image)
     width, height = (min(side, _MAX_ASPECT * min(image.size)) for side in image.size)
     if (width, height) == image.size:
         return image

@@ -84,7 +84,7 @@ def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
         "not us": (web.serve("/tus", picture(3), X_Robots_Tag="imageragturbo: noindex"), Reason.OPT_OUT),
         "tdm": (web.serve("/ttdm", picture(3), tdm_reservation="1"), Reason.OPT_OUT),
         "file": ("file:///etc/passwd/tfile", Reason.BLOCKED_SCHEME),
-        "no URL": ("nonsense/tword", Reason.BLOCKED_SCHEME),
+        "no URL": ("nonsense/tword", Reason.INVALID_URL),
         "inside": (f"http://localhost:{web.port}/tinside", Reason.BLOCKED_ADDRESS),
     }
     rows = [*good, big, *({"url": url, "caption": caption} for caption, (url, _) in bad.items())]
@@ -203,16 +203,6 @@ def test_what_an_unfinished_shard_has_that_nobody_wants_any_more_is_not_fetched(
     assert corpus.download(rows[1:], mode="replace").num_success == 3
     assert web.requests - before == Counter({f"/tg{i}": 1 for i in range(1, 4)})
     assert corpus.download(rows).num_fetched == 1
-
-
-def test_a_sample_that_img2dataset_drops_still_has_its_row(corpus: Corpus, web: Web) -> None:
-    rows = [{"url": web.serve(f"/th{i}", picture(i)), "caption": f"{i}"} for i in range(3)]
-    corpus.download(rows)
-    table = pa.parquet.read_table(corpus.folder / "00000.parquet")
-    pa.parquet.write_table(table.slice(1), corpus.folder / "00000.parquet")
-    dropped = table["url"][0].as_py().partition("/t")[2]
-    assert corpus.outcome() == {"h0": "success", "h1": "success", "h2": "success"} | {dropped: "other"}
-    assert corpus.download(rows, retry_failed=True).num_success == 3
 
 
 def _kill_workers_at(path: str, web: Web, times: int) -> str:

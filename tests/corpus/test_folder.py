@@ -158,7 +158,7 @@ def test_a_folder_becomes_a_corpus_and_stays_the_same_corpus(folder: Path, tmp_p
     uri, settings = str(tmp_path / "shards"), Settings(home=tmp_path)
     config = DownloadConfig(max_bytes=MAX_BYTES, max_pixels=200 * 200, thread_count=2, image_format="png")
     bad = {
-        "animated.gif": (picture(3, image_format="GIF"), "unsupported_format"),
+        "drawing.gif": (b"<svg/>", "unsupported_format"),
         "page.png": (b"<html>", "unsupported_format"),
         "cut.png": (picture(4, image_format="PNG")[:20], "corrupt_image"),
         "bomb.png": (picture(5, (300, 300), "PNG"), "too_many_pixels"),
@@ -184,7 +184,7 @@ def test_a_folder_becomes_a_corpus_and_stays_the_same_corpus(folder: Path, tmp_p
     (folder / "cut.png").write_bytes(picture(4, image_format="PNG"))
     (folder / "new.png").write_bytes(picture(8, image_format="PNG"))
     (folder / "cups" / "blue cup.PNG").write_bytes(bad["huge.png"][0])
-    for name in ("cups/old/50% #1?.webp", "animated.gif", "page.png", "bomb.png", "huge.png"):
+    for name in ("cups/old/50% #1?.webp", "drawing.gif", "page.png", "bomb.png", "huge.png"):
         (folder / name).unlink()
     assert settle(mode="replace") == (4, {"too_many_bytes": 1}, ["cut", "new", "red mug 2"])
     shas = dict(zip(*(wanted_images(uri)[name].to_pylist() for name in ("caption", "sha256")), strict=True))

@@ -1,0 +1,70 @@
+"""The table of cases: a file, a server's behaviour or a list's row, and what has to come of it."""
+
+import io
+import tarfile
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.fetch import fetch_shard
+from imagerag.corpus.ledger import read_attempts
+from imagerag.corpus.shards import PLAN_SCHEMA, shard_path
+from tests.corpus.cases import FETCHED, IMAGE_SIZE, MAX_BYTES, MAX_PIXELS, Fetched
+from tests.corpus.web import Web
+
+Outcomes = dict[str, tuple[dict[str, Any], bytes | None, bytes | None]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What one shard with all cases has for each: its row, its image as stored, and the file that was served."""
+    uri = str(tmp_path_factory.mktemp("shards"))
+    with Web() as web:
+        served = {case.what: None if case.file is None else case.file() for case in FETCHED}
+        rows = []
+        for number, case in enumerate(FETCHED):
+            file, path = served[case.what], f"/{number}"
+            url = web.serve(path, file) if file is not None else case.serve(web, path)  # type: ignore[misc]
+            rows.append({"url": url, "caption": case.what, "source": "test"})
+        config = DownloadConfig(
+            image_size=IMAGE_SIZE, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES, allowed_hosts=(web.host,), timeout_s=2,
+            thread_count=32, retries=0,
+        )  # fmt: skip
+        fetch_shard(uri, 0, pa.Table.from_pylist(rows, PLAN_SCHEMA), config)
+    with tarfile.open(shard_path(uri, 0)) as tar:
+        stored = {
+            member.name.removesuffix(".jpg"): tar.extractfile(member).read()  # type: ignore[union-attr]
+            for member in tar
+            if member.name.endswith(".jpg")
+        }
+    return {
+        row["caption"]: (row, stored.get(row["key"]), served[row["caption"]]) for row in read_attempts(uri).to_pylist()
+    }
+
+
+def test_every_case_has_a_name_and_a_row(outcomes: Outcomes) -> None:
+    assert len(outcomes) == len({case.what for case in FETCHED}) == len(FETCHED) > 150
+
+
+@pytest.mark.parametrize("case", FETCHED, ids=lambda case: case.what)
+def test_fetched(outcomes: Outcomes, case: Fetched) -> None:
+    row, stored, served = outcomes[case.what]
+    assert (row["reason"] or row["status"]) == case.outcome, row["error_message"]
+    if case.outcome != "success":
+        assert case.detail in row["error_message"]
+        assert stored is None
+        return
+    assert stored is not None
+    image = Image.open(io.BytesIO(stored))
+    assert image.size == (row["width"], row["height"]) == (case.size or image.size)
+    assert image.getexif().get(0x0112, 1) not in range(2, 9), "readers that apply it would turn the picture again"
+    if case.is_kept is not None:
+        assert (stored == served) is case.is_kept
+    if case.seen is not None:
+        seen = case.seen().convert("RGB").resize(image.size, Image.Resampling.BOX)
+        difference = np.abs(np.asarray(image.convert("RGB"), int) - np.asarray(seen, int))
+        assert difference.mean() <= case.within, "another picture than people see"

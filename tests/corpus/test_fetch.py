@@ -1,0 +1,71 @@
+import subprocess
+import sys
+import time
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.download import BYTES_PER_PIXEL
+from imagerag.corpus.fetch import ByteBudget, GuardedDownloader, UprightResizer
+from imagerag.corpus.ledger import read_attempts
+from imagerag.corpus.shards import PLAN_SCHEMA
+from tests.corpus.photos import encoded, scene
+from tests.corpus.web import Web
+
+_PEAK = """
+import io, resource, sys
+from PIL import Image
+from imagerag.corpus.photos import decode, open_image
+
+def peak_of(side):
+    file = io.BytesIO()
+    Image.new("RGBA", (side, side), (200, 30, 40, 128)).save(file, "PNG", compress_level=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    decode(open_image(file, ["png"], side**2), file, 512)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+peak_of(600)  # what it loads once
+print(peak_of(2000) / 2000**2)
+"""
+
+
+def test_a_picture_with_transparency_needs_no_more_memory_than_a_worker_is_given() -> None:
+    # The picture itself was in memory before, 4 bytes a pixel.
+    ran = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) + 4 <= BYTES_PER_PIXEL
+
+
+def test_all_threads_together_hold_no_more_than_the_budget() -> None:
+    budget, held, most = ByteBudget(10), [0], [0]
+
+    def hold(number: int) -> float:
+        size = 1 + number % 10
+        waited = budget.take(size)
+        held[0] += size
+        most[0] = max(most[0], held[0])
+        time.sleep(0.001)
+        held[0] -= size
+        budget.give_back(size)
+        return waited
+
+    with ThreadPool(8) as pool:
+        waits = pool.map(hold, range(100))
+    assert most[0] <= 10
+    assert max(waits) > 0
+
+
+def test_a_shard_of_files_larger_than_the_budget_is_fetched_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = encoded(scene(), "PNG")
+    monkeypatch.setattr("imagerag.corpus.shards.IN_FLIGHT_BYTES", len(file))
+    with Web() as web:
+        rows = [{"url": web.serve(f"/{number}", file), "caption": "c", "source": "s"} for number in range(12)]
+        rows.append({"url": web.serve("/gone", b"", 404), "caption": "c", "source": "s"})
+        config = DownloadConfig(max_bytes=len(file), thread_count=8, allowed_hosts=(web.host,))
+        downloader = GuardedDownloader(str(tmp_path), config, UprightResizer(config))
+        downloader.download_shard((0, pa.Table.from_pylist(rows, PLAN_SCHEMA)))
+    assert read_attempts(str(tmp_path))["status"].to_pylist().count("success") == 12
