@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from imagerag.config import Config
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.folder import check_source
-from imagerag.corpus.url_list import UrlColumns
+from imagerag.corpus.url_list import BadRows, UrlColumns
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.spec import check_spec
 from imagerag.errors import UserError
@@ -29,17 +29,20 @@ class CorpusParameters(Config):
 
     url_list: str = Field(
         title="Folder or URL list",
-        description="A folder of images on this machine; or image URLs with captions, as parquet, csv, csv.gz or "
-        "jsonl on any fsspec path.",
+        description="A folder of images on this machine; or image URLs with captions, as parquet, csv, tsv, json or "
+        "jsonl, or URLs alone as txt, on any fsspec path: a file, also packed (.gz, .zst), a folder or a glob of them.",
     )
     captions: str | None = Field(
         default=None,
-        description="Of a folder's images: a table of file names and captions, as parquet, csv, csv.gz or jsonl. "
+        description="Of a folder's images: a table of file names and captions, as parquet, csv, tsv, json or jsonl. "
         "Unset: what `name.txt` beside `name.jpg` says, else the words of the file's name.",
     )
     name: str = Field(default="images", description="Names the corpus: its shards folder and its table.")
     columns: UrlColumns = Field(
         default=UrlColumns(), description="Columns of the list or of the captions; unset ones are guessed."
+    )
+    bad_rows: BadRows = Field(
+        default=BadRows(), description="What happens to rows of the list or of the captions that can't be used."
     )
     encoder: str = Field(
         default="tiny",
@@ -81,6 +84,7 @@ def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"])
         parameters.url_list,
         parameters.captions,
         parameters.columns,
+        parameters.bad_rows,
         parameters.name,
         parameters.download,
         mode,

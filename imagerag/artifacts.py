@@ -1,17 +1,17 @@
 """The frozen records that pass between stages: references and counts, never data."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """What a download left: every URL of the list has exactly one status."""
+    """What a download left: every row of the list has exactly one status."""
 
     uri: str
     """The shards folder."""
     num_urls: int
-    """URLs that the corpus wants, all lists together."""
+    """URLs that the corpus wants, all lists together, and the bad rows of this call's list."""
     num_success: int
     num_failed: int
     reasons: Mapping[str, int]
@@ -24,6 +24,8 @@ class Download:
     """Size of the images fetched by this call, as stored."""
     num_duplicates: int = 0
     """Rows of the list that repeat an earlier row's URL and caption."""
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The first failures of each reason, in words. What is quoted in them is a stranger's."""
     duration_s: float = 0.0
     machine_s: float = 0.0
     """Seconds of worker time: the sum over workers."""

@@ -8,7 +8,7 @@ from imagerag.artifacts import Download
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
 from imagerag.corpus.folder import read_images
-from imagerag.corpus.url_list import UrlColumns
+from imagerag.corpus.url_list import BadRows, UrlColumns
 from imagerag.settings import Settings
 from tasks.policy import stage
 from tasks.progress import StageProgress
@@ -19,6 +19,7 @@ def download_images(
     url_list: str,
     captions: str | None,
     columns: UrlColumns,
+    bad_rows: BadRows,
     name: str,
     config: DownloadConfig,
     mode: Literal["add", "replace"],
@@ -27,7 +28,9 @@ def download_images(
     """Fetch what the corpus `name` wants and does not have."""
     settings, logger = Settings(), get_run_logger()
     with StageProgress("read", "images") as on_progress:
-        urls = read_images(url_list, captions, columns, on_progress)
+        urls = read_images(url_list, captions, columns, on_progress, bad_rows)
+    if urls.num_invalid:
+        logger.warning("%s bad rows: %s", f"{urls.num_invalid:,}", "; ".join(urls.invalid))
     if urls.num_named_by_file:
         logger.warning("%s images have no caption but the words of their file names", f"{urls.num_named_by_file:,}")
     with StageProgress("download", "URLs") as on_progress:

@@ -20,6 +20,7 @@ from imagerag.artifacts import (
 )
 from imagerag.evaluation.gate import Decision
 from imagerag.evaluation.results import PAGE, read_results
+from imagerag.plain import in_markdown
 from imagerag.training.config import describe_accuracy
 from imagerag.training.plan import Plan
 from tasks.cost import Measured, cost
@@ -42,7 +43,7 @@ class CorpusReport:
         before, after = (_version(v) for v in (publication.previous_version, publication.version))
         outcome = "" if publication.published else " (the new version failed its checks)"
         figures = {
-            "URLs wanted": f"{download.num_urls:,} ({download.num_duplicates:,} repeated in the list)",
+            "rows wanted": f"{download.num_urls:,} ({download.num_duplicates:,} more repeated in the list)",
             "downloaded now": f"{download.num_fetched:,} tried{_rate(download.num_fetched, download.duration_s)}",
             "images": f"{download.num_success:,} fine, {download.num_failed:,} failed",
             "embedded now": f"{embedded.num_added:,} added, {embedded.num_removed:,} removed"
@@ -60,8 +61,11 @@ class CorpusReport:
         checks = self.publication.checks
         lines += [f"| {check.name} | {'pass' if check.passed else '**fail**'} | {check.detail} |" for check in checks]
         if self.download.reasons:
-            lines += ["", "## Failed URLs by reason", "", "| reason | URLs |", "|---|---:|"]
-            lines += [f"| {reason} | {count:,} |" for reason, count in _by_count(self.download.reasons)]
+            lines += ["", "## Failed rows by reason", "", "| reason | rows | the first of them |", "|---|---:|---|"]
+            lines += [
+                f"| {reason} | {count:,} | {'<br>'.join(map(in_markdown, self.download.examples.get(reason, ())))} |"
+                for reason, count in _by_count(self.download.reasons)
+            ]
         return "\n".join(lines)
 
 
@@ -71,9 +75,12 @@ def write_report(report: CorpusReport) -> None:
     stages = (report.download, report.embedded)
     _write("corpus", report.name, f"What the run did to {report.name}", report.markdown(), stages)
     create_table_artifact(
-        [{"reason": reason, "URLs": count} for reason, count in _by_count(report.download.reasons)],
+        [
+            {"reason": reason, "rows": count, "first": "\n".join(report.download.examples.get(reason, ()))}
+            for reason, count in _by_count(report.download.reasons)
+        ],
         key=_key("failures", report.name),
-        description=f"Failed URLs of {report.name} by reason",
+        description=f"Failed rows of {report.name} by reason",
     )
 
 

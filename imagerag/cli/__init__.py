@@ -29,6 +29,7 @@ from imagerag.cli import (
     tiny,
 )
 from imagerag.errors import UserError
+from imagerag.plain import printable
 
 app = typer.Typer(
     name="imagerag",
@@ -75,5 +76,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

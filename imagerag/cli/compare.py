@@ -79,8 +79,9 @@ def run_comparison(
 
 def print_scores(comparisons: "Sequence[Comparison]") -> None:
     """Print the mean score and time of each column."""
-    from rich.console import Console
     from rich.table import Table
+
+    from imagerag.cli.terminal import PlainConsole
 
     table = Table(title=f"mean of {len(comparisons)} prompts", title_justify="left")
     for column in ("", "score", "ms"):
@@ -91,4 +92,4 @@ def print_scores(comparisons: "Sequence[Comparison]") -> None:
             sum(values) / len(cells) for values in zip(*((c.score, c.seconds) for c in cells), strict=True)
         )
         table.add_row(cell.title, f"{score:.3f}", f"{1000 * seconds:.0f}")
-    Console().print(table)
+    PlainConsole().print(table)

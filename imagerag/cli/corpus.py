@@ -16,15 +16,17 @@ UrlListArgument = Annotated[
     typer.Argument(
         metavar="IMAGES",
         help="A folder on this machine (on a cluster: at the same path on every machine), with all that is in it but "
-        "hidden files; or image URLs with captions, as parquet, csv, csv.gz or jsonl, at a path or any fsspec URI.",
+        "hidden files; or image URLs with captions, as parquet, csv, tsv, json or jsonl, or URLs alone as txt: a file "
+        "(also packed, .gz or .zst), a folder or a glob of them, at a path or any fsspec URI.",
     ),
 ]
 CaptionsOption = Annotated[
     str | None,
     typer.Option(
-        help="Of a folder's images: parquet, csv, csv.gz or jsonl with a column of file names, counted from the folder "
-        "(`file`, `file_name`, `path`, `image`, ...), and one of captions. Every image needs a row and every row an "
-        "image. Not given: the text of `name.txt` beside `name.jpg`, or the words of the file's name."
+        help="Of a folder's images: parquet, csv, tsv, json or jsonl with a column of file names, counted from the "
+        "folder (`file`, `file_name`, `path`, `image`, ...), and one of captions. Images without a "
+        "row, and rows without an image, are counted. Not given: the text of `name.txt` beside `name.jpg`, or the "
+        "words of the file's name."
     ),
 ]
 NameOption = Annotated[
@@ -81,15 +83,17 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
 
 def show_report(report: "CorpusReport") -> None:
     """Print what a run did."""
-    from rich.console import Console
     from rich.table import Table
+
+    from imagerag.cli.terminal import PlainConsole
 
     table = Table(title=f"corpus {report.name}", show_header=False, title_justify="left")
     for row in report.rows():
         table.add_row(row["figure"], row["value"])
     for reason, count in sorted(report.download.reasons.items()):
-        table.add_row(f"failed: {reason}", f"{count:,}")
-    Console().print(table)
+        examples = report.download.examples.get(reason, ())
+        table.add_row(f"failed: {reason}", "\n".join([f"{count:,}", *(f"  {example}" for example in examples)]))
+    PlainConsole().print(table)
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,10 +108,11 @@ def _pipeline(settings: "Settings", limit: int | None) -> "PipelineReport":
         if limit is not None:  # what is held out may be too little to recognise anything among
             options["gate"]["metric"] = "text_score"
         report: PipelineReport = run_flow("pipeline", options, defaults=_defaults())
-    from rich.console import Console
     from rich.markdown import Markdown
 
-    Console().print(Markdown(report.summary()))
+    from imagerag.cli.terminal import PlainConsole
+
+    PlainConsole().print(Markdown(report.summary()))
     show_evaluation(report.evaluate)
     return report
 

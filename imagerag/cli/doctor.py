@@ -43,8 +43,9 @@ class Finding:
 
 def doctor() -> None:
     """Say what is installed, which engines answer, which models and indexes exist, and how to get what is missing."""
-    from rich.console import Console
     from rich.table import Table
+
+    from imagerag.cli.terminal import PlainConsole
 
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
         "installed": _packages,
@@ -54,7 +55,7 @@ def doctor() -> None:
         "registered models": _registered,
     }
     missing = 0
-    console = Console()
+    console = PlainConsole()
     for title, findings in sections.items():
         table = Table(title=title, title_justify="left", show_header=False)
         for finding in findings():

@@ -53,23 +53,24 @@ def pipeline(
 
     What is done is skipped.
     """
-    from rich.console import Console
     from rich.markdown import Markdown
+
+    from imagerag.cli.terminal import PlainConsole
 
     corpus = {"url_list": url_list, "captions": captions, "name": name}
     report = run_flow("pipeline", given({"corpus": corpus}), parameters)
-    Console().print(Markdown(report.markdown()))
+    PlainConsole().print(Markdown(report.markdown()))
 
 
 def show_evaluation(report: "EvaluateReport") -> None:
     """Print what a run found."""
-    from rich.console import Console
     from rich.markdown import Markdown
     from rich.table import Table
 
+    from imagerag.cli.terminal import PlainConsole
     from imagerag.evaluation.results import PAGE, read_results
 
-    console, results = Console(), read_results(report.evaluated.uri)
+    console, results = PlainConsole(), read_results(report.evaluated.uri)
     head, *rows = ([*row[:-1]] for row in results.rows())  # the split of the time is on the page
     table = Table(title=f"{results.base} with {results.index}", title_justify="left")
     for title in head:

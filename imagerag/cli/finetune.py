@@ -70,11 +70,12 @@ def _recipe(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict
 
 def show_finetune(report: "FinetuneReport") -> None:
     """Print what a run did, or would take."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
+    from imagerag.cli.terminal import PlainConsole
+
     if report.finetuned is None:
-        Console().print(Markdown(report.plan.markdown()))
+        PlainConsole().print(Markdown(report.plan.markdown()))
         return
     finetuned = report.finetuned
     what = f"trained {finetuned.num_steps:,} steps" if finetuned.is_new else "was trained before"

@@ -16,9 +16,9 @@ NameOption = Annotated[str, typer.Option(help="The corpus.")]
 @app.command()
 def status(name: NameOption = "images") -> None:
     """Show the published version, the newest one, and the history."""
-    from rich.console import Console
     from rich.table import Table
 
+    from imagerag.cli.terminal import PlainConsole
     from imagerag.retrieval.pins import pins
     from imagerag.retrieval.publish import status as read_status
 
@@ -39,7 +39,7 @@ def status(name: NameOption = "images") -> None:
     for entry in state.history:
         published_at = f"{entry.published_at:%Y-%m-%d %H:%M:%S}"
         table.add_row(str(entry.version), published_at, f"{entry.num_rows:,}", f"{entry.recall_at_10:.3f}")
-    Console().print(table)
+    PlainConsole().print(table)
     for label, version in sorted(pins(_store(name)).items(), key=lambda each: each[1]):
         typer.echo(f"version {version} is kept for {label}")
 

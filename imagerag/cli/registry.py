@@ -20,9 +20,9 @@ def models(context: typer.Context) -> None:
     """List the versions of the registered model: which is in use, of what it was made, who promoted it and why."""
     if context.invoked_subcommand is not None:
         return
-    from rich.console import Console
     from rich.table import Table
 
+    from imagerag.cli.terminal import PlainConsole
     from imagerag.registry.versions import MODEL_NAME, list_versions
     from imagerag.settings import Settings
 
@@ -42,7 +42,7 @@ def models(context: typer.Context) -> None:
             index if info.signed else "not registered by imagerag",
             info.pinned("training"),
         )
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     for line in promoted:
         console.print(line, highlight=False, markup=False)

@@ -93,12 +93,13 @@ def search_image(
 
 def print_neighbours(title: str, neighbours: "list[Neighbour]") -> None:
     """Print neighbours as a table, the nearest first."""
-    from rich.console import Console
     from rich.table import Table
+
+    from imagerag.cli.terminal import PlainConsole
 
     table = Table(title=title, title_justify="left")
     for column in ("score", "caption", "source", "url"):
         table.add_column(column, overflow="fold")
     for neighbour in neighbours:
         table.add_row(f"{neighbour.score:.3f}", neighbour.caption, neighbour.source, neighbour.url)
-    Console().print(table)
+    PlainConsole().print(table)

@@ -33,13 +33,14 @@ def settings(
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in shown], indent=1))
     else:
-        from rich.console import Console
         from rich.table import Table
+
+        from imagerag.cli.terminal import PlainConsole
 
         table = Table("variable", "value", "from")
         for each in shown:
             table.add_row(each.variable, "" if each.value is None else each.value, each.source)
-        Console().print(table)
+        PlainConsole().print(table)
     for name, source, _ in unknown_variables():
         typer.echo(f"{name} ({source}) is not read: there is no such setting", err=True)
 

@@ -17,10 +17,12 @@ from imagerag.corpus.guard import Reason
 from imagerag.corpus.ledger import PAIR, read_ledger, read_standing, standing
 from imagerag.corpus.takedown import remove_taken_down
 from imagerag.corpus.url_list import UrlList, fold
+from imagerag.plain import printable
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
 
 _SHARD_RETRIES = 3
+_NUM_EXAMPLES = 3  # of each reason, in a report
 _WORKER_BYTES = 400 * 2**20
 BYTES_PER_PIXEL = 21  # while an image is decoded, turned and converted: measured 13 for PNG, 14 for JPEG, 21 for WebP
 _PATIENCE_S = 300.0  # added to the longest time that a shard can take before its worker counts as dead
@@ -54,14 +56,22 @@ def download(
         fetched = list(_fetch(work, uri, config, settings, on_progress))
         remove_taken_down(uri)
         outcome = read_standing(uri)
-    status, reasons = outcome["status"], pc.fill_null(outcome["reason"], str(Reason.LOST))
-    failures = reasons.filter(pc.fill_null(pc.not_equal(status, "success"), True)).value_counts().to_pylist()
+    failed = outcome.filter(pc.fill_null(pc.not_equal(outcome["status"], "success"), True))
+    failed = failed.set_column(
+        failed.column_names.index("reason"), "reason", failed["reason"].fill_null(str(Reason.LOST))
+    )
+    counts = {count["values"]: count["counts"] for count in failed["reason"].value_counts().to_pylist()}
+    examples = {reason: _examples(failed, reason) for reason in counts}
+    if url_list.num_invalid:
+        counts[str(Reason.INVALID_ROW)] = url_list.num_invalid
+        examples[str(Reason.INVALID_ROW)] = url_list.invalid
     return Download(
         uri=uri,
-        num_urls=outcome.num_rows,
-        num_success=outcome.num_rows - sum(count["counts"] for count in failures),
-        num_failed=sum(count["counts"] for count in failures),
-        reasons={count["values"]: count["counts"] for count in sorted(failures, key=lambda count: -count["counts"])},
+        num_urls=outcome.num_rows + url_list.num_invalid,
+        num_success=outcome.num_rows - failed.num_rows,
+        num_failed=failed.num_rows + url_list.num_invalid,
+        reasons=dict(sorted(counts.items(), key=lambda count: -count[1])),
+        examples=examples,
         num_fetched=sum(shard.num_urls for shard in fetched),
         num_removed=num_removed,
         num_bytes=sum(shard.num_bytes for shard in fetched),
@@ -69,6 +79,12 @@ def download(
         duration_s=time.monotonic() - started,
         machine_s=sum(shard.duration_s for shard in fetched),
     )
+
+
+def _examples(failed: pa.Table, reason: str) -> tuple[str, ...]:
+    """The first failures of a reason: each one's URL and what was said of it."""
+    rows = failed.filter(pc.equal(failed["reason"], reason)).slice(0, _NUM_EXAMPLES).to_pylist()
+    return tuple(printable(f"{row['url']:.200}: {row['error_message'] or reason}") for row in rows)
 
 
 def _want(uri: str, rows: pa.Table, mode: Literal["add", "replace"]) -> int:

@@ -14,7 +14,8 @@ from typing import NoReturn
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imagerag.corpus.url_list import FORMATS, SCHEMA, UrlColumns, UrlList, fold, read_columns, read_url_list
+from imagerag.corpus.records import FORMATS
+from imagerag.corpus.url_list import SCHEMA, BadRows, Rows, UrlColumns, UrlList, fold, read_columns, read_url_list
 from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
@@ -31,17 +32,23 @@ _NUM_NAMES = 5  # in a message
 
 
 def read_images(
-    source: str, captions: str | None = None, columns: UrlColumns | None = None, on_progress: OnProgress = silent
+    source: str,
+    captions: str | None = None,
+    columns: UrlColumns | None = None,
+    on_progress: OnProgress = silent,
+    bad_rows: BadRows | None = None,
 ) -> UrlList:
-    """Read a folder on this machine with `read_folder`, or else a list with `read_url_list`.
+    """Read a folder of images on this machine with `read_folder`, or else a list with `read_url_list`.
+
+    A folder without an image and with files of a list is a list in parts.
 
     Raises:
         UserError: if `source` is neither, if a list comes with `captions`, or as those two do.
     """
     check_source(source, captions)
-    if (folder := _path(source)).is_dir():
-        return read_folder(folder, captions, columns, on_progress)
-    return read_url_list(source, columns)
+    if (folder := _path(source)).is_dir() and (captions is not None or not _is_list_in_parts(folder)):
+        return read_folder(folder, captions, columns, on_progress, bad_rows)
+    return read_url_list(source, columns, bad_rows)
 
 
 def check_source(source: str, captions: str | None = None) -> None:
@@ -52,7 +59,7 @@ def check_source(source: str, captions: str | None = None) -> None:
     """
     if _path(source).is_dir():
         return
-    if not source.lower().endswith(FORMATS):
+    if not source.lower().endswith(FORMATS) and "://" not in source:
         raise UserError(f"there is no folder {source} on this machine; a URL list is a file named {', '.join(FORMATS)}")
     if captions is not None:
         raise UserError(
@@ -60,8 +67,17 @@ def check_source(source: str, captions: str | None = None) -> None:
         )
 
 
+def _is_list_in_parts(folder: Path) -> bool:
+    names = [name.lower() for _, _, files in os.walk(folder) for name in files if not name.startswith(".")]
+    return any(name.endswith(".parquet") for name in names) and not any(name.endswith(SUFFIXES) for name in names)
+
+
 def read_folder(
-    folder: Path, captions: str | None = None, columns: UrlColumns | None = None, on_progress: OnProgress = silent
+    folder: Path,
+    captions: str | None = None,
+    columns: UrlColumns | None = None,
+    on_progress: OnProgress = silent,
+    bad_rows: BadRows | None = None,
 ) -> UrlList:
     """List every image in a folder and the folders in it, but for hidden ones, with its caption.
 
@@ -71,26 +87,36 @@ def read_folder(
             number for an image. Without it, the caption of `name.jpg` is the text in `name.txt`, or else its name.
         columns: of that table; `url` is the file names'.
         on_progress: is told of images, each of which is read once for its SHA-256.
+        bad_rows: what happens to rows of that table that name no image of the folder or are bad in themselves, and to
+            images without a row.
 
     Raises:
-        UserError: if there are no images; if an image or the file of a caption leads out of the folder; if an image has
-            no caption, or a caption no image; if captions are unreadable or empty.
+        UserError: if there are no images; if an image or the file of a caption leads out of the folder; if captions
+            are unreadable, or more rows bad than `bad_rows` allows.
     """
     root = folder.resolve()
     names = _find(root)
     if not names:
         raise UserError(f"{folder} has no images: no file in it is named {', '.join(SUFFIXES)}")
-    num_named_by_file = 0
-    if captions is None:
+    sha256s = _sha256s(root, names, on_progress)
+    if captions is not None:
+        rows = _read_captions(captions, root, sha256s, columns, bad_rows or BadRows())
+        num_named_by_file = 0
+    else:
+        rows = Rows(str(folder), BadRows())
         texts = [_text_beside(root, name) for name in names]
         num_named_by_file = texts.count(None)
         words = [text or _words(name) for text, name in zip(texts, names, strict=True)]
-        rows = {"file": pa.array(names), "caption": pa.array(words)}
-    else:
-        rows = _read_captions(captions, folder, names, columns)
-    complete = _complete(rows, root, _sha256s(root, names, on_progress))
+        rows.columns = {"file": pa.array(names), "caption": pa.array(words)}
+    complete = _complete(rows.columns, root, sha256s)
     table = fold(complete)
-    return UrlList(table=table, num_duplicates=complete.num_rows - table.num_rows, num_named_by_file=num_named_by_file)
+    return UrlList(
+        table=table,
+        num_duplicates=complete.num_rows - table.num_rows,
+        num_named_by_file=num_named_by_file,
+        num_invalid=rows.num_invalid,
+        invalid=tuple(rows.invalid),
+    )
 
 
 def _path(source: str) -> Path:
@@ -158,30 +184,37 @@ def _words(name: str) -> str:
 
 
 def _read_captions(
-    uri: str, folder: Path, names: Sequence[str], columns: UrlColumns | None
-) -> dict[str, pa.ChunkedArray]:
-    """The columns of a table of captions, whose files are exactly `names`."""
+    uri: str, root: Path, sha256s: Mapping[str, str], columns: UrlColumns | None, bad_rows: BadRows
+) -> Rows:
+    """The rows of a table of captions that are of the folder's images."""
     named = (columns or UrlColumns()).model_dump(exclude_none=True)
     if "url" in named:
         named["file"] = named.pop("url")
-    rows = read_columns(uri, "captions file", _FILE_GUESSES, named)
-    files = []
-    for number, cell in enumerate(rows["file"].to_pylist(), start=1):
-        file = os.path.relpath(folder / cell, folder)
-        if file == ".." or file.startswith("../"):
-            raise UserError(f"{uri}, row {number}: {cell!r:.200} lies outside {folder}")
-        files.append(file)
-    captioned, images = set(files), set(names)
-    if absent := sorted(captioned - images):
-        raise UserError(
-            f"{uri} has captions for {_listed(absent)}, which {folder} doesn't have as images; file names count from "
-            "the folder"
-        )
-    if uncaptioned := [name for name in names if name not in captioned]:
-        raise UserError(
-            f"{uri} has no caption for {_listed(uncaptioned)} of {folder}; add them, or move the images out"
-        )
-    return rows | {"file": pa.chunked_array([pa.array(files)])}
+    rows = read_columns(uri, "captions file", _FILE_GUESSES, named, bad_rows)
+    cells = rows.columns["file"].to_pylist()
+    files = [os.path.relpath(root / cell, root) for cell in cells]
+    stated = rows.columns["sha256"].to_pylist()
+    faults = [_fault(*row, root, sha256s) for row in zip(cells, files, stated, strict=True)]
+    rows.refuse(fault for fault in faults if fault is not None)
+    uncaptioned = sorted(set(sha256s).difference(files))
+    rows.num_rows += len(uncaptioned)
+    rows.refuse(f"{name!r:.200} of {root} has no row" for name in uncaptioned)
+    rows.check_share()
+    good = pa.array([fault is None for fault in faults], pa.bool_())
+    rows.columns = {name: column.filter(good) for name, column in rows.columns.items()}
+    rows.columns["file"] = pa.chunked_array([pa.array(files, pa.string()).filter(good)])
+    return rows
+
+
+def _fault(cell: str, file: str, stated_sha256: str | None, root: Path, sha256s: Mapping[str, str]) -> str | None:
+    """Why a row of a table of captions is of no image in the folder, if it is so."""
+    if file == ".." or file.startswith("../"):
+        return f"{cell!r:.200} lies outside {root}"
+    if file not in sha256s:
+        return f"{cell!r:.200} is no image in {root}; file names count from the folder"
+    if stated_sha256 not in (None, sha256s[file]):
+        return f"{cell!r:.200} has another SHA-256 than the captions state"
+    return None
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -210,9 +243,6 @@ def _complete(rows: Mapping[str, pa.Array], root: Path, sha256s: Mapping[str, st
     """All fields of `url_list.SCHEMA`; the folder's name stands in for a missing source."""
     files = rows["file"].to_pylist()
     missing = pa.nulls(len(files), pa.string())
-    stated = rows.get("sha256", missing).to_pylist()
-    if other := [file for file, sha256 in zip(files, stated, strict=True) if sha256 not in (None, sha256s[file])]:
-        raise UserError(f"{_listed(other)} of {root} have another SHA-256 than the captions state")
     columns = {
         "url": [(root / file).as_uri() for file in files],
         "caption": rows["caption"],

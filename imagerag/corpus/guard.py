@@ -3,6 +3,8 @@
 import ipaddress
 from enum import StrEnum
 
+from imagerag.plain import printable
+
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 # Not public, though `ipaddress` calls them global (the first only in early releases of Python 3.11): protocol
 # assignments, with a cloud's metadata service among them; 6to4 relays; another cloud's services; site-local.
@@ -12,6 +14,8 @@ _NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24",
 class Reason(StrEnum):
     """Why a URL has no image in the corpus."""
 
+    INVALID_ROW = "invalid_row"
+    """A row of a list without a URL or a caption, or with one that can't be."""
     INVALID_URL = "invalid_url"
     BLOCKED_SCHEME = "blocked_scheme"
     BLOCKED_ADDRESS = "blocked_address"
@@ -42,7 +46,7 @@ class FetchError(Exception):
     """One URL brings no image. The text is `<reason>: <detail>`, which ends up as the row's `error_message`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason}: {printable(detail)}")  # a server may have said it
 
 
 def reason_of(error_message: str | None) -> Reason:

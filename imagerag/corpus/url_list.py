@@ -1,24 +1,22 @@
-"""Reading lists of image URLs: parquet, csv and jsonl, the latter two also gzipped, on any fsspec path."""
+"""Reading lists of image URLs: what of their rows is good, in a normal form, and how many are bad and why.
 
-import csv
-import json
-import re
-import zlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import IO
+A bad row is data: it is counted, with its reason. A bad list is an error: a file that isn't what its name says, a
+missing column, or more bad rows than a list may have.
+"""
 
-import fsspec
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 from pydantic import Field
 
 from imagerag.config import Config
+from imagerag.corpus.records import Batch, exploded, read_batches
 from imagerag.errors import UserError
+from imagerag.plain import printable
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("url", "caption", "source", "licence", "sha256", "folder")])
 """A checked list: `source` is the URL's host where the list has none; `licence` and `sha256` may be null.
@@ -26,8 +24,6 @@ SCHEMA = pa.schema([(name, pa.string()) for name in ("url", "caption", "source",
 `folder` is the one that may be read for a row which `folder.read_folder` made, and null for all others: it is what
 makes a `file:` URL readable, so it is never taken from a file.
 """
-
-FORMATS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 
 _REQUIRED = ("url", "file", "caption")
 _URL_GUESSES = {"url": ("url", "image_url", "img_url", "image_link", "link", "uri")}
@@ -37,11 +33,14 @@ _OTHER_GUESSES = {
     "licence": ("licence", "license"),
     "sha256": ("sha256", "image_sha256"),
 }
-_BLANK = r"[\x00-\x20\x7f-\x9f\p{Z}]"
+_SPACE = r"^[\x00-\x20\x7f-\xa0\p{Z}\x{200b}\x{feff}]+|[\x00-\x20\x7f-\xa0\p{Z}\x{200b}\x{feff}]+$"
+_CONTROL = r"[\x00-\x1f\x7f-\x9f]"
+_SCHEME = r"^[A-Za-z][A-Za-z0-9+.-]*://"
 _HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#]*@)?(?P<host>\[[^\]]*\]|[^/?#:]+)"
 _SHA256 = r"^[0-9a-fA-F]{64}$"
-_CSV_OPTIONS = pa.csv.ParseOptions(newlines_in_values=True)
-_JSON_OPTIONS = pa.json.ReadOptions(block_size=16 * 2**20)  # bytes; a line has to fit
+_MAX_URL_BYTES = 8_192  # what servers take
+_MAX_CAPTION_BYTES = 64 * 2**10
+_NUM_EXAMPLES = 5
 
 
 class UrlColumns(Config):
@@ -56,9 +55,23 @@ class UrlColumns(Config):
     sha256: str | None = Field(default=None, description="Column of the files' SHA-256 (optional).")
 
 
+class BadRows(Config):
+    """What happens when a list has rows that can't be used."""
+
+    on_bad_row: Literal["keep_count", "stop"] = Field(
+        default="keep_count", description="Count bad rows and go on with the others, or stop at the first one."
+    )
+    max_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of bad rows above which a run stops before it fetches anything, as for a wrong column.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class UrlList:
-    """A checked list in which every (url, caption) is there once."""
+    """The good rows of a list, in which every (url, caption) is there once."""
 
     table: pa.Table
     """Columns as in `SCHEMA`, rows in the order of the list."""
@@ -66,29 +79,80 @@ class UrlList:
     """Rows left out because an earlier row has the same URL and caption."""
     num_named_by_file: int = 0
     """Rows whose caption is made of their file's name, because there is no other."""
+    num_invalid: int = 0
+    """Bad rows."""
+    invalid: tuple[str, ...] = ()
+    """The first bad rows, and what is wrong with them."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the list; one with several captions counts as several."""
+        return int(self.table.num_rows) + self.num_duplicates + self.num_invalid
 
 
-def read_url_list(uri: str, columns: UrlColumns | None = None) -> UrlList:
-    """Read and check a whole list. Rows count from 1; a header is no row.
+@dataclass
+class Rows:
+    """The good rows of a file, and what is known of the bad ones."""
+
+    uri: str
+    policy: BadRows
+    columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)
+    num_rows: int = 0
+    num_invalid: int = 0
+    invalid: list[str] = field(default_factory=list)
+
+    def refuse(self, what: Iterable[str]) -> None:
+        """Count bad rows, each described by a line."""
+        for line in what:
+            if self.policy.on_bad_row == "stop":
+                raise UserError(f"{self.uri}, {line}; `on_bad_row` is stop")
+            self.num_invalid += 1
+            if len(self.invalid) < _NUM_EXAMPLES:
+                self.invalid.append(printable(line))
+
+    def check_share(self) -> None:
+        """Raise a UserError if there are too many bad rows among those that were read."""
+        if self.num_invalid > self.policy.max_share * self.num_rows:
+            first = "; ".join(self.invalid[:2])
+            raise UserError(
+                f"{self.uri}: {self.num_invalid:,} of {self.num_rows:,} rows are bad, more than the "
+                f"{self.policy.max_share:.0%} that `bad_rows.max_share` allows; the first: {first}"
+            )
+
+
+def read_url_list(uri: str, columns: UrlColumns | None = None, bad_rows: BadRows | None = None) -> UrlList:
+    """Read and check a whole list. Rows count from 1 in every file; a header is no row.
+
+    URLs and captions are stripped, and `&amp;` in a URL is `&`. A row with a list of captions is a row for each.
 
     Raises:
-        UserError: with file, column and row, if the file is missing, unreadable or not of the format that its name
-            says, lacks a URL or caption column, has no rows, or has a cell that is no text, a null or empty URL or
-            caption, a URL with blanks in it, or a SHA-256 that isn't one.
+        UserError: if the file is missing, unreadable or not of the format that its name says, lacks a URL or caption
+            column, has no rows, or has more bad rows than `bad_rows` allows: with no URL or caption, or with a URL, a
+            caption or a SHA-256 that is none.
     """
     named = (columns or UrlColumns()).model_dump(exclude_none=True)
-    complete = _complete(read_columns(uri, "URL list", _URL_GUESSES, named))
+    rows = read_columns(uri, "URL list", _URL_GUESSES, named, bad_rows or BadRows())
+    complete = _complete(rows.columns)
     table = fold(complete)
-    return UrlList(table=table, num_duplicates=complete.num_rows - table.num_rows)
+    return UrlList(
+        table=table,
+        num_duplicates=complete.num_rows - table.num_rows,
+        num_invalid=rows.num_invalid,
+        invalid=tuple(rows.invalid),
+    )
 
 
 def read_columns(
-    uri: str, what: str, guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
-) -> dict[str, pa.ChunkedArray]:
+    uri: str,
+    what: str,
+    guesses: Mapping[str, Collection[str]],
+    named: Mapping[str, str],
+    bad_rows: BadRows,
+) -> Rows:
     """Read and check the columns of a table, by field.
 
     Args:
-        uri: a file of one of `FORMATS`.
+        uri: see `records.read_batches`.
         what: what the file is, for messages.
         guesses: usual names of the column that is beside those of every list.
         named: columns, by field, that are not guessed.
@@ -96,129 +160,92 @@ def read_columns(
     Raises:
         UserError: see `read_url_list`.
     """
-    if not uri.lower().endswith(FORMATS):
-        raise UserError(f"a {what} is a file named {', '.join(FORMATS)}; got {uri}")
-    try:
-        with fsspec.open(uri, "rb", compression="gzip" if uri.lower().endswith(".gz") else None) as file:
-            table, names = _read(uri, file, {**guesses, **_OTHER_GUESSES}, named)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"there is no {what} at {uri}") from None
-    except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, ImportError) as error:
-        raise UserError(f"{uri} is not readable as the list that its name says: {error}") from error
-    if table.num_rows == 0:
-        raise UserError(f"{uri} has no rows")
-    return {field: _check(f"{uri}, column {name!r}", field, table[name]) for field, name in names.items()}
-
-
-def _read(
-    uri: str, file: IO[bytes], guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
-) -> tuple[pa.Table, dict[str, str]]:
-    """The list's table, and which of its columns is which field."""
-    plain_uri = uri.lower().removesuffix(".gz")
-    if plain_uri.endswith(".parquet"):
-        parquet = pa.parquet.ParquetFile(file)
-        names = _choose(uri, parquet.schema_arrow.names, guesses, named)
-        return parquet.read(columns=list(names.values())), names
-    first_line = file.readline().decode("utf-8-sig")
-    file.seek(0)
-    if plain_uri.endswith(".csv"):
-        names = _choose(uri, next(csv.reader([first_line]), []), guesses, named)
-        return _read_csv(uri, file, names.values()), names
-    first_row = json.loads(first_line or "{}")
-    names = _choose(uri, list(first_row) if isinstance(first_row, dict) else [], guesses, named)
-    return _read_jsonl(uri, file, names.values()), names
+    rows = Rows(uri, bad_rows)
+    fields = [*guesses, *_OTHER_GUESSES]
+    good: dict[str, list[pa.Array]] = {name: [] for name in fields}
+    first = 1
+    for batch in read_batches(uri, what, lambda found: _choose(uri, found, {**guesses, **_OTHER_GUESSES}, named)):
+        several, parents = exploded(batch)
+        columns, faults = _judge(several, fields)
+        rows.num_rows += len(faults)
+        bad = pc.indices_nonzero(pc.is_valid(faults))
+        rows.refuse(
+            f"row {first + parent} {fault}"
+            for parent, fault in zip(parents.take(bad).to_pylist(), faults.take(bad).to_pylist(), strict=True)
+        )
+        rows.check_share()
+        first += len(batch.faults)
+        for name, column in columns.items():
+            good[name].append(column.filter(pc.is_null(faults)))
+    if rows.num_rows == rows.num_invalid:
+        raise UserError(f"{uri} has no rows{' that could be used' if rows.num_rows else ''}")
+    rows.columns = {name: pa.chunked_array(parts, pa.string()) for name, parts in good.items()}
+    return rows
 
 
 def _choose(
-    uri: str, found: list[str], guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
+    uri: str, found: Sequence[str], guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
 ) -> dict[str, str]:
     """The column of each field: the one named, else the first of the field's usual names that is there."""
     by_usual_name = {column.lower(): column for column in reversed(found)}
     chosen = {}
-    for field, usual in guesses.items():
-        column = named.get(field) or next((by_usual_name[name] for name in usual if name in by_usual_name), None)
-        if column is None and field in _REQUIRED:
-            raise UserError(f"{uri} has no column that looks like {field!r}: say which of its columns {found} it is")
+    for name, usual in guesses.items():
+        column = named.get(name) or next((by_usual_name[each] for each in usual if each in by_usual_name), None)
+        if column is None and name in _REQUIRED:
+            raise UserError(f"{uri} has no column that looks like {name!r}: say which of its columns {found} it is")
         if column is not None and found.count(column) != 1:
             raise UserError(f"{uri} has {found.count(column)} columns {column!r} instead of 1; it has {found}")
         if column is not None:
-            chosen[field] = column
+            chosen[name] = column
     return chosen
 
 
-def _read_csv(uri: str, file: IO[bytes], names: Collection[str]) -> pa.Table:
-    options = pa.csv.ConvertOptions(include_columns=list(names), column_types=dict.fromkeys(names, pa.string()))
-    try:
-        return pa.csv.read_csv(file, parse_options=_CSV_OPTIONS, convert_options=options)
-    except pa.ArrowInvalid:
-        file.seek(0)
-    try:  # only a reader with one thread says which row it is; it counts the header
-        return pa.csv.read_csv(file, pa.csv.ReadOptions(use_threads=False), _CSV_OPTIONS, options)
-    except pa.ArrowInvalid as error:
-        detail = re.sub(r"Row #(\d+)", lambda match: f"row {int(match[1]) - 1}", str(error))
-        raise UserError(f"{uri}: {detail}") from error
+def _judge(batch: Batch, fields: Collection[str]) -> tuple[dict[str, pa.Array], pa.Array]:
+    """The texts of `fields` in their normal form, and what is wrong with each row, null where nothing is."""
+    faults = batch.faults
+    columns = {}
+    for name in fields:
+        column = batch.columns.get(name, pa.nulls(len(faults), pa.string()))
+        column = pc.replace_substring_regex(column, _SPACE, "")
+        if name == "url":
+            column = pc.replace_substring(column, "&amp;", "&")
+        for is_bad, fault in _rules(name, column):
+            told = pc.binary_join_element_wise(
+                f"has a {name} that {fault}: '", pc.utf8_slice_codeunits(column, 0, 80), "'", ""
+            )
+            told = pc.if_else(pc.equal(pc.fill_null(column, ""), ""), f"has a {name} that {fault}", told)
+            faults = pc.if_else(pc.and_(pc.is_null(faults), pc.fill_null(is_bad, False)), told, faults)
+        columns[name] = column if name in _REQUIRED else pc.if_else(pc.equal(column, ""), None, column)
+    columns["sha256"] = pc.utf8_lower(columns["sha256"])
+    return columns, faults
 
 
-def _read_jsonl(uri: str, file: IO[bytes], names: Collection[str]) -> pa.Table:
-    text_columns = pa.schema([(name, pa.string()) for name in names])
-    options = pa.json.ParseOptions(explicit_schema=text_columns, unexpected_field_behavior="ignore")
-    try:
-        return pa.json.read_json(file, _JSON_OPTIONS, options)
-    except pa.ArrowInvalid:
-        file.seek(0)
-        _raise_at_first_bad_line(uri, file, names)
-        raise
-
-
-def _raise_at_first_bad_line(uri: str, file: IO[bytes], names: Collection[str]) -> None:
-    for number, line in enumerate(filter(bytes.strip, file), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{uri}, row {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{uri}, row {number} is no JSON object: {row!r:.80}")
-        for name in names:
-            if not isinstance(row.get(name), str | None):
-                raise UserError(f"{uri}, column {name!r}, row {number}: text is needed, got {row[name]!r:.80}")
-
-
-def _check(where: str, field: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as text; empty cells of optional fields as nulls."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise UserError(f"{where}, row 1: text is needed, got {column[0].as_py()!r:.80} (the column is of type {kind})")
-    column = column.cast(pa.string())
-    empty = pc.equal(pc.utf8_trim_whitespace(column), "")
-    if field in _REQUIRED:
-        _require(where, pc.is_valid(column), column, "is null")
-        _require(where, pc.invert(empty), column, "is empty")
-    else:
-        column = pc.if_else(empty, None, column)
-    if field == "url":
-        _require(where, pc.invert(pc.match_substring_regex(column, _BLANK)), column, "has a blank or control character")
-    if field == "sha256":
-        _require(where, pc.fill_null(pc.match_substring_regex(column, _SHA256), True), column, "is no SHA-256 in hex")
-        column = pc.utf8_lower(column)
-    return column
-
-
-def _require(where: str, good: pa.ChunkedArray, column: pa.ChunkedArray, fault: str) -> None:
-    first_bad = pc.index(good, False).as_py()
-    if first_bad >= 0:
-        raise UserError(f"{where}, row {first_bad + 1}: {column[first_bad].as_py()!r:.200} {fault}")
+def _rules(name: str, column: pa.Array) -> Sequence[tuple[pa.Array, str]]:
+    """Which cells break which rule."""
+    if name == "sha256":
+        is_none = pc.and_(pc.not_equal(column, ""), pc.invert(pc.match_substring_regex(column, _SHA256)))
+        return [(is_none, "is no SHA-256 in hex")]
+    if name not in _REQUIRED:
+        return []
+    rules = [(pc.is_null(column), "is missing"), (pc.equal(column, ""), "is empty")]
+    if name == "caption":
+        rules.append((pc.greater(pc.binary_length(column), _MAX_CAPTION_BYTES), f"has over {_MAX_CAPTION_BYTES} bytes"))
+    if name == "url":
+        rules += [
+            (pc.greater(pc.binary_length(column), _MAX_URL_BYTES), f"has over {_MAX_URL_BYTES} bytes"),
+            (pc.match_substring_regex(column, _CONTROL), "has a control character"),
+            (pc.invert(pc.match_substring_regex(column, _SCHEME)), "begins with no scheme://"),
+        ]
+    return rules
 
 
 def _complete(columns: dict[str, pa.ChunkedArray]) -> pa.Table:
     """All fields of `SCHEMA`; the host stands in for a missing source."""
     url = columns["url"]
-    for field in SCHEMA.names:
-        columns.setdefault(field, pa.chunked_array([pa.nulls(len(url), pa.string())]))
+    columns["folder"] = pa.chunked_array([pa.nulls(len(url), pa.string())])
     host = pc.struct_field(pc.extract_regex(url, _HOST), "host")
     columns["source"] = pc.coalesce(columns["source"], pc.utf8_lower(host), pa.scalar("unknown"))
-    return pa.table({field: columns[field] for field in SCHEMA.names}, schema=SCHEMA)
+    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
 
 
 def fold(table: pa.Table) -> pa.Table:

@@ -2,10 +2,12 @@
 
 import io
 import tarfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -13,7 +15,10 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.fetch import fetch_shard
 from imagerag.corpus.ledger import read_attempts
 from imagerag.corpus.shards import PLAN_SCHEMA, shard_path
+from imagerag.corpus.url_list import read_url_list
+from imagerag.errors import UserError
 from tests.corpus.cases import FETCHED, IMAGE_SIZE, MAX_BYTES, MAX_PIXELS, Fetched
+from tests.corpus.lists import LISTED, Listed
 from tests.corpus.web import Web
 
 Outcomes = dict[str, tuple[dict[str, Any], bytes | None, bytes | None]]
@@ -68,3 +73,24 @@ def test_fetched(outcomes: Outcomes, case: Fetched) -> None:
         seen = case.seen().convert("RGB").resize(image.size, Image.Resampling.BOX)
         difference = np.abs(np.asarray(image.convert("RGB"), int) - np.asarray(seen, int))
         assert difference.mean() <= case.within, "another picture than people see"
+
+
+@pytest.mark.parametrize("case", LISTED, ids=lambda case: case.what)
+def test_listed(tmp_path: Path, case: Listed) -> None:
+    path = tmp_path / case.name
+    if isinstance(case.file, pa.Table):
+        pq.write_table(case.file, path)
+    else:
+        path.write_bytes(case.file.encode() if isinstance(case.file, str) else case.file)
+    if case.error:
+        with pytest.raises(UserError) as caught:
+            read_url_list(str(path))
+        assert case.error in str(caught.value)
+        assert str(path) in str(caught.value)
+        return
+    found = read_url_list(str(path))
+    assert list(zip(*(found.table[name].to_pylist() for name in ("url", "caption")), strict=True)) == list(case.rows)
+    assert (found.num_invalid, found.num_duplicates) == (len(case.invalid), case.num_duplicates), found.invalid
+    assert found.num_rows == len(case.rows) + len(case.invalid) + case.num_duplicates
+    for said, expected in zip(found.invalid, case.invalid, strict=True):
+        assert said.startswith(expected)

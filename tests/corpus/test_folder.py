@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imagerag.corpus.config import DownloadConfig
@@ -82,27 +84,41 @@ def test_a_table_of_captions_with_its_other_columns(folder: Path) -> None:
     assert read_images(str(folder), named, UrlColumns(url="what")).table.num_rows == 3
 
 
+ROWS = "red_mug-2.jpg,a mug\ncups/blue cup.PNG,b\ncups/old/50% #1?.webp,c\n"
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "cups/../../secret.png", "/etc/passwd", ".."])
 def test_captions_cant_name_what_lies_outside(folder: Path, name: str) -> None:
     (folder.parent / "secret.png").write_bytes(picture(7))
-    captions = captions_in(folder, f"file,caption\nred_mug-2.jpg,a mug\n{name},a secret\n")
-    assert f"captions.csv, row 2: '{name}' lies outside {folder}" in error_of(folder, captions)
+    images = read_images(str(folder), captions_in(folder, f"file,caption\n{name},a secret\n{ROWS}"))
+    assert sorted(images.table["caption"].to_pylist()) == ["a mug", "b", "c"]
+    assert images.invalid == (f"'{name}' lies outside {folder}",)
 
 
-def test_images_and_captions_have_to_match(folder: Path) -> None:
-    rows = "file,caption\nred_mug-2.jpg,a\ncups/blue cup.PNG,b\n"
-    message = error_of(folder, captions_in(folder, rows))
-    assert f"captions.csv has no caption for 'cups/old/50% #1?.webp' of {folder}" in message
-    many = "".join(f"{i}.png,x\n" for i in range(7))
-    message = error_of(folder, captions_in(folder, rows + "cups/old/50% #1?.webp,c\n.hidden.png,d\n" + many))
-    assert "has captions for '.hidden.png', '0.png', '1.png', '2.png', '3.png' and 3 more, which" in message
-    message = error_of(folder, captions_in(folder, "file,caption\nred_mug-2.jpg,\n"))
-    assert "column 'caption', row 1: '' is empty" in message
-    rows = f"file,caption,sha256\nred_mug-2.jpg,a,{'ab' * 32}\ncups/blue cup.PNG,b,\ncups/old/50% #1?.webp,c,\n"
-    message = error_of(folder, captions_in(folder, rows))
-    assert f"'red_mug-2.jpg' of {folder} have another SHA-256 than the captions state" in message
+def test_images_and_captions_that_dont_match_are_counted(folder: Path) -> None:
+    def refused(text: str, num_good: int) -> tuple[str, ...]:
+        images = read_images(str(folder), captions_in(folder, text))
+        assert (images.table.num_rows, images.num_invalid) == (num_good, images.num_rows - num_good)
+        return images.invalid
+
+    two = ROWS.rpartition("cups/old")[0]
+    assert refused(f"file,caption\n{two}", 2) == (f"'cups/old/50% #1?.webp' of {folder} has no row",)
+    said = f"is no image in {folder}; file names count from the folder"
+    assert refused(f"file,caption\n{ROWS}.hidden.png,d\n0.png,x\n", 3) == (f"'.hidden.png' {said}", f"'0.png' {said}")
+    assert refused(f"file,caption\n{ROWS}red_mug-2.jpg,\n", 3) == ("row 4 has a caption that is empty",)
+    rows = "".join(f"{line},{'ab' * 32 if 'mug' in line else ''}\n" for line in ROWS.splitlines())
+    assert refused(f"file,caption,sha256\n{rows}", 2) == (
+        "'red_mug-2.jpg' has another SHA-256 than the captions state",
+    )
+    many = "".join(f"{number}.png,x\n" for number in range(7))
+    assert "7 of 10 rows are bad" in error_of(folder, captions_in(folder, f"file,caption\n{ROWS}{many}"))
     message = error_of(folder, captions_in(folder, "name,caption\nred_mug-2.jpg,a\n"))
     assert "has no column that looks like 'file': say which of its columns ['name', 'caption'] it is" in message
+
+
+def test_a_folder_of_parts_is_a_list(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["http://a.example/"], "caption": ["x"]}), tmp_path / "part-0.parquet")
+    assert read_images(str(tmp_path)).table["caption"].to_pylist() == ["x"]
 
 
 def test_what_is_no_folder_of_images(folder: Path, tmp_path: Path) -> None:
@@ -110,7 +126,9 @@ def test_what_is_no_folder_of_images(folder: Path, tmp_path: Path) -> None:
     assert f"there is no folder {tmp_path}/none on this machine; a URL list is a file" in error_of(tmp_path / "none")
     assert f"{tmp_path}/empty has no images: no file in it is named .jpg" in error_of(tmp_path / "empty")
     assert error_of(folder, "no.csv") == "there is no captions file at no.csv"
-    assert "a captions file is a file named .parquet" in error_of(folder, "captions.txt")
+    assert "a captions file is a file, or a folder or a glob of files, named .parquet" in error_of(
+        folder, "captions.md"
+    )
     assert "captions (c.csv) go with a folder of images; urls.csv is a URL list" in error_of("urls.csv", "c.csv")
 
 

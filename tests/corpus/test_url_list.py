@@ -1,5 +1,8 @@
+import csv
 import gzip
+import io
 import json
+import random
 from pathlib import Path
 
 import fsspec
@@ -7,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imagerag.corpus.url_list import SCHEMA, UrlColumns, fold, read_url_list
+from imagerag.corpus.url_list import SCHEMA, BadRows, UrlColumns, fold, read_url_list
 from imagerag.errors import UserError
 
 ROWS = [("https://Photos.example/a.jpg", "an apple"), ("http://user@b.example:8000/b", 'a "pear", green\nand round')]
@@ -117,14 +120,8 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_unknown_format_and_unknown_file_system() -> None:
-    assert "is a file named .parquet, .csv, .csv.gz, .jsonl, .jsonl.gz; got list.xlsx" in error_of("list.xlsx")
+    assert "a URL list is a file, or a folder or a glob of files, named .parquet, .csv" in error_of("list.xlsx")
     assert "nosuch://list.csv is not readable" in error_of("nosuch://list.csv")
-
-
-@pytest.mark.parametrize("name", ["list.parquet", "list.csv.gz", "list.jsonl.gz"])
-def test_a_file_of_another_format(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"\x00\x01 not what the name says")
-    assert f"{name} is not readable as the list that its name says" in error_of(f"{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
@@ -149,49 +146,74 @@ def test_named_column_is_not_there_or_twice(tmp_path: Path) -> None:
     assert "has 2 columns 'text' instead of 1" in error_of(uri)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("list.csv", b""),
-        ("list.csv", b"url,caption\n"),
-        ("list.jsonl", b""),
-        ("list.parquet", as_parquet().slice(0, 0)),
-    ],
-)
-def test_an_empty_list(tmp_path: Path, name: str, content: bytes | pa.Table) -> None:
-    message = error_of(write(tmp_path, name, content))
-    assert "has no rows" in message or "has no column that looks like 'url'" in message
+@pytest.mark.parametrize("parts", ["*.parquet", "part-?.parquet", ""])
+def test_parts_are_one_list(tmp_path: Path, parts: str) -> None:
+    for number, late in enumerate(({}, {"license": ["MIT"]})):
+        table = pa.table({"url": [f"http://a.example/{number}"], "caption": ["x"]} | late)
+        pq.write_table(table, tmp_path / f"part-{number}.parquet")
+    (tmp_path / "README.md").write_text("not a part")
+    rows = read_url_list(f"{tmp_path}/{parts}").table.to_pylist()
+    assert [(row["url"][-1], row["licence"]) for row in rows] == [("0", None), ("1", "MIT")]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("list.csv", b"url,text\nu://a,x\nu://b,\n", "list.csv, column 'text', row 2: '' is empty"),
-        ("list.csv", b"url,text\nu://a,x\n  ,x\n", "list.csv, column 'url', row 2: '  ' is empty"),
-        ("list.csv", b"url,text\nu://a b,x\n", "column 'url', row 1: 'u://a b' has a blank or control character"),
-        ("list.csv", b"url,text\nu://a\x07,x\n", "column 'url', row 1: 'u://a\\x07' has a blank or control"),
-        ("list.csv", "url,text\nu://a\u2003,x\n".encode(), "column 'url', row 1"),
-        ("list.csv", b"url,text\nu://a,x\nu://b\n", "list.csv: CSV parse error: row 2: Expected 2 columns, got 1"),
-        ("list.csv", b"url,text\nu://a,x\nu://b,\xff\n", "list.csv: In CSV column #1: row 2: CSV conversion error"),
-        ("list.csv", b"url,text,sha256\nu://a,x,abc\n", "column 'sha256', row 1: 'abc' is no SHA-256 in hex"),
-        ("list.jsonl", b'{"url":"u://a","alt":"x"}\n{"url":"u://b"}\n', "column 'alt', row 2: None is null"),
-        (
-            "list.jsonl",
-            b'{"url":"u://a","alt":"x"}\n\n{"url":"u://b","alt":7}\n',
-            "column 'alt', row 2: text is needed, got 7",
-        ),
-        ("list.jsonl", b'{"url":"u://a","alt":"x"}\n{"url":', "row 2 is no JSON"),
-        ("list.jsonl", b'{"url":"u://a","alt":"x"}\n["u://b","y"]', "row 2 is no JSON object: ['u://b', 'y']"),
-        ("list.parquet", pa.table({"url": ["u://a", None], "alt": ["x", "y"]}), "column 'url', row 2: None is null"),
-        (
-            "list.parquet",
-            pa.table({"url": ["u://a"], "alt": [7]}),
-            "column 'alt', row 1: text is needed, got 7 (the column is",
-        ),
-        ("list.parquet", pa.table({"url": ["u://a"], "alt": [None]}), "column 'alt', row 1: None is null"),
-    ],
-)
-def test_errors_name_file_column_and_row(tmp_path: Path, name: str, content: bytes | pa.Table, expected: str) -> None:
-    message = error_of(write(tmp_path, name, content))
-    assert expected in message
-    assert f"{tmp_path}/{name}" in message
+def test_a_column_that_appears_late_is_read(tmp_path: Path) -> None:
+    lines = [{"url": f"http://a.example/{number}", "caption": "x"} for number in range(10_100)]
+    lines[-1] |= {"licence": "MIT"}
+    uri = write(tmp_path, "list.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    assert read_url_list(uri).table["licence"].drop_null().to_pylist() == ["MIT"]
+
+
+def test_the_first_bad_row_can_stop_a_run(tmp_path: Path) -> None:
+    uri = write(tmp_path, "list.csv", b"url,text\nu://a,x\nu://b,\nu://c,y\n")
+    with pytest.raises(UserError, match=r"list\.csv, row 2 has a caption that is empty; `on_bad_row` is stop"):
+        read_url_list(uri, bad_rows=BadRows(on_bad_row="stop"))
+
+
+def test_a_wrong_column_is_found_out_before_the_whole_list_is_read(tmp_path: Path) -> None:
+    text = "url,text\n" + 20_000 * "apple,x\n"
+    uri = write(tmp_path, "list.csv", text.encode())
+    with pytest.raises(
+        UserError, match=r"list\.csv: 10,000 of 10,000 rows are bad, more than the 50% .* row 1 has a url"
+    ):
+        read_url_list(uri)
+    with pytest.raises(UserError, match="has no rows that could be used"):
+        read_url_list(uri, bad_rows=BadRows(max_share=1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_row_of_a_list_is_lost(tmp_path: Path, seed: int) -> None:
+    """Rows in are rows of the table, duplicates and bad rows, whatever is in them."""
+    rng = random.Random(seed)
+    cells = [
+        "u://a",
+        "u://b",
+        "",
+        " ",
+        "x",
+        'a "b"',
+        "a,b",
+        "a\nb",
+        "\u00a0u://c ",
+        "\ud800",
+        None,
+        7,
+        "y" * 9_000,
+        "\x1b",
+        "\t",
+    ]
+    rows = [{"url": rng.choice(cells), "caption": rng.choice(cells)} for _ in range(rng.randrange(1, 200))]
+    rows += [{"url": "u://a", "caption": f"{number}"} for number in range(2)]
+    texts = [{key: cell for key, cell in row.items() if isinstance(cell, str) and cell.isprintable()} for row in rows]
+    as_csv = io.StringIO()
+    writer = csv.DictWriter(as_csv, ["url", "caption"], lineterminator=rng.choice(["\n", "\r\n", "\r"]))
+    writer.writeheader()
+    writer.writerows(texts)
+    files = {
+        "list.jsonl": "\n".join(map(json.dumps, rows)).encode(),
+        "list.json": json.dumps(rows).encode(),
+        "list.csv": as_csv.getvalue().encode(),
+    }
+    for name, content in files.items():
+        found = read_url_list(write(tmp_path, name, content), bad_rows=BadRows(max_share=1))
+        assert found.num_rows == found.table.num_rows + found.num_duplicates + found.num_invalid
+        assert found.num_rows == len(rows), name
