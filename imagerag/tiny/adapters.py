@@ -125,9 +125,14 @@ _COPY_HEAD = "| | setting | recognised | second judge | similarity to what was s
 
 
 def one_step(
-    base: BaseModel, adapter: HSpaceAdapter | None, batch: RagBatch, *, w: float | None = None, scale: float = 1.0
+    base: BaseModel,
+    adapter: HSpaceAdapter | None,
+    batch: RagBatch,
+    *,
+    w: float | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """Return clean latents by the adapter, by slerp with the first reference, or by the base model alone."""
+    """Return clean latents by the adapter, by default at its own scale, by slerp with one reference, or by neither."""
     diffusion = Diffusion(base.scheduler)
     last = torch.full((len(batch.noise),), diffusion.last)
     noised = diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)
@@ -135,7 +140,8 @@ def one_step(
         target = encode(base.unet, noised, last, batch.text)
         h = target.h
         if adapter is not None:
-            h = adapter(h, batch.h_references, gate(batch.similarities, 0.0), scale)
+            own_scale = adapter.config.default_scale if scale is None else scale
+            h = adapter(h, batch.h_references, gate(batch.similarities, 0.0), own_scale)
         elif w is not None:
             h = slerp(h, batch.h_references[:, 0], w)
         return diffusion.to_clean(decode(base.unet, replace(target, h=h)), noised, last)
@@ -154,12 +160,17 @@ class Maker:
         choice: ReferenceChoice,
         *,
         w: float | None = None,
-        scale: float = 1.0,
+        scale: float | None = None,
         with_itself: bool = False,
     ) -> Way:
         """Return pictures by a model for each seed.
 
         Args:
+            title: of the way.
+            models: one for each seed.
+            choice: the references.
+            w: of slerp.
+            scale: of the adapter; by default its own.
             with_itself: whether the very drawing is the first reference, before the others.
         """
         made, shown = [], []

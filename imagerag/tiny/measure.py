@@ -22,10 +22,8 @@ from imagerag.tiny.vae import to_input
 from imagerag.training.config import ReferenceChoice
 from imagerag.training.data import Ints, RagBatch, RagData
 
-RIGHT = ReferenceChoice(number=4, none=0.0, random=0.0)
-ONE = ReferenceChoice(number=1, none=0.0, random=0.0)
-RANDOM = ReferenceChoice(number=4, none=0.0, random=1.0)
-NONE = ReferenceChoice(number=4, none=1.0, random=0.0)
+RIGHT, ONE = ReferenceChoice.found(4), ReferenceChoice.found(1)
+RANDOM, NONE = (RIGHT.model_copy(update={share: 1.0}) for share in ("random", "none"))
 _STYLES_OF_A_CONCEPT = 3
 _BATCH_SIZE = 64
 _COPY_QUANTILE = 0.999

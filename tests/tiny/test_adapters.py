@@ -28,9 +28,9 @@ class InMemoryData:
         self.held_out, self.learnt = np.arange(len(drawings)), np.empty(0, int)
         self._images = [drawing.image for drawing in drawings]
         pictures = open_images(self._images)
-        self._latents = encode_latents(base.vae, base.unet, pictures)
+        self._latents = encode_latents(base.vae, base.unet, pictures, "crop")
         self._text = base.conditioner.encode(self.prompts).embeds
-        self._h = encode_references(base.vae, base.unet, base.conditioner, pictures, self.prompts)
+        self._h = encode_references(base.vae, base.unet, base.conditioner, pictures, self.prompts, "crop")
         names = np.array(self.prompts)
         others = [np.flatnonzero(names == name) for name in self.prompts]
         self._others = np.array([np.resize(own[own != row], 2) for row, own in enumerate(others)])
