@@ -56,7 +56,8 @@ class Recipe:
     hspace_steps: int = 2100
     prior_steps: int = 2400
     teacher_steps: int = 1500
-    student_steps: int = 1500
+    """0 leaves the teacher as it starts."""
+    student_steps: int = 2500
     perceptual_steps: int = 1200
     batch_size: int = 64
     """Of all but the autoencoder, the text's part and the perceptual network."""
@@ -130,6 +131,8 @@ class Training:
 
     def _train_teacher(self, common: dict[str, Any]) -> ModelMixin:
         unet = self._started("teacher") or self._train_hspace(common)
+        if not self._recipe.teacher_steps:
+            return unet
         teacher = TeacherPhase(
             "teacher", unet, **common, steps=self._recipe.teacher_steps, learning_rate=4e-4, reads=False
         )
@@ -208,7 +211,8 @@ class Training:
         if self._start is None:
             return recipe
         weights = {part: self._start / part / "diffusion_pytorch_model.safetensors" for part in _PARTS}
-        return recipe | {"start": {part: sha256_of(path) for part, path in weights.items()}}
+        before = json.loads((self._start / tiny.MANIFEST_NAME).read_text())["recipe"]
+        return recipe | {"start": {part: sha256_of(path) for part, path in weights.items()} | {"recipe": before}}
 
 
 def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
