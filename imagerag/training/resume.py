@@ -27,14 +27,18 @@ def version_to_learn_from(
     else, and with `anew`, the published one.
 
     Raises:
-        UserError: if nothing was published.
+        UserError: if nothing was published, or a loss needs a network that is not there.
     """
+    from imagerag.training.perceptual import check_perceptual
+
     store = Store(settings.index_uri, name)
     published = require_published(store)
     pinned = pins(store).items()
     begun = {label.removeprefix(TRAINING): version for label, version in pinned if label.startswith(TRAINING)}
     if anew or not begun:
         return published
+    if training.losses.perceptual:
+        check_perceptual(training.perceptual_network)  # a training's name depends on it
 
     def key_on(version: int) -> str:
         retriever = Retriever(store.uri, name, version=version)

@@ -5,14 +5,14 @@ from pathlib import Path
 from imagerag.retrieval.pins import TRAINING, pin
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.takedown import remove
-from imagerag.training.config import FinetuneConfig, SynthesizeConfig
+from imagerag.training.config import FinetuneConfig, LossWeights, SynthesizeConfig
 from imagerag.training.job import key_of
 from imagerag.training.resume import version_to_learn_from
 from tests.generation.with_index import drawing
 from tests.retrieval.rows import append, index_and_publish, make_rows
 from tests.training.conftest import NAME, World
 
-TRAINING_CONFIG = FinetuneConfig(steps=6, batch_size=8, micro_batch_size=4)
+TRAINING_CONFIG = FinetuneConfig(losses=LossWeights(perceptual=0.0), steps=6, batch_size=8, micro_batch_size=4)
 
 
 def version_for(world: World, training: FinetuneConfig = TRAINING_CONFIG, *, anew: bool = False) -> int:
