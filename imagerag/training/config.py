@@ -124,6 +124,11 @@ class FinetuneConfig(Config):
     )
     weight_decay: float = Field(default=1e-2, ge=0, description="Of AdamW, for adapter and LoRA.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are cut to it.")
+    max_skipped: int = Field(
+        default=10,
+        ge=1,
+        description="A step whose gradient is not finite is skipped; so many in a row end the training.",
+    )
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="Of the averaged weights, which are what is kept.")
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints, each with a validation.")
     num_validated: int = Field(default=256, ge=1, description="Held-out rows of a validation, always the same.")

@@ -125,13 +125,18 @@ class RagData:
         self._strangers = of_learnt[of_learnt >= 0]
 
     def read(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> RagBatch:
-        """Return these examples (B,) with noise of `rng`, and references that are theirs, random or none."""
+        """Return these examples (B,) with noise of `rng`, and references that are theirs, random or none.
+
+        Raises:
+            VersionGoneError: if a takedown deleted what would be read.
+        """
         chosen = self.choose(examples, references, rng)
         present = torch.from_numpy(chosen >= 0)
-        h, embeds = self._read_index(chosen)
-        own = self._prompt_embeds.read(examples)
+        with self._index.reading():
+            h, embeds = self._read_index(chosen)
+            own = self._prompt_embeds.read(examples)
+            latents, text = self._read_latents(examples)
         similarities = torch.from_numpy(np.einsum("bkd,bd->bk", embeds, own))
-        latents, text = self._read_latents(examples)
         noise = rng.standard_normal(latents.shape, np.float32)
         return RagBatch(
             latents=latents,
@@ -148,6 +153,18 @@ class RagData:
             UserError: if a takedown deleted the index's version.
         """
         self._index.check_version()
+
+    def describe(self, examples: Ints) -> list[str]:
+        """Return which rows examples (N,) are, with the digests of their pictures."""
+        with self._index.reading():
+            found = self._index.read(["id", "image_sha256"])
+        own = [(row, int(self._own[row])) for row in examples]
+        return [
+            f"row {found['id'][place]} (image {found['image_sha256'][place]})"
+            if place >= 0
+            else f"the teacher's picture of {self.prompts[row]!r}"
+            for row, place in own
+        ]
 
     def images(self) -> list[bytes]:
         """Return the encoded pictures of all rows of the index."""
@@ -258,6 +275,8 @@ class Loaded:
     number: int
     """Of the micro-batch within its step, over all workers."""
     waited_s: float
+    examples: Ints
+    """Which ones (B,) it has."""
 
 
 class Loader:
@@ -272,16 +291,16 @@ class Loader:
     def steps(self, first: int) -> Iterator[list[Callable[[], Loaded]]]:
         """Yield for each step from `first` on what loads its micro-batches, one after the other."""
         with ThreadPoolExecutor(1, "loader") as pool:
-            ahead: deque[list[tuple[int, Future[RagBatch]]]] = deque()
+            ahead: deque[list[tuple[int, Ints, Future[RagBatch]]]] = deque()
             for step in range(first, self._config.steps):
                 while len(ahead) < _READ_AHEAD and step + len(ahead) < self._config.steps:
                     ahead.append(self._submit(pool, step + len(ahead)))
-                yield [partial(self._wait, number, future) for number, future in ahead.popleft()]
+                yield [partial(self._wait, *part) for part in ahead.popleft()]
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[tuple[int, Future[RagBatch]]]:
+    def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[tuple[int, Ints, Future[RagBatch]]]:
         parts = list(enumerate(micro_batches(self._data, self._config, step)))
         return [
-            (number, pool.submit(self._read, rows, step, number))
+            (number, rows, pool.submit(self._read, rows, step, number))
             for number, rows in parts[self._rank :: self._num_workers]
         ]
 
@@ -290,7 +309,7 @@ class Loader:
         batch = self._data.read(rows, self._config.references, rng)
         return batch.pin() if self._device.type == "cuda" else batch
 
-    def _wait(self, number: int, future: "Future[RagBatch]") -> Loaded:
+    def _wait(self, number: int, examples: Ints, future: "Future[RagBatch]") -> Loaded:
         started = time.perf_counter()
         batch = future.result()
-        return Loaded(batch.to(self._device), number, time.perf_counter() - started)
+        return Loaded(batch.to(self._device), number, time.perf_counter() - started, examples)

@@ -47,6 +47,8 @@ class Finetuning:
     Attributes:
         done: updates so far.
         accuracy: the discriminator's, averaged over the last steps; 0.5 is chance, and NaN that there is none.
+        skipped: how many of the updates were skipped because a gradient was not finite.
+        suspects: examples of the last step, where that was skipped: those whose loss was not finite, else all.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Finetuning:
         """
         torch.manual_seed(config.seed)
         self.config, self.done, self.accuracy = config, 0, float("nan")
+        self.skipped, self._skipped_in_a_row, self.suspects = 0, 0, np.empty(0, np.int64)
         self._device, self._dtype = base.unet.device, dtype
         self._vae = base.vae
         diffusion = Diffusion(base.scheduler)
@@ -109,27 +112,35 @@ class Finetuning:
         """Learn from one batch, this worker's micro-batches of it, and return losses, norms and seconds.
 
         With several micro-batches, gradients are accumulated; generator and discriminator are updated together, each
-        by what the other was before.
+        by what the other was before. Where a gradient is not finite, nothing is updated, on no worker: batches are the
+        same each time, and who stopped here would never get further.
 
         Raises:
-            FloatingPointError: if a gradient is not finite. Nothing was changed then.
+            FloatingPointError: if `max_skipped` steps in a row were skipped.
         """
         started, waited_s = time.perf_counter(), 0.0
         self._optimizer.zero_grad(set_to_none=True)
         self._heads_optimizer.zero_grad(set_to_none=True)
         sums: Terms = {}
+        parts: list[tuple[Loaded, Terms]] = []
         for number, load in enumerate(micro_batches):
             loaded = load()
             waited_s += loaded.waited_s
             terms = self._accumulate(loaded, len(micro_batches), is_last=number == len(micro_batches) - 1)
+            parts.append((loaded, terms))
             sums = {name: sums.get(name, 0.0) + term / len(micro_batches) for name, term in terms.items()}
         # Read at once: each reading waits for the device.
-        values = {name: float(value) for name, value in (sums | self._update()).items()}
-        if "accuracy" in values:
+        values = {name: float(value) for name, value in (sums | self._update(parts)).items()}
+        if "accuracy" in values and not len(self.suspects):
             before = 0.5 if math.isnan(self.accuracy) else self.accuracy
             self.accuracy = _ACCURACY_DECAY * before + (1 - _ACCURACY_DECAY) * values["accuracy"]
         step_s = time.perf_counter() - started
-        return values | {"learning_rate": self._schedule.get_last_lr()[0], "data_s": waited_s, "step_s": step_s}
+        return values | {
+            "learning_rate": self._schedule.get_last_lr()[0],
+            "data_s": waited_s,
+            "step_s": step_s,
+            "skipped": self.skipped,
+        }
 
     def _accumulate(self, loaded: Loaded, parts: int, *, is_last: bool) -> Terms:
         """Add the gradients of one micro-batch, which is one of `parts`."""
@@ -150,21 +161,28 @@ class Finetuning:
             (loss / parts).backward()
         return terms | of_generator
 
-    def _update(self) -> Terms:
-        """Update everything by its gradients, and return their norms."""
+    def _update(self, parts: Sequence[tuple[Loaded, Terms]]) -> Terms:
+        """Update everything by its gradients, unless one is not finite, and return their norms."""
         norm = nn.utils.clip_grad_norm_(self._learning.values(), self.config.max_grad_norm)
         norms = {"grad_norm": norm}
         judged = any(parameter.grad is not None for parameter in self._heads)
         if judged:
             norms["heads_grad_norm"] = nn.utils.clip_grad_norm_(self._heads, self.config.max_grad_norm)
         broken = [name for name, value in norms.items() if not torch.isfinite(value)]
-        if broken:
-            raise FloatingPointError(f"step {self.done}: {broken[0]} is {float(norms[broken[0]])} with {self.config}")
-        self._optimizer.step()
+        self.suspects = _suspects(parts) if broken else np.empty(0, np.int64)
+        self.skipped += bool(broken)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if broken else 0
+        if self._skipped_in_a_row >= min(self.config.max_skipped, self.config.steps):
+            raise FloatingPointError(
+                f"step {self.done}: {broken[0]} is {float(norms[broken[0]])}, and {self._skipped_in_a_row} steps in a "
+                f"row were like that, with {self.config}"
+            )
+        if not broken:
+            self._optimizer.step()
+            if judged:
+                self._heads_optimizer.step()
+            self._ema.step(self._learning.values())
         self._schedule.step()
-        if judged:
-            self._heads_optimizer.step()
-        self._ema.step(self._learning.values())
         self.done += 1
         return norms
 
@@ -173,6 +191,7 @@ class Finetuning:
         return {
             "done": self.done,
             "accuracy": self.accuracy,
+            "skipped": (self.skipped, self._skipped_in_a_row),
             "learning": {name: parameter.detach() for name, parameter in self._learning.items()},
             "heads": self._ladd.discriminator.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -193,6 +212,7 @@ class Finetuning:
         self._ema.load_state_dict(state["ema"])
         self._ema.to(self._device)
         self.done, self.accuracy = state["done"], state["accuracy"]
+        self.skipped, self._skipped_in_a_row = state["skipped"]
 
     def validate(self, data: RagData) -> tuple[dict[str, float], Image.Image]:
         """Measure the averaged weights on held-out examples, with noise that is always the same.
@@ -279,6 +299,12 @@ def _without_sync(modules: Sequence[nn.Module]) -> Iterator[None]:
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         yield
+
+
+def _suspects(parts: Sequence[tuple[Loaded, Terms]]) -> Ints:
+    """Return the examples of micro-batches whose losses are not finite; of all if all are."""
+    bad = [loaded.examples for loaded, terms in parts if not all(value.isfinite().all() for value in terms.values())]
+    return np.concatenate(bad or [loaded.examples for loaded, _ in parts])
 
 
 def _seed(*numbers: int) -> int:

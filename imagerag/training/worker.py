@@ -3,6 +3,7 @@
 Heavy packages are imported when a worker begins: Ray's own processes import this module for nothing but its names.
 """
 
+import logging
 import math
 import tempfile
 import time
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
     from imagerag.training.data import RagData
     from imagerag.training.finetune import Finetuning
 
+logger = logging.getLogger(__name__)
+
 STATE = "state.pt"
 """In a checkpoint, beside what is exported: all that the next steps depend on."""
 SCORE, ACCURACY = "score", "discriminator_accuracy"
 _GRID = "validation.png"
 _LOG_EVERY = 10
 _SAY_EVERY_S = 1.0
+_MOST_NAMED = 32
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,12 @@ def _train_steps(task: Task, board: Any) -> None:
         for loads in loader.steps(first):
             values = training.step(loads)
             done, steps = training.done, task.config.steps
+            if len(training.suspects):
+                rows = ", ".join(data.describe(training.suspects[:_MOST_NAMED]))
+                more = f" and {len(training.suspects) - _MOST_NAMED} more" * (len(training.suspects) > _MOST_NAMED)
+                logger.warning(
+                    "step %s was skipped, its gradient is not finite; of this worker: %s%s", done - 1, rows, more
+                )
             is_checkpoint = done % task.config.checkpoint_every == 0 or done == steps
             if tracker is not None:
                 values["samples_per_s"] = task.config.batch_size / values["step_s"]

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch.autograd import DeviceType
@@ -178,4 +179,4 @@ def _load(training: Finetuning, rows: int, device: torch.device) -> partial[Load
         h_references=random(rows, NUM_REFERENCES, channels[-1], deepest, deepest),
         similarities=torch.full((rows, NUM_REFERENCES), 0.5, device=device),
     )
-    return partial(Loaded, batch, 0, 0.0)
+    return partial(Loaded, batch, 0, 0.0, np.arange(rows))

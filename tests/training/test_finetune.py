@@ -168,17 +168,33 @@ def test_in_bfloat16_what_learns_stays_float32(world: World, data: RagData, devi
     assert not same(learnt(half), before)
 
 
-def test_what_is_no_number_stops_it_before_anything_changes(make: Callable[..., Finetuning], data: RagData) -> None:
-    training = make()
+def test_a_step_whose_gradient_is_no_number_is_skipped(make: Callable[..., Finetuning], data: RagData) -> None:
+    training = make(max_skipped=2, micro_batch_size=2)
     run(training, data, until=2)
     before = learnt(training)
-    load = next(iter(Loader(data, training.config, CPU).steps(2)))[0]
-    loaded = load()
-    loaded.batch.latents[0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"step 2: grad_norm is nan with .*learning_rate=0.01"):
-        training.step([lambda: loaded])
+    steps = list(Loader(data, training.config, CPU).steps(2))
+    whole, broken = (load() for load in steps[0])
+    broken.batch.latents[0] = float("nan")
+    values = training.step([lambda: whole, lambda: broken])
     assert same(learnt(training), before)
-    assert training.done == 2
+    assert (training.done, training.skipped, values["skipped"]) == (3, 1, 1)
+    assert training.suspects.tolist() == broken.examples.tolist()
+    (first, *_) = data.describe(training.suspects)
+    row = next(each for each in data._index.read(["id", "image_sha256"]).to_pylist() if each["id"] in first)
+    assert first == f"row {row['id']} (image {row['image_sha256']})"
+
+    again = make(max_skipped=2, micro_batch_size=2)
+    again.load_state_dict(training.state_dict())
+    with pytest.raises(
+        FloatingPointError, match=r"step 3: grad_norm is nan, and 2 steps in a row .*learning_rate=0.01"
+    ):
+        again.step([lambda: broken])
+    assert again.done == 3
+    training.step(steps[1])
+    assert not same(learnt(training), before)
+    assert len(training.suspects) == 0
+    training.step([lambda: broken])
+    assert (training.done, training.skipped) == (5, 2), "not in a row"
 
 
 def test_without_references_lora_alone_is_trained(make: Callable[..., Finetuning], data: RagData) -> None:
