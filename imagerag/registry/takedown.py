@@ -1,6 +1,7 @@
 """What MLflow keeps of an image that is taken down: pages and pictures of runs, and models with a copy of the index."""
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from imagerag.registry.versions import (
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import holds
 from imagerag.settings import Settings
+from imagerag.training.job import EXPERIMENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,20 +69,26 @@ def _artifacts(
     client: "MlflowClient", evaluation_runs: Collection[str], training_sets: Collection[str]
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield runs with the URI of their artifacts and which of these have to go."""
-    for run in _runs(client):
-        if run.info.run_id in evaluation_runs:
-            yield run.info.run_id, run.info.artifact_uri, _PAGES
+    from mlflow.exceptions import MlflowException
+
+    for run_id in evaluation_runs:
+        with suppress(MlflowException):  # it may have been lost
+            yield run_id, client.get_run(run_id).info.artifact_uri, _PAGES
+    for run in _trainings(client):
         if run.data.tags.get("references_uri", "").rsplit("/", 1)[-1] in training_sets:
             yield run.info.run_id, run.info.artifact_uri, (_VALIDATION,)
 
 
-def _runs(client: "MlflowClient") -> Iterator[Any]:
+def _trainings(client: "MlflowClient") -> Iterator[Any]:
+    """Yield the runs of all trainings, those that were deleted too: their artifacts may be there."""
     from mlflow.entities import ViewType
 
-    experiments = [each.experiment_id for each in client.search_experiments(view_type=ViewType.ALL)]
-    token: str | None = ""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    token: str | None = "" if experiment is not None else None
     while token is not None:
-        page = client.search_runs(experiments, run_view_type=ViewType.ALL, max_results=1_000, page_token=token or None)
+        page = client.search_runs(
+            [experiment.experiment_id], run_view_type=ViewType.ALL, max_results=1_000, page_token=token or None
+        )
         yield from page
         token = page.token or None
 
