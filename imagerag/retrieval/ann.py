@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class IndexRecord:
     """A digest of the rows, without their features: the same rows in the same partitions need not be measured again."""
     config: dict[str, Any]
     """The `IndexConfig` that it was built with."""
+    words: dict[str, str | bool] = field(default_factory=dict)
+    """How captions' words were indexed."""
 
 
 def read_record(dataset: LanceDataset) -> IndexRecord | None:

@@ -37,6 +37,11 @@ _MAX_GROWTH = 2
 _NUM_STEPS = 4
 
 
+_WORDS: dict[str, str | bool] = {"base_tokenizer": "icu/split", "remove_stop_words": False}
+"""Words of captions are split by the rules and dictionaries of Unicode's ICU, which Lance brings: scripts without
+spaces between words, too. `the who` is a query like any other; English is stemmed."""
+
+
 class IndexConfig(Config):
     """How an index is built."""
 
@@ -69,7 +74,7 @@ def build_index(
     with store.writer_lock():
         dataset = store.dataset()
         record = read_record(dataset)
-        if record is None or record.config != config.model_dump():
+        if record is None or (record.config, record.words) != (config.model_dump(), _WORDS):
             from_scratch, record = True, None
         if from_scratch or record is None or record.version != dataset.version:
             record = _build(store, config, record if not from_scratch else None, on_progress)
@@ -128,6 +133,7 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
         num_unindexed_rows=num_rows - min(index.num_rows_indexed for index in dataset.describe_indices()),
         rows=rows,
         config=config.model_dump(),
+        words=_WORDS,
     )
     write_record(dataset, record)
     on_progress(_NUM_STEPS, _NUM_STEPS, f"recall@10 {recall:.3f}")
@@ -145,7 +151,7 @@ def _digest_of_rows(dataset: LanceDataset) -> str:
 def _index_words(store: Store) -> None:
     from lancedb.index import FTS
 
-    open_table(store).create_index("caption", config=FTS(), replace=True)
+    open_table(store).create_index("caption", config=FTS(**_WORDS), replace=True)
 
 
 def _index_vectors(store: Store, kind: str, num_rows: int, last: IndexRecord | None) -> int:
