@@ -20,7 +20,7 @@ from imagerag.corpus.ledger import read_attempts, read_ledger, wanted_images
 from imagerag.corpus.sample.bad import bad_urls
 from imagerag.corpus.sample.server import SampleServer
 from imagerag.corpus.takedown import take_down
-from imagerag.corpus.url_list import SCHEMA, UrlList
+from imagerag.corpus.url_list import SCHEMA, UrlList, read_url_list
 from imagerag.settings import Settings
 from tests.corpus.web import Web, picture
 
@@ -98,6 +98,10 @@ def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
     )
     assert (result.num_urls, result.num_success, result.num_failed, result.num_fetched) == (19, 10, 9, 19)
     assert result.reasons == dict(Counter(str(reason) for _, reason in bad.values()))
+    assert result.examples["opt_out"][0] == f"{bad['noai'][0]}: opt_out: X-Robots-Tag"
+    assert {reason: len(examples) for reason, examples in result.examples.items()} == {
+        reason: min(count, 3) for reason, count in result.reasons.items()
+    }
     assert (result.num_removed, result.num_duplicates) == (0, 1)
     assert (heard[0], heard[-1]) == ((0, 19), (19, 19))
     assert result.machine_s > 0
@@ -117,6 +121,18 @@ def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
     again = corpus.download(rows)
     assert (again.num_fetched, again.num_success, again.reasons) == (0, 10, result.reasons)
     assert web.requests == before
+
+
+def test_bad_rows_are_failures(corpus: Corpus, web: Web, tmp_path: Path) -> None:
+    lines = [web.serve("/tn0", picture(0)), web.serve("/tn1", b"", status=404), "no URL", "", web.url("/tn0")]
+    (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{line},c\n" for line in lines))
+    config = DownloadConfig(allowed_hosts=(web.host,), retries=0)
+    urls = read_url_list(str(tmp_path / "list.csv"))
+    result = download(urls, uri=corpus.uri, config=config, settings=Settings(home=tmp_path))
+    assert (result.num_success, result.num_duplicates) == (1, 1)
+    assert result.reasons == {"invalid_row": 2, "http_status": 1}
+    assert len(lines) == result.num_success + result.num_failed + result.num_duplicates
+    assert result.examples["invalid_row"][1] == "row 4 has a url that is empty"
 
 
 def test_only_what_is_new_is_fetched_and_what_vanished_is_wanted_no_more(corpus: Corpus, web: Web) -> None:
