@@ -136,8 +136,9 @@ def test_slerp_has_the_base_models_weight_unless_it_is_told_another(
     own = finetuned(own_world)
     index = Path(own.base, "model_index.json")
     index.write_text(json.dumps(json.loads(index.read_text()) | {"slerp_w": 0.3}))
+    version = own_world.store.index_version(require_published(own_world.store))
     for told, expected in ((None, 0.3), (0.6, 0.6)):
-        ways = ways_of(config.model_copy(update={"slerp_w": told}), own, own.base, None)
+        ways = ways_of(config.model_copy(update={"slerp_w": told}), own, own.base, version, None)
         assert [(way.title, way.w) for way in ways if way.name == "slerp"] == [(f"slerp, w = {expected}", expected)]
 
 
