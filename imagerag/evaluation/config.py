@@ -95,8 +95,8 @@ class GateConfig(Config):
 
     metric: GateMetricName = Field(
         default="recognised",
-        description="It has to be better than the base model's, the champion's and that of slerp with the w that is "
-        "best on other prompts: the 95 % interval of the paired difference lies above zero.",
+        description="It has to be better than the base model's and the champion's (the 95 % interval of the paired "
+        "difference lies above zero), and no worse than that of slerp with the w that is best on other prompts.",
     )
     max_loss: float = Field(
         default=0.1,

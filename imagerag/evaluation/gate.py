@@ -51,8 +51,9 @@ def decide(
 ) -> Decision:
     """Compare the candidate with what needs no training, and with the model in use, if there is one.
 
-    New weights have to be better than the base model, than slerp and than the champion with its own index. The
-    champion's own weights on a newer index are asked only whether the new index does them no harm: they are in use.
+    New weights have to be better than the base model and than the champion with its own index, and must not lose to
+    slerp, which needs no training. The champion's own weights on a newer index are asked only whether the new index
+    does them no harm: they are in use.
 
     Args:
         results: of the evaluation.
@@ -70,10 +71,12 @@ def decide(
         raise UserError(f"the gate's metric {config.metric} was not measured: it {reason}")
     reasons = []
     if is_index_update and champion is not None:
-        reasons.append(_no_worse(results, config, candidate, champion))
+        rule = f"the new index no worse than that of the {champion.title}"
+        reasons.append(_no_worse(results, config, candidate, champion, rule))
     else:
         reasons.append(_beats(results, config, candidate, base))
-        reasons.append(_beats(results, config, candidate, results.best_slerp))
+        slerp = results.best_slerp
+        reasons.append(_no_worse(results, config, candidate, slerp, f"no worse than the {slerp.title}"))
         if champion is not None:
             reasons.append(_beats(results, config, candidate, champion))
         elif has_champion:
@@ -103,12 +106,12 @@ def _beats(results: Results, config: GateConfig, candidate: WayResults, other: W
     )
 
 
-def _no_worse(results: Results, config: GateConfig, candidate: WayResults, champion: WayResults) -> Reason:
-    gain = _gain(results, config, candidate, champion)
+def _no_worse(results: Results, config: GateConfig, candidate: WayResults, other: WayResults, rule: str) -> Reason:
+    gain = _gain(results, config, candidate, other)
     return Reason(
-        rule=f"{results.metrics[config.metric].title}: the new index no worse than that of the {champion.title}",
+        rule=f"{results.metrics[config.metric].title}: {rule}",
         passed=gain.high >= 0,
-        seen=f"paired gain {gain} over {gain.num} prompts by the same weights; the interval must not lie below 0",
+        seen=f"paired gain {gain} over {gain.num} prompts; the interval must not lie below 0",
     )
 
 

@@ -1,5 +1,6 @@
 """The adapter: what references add to the target's H-space by cross-attention (paper, Sec. 3.3)."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -95,6 +96,15 @@ class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.to_gate = nn.Linear(channels, channels)
         for zero in (self.to_out.weight, self.to_gate.weight, self.to_gate.bias):
             nn.init.zeros_(zero)
+
+    def start_gate(self, gate: float) -> None:
+        """Have each position and channel start with the same gate, 0 to less than 1: the share of references in `h`.
+
+        With 0 an adapter starts as the base model. With more it starts as an interpolation towards the references, as
+        slerp is, and what is learnt is where that is too much or too little.
+        """
+        nn.init.zeros_(self.to_gate.weight)
+        nn.init.constant_(self.to_gate.bias, math.atanh(gate))
 
     def forward(
         self, h_target: torch.Tensor, h_references: torch.Tensor, weights: torch.Tensor, scale: float = 1.0

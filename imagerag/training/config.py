@@ -111,6 +111,12 @@ class FinetuneConfig(Config):
     adapter_inner_dim: int | None = Field(
         default=None, ge=8, description="Of the adapter's attention; unset: twice the H-space's channels."
     )
+    gate_start: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the references in the H-space where training starts; 0 starts at the base model.",
+    )
     lora_rank: int = Field(default=32, ge=0, description="Of LoRA on the UNet's decoder; 0 trains the adapter alone.")
     steps: int = Field(default=20_000, ge=1, description="Updates of the generator.")
     batch_size: int = Field(default=2_048, ge=1, description="Rows of one update, over all workers.")
@@ -181,6 +187,7 @@ def tiny() -> Recipe:
             losses=LossWeights(adversarial=1.0, distillation=1.0),
             perceptual_network="tiny",
             discriminator="latents",
+            gate_start=0.9,
             max_timestep=300,
             steps=240,
             batch_size=32,

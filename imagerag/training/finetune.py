@@ -78,6 +78,7 @@ class Finetuning:
         self._vae = base.vae
         diffusion = Diffusion(base.scheduler)
         adapter = HSpaceAdapter(base.unet.config.block_out_channels[-1], config.adapter_inner_dim).to(self._device)
+        adapter.start_gate(config.gate_start)
         self.generator = Generator(
             base.unet, adapter, diffusion, lora_rank=config.lora_rank, learn_adapter=config.references.number > 0
         )

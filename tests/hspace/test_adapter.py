@@ -37,6 +37,16 @@ def test_a_new_adapter_changes_nothing(target: torch.Tensor, references: torch.T
     assert torch.equal(adapter(target, references, WEIGHTS), target)
 
 
+def test_a_gate_that_starts_open_is_an_interpolation_towards_the_reference(
+    target: torch.Tensor, references: torch.Tensor
+) -> None:
+    adapter = HSpaceAdapter(CHANNELS, num_heads=4)
+    adapter.start_gate(0.75)
+    fused = adapter(target, references[:, :1], torch.ones(SIZE, 1))
+    assert torch.allclose(fused, 0.25 * target + 0.75 * references[:, 0], atol=1e-5)
+    assert torch.equal(adapter(target, references[:, :1], torch.zeros(SIZE, 1)), target)
+
+
 def test_scale_zero_is_the_base_bit_for_bit(
     trained: HSpaceAdapter, target: torch.Tensor, references: torch.Tensor
 ) -> None:
