@@ -34,13 +34,13 @@ class ReferenceChoice(Config):
 
     number: int = Field(default=4, ge=0, le=16, description="References of a row; 0 trains LoRA alone, as a control.")
     own: float = Field(
-        default=0.5,
+        default=0.65,
         ge=0,
         le=1,
         description="Share of rows shown themselves and nothing else, as IP-Adapter is trained.",
     )
     own_among: float = Field(
-        default=0.2, ge=0, le=1, description="Share of rows shown themselves among their neighbours, so that the "
+        default=0.1, ge=0, le=1, description="Share of rows shown themselves among their neighbours, so that the "
         "adapter learns to choose."
     )  # fmt: skip
     none: float = Field(
@@ -184,14 +184,14 @@ def tiny() -> Recipe:
     return Recipe(
         data=SynthesizeConfig(guidance_scale=3.0),
         training=FinetuneConfig(
-            losses=LossWeights(adversarial=1.0, distillation=1.0),
+            losses=LossWeights(adversarial=0.1, distillation=1.0),
             perceptual_network="tiny",
             discriminator="latents",
             gate_start=0.9,
             max_timestep=300,
             steps=240,
             batch_size=32,
-            learning_rate=1e-3,
+            learning_rate=5e-4,
             heads_learning_rate=5e-4,
             warmup_steps=12,
             ema_decay=0.98,
