@@ -30,6 +30,11 @@ _WORKER_ENV = {
 }
 
 
+def ray_environment(*, local: bool) -> dict[str, str]:
+    """Return the variables that Ray reads when it is first imported, on this machine or of a cluster by address."""
+    return _ENV | (_LOCAL_ENV | _WORKER_ENV if local else {})
+
+
 def start_ray(settings: Settings) -> None:
     """Make Ray usable in this process, and leave it running for the next stage; it ends with the process.
 
@@ -39,7 +44,7 @@ def start_ray(settings: Settings) -> None:
     # Ray reads its own when it is first imported. Workers of this machine inherit the others: those that start with Ray
     # can be used at once, where an environment of the job's own has each start anew, in half a second.
     local = settings.ray_address is None
-    os.environ.update(_ENV | (_LOCAL_ENV | _WORKER_ENV if local else {}))
+    os.environ.update(ray_environment(local=local))
     import ray
 
     if ray.is_initialized():

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Ray's workers have more t
 
 import pytest
 
+from imagerag.compute import ray_environment
 from imagerag.services import prefect_environment
 from imagerag.settings import Settings
 
@@ -32,6 +33,11 @@ LONGEST = (
     "registry/test_serving.py",
 )
 """Files that take a minute or more. Begun last, one of them would run alone at the end."""
+
+
+def pytest_configure() -> None:
+    """Set what Ray reads when it is first imported, which img2dataset does, where a test module imports that."""
+    os.environ.update(ray_environment(local=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,7 +30,7 @@ TERMS = {"adversarial", "distillation", "perceptual"}
 
 def make_config(**changes: Any) -> FinetuneConfig:
     values: dict[str, Any] = {
-        "references": ReferenceChoice(number=2, none=0.1, random=0.2),
+        "references": ReferenceChoice(number=2, own=0.4, own_among=0.1, none=0.1, random=0.2),
         "steps": 8, "batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1, "adapter_inner_dim": 64, "lora_rank": 2,
         "learning_rate": 1e-2, "heads_learning_rate": 1e-3, "ema_decay": 0.5, "num_validated": 2,
     }  # fmt: skip
