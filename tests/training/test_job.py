@@ -31,7 +31,8 @@ WORKERS = TrainWorkersConfig(device="cpu", num_workers=1)
 
 def make_config(**changes: Any) -> FinetuneConfig:
     values: dict[str, Any] = {
-        "references": ReferenceChoice(number=2, own=0.4, own_among=0.1, none=0.1, random=0.2), "losses": LossWeights(perceptual=0.0),
+        "references": ReferenceChoice(number=2, own=0.4, own_among=0.1, none=0.1, random=0.2),
+        "losses": LossWeights(perceptual=0.0),
         "steps": STEPS, "batch_size": 8, "micro_batch_size": 4, "warmup_steps": 1, "adapter_inner_dim": 64,
         "lora_rank": 2, "learning_rate": 1e-2, "heads_learning_rate": 1e-3, "checkpoint_every": 2, "num_validated": 2,
     }  # fmt: skip
