@@ -45,7 +45,9 @@ def parameters(folder: Path, url_list: Path) -> PipelineParameters:
         ),
         workers=TrainWorkersConfig(num_workers=1),
         evaluation=EvaluateConfig(
-            ways=("base", "best_slerp", "adapter"), num_prompts=3, files=MetricFiles(clip=str(write_clip(folder / "clip")))
+            ways=("base", "best_slerp", "adapter"),
+            num_prompts=3,
+            files=MetricFiles(clip=str(write_clip(folder / "clip"))),
         ),
         gate=GateConfig(metric="clip_score"),
     )  # fmt: skip
