@@ -38,6 +38,8 @@ from imagerag.table import Table
 
 REPORTS = "takedowns"
 """The folder of reports, in that of the corpus's shards."""
+_PULLED = "model_index.json"
+"""What a pulled model's folder has, beside its copy of the index."""
 _KNOWN = pa.schema([("id", pa.string()), ("url", pa.string()), ("image_sha256", pa.string())])
 
 
@@ -163,8 +165,12 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
 
 
 def _sweep_copies(settings: Settings, store: Store, ids: pa.Array) -> Sweep:
-    """Delete models under the home that have a copy of the index: fetched champions, and what was pulled there."""
+    """Delete models under the home that have a copy of the index: fetched champions, and what was pulled there.
+
+    Only what is a model's folder is deleted. Another copy, such as one of a whole home, is named.
+    """
     deleted = [str(path) for path in settings.home.glob(f"{store.name}/scorer-*.npz")]
+    left = []
     cache = settings.home / "models"
     for copy in settings.home.glob(f"**/index/{store.name}.lance"):
         own = Store(str(copy.parent), store.name)
@@ -172,10 +178,13 @@ def _sweep_copies(settings: Settings, store: Store, ids: pa.Array) -> Sweep:
         if own.table_uri == store.table_uri or is_registered or not holds(own.dataset(), ids):
             continue
         model = cache / copy.relative_to(cache).parts[0] if cache in copy.parents else copy.parent.parent
-        deleted.append(str(model))
+        if cache in copy.parents or (model / _PULLED).is_file():
+            deleted.append(str(model))
+        else:
+            left.append(f"{copy} is a copy of the index, and in no model's folder")
     for path in deleted:
         _delete(path)
-    return Sweep(deleted=tuple(deleted))
+    return Sweep(deleted=tuple(deleted), left=tuple(left))
 
 
 def _tables(folder: str, kind: str) -> list[str]:

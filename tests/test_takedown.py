@@ -106,6 +106,7 @@ class Everything:
         home, version = self.settings.home, self.world.store.version
         for model in (home / "models" / "2-abc" / "artifacts" / "package", home / NAME / "model-2"):
             self.world.store.copy(version, str(model / "index"))  # as a fetched champion and a pulled model have it
+        (home / NAME / "model-2" / "model_index.json").write_text("{}")
 
 
 @pytest.fixture
@@ -163,6 +164,22 @@ def test_an_image_that_left_the_index_is_taken_down(everything: Everything) -> N
     assert result.exit_code == 0, result.output
     assert "removed 1 images from the shards" in result.output
     assert files_with(everything.settings.home, *everything.traces) == []
+
+
+def test_a_copy_of_the_index_in_no_models_folder_is_named_and_stays(own_world: World) -> None:
+    """A copy of a whole home is not a model."""
+    home, store = own_world.settings.home, own_world.store
+    backup, pulled = home / "backup", home / "model"
+    for folder in (backup, pulled):
+        store.copy(store.version, str(folder / "index"))
+    (backup / "notes.txt").write_text("of another home")
+    (pulled / "model_index.json").write_text("{}")
+    ids = store.dataset().to_table(columns=["id"], limit=1)["id"].combine_chunks()
+    swept = takedown._sweep_copies(own_world.settings, store, ids)
+    assert swept.deleted == (str(pulled),)
+    assert not pulled.exists()
+    assert (backup / "notes.txt").is_file()
+    assert swept.left == (f"{backup / 'index' / NAME}.lance is a copy of the index, and in no model's folder",)
 
 
 def test_what_was_never_there_is_named(own_world: World) -> None:
