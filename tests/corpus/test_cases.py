@@ -17,10 +17,13 @@ from imagerag.corpus.ledger import read_attempts
 from imagerag.corpus.shards import PLAN_SCHEMA, shard_path
 from imagerag.corpus.url_list import read_url_list
 from imagerag.errors import UserError
-from tests.corpus.cases import FETCHED, IMAGE_SIZE, MAX_BYTES, MAX_PIXELS, Fetched
+from tests.corpus.fetched import IMAGE_SIZE, MAX_BYTES, MAX_PIXELS, Fetched
+from tests.corpus.files import FILES
 from tests.corpus.lists import LISTED, Listed
+from tests.corpus.servers import SERVERS
 from tests.corpus.web import Web
 
+FETCHED = [*FILES, *SERVERS]
 Outcomes = dict[str, tuple[dict[str, Any], bytes | None, bytes | None]]
 
 
