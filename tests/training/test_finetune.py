@@ -75,7 +75,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], **toleran
 
 def test_a_step_tells_of_every_term(make: Callable[..., Finetuning], data: RagData) -> None:
     (values,) = run(make(), data, until=1)
-    more = {"discriminator", "accuracy", "grad_norm", "heads_grad_norm", "learning_rate", "data_s", "step_s"}
+    more = {"discriminator", "accuracy", "grad_norm", "heads_grad_norm", "learning_rate", "data_s", "step_s", "skipped"}
     assert values.keys() == TERMS | more
     assert 0 <= values["accuracy"] <= 1
     assert 0 <= values["data_s"] <= values["step_s"]
