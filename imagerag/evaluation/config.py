@@ -67,7 +67,7 @@ class EvaluateConfig(WorkersConfig):
         description="Of `best_slerp`: each half of the prompts gets the one that is the best on the other half.",
     )
     adapter_scales: tuple[Annotated[float, Field(gt=0, le=10)], ...] = Field(
-        default=(1.5, 2.0), description="Beside 1, for the curve of copies and recognition."
+        default=(1.5, 2.0), description="Beside the adapter's own, for the curve of copies and recognition."
     )
     teacher_steps: int = Field(default=25, ge=1, le=1000, description="Of the teacher.")
     teacher_guidance: float | None = Field(default=None, ge=0, description="Unset: the paper's 7.5, 3 for `tiny`.")

@@ -10,6 +10,7 @@ import fsspec
 from imagerag.artifacts import Deployed, Finetuned, IndexVersion
 from imagerag.evaluation.compare import TEACHER_GUIDANCE
 from imagerag.evaluation.config import EvaluateConfig, WayName
+from imagerag.files import read_json
 from imagerag.generation.finetuned import ADAPTER, LORA
 from imagerag.generation.spec import PAPERS_W, resolve
 
@@ -119,7 +120,14 @@ def _keys(ways: list[Way]) -> list[dict[str, Any]]:
 
 
 def _trained(folder: str) -> dict[str, Any]:
-    return {"fusion": "adapter", "adapter": folder, "adapter_digest": digest_of_weights(folder)}
+    """Return what a way has of an adapter, which is used as it is deployed: at its own scale."""
+    config = read_json(f"{folder}/{ADAPTER}/config.json") or {}
+    return {
+        "fusion": "adapter",
+        "adapter": folder,
+        "adapter_digest": digest_of_weights(folder),
+        "adapter_scale": config.get("default_scale", 1.0),
+    }
 
 
 def digest_of_weights(folder: str) -> str:

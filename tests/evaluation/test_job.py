@@ -142,6 +142,19 @@ def test_slerp_has_the_base_models_weight_unless_it_is_told_another(
         assert [(way.title, way.w) for way in ways if way.name == "slerp"] == [(f"slerp, w = {expected}", expected)]
 
 
+def test_an_adapter_is_measured_at_its_own_scale_as_it_is_deployed(
+    own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
+) -> None:
+    own = finetuned(own_world)
+    path = Path(own.uri, "adapter", "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"default_scale": 1.25}))
+    version = own_world.store.index_version(require_published(own_world.store))
+    deployed = Deployed(folder=own.uri, index=version)
+    ways = {way.name: way for way in ways_of(config, own, own.base, version, deployed)}
+    assert {ways[name].adapter_scale for name in ("adapter", "random", "no_references")} == {1.25}
+    assert ways["adapter, scale 1.5"].adapter_scale == 1.5
+
+
 def test_another_candidate_costs_only_its_own_pictures(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:
