@@ -152,7 +152,7 @@ class _Measuring:
         columns: list[Pictures] = []
         points: list[CurvePoint] = []
         by_w: dict[float, tuple[Made, dict[MetricName, Score]]] = {}
-        for way in self._job.ways:
+        for number, way in enumerate(self._job.ways, 1):
             pictures = self._pictures(self._job.read(way))
             if way.is_column:
                 rows.append(self._row(pictures, latencies[way.name]))
@@ -164,7 +164,7 @@ class _Measuring:
                 points.append(CurvePoint(curve=way.curve, setting=way.setting, scores=judged, copies=copies))
             if way.curve == "slerp" and way.w in config.slerp_ws:
                 by_w[way.w] = pictures.made, scores
-            self._on_progress(len(points) + len(rows), len(self._job.ways), f"measured {way.title}")
+            self._on_progress(number, len(self._job.ways), f"measured {way.title}")
         if metric in self._suite.about:
             best = self._pictures(self._best_slerp(by_w, metric))
             before = config.ways[: config.ways.index("best_slerp")]

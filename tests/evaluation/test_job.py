@@ -60,6 +60,8 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     made = evaluate(own, config, settings, lambda *each: seen.append(each), metric="clip_score")
     assert next(total for _, total, _ in seen) == (NUM_MADE - 1) * 2 * 2, "those of one way were there"
     assert made.is_new
+    assert all(done <= total for done, total, _ in seen)
+    assert (NUM_MADE, NUM_MADE) in [(done, total) for done, total, note in seen if note.startswith("measured")]
     assert {path.name for path in Path(made.uri).iterdir()} == {PAGE, TABLE, GRID, RESULTS}
     results = read_results(made.uri)
     assert set(results.prompts) == set(HELD_OUT)
