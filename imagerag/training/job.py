@@ -62,7 +62,7 @@ def finetune(
 
     Raises:
         UserError: if a loss needs a network that is not there, or workers do not divide the batch.
-        FloatingPointError: if a gradient is not finite.
+        FloatingPointError: if `config.max_skipped` steps in a row had gradients that are not finite.
         StalledError: if no step ends for too long. Calling again goes on from the last checkpoint.
     """
     from imagerag.training.perceptual import check_perceptual
