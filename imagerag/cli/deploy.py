@@ -40,7 +40,7 @@ def deploy() -> None:
     project = Path(flows.__file__).parent.parent
     path = deployments_file(project)
     # Prefect reads its settings when it is first imported.
-    os.environ.update(prefect_environment(settings.home, api_url) | {"IMAGERAG_PROJECT": str(project)})
+    os.environ.update(prefect_environment(settings, api_url) | {"IMAGERAG_PROJECT": str(project)})
     is_cluster = settings.prefect_api_url is not None
     asyncio.run(_deploy(path, project, nightly_parameters(settings), is_cluster=is_cluster))
 
@@ -55,9 +55,7 @@ def nightly_parameters(settings: "Settings") -> dict[str, Any] | None:
         return None
     from imagerag.services import prefect_environment
 
-    # As above; and it makes no folder above its home.
-    settings.home.mkdir(parents=True, exist_ok=True)
-    os.environ.update(prefect_environment(settings.home))
+    os.environ.update(prefect_environment(settings))
     from flows.ingest import CorpusParameters
     from imagerag.cli.run import validated
 
