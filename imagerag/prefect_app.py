@@ -43,9 +43,8 @@ def main(port: int) -> None:
     from prefect.settings import get_current_settings
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    app = create_app(final=True)
-    app.add_middleware(LoginPage)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_HOSTS))
+    # Around Prefect's application, not in it: its services ask it in memory, under another host name.
+    app = TrustedHostMiddleware(LoginPage(create_app(final=True)), allowed_hosts=list(_HOSTS))
     server = get_current_settings().server
     uvicorn.run(
         app,

@@ -87,6 +87,9 @@ def prefect_environment(settings: Settings, api_url: str | None = None) -> dict[
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # Without heartbeats nobody learns that a flow run's process was killed.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        # What the library logs is in the run's log; what it logs outside of a run is not Prefect's to complain of.
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "imagerag",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         # Server start-up takes longer than Prefect's 20 s on a small, busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(_START_TIMEOUT_S)),
     }

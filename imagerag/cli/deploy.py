@@ -131,7 +131,7 @@ def _apply(file: dict[str, Any], project: Path) -> None:
 async def _schedule_nightly(
     client: "PrefectClient", definitions: list[dict[str, Any]], nightly: dict[str, Any]
 ) -> None:
-    """Have the schedule of `reindex` run with these parameters."""
+    """Have the schedule of `reindex` run with these parameters; where a person paused it with them, it stays paused."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
 
@@ -139,6 +139,9 @@ async def _schedule_nightly(
     reindex = await client.read_deployment_by_name("reindex/reindex")
     own = next((each for each in reindex.schedules if each.slug == described["slug"]), None)
     parameters = {"parameters": nightly}
+    if own is not None and own.parameters == parameters and not own.active:
+        typer.echo("reindex: its nightly schedule stays paused, as it was set in Prefect's UI")
+        return
     if own is not None:
         await client.update_deployment_schedule(reindex.id, own.id, active=True, parameters=parameters)
     else:

@@ -31,12 +31,12 @@ LEARNING_RATE = 2e-3
 REST_LEARNING_RATE = 4e-4
 HEADS_LEARNING_RATE = 5e-4
 WEIGHTS = LossWeights(adversarial=0.3, distillation=1.0, perceptual=1.0)
-READING_WEIGHT = 3.0
+READING_WEIGHT = 10.0
 _PERCEPTUAL_READING = 0.05
 _MAX_TIMESTEP = 300
 """Of what the discriminator sees: under more noise, sharp and blurred latents look alike."""
 _HEADS_BETAS = (0.0, 0.99)
-_SHARES = (0.125, 0.25, 0.25)
+_SHARES = (0.25, 0.25, 0.25)
 """Of a batch: drawings as they are, drawings varied and other pictures varied, all to be read. The rest is made."""
 _EMPTY_PROMPTS = 0.25
 """Share of what is read without its name or another."""
