@@ -54,13 +54,10 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
     parts, names = files.parts, _towers(files.parts)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = _DTYPES[dtype or ("fp32" if torch.device(device).type == "cpu" else "fp16")]
-    vae = _load(AutoencoderKL, parts["vae"], torch_dtype)
-    if vae.config.force_upcast:  # its activations exceed float16's range (SDXL)
-        vae = vae.float()
     encoders = [_load_text_encoder(parts[f"text_encoder{name}"], torch_dtype) for name in names]
     return BaseModel(
         identity=files.identity,
-        vae=vae.to(device),
+        vae=_load(AutoencoderKL, parts["vae"], torch_dtype).to(device),
         unet=_load(UNet2DConditionModel, parts["unet"], torch_dtype).to(device),
         scheduler=load_scheduler(parts["scheduler"]),
         tokenizers=tuple(_load_tokenizer(parts[f"tokenizer{name}"]) for name in names),

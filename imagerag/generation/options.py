@@ -8,7 +8,7 @@ from imagerag.generation.arguments import Given
 from imagerag.hspace.fusion import FusionName
 
 if TYPE_CHECKING:
-    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+    from imagerag.generation.reference_mixin import ReferenceMixin
 
 MAX_REFERENCES = 64
 MAX_SCALE = 10.0
@@ -29,7 +29,7 @@ class FusionOptions:
     @classmethod
     def of(
         cls,
-        pipeline: "ImageRAGTurboPipeline",
+        pipeline: "ReferenceMixin",
         given: Given,
         fusion: FusionName | None,
         num_references: int | None,

@@ -261,7 +261,7 @@ def given_references(
     """
     from imagerag.retrieval.search import Neighbour
 
-    targets = encode_texts(list(prompts))
+    targets = encode_texts(list(prompts)) if prompts else None
     rows, h = [], []
     for number, (own_images, own_captions) in enumerate(zip(images, captions, strict=True)):
         own = encode_texts(list(own_captions))
