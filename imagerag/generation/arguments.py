@@ -97,7 +97,8 @@ def check_queries(size: int, query: str | Sequence[str] | None, given: Given) ->
             "prompt_embeds can't be searched for: name by `query` what to search the index for, give reference_images, "
             "or use fusion 'none'"
         )
-    check_prompts(queries)
+    if given.images is None:
+        check_prompts(queries)
     queries = queries * size if len(queries) == 1 else queries
     if len(queries) != size:
         raise UserError(f"there is one query for all prompts, or one for each of the {size}; got {len(queries)}")

@@ -61,8 +61,9 @@ def fusing(unet: UNet2DConditionModel, fusion: Fusion | None, size: int) -> Iter
         yield
     if fusion is not None and not num_forwards:
         raise UserError(
-            "the UNet ran without its references, because torch.compile traced it before it was this pipeline's: call "
-            "torch.compiler.reset(), which has it traced again"
+            "the UNet ran without its references: torch.compile traced it, or one like it, before it was this "
+            "pipeline's. Call torch.compiler.reset() first, and where both are in use have "
+            "torch._dynamo.config.skip_nnmodule_hook_guards = False"
         )
 
 

@@ -15,13 +15,18 @@ from imagerag.hspace.fusion import Fusion, SlerpFusion
 from imagerag.hspace.midblock import encode, fusing, prepare
 from tests.generation.folders import small_unet
 
+SMALL = small_unet() | {
+    "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
+    "block_out_channels": (32,), "attention_head_dim": 2, "layers_per_block": 1,
+}  # fmt: skip
+
 SAMPLE, TEXT, STEP = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32), torch.tensor(999)
 
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
-    made = UNet2DConditionModel(**small_unet()).eval().requires_grad_(False)
+    made = UNet2DConditionModel(**SMALL).eval().requires_grad_(False)
     prepare(made)
     return made
 
@@ -34,7 +39,7 @@ def without_gradients() -> Any:
 
 
 def reference(seed: int, size: int = 2) -> Fusion:
-    h = torch.randn(size, 1, 64, 4, 4, generator=torch.Generator().manual_seed(seed))
+    h = torch.randn(size, 1, 32, 8, 8, generator=torch.Generator().manual_seed(seed))
     return SlerpFusion(h, torch.ones(size, 1), 0.3)
 
 
@@ -50,7 +55,7 @@ def by_halves(unet: UNet2DConditionModel, fusion: Fusion) -> torch.Tensor:
 
 
 def test_it_fuses_before_the_decoder_and_changes_nothing_else(unet: UNet2DConditionModel) -> None:
-    plain = UNet2DConditionModel(**small_unet()).eval()
+    plain = UNet2DConditionModel(**SMALL).eval()
     plain.load_state_dict(unet.state_dict())
     assert torch.equal(predict(unet), predict(plain))
     with fusing(unet, reference(0), 2):
@@ -116,20 +121,8 @@ def test_a_compiled_unet_is_one_graph_that_fuses_what_each_call_has(unet: UNet2D
 
 
 def test_a_graph_that_knows_no_references_is_refused() -> None:
-    unet = UNet2DConditionModel(**small_unet()).eval().requires_grad_(False)
+    unet = UNet2DConditionModel(**SMALL).eval().requires_grad_(False)
     compiled = torch.compile(unet, backend="eager")
-    predict(compiled)
-    with pytest.raises(UserError, match="traced it before it was this pipeline's"), fusing(unet, reference(0), 2):
+    predict(compiled)  # without the hook
+    with pytest.raises(UserError, match="traced it, or one like it, before"), fusing(unet, reference(0), 2):
         predict(compiled)
-
-
-def test_a_compiled_unet_still_trains(unet: UNet2DConditionModel) -> None:
-    unet.requires_grad_(True)
-    compiled = torch.compile(unet, backend="eager")
-    found = []
-    with torch.enable_grad(), fusing(unet, reference(0), 2):
-        for each in (compiled, unet):
-            predict(each).sum().backward()
-            found.append(unet.conv_in.weight.grad.clone())
-            unet.zero_grad()
-    assert torch.equal(*found)
