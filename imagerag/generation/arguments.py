@@ -2,20 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
 
 from imagerag.errors import UserError
 
-T = TypeVar("T")
-
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_STEPS = 1000
 MAX_PROMPT_CHARACTERS = 2000
 """Text encoders see the first 77 tokens at most; what is much longer is a mistake."""
 _LEAST_SIDE = 8
+_MAX_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,20 @@ def check_given(num_prompts: int, prompts: Sequence[str], ids: Any, images: Any,
     return given
 
 
-def _per_prompt(name: str, values: Any, kind: type[T], num_prompts: int) -> list[list[T]]:
+def check_weights(num_prompts: int, weights: Any) -> list[list[float]]:
+    """Return weights of references as one list for each prompt.
+
+    Raises:
+        UserError: if they don't fit the prompts, or one is out of its bounds.
+    """
+    lists = _per_prompt("reference_weights", weights, float | int, num_prompts)
+    for weight in (weight for own in lists for weight in own):
+        if not 0 <= weight <= _MAX_WEIGHT:
+            raise UserError(f"a reference's weight must be between 0 and {_MAX_WEIGHT:g}; got {weight}")
+    return lists
+
+
+def _per_prompt(name: str, values: Any, kind: Any, num_prompts: int) -> list[list[Any]]:
     """Return one list for each prompt of a value, a list of them for all prompts, or lists for each."""
     outer = in_list(values)
     if not outer:
@@ -168,6 +180,6 @@ def _per_prompt(name: str, values: Any, kind: type[T], num_prompts: int) -> list
     wrong = next((value for own in lists for value in own if not isinstance(value, kind)), None)
     if wrong is not None or not all(lists):
         found = "an empty list" if wrong is None else f"{type(wrong).__module__}.{type(wrong).__name__}"
-        what = {str: "text", Image.Image: "PIL image"}[kind]
+        what = {str: "text", Image.Image: "PIL image"}.get(kind, "number")
         raise UserError(f"{name} is a {what}, a list of them for all prompts, or such a list for each; got {found}")
     return lists

@@ -52,8 +52,8 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
     """
     files = resolve(spec)
     parts, names = files.parts, _towers(files.parts)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = _DTYPES[dtype or ("fp32" if torch.device(device).type == "cpu" else "fp16")]
+    device = device or default_device()
+    torch_dtype = _DTYPES[dtype or default_dtype(device)]
     encoders = [_load_text_encoder(parts[f"text_encoder{name}"], torch_dtype) for name in names]
     return BaseModel(
         identity=files.identity,
@@ -64,6 +64,16 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
         text_encoders=tuple(encoder.to(device) for encoder in encoders),
         slerp_w=files.slerp_w,
     )
+
+
+def default_device() -> str:
+    """Return the device to compute on: the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> Dtype:
+    """Return what a device computes in."""
+    return "fp32" if torch.device(device).type == "cpu" else "fp16"
 
 
 def load_conditioner(spec: str) -> TextConditioner:

@@ -52,6 +52,7 @@ class ImageRAGTurboPipeline(ReferenceMixin, StableDiffusionPipeline):  # type: i
         has_lora: bool = False,
         similarity_threshold: float = 0.0,
         slerp_w: float = PAPERS_W,
+        weight_dtype: str | None = None,
     ) -> None:
         """Make a pipeline of its parts; `from_base` and `from_pretrained` are easier.
 
@@ -67,6 +68,7 @@ class ImageRAGTurboPipeline(ReferenceMixin, StableDiffusionPipeline):  # type: i
             has_lora: whether LoRA belongs to the adapter, which `from_pretrained` then finds beside it.
             similarity_threshold: references whose caption is less similar to the prompt have no effect.
             slerp_w: the weight of the base model in slerp, unless a call names another.
+            weight_dtype: what `from_pretrained` loads it in unless it is told another; `save_pretrained` sets it.
         """
         with warnings.catch_warnings():
             # Of a scheduler's configuration that is old in diffusers' eyes, as Euler's own default is.
@@ -92,6 +94,7 @@ class ImageRAGTurboPipeline(ReferenceMixin, StableDiffusionPipeline):  # type: i
             has_lora=has_lora,
             similarity_threshold=similarity_threshold,
             slerp_w=slerp_w,
+            weight_dtype=weight_dtype,
         )
 
     @classmethod
@@ -131,6 +134,7 @@ class ImageRAGTurboXLPipeline(ReferenceMixin, StableDiffusionXLPipeline):  # typ
         has_lora: bool = False,
         similarity_threshold: float = 0.0,
         slerp_w: float = PAPERS_W,
+        weight_dtype: str | None = None,
     ) -> None:
         """Make a pipeline of its parts, as `ImageRAGTurboPipeline` and `StableDiffusionXLPipeline` take them."""
         super().__init__(
@@ -156,6 +160,7 @@ class ImageRAGTurboXLPipeline(ReferenceMixin, StableDiffusionXLPipeline):  # typ
             has_lora=has_lora,
             similarity_threshold=similarity_threshold,
             slerp_w=slerp_w,
+            weight_dtype=weight_dtype,
         )
 
     @passing_on(ReferenceMixin.__call__, StableDiffusionXLPipeline.__call__)

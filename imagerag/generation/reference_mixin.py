@@ -1,5 +1,6 @@
 """What a pipeline of diffusers is given to show its base model pictures of an index (paper, Sec. 3)."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,16 +21,17 @@ from imagerag.generation.arguments import (
     check_output_type,
     check_queries,
     check_sampling,
+    check_weights,
     count_prompts,
     in_list,
 )
 from imagerag.generation.base import BaseModel
-from imagerag.generation.options import FusionOptions
+from imagerag.generation.options import FusionOptions, check_scale
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
 from imagerag.generation.saving import align, attach_beside, save_beside
 from imagerag.generation.spec import BaseIdentity, identity_of_folder
 from imagerag.generation.text import TextConditioner
-from imagerag.hspace.adapter import HSpaceAdapter, gate
+from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.features import encode_references
 from imagerag.hspace.fit import DEFAULT_FIT
 from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SlerpFusion
@@ -113,6 +115,9 @@ class ReferenceMixin:
         """
         name = str(pretrained_model_name_or_path)
         listed = DiffusionPipeline.load_config(name, **arguments)
+        if not arguments.keys() & {"dtype", "torch_dtype"}:
+            # Without one, diffusers loads its own models in float32 and others as they were saved.
+            arguments["dtype"] = getattr(torch, listed.get("weight_dtype") or "float32")
         kind: Any = cls._kind(two_text_encoders="text_encoder_2" in listed)
         folder = Path(name) if Path(name).is_dir() else Path(kind.download(name, **arguments))
         pipeline: Self = super(ReferenceMixin, kind).from_pretrained(  # type: ignore[misc]
@@ -129,6 +134,7 @@ class ReferenceMixin:
             UserError: if LoRA is attached that is not the adapter's.
         """
         savable: Any = save_beside(self, Path(save_directory))
+        savable.register_to_config(weight_dtype=str(self.unet.dtype).removeprefix("torch."))
         super(ReferenceMixin, savable).save_pretrained(save_directory, **arguments)  # type: ignore[misc]
 
     def use_index(self, uri: str, name: str, version: int | None = None) -> Self:
@@ -165,6 +171,16 @@ class ReferenceMixin:
             self.register_to_config(base_id=identity.id, base_digest=identity.digest)
         return BaseIdentity(id=self.config.base_id or "unnamed", digest=self.config.base_digest)
 
+    def set_reference_scale(self, scale: float | None) -> None:
+        """Have the adapter add this much unless a call names another `adapter_scale`; None is the adapter's own.
+
+        Raises:
+            UserError: if it is not between 0 and 10.
+        """
+        if scale is not None:
+            check_scale("the scale of references", scale)
+        self._reference_scale = scale
+
     def encode_queries(self, texts: Sequence[str]) -> Embeds:
         """Return texts as the index's encoder sees them (N, D).
 
@@ -188,6 +204,7 @@ class ReferenceMixin:
         reference_ids: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
         reference_images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
         reference_captions: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        reference_weights: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
         strict: bool = False,
         num_inference_steps: int = 1,
         guidance_scale: float | None = None,
@@ -216,6 +233,7 @@ class ReferenceMixin:
             reference_images: pictures of any shape to use instead of a search, likewise. They are fitted into the base
                 model's square as the index's are, and without an index as `fit_square` does it by `auto`.
             reference_captions: what they show; by default each prompt itself.
+            reference_weights: what each reference's lambda is multiplied by, 0 to 10, likewise.
             strict: whether references without cached features are an error, rather than computed now with a warning.
             num_inference_steps: of the scheduler; 1 for a student.
             guidance_scale: of classifier-free guidance; 1 and less mean none, which costs half, and is the default. A
@@ -238,6 +256,10 @@ class ReferenceMixin:
         options = FusionOptions.of(
             self, given, fusion, num_references, w=w, adapter_scale=adapter_scale, threshold=similarity_threshold
         )
+        if given.any and (compose or num_references is not None):
+            warnings.warn(
+                "compose and num_references are of a search, and references are given: no effect", stacklevel=4
+            )
         if guidance_scale is None:
             guidance_scale = 0.0 if self.unet.config.time_cond_proj_dim is None else _LCM_GUIDANCE
         arguments |= {"prompt": prompt, "guidance_scale": guidance_scale}
@@ -247,6 +269,8 @@ class ReferenceMixin:
             queries = check_queries(size, prompt if query is None else query, given)
             sentences, arguments = self._encode_once(arguments, self_queried=query is None)
             found = self._find_references(queries, sentences, given, options.num_references, compose, strict)
+            if reference_weights is not None:
+                found = found.times(check_weights(size, reference_weights))
             references = found.repeat_interleave(num_images_per_prompt)
         fuse = None if references is None else self._fusion(references, options)
 
@@ -296,7 +320,7 @@ class ReferenceMixin:
         """Return `F`, with all that it needs on the device."""
         device = self._execution_device
         h_references = references.features.to(device, self.unet.dtype)
-        weights = gate(references.similarities, options.threshold).to(device)  # lambda
+        weights = references.gated(options.threshold).to(device)  # lambda
         if options.fusion == "adapter":
             assert self.adapter is not None, "checked before"
             return AdapterFusion(self.adapter, h_references, weights, options.adapter_scale)

@@ -75,7 +75,15 @@ def encode(unet: UNet2DConditionModel, sample: torch.Tensor, timestep: int, **ar
         sample: latents (B, C, H, W).
         timestep: of all of them.
         arguments: of the UNet's own forward.
+
+    Raises:
+        UserError: if it has an IP-Adapter.
     """
+    if unet.config.encoder_hid_dim_type is not None:
+        raise UserError(
+            "reference pictures are encoded by the base model alone, and its UNet has an IP-Adapter: take it off by "
+            "unload_ip_adapter, or use an index, whose features are encoded before"
+        )
     prepare(unet)
     try:
         with _set(_stop), torch.compiler.set_stance("force_eager"):

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
@@ -102,3 +103,26 @@ def test_it_is_saved_and_loaded(bases: dict[str, Path], tmp_path: Path, name: st
 def test_arguments_are_checked(pipeline: ImageRAGTurboPipeline, arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipeline(**arguments)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_it_comes_back_in_the_dtype_that_it_was_saved_in(bases: dict[str, Path], tmp_path: Path, dtype: Any) -> None:
+    first = ImageRAGTurboPipeline.from_base(load_base(str(bases["sd-turbo"]), "cpu", dtype))
+    first.save_pretrained(tmp_path)
+    again = ImageRAGTurboPipeline.from_pretrained(tmp_path)
+    assert torch.equal(*(each("a fox", generator=_of(0), output_type="latent").images for each in (first, again)))
+    other = ImageRAGTurboPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    assert other("a fox", generator=_of(0), output_type="latent").images.dtype == torch.float32
+
+
+def test_the_vae_of_sdxl_is_run_in_its_range(bases: dict[str, Path]) -> None:
+    pipeline = ImageRAGTurboPipeline.from_pretrained(bases["sdxl-turbo"], dtype=torch.float16)
+    assert pipeline.vae.config.force_upcast
+    seen = []
+    for module in (pipeline.vae.encoder, pipeline.vae.decoder):
+        module.register_forward_pre_hook(lambda module, _: seen.append(next(module.parameters()).dtype))
+    picture = Image.radial_gradient("L")
+    made = pipeline("a fox", reference_images=picture, output_type="pt", generator=_of(0)).images
+    assert made.isfinite().all()
+    assert seen == [torch.float32] * 2
+    assert pipeline.vae.dtype == torch.float16
