@@ -258,7 +258,7 @@ class ReferenceMixin:
         )
         if given.any and (compose or num_references is not None):
             warnings.warn(
-                "compose and num_references are of a search, and references are given: no effect", stacklevel=4
+                "compose and num_references are of a search, and references are given: no effect", stacklevel=5
             )
         if guidance_scale is None:
             guidance_scale = 0.0 if self.unet.config.time_cond_proj_dim is None else _LCM_GUIDANCE
