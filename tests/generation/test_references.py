@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from imagerag.embedding.spec import resolve
@@ -282,6 +283,16 @@ def test_another_text_encoder_asks_the_indexs_own(store: Store, tmp_path: Path) 
     assert not pipeline.index.shares_encoder
     with pytest.raises(UserError, match=rf"features for test \(fit auto, digest .*none for {base.identity.id}"):
         pipeline("a red dragon")
+
+
+def test_a_pipeline_of_a_plain_folder_knows_whose_features_are_its_own(store: Store, tmp_path: Path) -> None:
+    write_sd(tmp_path)
+    digest = load_base(str(tmp_path), device="cpu").identity.digest
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path)
+    for pipeline in (ImageRAGTurboPipeline.from_pretrained(tmp_path), ImageRAGTurboPipeline.from_pipe(theirs)):
+        assert pipeline.use_index(store.uri, store.name).config.base_digest == digest
+        with pytest.raises(UserError, match=f"none for {tmp_path}"):
+            pipeline("a red dragon")
 
 
 def test_it_is_saved_and_loaded_with_all_that_it_needs(pipe: ImageRAGTurboPipeline, tmp_path: Path) -> None:
