@@ -1,5 +1,64 @@
-"""ImageRAGTurbo: one-step text-to-image generation that knows your images (arXiv 2602.12640)."""
+"""ImageRAGTurbo: one-step text-to-image generation that knows your images (arXiv 2602.12640).
+
+>>> from imagerag import ImageRAGTurboPipeline, load_base
+>>> pipeline = ImageRAGTurboPipeline.from_base(load_base("tiny", "cpu"))
+>>> pipeline.set_progress_bar_config(disable=True)
+>>> pipeline("a red mug").images[0].size
+(64, 64)
+
+It is a pipeline of diffusers, which can be shown a picture, too:
+
+>>> from PIL import Image
+>>> mug = Image.new("RGB", (200, 300), "red")
+>>> made = pipeline("a red mug", reference_images=mug, w=0.1)
+>>> made.references[0][0].caption
+'a red mug'
+
+`pipeline.use_index(".imagerag/index", "catalogue")` has it find pictures itself, in an index that `imagerag ingest` and
+`imagerag features` made. What else is public is in `__all__`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from imagerag import _torchvision
 
+if TYPE_CHECKING:
+    from imagerag.embedding.encoder import load_encoder
+    from imagerag.errors import UserError
+    from imagerag.generation.base import load_base
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline, ImageRAGTurboXLPipeline
+    from imagerag.hspace.adapter import HSpaceAdapter
+    from imagerag.retrieval.search import Retriever
+
+__all__ = [
+    "HSpaceAdapter",
+    "ImageRAGTurboPipeline",
+    "ImageRAGTurboXLPipeline",
+    "Retriever",
+    "UserError",
+    "load_base",
+    "load_encoder",
+]
+_MODULES = {
+    "HSpaceAdapter": "hspace.adapter",
+    "ImageRAGTurboPipeline": "generation.pipeline",
+    "ImageRAGTurboXLPipeline": "generation.pipeline",
+    "Retriever": "retrieval.search",
+    "UserError": "errors",
+    "load_base": "generation.base",
+    "load_encoder": "embedding.encoder",
+}
+
 _torchvision.install()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public when it is first asked for: the command line has no use for most of it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,8 +3,9 @@
 The wheels of torchvision on PyPI are built for CUDA. Beside a CPU-only torch their compiled operators do not load, and
 `import torchvision` (so open_clip, timm, parts of transformers) fails with "operator torchvision::nms does not exist".
 Declaring the two schemas is enough for everything that does not call them. The hook below does so when torchvision is
-first imported, and only where its compiled library does not load: a CUDA machine is untouched, and importing
-`imagerag` does not import torch.
+first imported, and only where torch is a CPU build and torchvision is not, so that a CUDA machine is untouched, and
+importing `imagerag` does not import torch. Without `imagerag`, or before it, the way is a torchvision that fits: the
+CPU build that PyTorch publishes beside torch's.
 """
 
 import importlib.machinery
@@ -12,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -26,9 +28,13 @@ class _Hook(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.origin is not None:
+        if spec is not None and spec.origin is not None and _is_cpu_build("torch") and not _is_cpu_build(fullname):
             _declare_missing_operators(Path(spec.origin).parent / "_C.so")
         return spec
+
+
+def _is_cpu_build(package: str) -> bool:
+    return version(package).endswith("+cpu")
 
 
 def _declare_missing_operators(library: Path) -> None:

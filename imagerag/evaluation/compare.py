@@ -111,4 +111,5 @@ class Comparer:
 
     def _call(self, pipeline: ImageRAGTurboPipeline, prompt: str, **arguments: Any) -> ImageRAGTurboOutput:
         generator = torch.Generator().manual_seed(self._seed)
-        return pipeline(prompt, generator=generator, **arguments)
+        output: ImageRAGTurboOutput = pipeline(prompt, generator=generator, **arguments)
+        return output

@@ -219,29 +219,31 @@ class Worker:
             from imagerag.evaluation.timed import TimedPipeline
             from imagerag.generation.base import load_base
             from imagerag.generation.finetuned import load_finetuned
+            from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
             base, adapter = load_base(way.base, self._device, self._dtype), None
             if way.adapter is not None:
                 with local_copy(way.adapter) as folder:
                     adapter = load_finetuned(folder, base)
-            pipeline = TimedPipeline.from_base(base, adapter)
+            pipeline = ImageRAGTurboPipeline.from_base(base, adapter)
             pipeline.set_progress_bar_config(disable=True)
             if index is not None:
                 pipeline.use_index(index.uri, index.name, index.version)
-            self._pipelines[known] = pipeline
+            self._pipelines[known] = TimedPipeline(pipeline)
         return self._pipelines[known]
 
-    def _arguments(self, way: Way, prompts: list[str], pipeline: "ImageRAGTurboPipeline") -> dict[str, Any]:
+    def _arguments(self, way: Way, prompts: list[str], pipeline: "TimedPipeline") -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "fusion": way.fusion,
             "num_references": way.num_references,
-            "w": way.w,
-            "adapter_scale": way.adapter_scale,
             "num_inference_steps": way.steps,
             "guidance_scale": way.guidance,
         }
+        arguments |= {"slerp": {"w": way.w}, "adapter": {"adapter_scale": way.adapter_scale}}.get(way.fusion, {})
         if way.is_random:
-            arguments["reference_ids"] = [self._random_ids(prompt, way.num_references, pipeline) for prompt in prompts]
+            arguments["reference_ids"] = [
+                self._random_ids(prompt, way.num_references, pipeline.pipeline) for prompt in prompts
+            ]
         return arguments
 
     def _random_ids(self, prompt: str, count: int, pipeline: "ImageRAGTurboPipeline") -> list[str]:

@@ -1,10 +1,7 @@
-"""The pipeline with a stopwatch: how long its parts take."""
+"""A pipeline with a stopwatch: how long its parts take."""
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,34 +9,45 @@ import torch
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 
-class TimedPipeline(ImageRAGTurboPipeline):
-    """Adds up the seconds of its parts; what is left of a call is text encoding, next to all of it."""
+class TimedPipeline:
+    """Adds up the seconds of a pipeline's parts; what is left of a call is text encoding, next to all of it.
 
-    @cached_property
-    def seconds(self) -> dict[str, float]:
-        """Of `retrieval`, `denoising` and `decoding` since it was cleared."""
-        return defaultdict(float)
+    Attributes:
+        pipeline: what is called. It is timed from now on.
+        seconds: of `retrieval`, `denoising` and `decoding` since they were cleared.
+    """
 
-    def _find_references(self, *arguments: Any) -> Any:
-        with self._timed("retrieval"):
-            return super()._find_references(*arguments)
+    def __init__(self, pipeline: ImageRAGTurboPipeline) -> None:
+        self.pipeline, self.seconds = pipeline, defaultdict[str, float](float)
+        self._started: dict[str, float] = {}
+        for part, module in (("denoising", pipeline.unet), ("decoding", pipeline.vae.decoder)):
+            module.register_forward_pre_hook(lambda *_, part=part: self._start(part))
+            module.register_forward_hook(lambda *_, part=part: self._stop(part))
+        find = pipeline._find_references
 
-    def _sample(self, *arguments: Any) -> Any:
-        with self._timed("denoising"):
-            return super()._sample(*arguments)
+        def find_references(*arguments: Any) -> Any:
+            # It runs the UNet where features are missing, and so is told of last.
+            before = dict(self.seconds)
+            self._start("retrieval")
+            found = find(*arguments)
+            self._stop("retrieval")
+            self.seconds |= {part: before.get(part, 0.0) for part in ("denoising", "decoding")}
+            return found
 
-    def _decode(self, *arguments: Any) -> Any:
-        with self._timed("decoding"):
-            return super()._decode(*arguments)
+        pipeline._find_references = find_references  # type: ignore[assignment, method-assign]
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Make pictures, as the pipeline does."""
+        return self.pipeline(*arguments, **named)
+
+    def _start(self, part: str) -> None:
         self._wait()
-        started = time.perf_counter()
-        yield
+        self._started[part] = time.perf_counter()
+
+    def _stop(self, part: str) -> None:
         self._wait()
-        self.seconds[part] += time.perf_counter() - started
+        self.seconds[part] += time.perf_counter() - self._started[part]
 
     def _wait(self) -> None:
-        if self._execution_device.type == "cuda":
+        if self.pipeline._execution_device.type == "cuda":
             torch.cuda.synchronize()

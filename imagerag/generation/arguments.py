@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
 
 from imagerag.errors import UserError
 
-T = TypeVar("T")
-
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_STEPS = 1000
 MAX_PROMPT_CHARACTERS = 2000
 """Text encoders see the first 77 tokens at most; what is much longer is a mistake."""
 _LEAST_SIDE = 8
+_MAX_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,42 @@ class Given:
         return self.ids is not None or self.images is not None
 
 
+def in_list(value: Any) -> list[Any]:
+    """Return what is a list or stands for one of itself as a list; None is an empty one."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def check_output_type(output_type: str) -> None:
+    """Make sure that pictures can be had like this.
+
+    Raises:
+        UserError: if not.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(f"output_type is one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
+
+
+def count_prompts(prompt: str | Sequence[str] | None, embeds: torch.Tensor | None) -> int:
+    """Return how many prompts there are.
+
+    Raises:
+        UserError: if there are none, or one is no text.
+    """
+    if prompt is None and embeds is None:
+        raise UserError("a prompt, or prompt_embeds, says what to make a picture of; got neither")
+    prompts = in_list(prompt)
+    if prompt is not None and not prompts:
+        raise UserError("at least one prompt is needed")
+    for each in prompts:
+        if not isinstance(each, str):
+            raise UserError(f"a prompt is a text; got {each!r}")
+    return len(prompts) if embeds is None else len(embeds)
+
+
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Make sure that there are prompts, and that each says something.
+    """Make sure that there are prompts, and that each says something, so that it can be searched for.
 
     Raises:
         UserError: if not.
@@ -46,6 +80,28 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise UserError(
                 f"a prompt has at most {MAX_PROMPT_CHARACTERS:,} characters; one has {len(prompt):,}: {prompt[:40]!r}…"
             )
+
+
+def check_queries(size: int, query: str | Sequence[str] | None, given: Given) -> list[str]:
+    """Return what references are compared with, one text for each of `size` prompts, or none for given pictures.
+
+    Raises:
+        UserError: if there are none, or one says nothing or too much.
+    """
+    queries = in_list(query)
+    if not queries and given.images is not None:
+        return []
+    if not queries:
+        raise UserError(
+            "prompt_embeds can't be searched for: name by `query` what to search the index for, give reference_images, "
+            "or use fusion 'none'"
+        )
+    if given.images is None:
+        check_prompts(queries)
+    queries = queries * size if len(queries) == 1 else queries
+    if len(queries) != size:
+        raise UserError(f"there is one query for all prompts, or one for each of the {size}; got {len(queries)}")
+    return queries
 
 
 def check_sampling(
@@ -65,12 +121,7 @@ def check_sampling(
         raise UserError(f"a list of generators has one for each of the {size} pictures; got {len(generator)}")
 
 
-def check_given(
-    num_prompts: int,
-    ids: Sequence[str] | Sequence[Sequence[str]] | None,
-    images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None,
-    captions: Sequence[str] | Sequence[Sequence[str]] | None,
-) -> Given:
+def check_given(num_prompts: int, prompts: Sequence[str], ids: Any, images: Any, captions: Any) -> Given:
     """Return the references that the caller chose, as one list for each prompt.
 
     Raises:
@@ -78,36 +129,57 @@ def check_given(
     """
     if ids is not None and images is not None:
         raise UserError("references are given as reference_ids or as reference_images, not both")
-    if (images is None) != (captions is None):
-        raise UserError("reference_images and reference_captions belong together: one caption for each picture")
+    if images is None and captions is not None:
+        raise UserError("reference_captions say what reference_images show; got captions alone")
     if ids is not None:
         return Given(ids=_per_prompt("reference_ids", ids, str, num_prompts))
-    if images is None or captions is None:
+    if images is None:
         return Given()
-    given = Given(
-        images=_per_prompt("reference_images", images, Image.Image, num_prompts),
-        captions=_per_prompt("reference_captions", captions, str, num_prompts),
-    )
-    assert given.images is not None
-    assert given.captions is not None
-    if list(map(len, given.images)) != list(map(len, given.captions)):
-        raise UserError(
-            f"there is one caption for each reference picture; got {sum(map(len, given.captions))} captions for "
-            f"{sum(map(len, given.images))} pictures"
-        )
-    for image in (image for own in given.images for image in own):
+    pictures = _per_prompt("reference_images", images, Image.Image, num_prompts)
+    if captions is not None:
+        texts = _per_prompt("reference_captions", captions, str, num_prompts)
+    elif prompts:
+        texts = [[prompt] * len(own) for prompt, own in zip(prompts, pictures, strict=True)]
+    else:
+        raise UserError("with prompt_embeds, reference_captions have to say what reference_images show")
+    for own, about in zip(pictures, texts, strict=True):
+        if len(own) != len(about):
+            raise UserError(
+                f"each reference picture has one caption; got {len(about)} captions, {about[0]!r} …, for {len(own)} "
+                "pictures"
+            )
+    given = Given(images=pictures, captions=texts)
+    for image in (image for own in pictures for image in own):
         if min(image.size) < _LEAST_SIDE:
             raise UserError(f"a reference picture has at least {_LEAST_SIDE} pixels a side; one has {image.size}")
     return given
 
 
-def _per_prompt(name: str, values: Sequence[Any], kind: type[T], num_prompts: int) -> list[list[T]]:
-    if len(values) == 0:
+def check_weights(num_prompts: int, weights: Any) -> list[list[float]]:
+    """Return weights of references as one list for each prompt.
+
+    Raises:
+        UserError: if they don't fit the prompts, or one is out of its bounds.
+    """
+    lists = _per_prompt("reference_weights", weights, float | int, num_prompts)
+    for weight in (weight for own in lists for weight in own):
+        if not 0 <= weight <= _MAX_WEIGHT:
+            raise UserError(f"a reference's weight must be between 0 and {_MAX_WEIGHT:g}; got {weight}")
+    return lists
+
+
+def _per_prompt(name: str, values: Any, kind: Any, num_prompts: int) -> list[list[Any]]:
+    """Return one list for each prompt of a value, a list of them for all prompts, or lists for each."""
+    outer = in_list(values)
+    if not outer:
         raise UserError(f"{name} is empty: leave it out to search the index, or use fusion 'none'")
-    nested = not isinstance(values[0], kind)
-    lists = [list(own) for own in values] if nested else [list(values)] * num_prompts
+    nested = all(isinstance(each, Sequence) and not isinstance(each, str) for each in outer)
+    lists = [list(own) for own in outer] if nested else [outer] * num_prompts
     if len(lists) != num_prompts:
         raise UserError(f"{name} has one list for each of the {num_prompts} prompts; got {len(lists)}")
-    if not all(isinstance(value, kind) for own in lists for value in own) or not all(lists):
-        raise UserError(f"{name} is a list of {kind.__name__}, or one such list for each prompt")
+    wrong = next((value for own in lists for value in own if not isinstance(value, kind)), None)
+    if wrong is not None or not all(lists):
+        found = "an empty list" if wrong is None else f"{type(wrong).__module__}.{type(wrong).__name__}"
+        what = {str: "text", Image.Image: "PIL image"}.get(kind, "number")
+        raise UserError(f"{name} is a {what}, a list of them for all prompts, or such a list for each; got {found}")
     return lists

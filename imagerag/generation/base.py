@@ -52,21 +52,28 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
     """
     files = resolve(spec)
     parts, names = files.parts, _towers(files.parts)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = _DTYPES[dtype or ("fp32" if torch.device(device).type == "cpu" else "fp16")]
-    vae = _load(AutoencoderKL, parts["vae"], torch_dtype)
-    if vae.config.force_upcast:  # its activations exceed float16's range (SDXL)
-        vae = vae.float()
+    device = device or default_device()
+    torch_dtype = _DTYPES[dtype or default_dtype(device)]
     encoders = [_load_text_encoder(parts[f"text_encoder{name}"], torch_dtype) for name in names]
     return BaseModel(
         identity=files.identity,
-        vae=vae.to(device),
+        vae=_load(AutoencoderKL, parts["vae"], torch_dtype).to(device),
         unet=_load(UNet2DConditionModel, parts["unet"], torch_dtype).to(device),
         scheduler=load_scheduler(parts["scheduler"]),
         tokenizers=tuple(_load_tokenizer(parts[f"tokenizer{name}"]) for name in names),
         text_encoders=tuple(encoder.to(device) for encoder in encoders),
         slerp_w=files.slerp_w,
     )
+
+
+def default_device() -> str:
+    """Return the device to compute on: the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> Dtype:
+    """Return what a device computes in."""
+    return "fp32" if torch.device(device).type == "cpu" else "fp16"
 
 
 def load_conditioner(spec: str) -> TextConditioner:

@@ -1,5 +1,6 @@
 """How a call of the pipeline fuses references: what the caller chose, and for the rest what suits the pipeline."""
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, get_args
 
@@ -8,12 +9,22 @@ from imagerag.generation.arguments import Given
 from imagerag.hspace.fusion import FusionName
 
 if TYPE_CHECKING:
-    from imagerag.generation.pipeline import ImageRAGTurboPipeline
+    from imagerag.generation.reference_mixin import ReferenceMixin
 
 MAX_REFERENCES = 64
 MAX_SCALE = 10.0
 """Of what an adapter adds. The decoder knows nothing of what lies that far out."""
 _REFERENCES = {"adapter": 4, "slerp": 1}
+
+
+def check_scale(what: str, scale: float) -> None:
+    """Make sure that a scale is within its bounds.
+
+    Raises:
+        UserError: if not.
+    """
+    if not 0 <= scale <= MAX_SCALE:
+        raise UserError(f"{what} must be between 0 and {MAX_SCALE:g}; got {scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +40,7 @@ class FusionOptions:
     @classmethod
     def of(
         cls,
-        pipeline: "ImageRAGTurboPipeline",
+        pipeline: "ReferenceMixin",
         given: Given,
         fusion: FusionName | None,
         num_references: int | None,
@@ -55,6 +66,11 @@ class FusionOptions:
             num_references = _REFERENCES.get(fusion, 0)
             if num_references and pipeline.index is not None:
                 num_references = min(num_references, pipeline.index.retriever.num_rows)
+        for name, value, user in (("w", w, "slerp"), ("adapter_scale", adapter_scale, "adapter")):
+            if value is not None and fusion != user:
+                warnings.warn(f"{name} is of fusion {user!r}; with {fusion!r} it has no effect", stacklevel=6)
+        if adapter_scale is None:
+            adapter_scale = pipeline._reference_scale
         if adapter_scale is None:
             adapter_scale = 1.0 if adapter is None else adapter.config.default_scale
         return cls(
@@ -73,10 +89,6 @@ class FusionOptions:
             raise UserError(f"num_references must be between 0 and {MAX_REFERENCES}; got {self.num_references}")
         if not 0 <= self.w <= 1:
             raise UserError(f"w, the weight of the base model in slerp, must be between 0 and 1; got {self.w}")
-        if not 0 <= self.adapter_scale <= MAX_SCALE:
-            raise UserError(
-                f"adapter_scale, of what the adapter adds, must be between 0 and {MAX_SCALE:g}; got "
-                f"{self.adapter_scale}"
-            )
+        check_scale("adapter_scale, of what the adapter adds,", self.adapter_scale)
         if not -1 <= self.threshold <= 1:
             raise UserError(f"similarity_threshold is a cosine, so between -1 and 1; got {self.threshold}")

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import is_text_tower
+from imagerag.hspace.adapter import gate
 from imagerag.hspace.features import identity_in
 from imagerag.retrieval.ranking import diversify, merge, split_phrases
 from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
@@ -60,6 +61,8 @@ class References:
     """`h_retr` (B, K, C, H, W)."""
     similarities: torch.Tensor
     """(B, K); -1 where there is none."""
+    factors: torch.Tensor | None = None
+    """Of lambda (B, K), by the caller's choice."""
 
     @classmethod
     def of(cls, rows: "Sequence[Sequence[Neighbour]]", h: Sequence[Sequence[torch.Tensor]]) -> "References":
@@ -79,7 +82,26 @@ class References:
             tuple(row for row in self.rows for _ in range(times)),
             self.features.repeat_interleave(times, dim=0),
             self.similarities.repeat_interleave(times, dim=0),
+            None if self.factors is None else self.factors.repeat_interleave(times, dim=0),
         )
+
+    def times(self, weights: Sequence[Sequence[float]]) -> "References":
+        """Return them with lambda multiplied by a weight for each.
+
+        Raises:
+            UserError: if a prompt has not as many weights as references.
+        """
+        factors = torch.zeros_like(self.similarities)
+        for number, (own, rows) in enumerate(zip(weights, self.rows, strict=True)):
+            if len(own) != len(rows):
+                raise UserError(f"each reference has one weight; got {len(own)} weights for {len(rows)} references")
+            factors[number, : len(own)] = torch.tensor(own)
+        return replace(self, factors=factors)
+
+    def gated(self, threshold: float) -> torch.Tensor:
+        """Return lambda (B, K)."""
+        weights = gate(self.similarities, threshold)
+        return weights if self.factors is None else weights * self.factors
 
     def used(self, weights: torch.Tensor) -> list[tuple[Reference, ...]]:
         """Return what each picture was given, with lambda (B, K)."""
@@ -261,7 +283,7 @@ def given_references(
     """
     from imagerag.retrieval.search import Neighbour
 
-    targets = encode_texts(list(prompts))
+    targets = encode_texts(list(prompts)) if prompts else None
     rows, h = [], []
     for number, (own_images, own_captions) in enumerate(zip(images, captions, strict=True)):
         own = encode_texts(list(own_captions))

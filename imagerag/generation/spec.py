@@ -94,6 +94,20 @@ def resolve(spec: str) -> BaseFiles:
     )
 
 
+def identity_of_folder(folder: str | None) -> BaseIdentity:
+    """Return which base model was loaded from a folder.
+
+    Raises:
+        UserError: if it was from none.
+    """
+    if folder is None or not Path(folder).is_dir():
+        raise UserError(
+            "an index has features of a base model's digest, and that of a pipeline which was made from its parts is "
+            "not known: load it from a folder or the hub, or give it its base_digest"
+        )
+    return resolve(str(Path(folder).absolute())).identity
+
+
 def parts_of(spec: str, only: Collection[str] = ()) -> dict[str, Part]:
     """Return the parts of `resolve(spec)` by name, or `only` some of them, without computing a digest."""
     check_spec(spec)

@@ -23,16 +23,6 @@ class Condition:
     """A feature for each prompt (B, D) to compare it with others by cosine, of length one, where the text encoder was
     trained for that: sentence-transformers. A UNet doesn't see it, so what is made of a condition lacks it."""
 
-    def repeat_interleave(self, times: int) -> "Condition":
-        """Return each prompt's features `times` times, one after the other."""
-        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, dim=0)
-        return Condition(self.embeds.repeat_interleave(times, dim=0), pooled)
-
-    def followed_by(self, other: "Condition") -> "Condition":
-        """Return both batches as one."""
-        pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
-        return Condition(torch.cat([self.embeds, other.embeds]), pooled)
-
 
 class TextConditioner:
     """One text encoder with its tokenizer, or two of each (SDXL)."""
@@ -40,71 +30,85 @@ class TextConditioner:
     def __init__(self, tokenizers: Sequence[PreTrainedTokenizerBase], encoders: Sequence[PreTrainedModel]) -> None:
         self._towers = list(zip(tokenizers, encoders, strict=True))
 
-    @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Return the features of `prompts`; what exceeds the tokenizer's length is cut off."""
-        outputs, masks = zip(*(self._run(*tower, prompts) for tower in self._towers), strict=True)
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Condition:
+        """Return the features of `prompts`; what exceeds the tokenizer's length is cut off.
+
+        Args:
+            prompts: any number of them.
+            device: what computes, where weights are offloaded to another one.
+        """
+        outputs = [self._run(*tower, prompts, device) for tower in self._towers]
         if len(outputs) == 1:
-            # An inference tensor can't take part in training, a clone can.
-            embeds = outputs[0].last_hidden_state.clone()
-            is_sentence_encoder = self._towers[0][1].config.model_type == "bert"
-            sentences = _mean(embeds, masks[0]) if is_sentence_encoder and masks[0] is not None else None
-            return Condition(embeds, pooled=None, sentences=sentences)
+            embeds = outputs[0].last_hidden_state
+            return Condition(embeds, pooled=None, sentences=self.sentences(prompts, embeds))
         embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return Condition(embeds=embeds, pooled=outputs[-1].text_embeds)
 
-    def encode_empty(self, size: int) -> Condition:
-        """Return the condition of no text, for guidance: the empty prompt, or zeros for SDXL, as they were trained."""
-        empty = self.encode([""]).repeat_interleave(size)
-        if empty.pooled is None:
-            return empty
-        return Condition(torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled))
+    @property
+    def makes_sentences(self) -> bool:
+        """Whether it makes `Condition.sentences`."""
+        (_, encoder), *others = self._towers
+        return not others and encoder.config.model_type == "bert" and _uses_mask(encoder)
+
+    def sentences(self, prompts: Sequence[str], embeds: torch.Tensor) -> torch.Tensor | None:
+        """Return `Condition.sentences` of prompts whose `embeds` (B, L, D) are known, if the encoder makes some."""
+        if not self.makes_sentences:
+            return None
+        weights = _tokens(self._towers[0][0], prompts).attention_mask.to(embeds).unsqueeze(-1)
+        mean = (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)  # as sentence-transformers pool
+        return torch.nn.functional.normalize(mean, dim=-1)
 
     def _run(
-        self, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts: Sequence[str]
-    ) -> tuple[Any, torch.Tensor | None]:
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(encoder.device)
-        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-        return encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=len(self._towers) > 1), mask
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: PreTrainedModel,
+        prompts: Sequence[str],
+        device: torch.device | None,
+    ) -> Any:
+        tokens = _tokens(tokenizer, prompts).to(device or encoder.device)
+        mask = tokens.attention_mask if _uses_mask(encoder) else None
+        return encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=len(self._towers) > 1)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Any:
+    return tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+
+def _uses_mask(encoder: PreTrainedModel) -> bool:
+    return bool(getattr(encoder.config, "use_attention_mask", False))
 
 
 def is_text_tower(encoder: PreTrainedModel, weights: Path) -> bool:
     """Whether a text encoder's weights are all in this file of safetensors, whatever else is."""
     own = encoder.state_dict()
     with safe_open(weights, "pt") as file:
-        if not own.keys() <= set(file.keys()):
-            return False
+        if not own.keys() <= set(file.keys()) or any(each.is_meta for each in own.values()):
+            return False  # what is offloaded can't be compared
         return all(torch.equal(file.get_tensor(name).to(each.device, each.dtype), each) for name, each in own.items())
 
 
-def _mean(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean token (B, D) of each prompt, of length one, as sentence-transformers pool."""
-    weights = mask.unsqueeze(-1).to(embeds.dtype)
-    return torch.nn.functional.normalize((embeds * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
-
-
-def unet_arguments(
-    unet: UNet2DConditionModel, condition: Condition, *, side: int, guidance_scale: float = 0.0
-) -> dict[str, Any]:
+def unet_arguments(unet: UNet2DConditionModel, condition: Condition, *, side: int) -> dict[str, Any]:
     """Return what a UNet is called with beside the sample and the timestep.
 
     Args:
+        unet: which asks for them. One that was distilled with guidance (LCM, arXiv 2310.04378) is told of none.
+        condition: of the prompts.
         side: of the picture, in pixels, which SDXL is told.
-        guidance_scale: is told to a UNet that was distilled with it (LCM, arXiv 2310.04378).
     """
     arguments: dict[str, Any] = {"encoder_hidden_states": condition.embeds}
     if condition.pooled is not None:
-        sizes = torch.tensor([side, side, 0, 0, side, side], device=unet.device, dtype=unet.dtype)
+        sizes = torch.tensor([side, side, 0, 0, side, side]).to(condition.embeds)
         time_ids = sizes.expand(len(condition.embeds), -1)
         arguments["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": time_ids}
     if (dim := unet.config.time_cond_proj_dim) is not None:
-        arguments["timestep_cond"] = _embed_guidance(guidance_scale, dim).to(unet.device, unet.dtype)
+        arguments["timestep_cond"] = _embed_guidance(0.0, dim).to(condition.embeds)
     return arguments
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
@@ -50,7 +51,7 @@ def load_adapter(folder: Path, unet: UNet2DConditionModel) -> "HSpaceAdapter":
     return adapter
 
 
-class HSpaceAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class HSpaceAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """`h = h_target + dh`, `dh = W_O softmax(Q K^T / sqrt(d)) (lambda V)`; Q is the target's, K and V the references'.
 
     Beyond the paper, first: the keys and values of all references are in one attention, each value weighted by its

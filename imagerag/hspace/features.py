@@ -2,20 +2,22 @@
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image
 
 from imagerag.errors import UserError
 from imagerag.generation.spec import BaseIdentity
 from imagerag.generation.text import TextConditioner, unet_arguments
 from imagerag.hspace.fit import DEFAULT_FIT, FITS, fit_square
-from imagerag.hspace.split import encode
+from imagerag.hspace.midblock import encode
 from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 
 _VERSION = 2
@@ -36,34 +38,55 @@ def identity_in(schema: pa.Schema, identity: BaseIdentity, unet_config: Mapping[
     return next((each for each in own.values() if each.column in schema.names), own[DEFAULT_FIT])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_references(
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderTiny,
     unet: UNet2DConditionModel,
     conditioner: TextConditioner,
     images: Sequence[Image.Image],
     captions: Sequence[str],
     fit: Fit,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Return `h_retr` (N, C, H, W): the UNet encoder's output for the clean latents of `images` at t = 0.
 
     Args:
         fit: how pictures of any shape are fitted into the base model's square; see `fit_square`.
+        device: what computes, where weights are offloaded to another one.
     """
-    arguments = unet_arguments(unet, conditioner.encode(captions), side=_side(vae, unet))
-    h: torch.Tensor = encode(unet, encode_latents(vae, unet, images, fit), 0, **arguments).h
-    return h
+    arguments = unet_arguments(unet, conditioner.encode(captions, device), side=_side(vae, unet))
+    return encode(unet, encode_latents(vae, unet, images, fit, device), 0, **arguments)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_latents(
-    vae: AutoencoderKL, unet: UNet2DConditionModel, images: Sequence[Image.Image], fit: Fit
+    vae: AutoencoderKL | AutoencoderTiny,
+    unet: UNet2DConditionModel,
+    images: Sequence[Image.Image],
+    fit: Fit,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Return the clean latents `z_0` (N, C, H, W) of `images`, fitted into the base model's square."""
     side = _side(vae, unet)
-    pixels = torch.from_numpy(np.stack([_pixels(image, side, fit) for image in images])).to(vae.device, vae.dtype)
-    latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    return latents.to(unet.dtype)
+    pixels = torch.from_numpy(np.stack([_pixels(image, side, fit) for image in images])).to(device or vae.device)
+    with in_its_range(vae):
+        latents: torch.Tensor = retrieve_latents(vae.encode(pixels.to(vae.dtype)), sample_mode="argmax")
+    scaled: torch.Tensor = latents * vae.config.scaling_factor
+    return scaled.to(unet.dtype)
+
+
+@contextmanager
+def in_its_range(vae: AutoencoderKL | AutoencoderTiny) -> Iterator[None]:
+    """Have a VAE whose activations exceed float16's range (SDXL's) in float32, as diffusers does, and put it back."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(dtype=torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(dtype=dtype)
 
 
 def to_cache(h: torch.Tensor) -> Features:
@@ -86,7 +109,7 @@ def open_images(images: Sequence[bytes]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(image)) for image in images]
 
 
-def _side(vae: AutoencoderKL, unet: UNet2DConditionModel) -> int:
+def _side(vae: AutoencoderKL | AutoencoderTiny, unet: UNet2DConditionModel) -> int:
     """Return the base model's resolution in pixels."""
     side: int = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     return side

@@ -42,7 +42,8 @@ class AdapterFusion:
 
     def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
         """Return the fused features."""
-        fused: torch.Tensor = self.adapter(h_target, self.h_references, self.weights, self.scale)
+        references = _fitted(self.h_references, h_target)
+        fused: torch.Tensor = self.adapter(h_target, references, self.weights, self.scale)
         return fused
 
 
@@ -65,8 +66,8 @@ class SlerpFusion:
 
     def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
         """Return the fused features."""
-        parts = self._parts[:, :, None, None, None].to(self.h_references.dtype)
-        fused = slerp(h_target, (parts * self.h_references).sum(1), self.w)
+        parts = self._parts[:, :, None, None, None].to(h_target.dtype)
+        fused = slerp(h_target, (parts * _fitted(self.h_references, h_target)).sum(1), self.w)
         return torch.where((self.weights > 0).any(1).view(-1, 1, 1, 1), fused, h_target)
 
     @property
@@ -75,18 +76,11 @@ class SlerpFusion:
         return self.weights / self.weights.sum(1, keepdim=True).clamp(min=smallest)
 
 
-@dataclass(frozen=True)
-class SecondHalf:
-    """A fusion for the half of the batch that has text, where guidance doubles it."""
-
-    fusion: Fusion
-
-    @property
-    def shares(self) -> torch.Tensor:
-        """Of the half that has text."""
-        return self.fusion.shares
-
-    def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
-        """Return the fused features."""
-        without, with_text = h_target.chunk(2)
-        return torch.cat([without, self.fusion(with_text)])
+def _fitted(h_references: torch.Tensor, h_target: torch.Tensor) -> torch.Tensor:
+    """Return references (B, K, C, H, W) with the device, dtype and, resampled, the height and width of the target."""
+    references = h_references.to(h_target)
+    if references.shape[-2:] == h_target.shape[-2:]:
+        return references
+    size = h_target.shape[-2:]
+    resampled: torch.Tensor = torch.nn.functional.interpolate(references.flatten(0, 1), size, mode="bilinear")
+    return resampled.view(*references.shape[:3], *size)

@@ -1,4 +1,7 @@
-"""The two halves of a diffusers UNet, split after the mid block, whose output is the H-space (paper, Sec. 3.1)."""
+"""The two halves of a diffusers UNet, split after the mid block, whose output is the H-space (paper, Sec. 3.1).
+
+Training runs the first without gradients. Pictures and features are made by the UNet's own forward, see `midblock`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

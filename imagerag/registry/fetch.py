@@ -59,7 +59,7 @@ def pull(settings: Settings, alias_or_version: str, out: Path) -> VersionInfo:
     info = resolve_version(settings, alias_or_version)
     with _partial(out) as partial:
         folder = download(settings, info.version, partial / "model")
-        pipeline = package.load(folder, device="cpu", dtype="fp32")
+        pipeline = package.load(folder, device="cpu")
         pulled = partial / "pulled"
         if info.portable:
             pipeline.register_to_config(index_uri=package.INDEX)

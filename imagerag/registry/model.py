@@ -27,6 +27,7 @@ def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: 
         python_model=str(Path(__file__).with_name("model_code.py")),
         artifacts={PACKAGE: str(folder)},
         signature=SIGNATURE,
+        model_config=dict.fromkeys(("device", "dtype")),
         input_example=(pd.DataFrame({"prompt": ["a red dragon"]}), {"seed": 0, "num_images": 1}),
         pip_requirements=manifest.requirements,
     )

@@ -65,6 +65,8 @@ class Manifest:
     """The training's name: a digest of all that it depended on."""
     run_id: str
     """Of the training, in MLflow."""
+    dtype: "Dtype" = "fp32"
+    """What it is loaded in, on any machine, so that the same picture can be had on all of them."""
     packages: Mapping[str, str]
     """Versions of this package and of what it depends on."""
     files: Mapping[str, str]
@@ -98,6 +100,8 @@ def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable
             what was trained is not safetensors.
     """
     _copy_weights(finetuned.uri, folder)
+    from imagerag.generation.base import default_device, default_dtype
+
     base = resolve(finetuned.base)
     _check_base(base, finetuned.base_digest)
     features = identity_of(base, retriever.dataset.schema)
@@ -118,6 +122,7 @@ def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable
         features_digest=features.digest,
         training=finetuned.name,
         run_id=finetuned.run_id,
+        dtype=default_dtype(default_device()),
         packages=_installed(),
         files=_digests(folder),
     )
@@ -156,7 +161,12 @@ def read(folder: Path) -> Manifest:
 
 
 def load(folder: Path, device: str | None = None, dtype: "Dtype | None" = None) -> "ImageRAGTurboPipeline":
-    """Load the pipeline of a registered model's folder. Device and dtype are as `load_base` takes them.
+    """Load the pipeline of a registered model's folder. The device is as `load_base` takes it.
+
+    Args:
+        folder: the model's.
+        device: a torch device.
+        dtype: instead of the one in the manifest, and then pictures are not the same bit for bit.
 
     Raises:
         UserError: if a file was changed, or the base model or the index is not the pinned one.
@@ -172,7 +182,7 @@ def load(folder: Path, device: str | None = None, dtype: "Dtype | None" = None) 
             f"the model was registered with features of digest {manifest.features_digest}; this version of the package "
             f"makes others of the same base model: use {DISTRIBUTION} {manifest.packages[DISTRIBUTION]}"
         )
-    base = load_base(manifest.base, device, dtype)
+    base = load_base(manifest.base, device, dtype or manifest.dtype)
     pipeline = ImageRAGTurboPipeline.from_base(base, load_finetuned(folder, base))
     pipeline.set_progress_bar_config(disable=True)
     uri = str(folder / INDEX) if manifest.portable else _find_index(manifest)

@@ -55,8 +55,9 @@ class ImageRAGTurboModel(PythonModel):  # type: ignore[misc]
     """A pipeline that MLflow loads and serves."""
 
     def load_context(self, context: Any) -> None:
-        """Load the pipeline; errors as of `package.load`."""
-        self._pipeline = load(Path(context.artifacts[PACKAGE]))
+        """Load the pipeline; errors, and `device` and `dtype` of MLflow's `model_config`, as of `package.load`."""
+        config = context.model_config or {}
+        self._pipeline = load(Path(context.artifacts[PACKAGE]), config.get("device"), config.get("dtype"))
         # A server calls from several threads, and a scheduler remembers its step.
         self._lock = threading.Lock()
 

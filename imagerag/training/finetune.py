@@ -19,6 +19,7 @@ from imagerag.generation.base import BaseModel
 from imagerag.generation.finetuned import ADAPTER, LORA
 from imagerag.generation.sheet import sheet
 from imagerag.hspace.adapter import HSpaceAdapter
+from imagerag.hspace.features import in_its_range
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
 from imagerag.training.data import Ints, Loaded, RagData
 from imagerag.training.diffusion import Diffusion
@@ -283,8 +284,9 @@ class Finetuning:
             self.generator.train()
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        scaled = latents[:_SHOWN].to(self._vae.dtype) / self._vae.config.scaling_factor
-        pixels = self._vae.decode(scaled).sample.float().clamp(-1, 1)
+        with in_its_range(self._vae):
+            scaled = latents[:_SHOWN].to(self._vae.dtype) / self._vae.config.scaling_factor
+            pixels = self._vae.decode(scaled).sample.float().clamp(-1, 1)
         bytes_ = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(each) for each in bytes_]
 

@@ -1,7 +1,9 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
@@ -60,14 +62,15 @@ def test_compiled_blocks_draw_the_same(bases: dict[str, Path]) -> None:
 
 def test_it_tells_of_every_step_and_makes_what_is_asked_for(pipeline: ImageRAGTurboPipeline) -> None:
     steps: list[int] = []
-    latents = pipeline(
-        "a fox",
-        num_inference_steps=3,
-        output_type="latent",
-        callback_on_step_end=lambda index, _, __: steps.append(index),
-    ).images
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert pipe is pipeline
+        steps.append(step)
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else tensors
+
+    latents = pipeline("a fox", num_inference_steps=3, output_type="latent", callback_on_step_end=on_step_end).images
     assert steps == [0, 1, 2]
-    assert latents.shape == (1, 4, 8, 8)
+    assert torch.equal(latents, torch.zeros(1, 4, 8, 8)), "what it returns is used"
     assert pipeline("a fox").images[0].size == (16, 16)
     assert pipeline("a fox", output_type="np").images.shape == (1, 16, 16, 3)
     noise = torch.randn(1, 4, 8, 8, generator=_of(0))
@@ -91,9 +94,35 @@ def test_it_is_saved_and_loaded(bases: dict[str, Path], tmp_path: Path, name: st
         ({"prompt": []}, "at least one prompt"),
         ({"prompt": "a", "num_inference_steps": 0}, "between 1 and 1000; got 0"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1 picture of a prompt can be made; got 0"),
+        ({"prompt": "a", "output_type": "jpg"}, "output_type is one of pil, np, pt, latent; got 'jpg'"),
+        ({}, "a prompt, or prompt_embeds, says what to make a picture of; got neither"),
+        ({"prompt": ["a", 3]}, "a prompt is a text; got 3"),
         ({"prompt": "a", "generator": [torch.Generator()] * 2}, "one for each of the 1 pictures; got 2"),
     ],
 )
 def test_arguments_are_checked(pipeline: ImageRAGTurboPipeline, arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipeline(**arguments)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_it_comes_back_in_the_dtype_that_it_was_saved_in(bases: dict[str, Path], tmp_path: Path, dtype: Any) -> None:
+    first = ImageRAGTurboPipeline.from_base(load_base(str(bases["sd-turbo"]), "cpu", dtype))
+    first.save_pretrained(tmp_path)
+    again = ImageRAGTurboPipeline.from_pretrained(tmp_path)
+    assert torch.equal(*(each("a fox", generator=_of(0), output_type="latent").images for each in (first, again)))
+    other = ImageRAGTurboPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    assert other("a fox", generator=_of(0), output_type="latent").images.dtype == torch.float32
+
+
+def test_the_vae_of_sdxl_is_run_in_its_range(bases: dict[str, Path]) -> None:
+    pipeline = ImageRAGTurboPipeline.from_pretrained(bases["sdxl-turbo"], dtype=torch.float16)
+    assert pipeline.vae.config.force_upcast
+    seen = []
+    for module in (pipeline.vae.encoder, pipeline.vae.decoder):
+        module.register_forward_pre_hook(lambda module, _: seen.append(next(module.parameters()).dtype))
+    picture = Image.radial_gradient("L")
+    made = pipeline("a fox", reference_images=picture, output_type="pt", generator=_of(0)).images
+    assert made.isfinite().all()
+    assert seen == [torch.float32] * 2
+    assert pipeline.vae.dtype == torch.float16

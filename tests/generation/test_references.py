@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from imagerag.embedding.spec import resolve
@@ -64,7 +65,7 @@ def latents(
 
 
 def call(pipeline: ImageRAGTurboPipeline, prompt: Any, seed: int = 0, **arguments: Any) -> ImageRAGTurboOutput:
-    count = (1 if isinstance(prompt, str) else len(prompt)) * arguments.get("num_images_per_prompt", 1)
+    count = (len(prompt) if isinstance(prompt, list) else 1) * arguments.get("num_images_per_prompt", 1)
     generators = [torch.Generator().manual_seed(seed + number) for number in range(count)]
     return pipeline(prompt, generator=generators, output_type="latent", **arguments)
 
@@ -188,6 +189,69 @@ def test_given_pictures_are_as_good_as_rows(pipe: ImageRAGTurboPipeline, plain: 
     assert output.references[0][0].similarity == pytest.approx(1, abs=1e-5)
 
 
+def test_one_picture_and_no_caption_are_enough(pipe: ImageRAGTurboPipeline) -> None:
+    image = Image.open(io.BytesIO(drawing(0)))
+    lists = latents(pipe, "a harp", reference_images=[[image]], reference_captions=[["a harp"]])
+    assert torch.equal(latents(pipe, "a harp", reference_images=image), lists)
+    assert torch.equal(latents(pipe, "a harp", reference_images=image, reference_captions="a harp"), lists)
+    each = call(pipe, ["a harp", "a castle"], reference_images=image).references
+    assert [own[0].caption for own in each] == ["a harp", "a castle"]
+
+
+def test_references_have_weights(pipe: ImageRAGTurboPipeline, plain: ImageRAGTurboPipeline) -> None:
+    arguments = {"num_references": 2, "fusion": "slerp", "w": 0.0}
+    both, one = latents(pipe, **arguments), latents(pipe, **arguments | {"num_references": 1})
+    assert torch.allclose(latents(pipe, reference_weights=[1.0, 0.0], **arguments), one, atol=1e-5)
+    assert not torch.allclose(both, one, atol=1e-3)
+    assert torch.equal(latents(pipe, reference_weights=[0, 0], **arguments), latents(plain, fusion="none"))
+    (references,) = call(pipe, "a red dragon", reference_weights=[2.0, 0.5], num_references=2).references
+    assert [each.weight / each.similarity for each in references] == pytest.approx([2.0, 0.5])
+
+
+def test_the_scale_of_references_is_set_for_all_calls(pipe: ImageRAGTurboPipeline) -> None:
+    own, bold = latents(pipe), latents(pipe, adapter_scale=2.0)
+    pipe.set_reference_scale(2.0)
+    assert torch.equal(latents(pipe), bold)
+    assert torch.equal(latents(pipe, adapter_scale=1.0), own)
+    pipe.set_reference_scale(None)
+    assert torch.equal(latents(pipe), own)
+    with pytest.raises(UserError, match="the scale of references must be between 0 and 10; got -1"):
+        pipe.set_reference_scale(-1)
+
+
+def test_embeds_are_searched_for_by_a_query(pipe: ImageRAGTurboPipeline) -> None:
+    embeds, _ = pipe.encode_prompt("a red dragon", "cpu", 1, False)
+    made = call(pipe, None, prompt_embeds=embeds, query="a castle", num_references=1)
+    assert made.references[0][0].caption == "castle"
+    with pytest.raises(UserError, match="prompt_embeds can't be searched for: name by `query`"):
+        pipe(prompt_embeds=embeds)
+    plain = latents(pipe, fusion="none")
+    assert torch.equal(call(pipe, None, prompt_embeds=embeds, fusion="none").images, plain)
+
+
+def test_other_heights_and_widths_have_references_too(pipe: ImageRAGTurboPipeline) -> None:
+    made = latents(pipe, height=24, width=32)
+    assert made.shape == (1, 4, 12, 16)
+    assert not torch.allclose(made, latents(pipe, height=24, width=32, fusion="none"), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fusion": "adapter", "w": 0.5}, "w is of fusion 'slerp'; with 'adapter' it has no effect"),
+        (
+            {"fusion": "none", "adapter_scale": 2.0},
+            "adapter_scale is of fusion 'adapter'; with 'none' it has no effect",
+        ),
+        ({"reference_images": Image.new("RGB", (16, 16)), "compose": True}, "references are given: no effect"),
+    ],
+)
+def test_arguments_without_effect_warn(pipe: ImageRAGTurboPipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as told:
+        pipe("a castle", **arguments)
+    assert told[0].filename == __file__
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_more_steps_and_guidance(pipe: ImageRAGTurboPipeline, steps: int) -> None:
     arguments = {"num_inference_steps": steps, "guidance_scale": 3.0}
@@ -219,6 +283,16 @@ def test_another_text_encoder_asks_the_indexs_own(store: Store, tmp_path: Path) 
     assert not pipeline.index.shares_encoder
     with pytest.raises(UserError, match=rf"features for test \(fit auto, digest .*none for {base.identity.id}"):
         pipeline("a red dragon")
+
+
+def test_a_pipeline_of_a_plain_folder_knows_whose_features_are_its_own(store: Store, tmp_path: Path) -> None:
+    write_sd(tmp_path)
+    digest = load_base(str(tmp_path), device="cpu").identity.digest
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path)
+    for pipeline in (ImageRAGTurboPipeline.from_pretrained(tmp_path), ImageRAGTurboPipeline.from_pipe(theirs)):
+        assert pipeline.use_index(store.uri, store.name).config.base_digest == digest
+        with pytest.raises(UserError, match=f"none for {tmp_path}"):
+            pipeline("a red dragon")
 
 
 def test_it_is_saved_and_loaded_with_all_that_it_needs(pipe: ImageRAGTurboPipeline, tmp_path: Path) -> None:
@@ -341,9 +415,13 @@ def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, 
         ("a castle", {"reference_ids": ["nobody"]}, "has no row with the id 'nobody'"),
         ("a castle", {"reference_ids": []}, "reference_ids is empty"),
         ("a castle", {"reference_ids": [["a"], ["b"]]}, "one list for each of the 1 prompts; got 2"),
-        ("a castle", {"reference_captions": ["a"]}, "belong together"),
+        ("a castle", {"reference_captions": ["a"]}, "say what reference_images show; got captions alone"),
+        ("a castle", {"reference_images": np.zeros((8, 8, 3))}, "a PIL image, .*; got numpy.ndarray"),
+        ("a castle", {"reference_images": NARROW, "reference_captions": ["a", "b"]}, "got 2 captions, 'a' …, for 1"),
+        ("a castle", {"reference_weights": [1.0, 2.0], "num_references": 1}, "got 2 weights for 1 references"),
+        ("a castle", {"reference_weights": -1, "num_references": 1}, "weight must be between 0 and 10; got -1"),
+        ("a castle", {"query": ["a", "b"]}, "one for each of the 1; got 2"),
         ("a castle", {"reference_images": [NARROW], "reference_captions": ["a"]}, r"one has \(4, 400\)"),
-        ("a castle", {"latents": torch.zeros(1, 4, 9, 9)}, r"\(1, 4, 8, 8\) for these prompts; got \(1, 4, 9, 9\)"),
     ],
 )  # fmt: skip
 def test_bad_input(pipe: ImageRAGTurboPipeline, prompt: Any, arguments: dict[str, Any], message: str) -> None:
@@ -358,5 +436,5 @@ def test_an_adapter_or_an_index_that_is_not_there(plain: ImageRAGTurboPipeline, 
         plain("a castle", fusion="slerp")
     with pytest.raises(UserError, match="there is no table 'images'"):
         make_pipeline().use_index(str(tmp_path), "images")
-    with pytest.raises(UserError, match="isn't told its base_digest"):
+    with pytest.raises(UserError, match="made from its parts is not known: load it from a folder"):
         make_pipeline(base_digest=None).use_index(store.uri, store.name)

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from imagerag.errors import UserError
@@ -82,6 +84,22 @@ def test_a_portable_model_needs_no_store(home: Home, tmp_path: Path) -> None:
     assert make_rows(pulled, [PROMPT], **PARAMS) == expected
     with pytest.raises(UserError, match="is not to be had: there is no such table"):
         pull(home.settings, "1", tmp_path / "more")
+
+
+def test_a_version_states_its_dtype(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("imagerag.generation.base.default_dtype", lambda _: "bf16")  # as on another machine
+        register(home.finetuned("first"), home.settings)
+    folder = download(home.settings, 1, tmp_path / "model")
+    pull(home.settings, "1", tmp_path / "pulled")
+    served = mlflow.pyfunc.load_model(str(tmp_path / "model")).unwrap_python_model()._pipeline
+    ways = [package.load(folder), served, ImageRAGTurboPipeline.from_pretrained(tmp_path / "pulled")]
+    assert [each.unet.dtype for each in ways] == [torch.bfloat16] * 3
+    first, *others = (make_rows(each, [PROMPT], **PARAMS) for each in ways)
+    assert others == [first, first]
+    chosen = {"dtype": "fp32", "device": "cpu"}
+    served = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=chosen).unwrap_python_model()._pipeline
+    assert served.unet.dtype == torch.float32
 
 
 OF_PYFUNC = """

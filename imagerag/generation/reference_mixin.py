@@ -1,0 +1,376 @@
+"""What a pipeline of diffusers is given to show its base model pictures of an index (paper, Sec. 3)."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import BaseOutput
+from PIL import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from imagerag.errors import UserError
+from imagerag.generation.arguments import (
+    Given,
+    check_given,
+    check_output_type,
+    check_queries,
+    check_sampling,
+    check_weights,
+    count_prompts,
+    in_list,
+)
+from imagerag.generation.base import BaseModel
+from imagerag.generation.options import FusionOptions, check_scale
+from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
+from imagerag.generation.saving import align, attach_beside, save_beside
+from imagerag.generation.spec import BaseIdentity, identity_of_folder
+from imagerag.generation.text import TextConditioner
+from imagerag.hspace.adapter import HSpaceAdapter
+from imagerag.hspace.features import encode_references
+from imagerag.hspace.fit import DEFAULT_FIT
+from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SlerpFusion
+from imagerag.hspace.lora import without_lora
+from imagerag.hspace.midblock import fusing, prepare
+from imagerag.locks import local_folder
+from imagerag.retrieval.schema import Embeds
+
+_LCM_GUIDANCE = 8.5
+"""LatentConsistencyModelPipeline's own."""
+
+
+@dataclass
+class ImageRAGTurboOutput(BaseOutput):  # type: ignore[misc]
+    """Pictures, and where they come from."""
+
+    images: Any
+    """As `output_type` says."""
+    references: list[tuple[Reference, ...]]
+    """What each picture was given of the index, the best first."""
+    nsfw_content_detected: list[bool] | None = None
+    """What a safety checker says, where the pipeline has one."""
+
+
+class ReferenceMixin:
+    """Beside one of diffusers' pipelines: its base model is shown what an index has of a prompt."""
+
+    config: Any
+    vae: AutoencoderKL | AutoencoderTiny
+    unet: UNet2DConditionModel
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: PreTrainedModel | None
+    tokenizer_2: PreTrainedTokenizerBase
+    text_encoder_2: PreTrainedModel | None
+    adapter: HSpaceAdapter | None
+    register_modules: Callable[..., None]
+    register_to_config: Callable[..., None]
+    encode_prompt: Callable[..., Any]
+    _execution_device: torch.device
+
+    def _register_references(self, adapter: HSpaceAdapter | None, **config: Any) -> None:
+        """Take what the constructor was given beside the base model's parts."""
+        self.register_modules(adapter=adapter)
+        self.register_to_config(**config)
+        self._index: ReferenceIndex | None = None
+        self._reference_scale: float | None = None
+        if self.unet is not None:
+            prepare(self.unet)
+
+    @classmethod
+    def _kind(cls, *, two_text_encoders: bool) -> Any:
+        """Return the class for a base model."""
+        return cls
+
+    @classmethod
+    def from_base(cls, base: BaseModel, adapter: HSpaceAdapter | None = None) -> Self:
+        """Return the pipeline of a loaded base model."""
+        kind: Any = cls._kind(two_text_encoders=len(base.text_encoders) > 1)
+        parts: dict[str, Any] = {}
+        for name, tokenizer, encoder in zip(("", "_2"), base.tokenizers, base.text_encoders, strict=False):
+            parts |= {f"tokenizer{name}": tokenizer, f"text_encoder{name}": encoder}
+        pipeline: Self = kind(
+            vae=base.vae,
+            unet=base.unet,
+            scheduler=base.scheduler,
+            adapter=adapter,
+            base_id=base.identity.id,
+            base_digest=base.identity.digest,
+            slerp_w=base.slerp_w,
+            **parts,
+        )
+        align(pipeline)
+        return pipeline
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
+        """Load what `save_pretrained` or `imagerag pull` wrote, or any base model in diffusers' format.
+
+        Raises:
+            UserError: if LoRA belongs to it and is not there.
+        """
+        name = str(pretrained_model_name_or_path)
+        listed = DiffusionPipeline.load_config(name, **arguments)
+        if not arguments.keys() & {"dtype", "torch_dtype"}:
+            # Without one, diffusers loads its own models in float32 and others as they were saved.
+            arguments["dtype"] = getattr(torch, listed.get("weight_dtype") or "float32")
+        kind: Any = cls._kind(two_text_encoders="text_encoder_2" in listed)
+        folder = Path(name) if Path(name).is_dir() else Path(kind.download(name, **arguments))
+        pipeline: Self = super(ReferenceMixin, kind).from_pretrained(  # type: ignore[misc]
+            str(folder), **arguments
+        )
+        attach_beside(pipeline, folder)
+        align(pipeline)
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> None:
+        """Write the pipeline as `from_pretrained` reads it: base model, adapter, LoRA, and which index it uses.
+
+        Raises:
+            UserError: if LoRA is attached that is not the adapter's.
+        """
+        savable: Any = save_beside(self, Path(save_directory))
+        savable.register_to_config(weight_dtype=str(self.unet.dtype).removeprefix("torch."))
+        super(ReferenceMixin, savable).save_pretrained(save_directory, **arguments)  # type: ignore[misc]
+
+    def use_index(self, uri: str, name: str, version: int | None = None) -> Self:
+        """Take references from the index of a corpus, opened now.
+
+        Args:
+            uri: the LanceDB database.
+            name: the corpus.
+            version: the one to stay on; by default the published one.
+
+        Raises:
+            UserError: if there is no such index or version, or it is empty.
+        """
+        folder = local_folder(uri)
+        uri = uri if folder is None else str(folder.absolute())
+        self.register_to_config(index_uri=uri, index_name=name, index_version=version)
+        self._index = None
+        assert self.index is not None, (uri, name)
+        return self
+
+    @property
+    def index(self) -> ReferenceIndex | None:
+        """Where references come from, if there is an index."""
+        if self._index is None and self.config.index_name is not None:
+            config, base = self.config, self._base_identity()
+            self._index = ReferenceIndex(
+                config.index_uri, config.index_name, base, self.unet.config, self.text_encoder, config.index_version
+            )
+        return self._index
+
+    def _base_identity(self) -> BaseIdentity:
+        if self.config.base_digest is None:
+            identity = identity_of_folder(getattr(self.config, "_name_or_path", None))
+            self.register_to_config(base_id=identity.id, base_digest=identity.digest)
+        return BaseIdentity(id=self.config.base_id or "unnamed", digest=self.config.base_digest)
+
+    def set_reference_scale(self, scale: float | None) -> None:
+        """Have the adapter add this much unless a call names another `adapter_scale`; None is the adapter's own.
+
+        Raises:
+            UserError: if it is not between 0 and 10.
+        """
+        if scale is not None:
+            check_scale("the scale of references", scale)
+        self._reference_scale = scale
+
+    def encode_queries(self, texts: Sequence[str]) -> Embeds:
+        """Return texts as the index's encoder sees them (N, D).
+
+        Raises:
+            UserError: if the pipeline has no index.
+        """
+        return self._require_index().encode(texts, self._sentences)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        query: str | Sequence[str] | None = None,
+        num_references: int | None = None,
+        fusion: FusionName | None = None,
+        w: float | None = None,
+        adapter_scale: float | None = None,
+        similarity_threshold: float | None = None,
+        compose: bool = False,
+        reference_ids: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        reference_images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        reference_captions: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        reference_weights: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        strict: bool = False,
+        num_inference_steps: int = 1,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **arguments: Any,
+    ) -> ImageRAGTurboOutput | tuple[Any, ...]:
+        """Make pictures, as the pipeline of diffusers that this one is, which takes all arguments that are not here.
+
+        Args:
+            prompt: one, or a batch of them.
+            query: what the index is searched for, and references compared with, instead of the prompts; with
+                `prompt_embeds`, which can't be read, there are no references without it.
+            num_references: how many rows of the index each prompt is given; by default 4 for the adapter and 1 for
+                slerp, or all of a smaller index.
+            fusion: how they are fused; by default by the adapter if there is one, else by slerp if there is an index.
+                LoRA that was trained with the adapter is used with it alone; without it there is the base model.
+            w: of slerp: 1 is the base model, 0 the reference; by default the base model's own `slerp_w`.
+            adapter_scale: of what the adapter adds, 0 to 10: 0 is the base model, bit for bit, and more is bolder; by
+                default what `set_reference_scale` set, else the adapter's own `default_scale`.
+            similarity_threshold: instead of the pipeline's own.
+            compose: whether to look for each thing that a prompt names by itself.
+            reference_ids: rows of the index to use instead of a search, the same for all prompts or a list for each.
+            reference_images: pictures of any shape to use instead of a search, likewise. They are fitted into the base
+                model's square as the index's are, and without an index as `fit_square` does it by `auto`.
+            reference_captions: what they show; by default each prompt itself.
+            reference_weights: what each reference's lambda is multiplied by, 0 to 10, likewise.
+            strict: whether references without cached features are an error, rather than computed now with a warning.
+            num_inference_steps: of the scheduler; 1 for a student.
+            guidance_scale: of classifier-free guidance; 1 and less mean none, which costs half, and is the default. A
+                student that was distilled with guidance as an input (LCM) is given it as that, by default 8.5.
+            num_images_per_prompt: pictures of a prompt follow each other.
+            generator: of the noise; a list has one for each picture, which makes a picture the same in any batch.
+            output_type: `pil`, `np` (N, H, W, 3), `pt` (N, 3, H, W), each 0 to 1, or `latent`.
+            return_dict: whether to return the output rather than a tuple of what it has.
+            arguments: of diffusers' pipeline. References of another height and width than the base model's own are
+                resampled in the H-space.
+
+        Raises:
+            UserError: if an argument is out of its bounds, or references can't be had.
+        """
+        check_output_type(output_type)
+        prompt = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
+        size = count_prompts(prompt, arguments.get("prompt_embeds"))
+        check_sampling(size, num_inference_steps, num_images_per_prompt, generator)
+        given = check_given(size, in_list(prompt), reference_ids, reference_images, reference_captions)
+        options = FusionOptions.of(
+            self, given, fusion, num_references, w=w, adapter_scale=adapter_scale, threshold=similarity_threshold
+        )
+        if given.any and (compose or num_references is not None):
+            warnings.warn(
+                "compose and num_references are of a search, and references are given: no effect", stacklevel=5
+            )
+        if guidance_scale is None:
+            guidance_scale = 0.0 if self.unet.config.time_cond_proj_dim is None else _LCM_GUIDANCE
+        arguments |= {"prompt": prompt, "guidance_scale": guidance_scale}
+
+        references = None
+        if options.fusion != "none" and (options.num_references or given.any):
+            queries = check_queries(size, prompt if query is None else query, given)
+            sentences, arguments = self._encode_once(arguments, self_queried=query is None)
+            found = self._find_references(queries, sentences, given, options.num_references, compose, strict)
+            if reference_weights is not None:
+                found = found.times(check_weights(size, reference_weights))
+            references = found.repeat_interleave(num_images_per_prompt)
+        fuse = None if references is None else self._fusion(references, options)
+
+        with_lora = options.fusion == "adapter" and options.adapter_scale
+        with (
+            nullcontext() if with_lora else without_lora(self.unet),
+            fusing(self.unet, fuse, size * num_images_per_prompt),
+        ):
+            made = super().__call__(  # type: ignore[misc]
+                num_inference_steps=num_inference_steps,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                output_type=output_type,
+                return_dict=True,
+                **arguments,
+            )
+        used: list[tuple[Reference, ...]] = [()] * len(made.images)
+        if references is not None and fuse is not None:
+            used = references.used(fuse.shares)
+        output = ImageRAGTurboOutput(made.images, used, getattr(made, "nsfw_content_detected", None))
+        return output if return_dict else output.to_tuple()
+
+    def _encode_once(self, arguments: dict[str, Any], *, self_queried: bool) -> tuple[Embeds | None, dict[str, Any]]:
+        """Return what the prompts are searched by, and the arguments with what it was made from in their place.
+
+        So prompts are encoded once where the index has the base model's own text encoder.
+        """
+        prompt, negative = arguments["prompt"], arguments.get("negative_prompt_embeds")
+        shares = self._makes_sentences and (self.index is None or self.index.shares_encoder)
+        if not shares or not self_queried or prompt is None or arguments.get("prompt_embeds") is not None:
+            return None, arguments
+        embeds, negative = self.encode_prompt(
+            prompt,
+            self._execution_device,
+            1,
+            arguments["guidance_scale"] > 1,
+            arguments.get("negative_prompt"),
+            negative_prompt_embeds=negative,
+            lora_scale=(arguments.get("cross_attention_kwargs") or {}).get("scale"),
+            clip_skip=arguments.get("clip_skip"),
+        )
+        encoded = {"prompt": None, "prompt_embeds": embeds}
+        encoded |= {"negative_prompt": None, "negative_prompt_embeds": negative}
+        return _host(self._conditioner.sentences(in_list(prompt), embeds)), arguments | encoded
+
+    def _fusion(self, references: References, options: FusionOptions) -> Fusion:
+        """Return `F`, with all that it needs on the device."""
+        device = self._execution_device
+        h_references = references.features.to(device, self.unet.dtype)
+        weights = references.gated(options.threshold).to(device)  # lambda
+        if options.fusion == "adapter":
+            assert self.adapter is not None, "checked before"
+            return AdapterFusion(self.adapter, h_references, weights, options.adapter_scale)
+        return SlerpFusion(h_references, weights, options.w)
+
+    def _find_references(
+        self, queries: list[str], sentences: Embeds | None, given: Given, k: int, compose: bool, strict: bool
+    ) -> References:
+        """Return what is nearest to each query, or what was given."""
+
+        def encode_texts(texts: Sequence[str]) -> Embeds | None:
+            return self._sentences(texts) if sentences is None or list(texts) != queries else sentences
+
+        def encode_images(images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
+            fit = DEFAULT_FIT if self.index is None else self.index.identity.fit
+            device = self._execution_device
+            return encode_references(self.vae, self.unet, self._conditioner, images, captions, fit, device)
+
+        if given.images is not None and given.captions is not None:
+            embed = encode_texts if self.index is None else partial(self.index.encode, encode_texts=encode_texts)
+            return given_references(queries, given.images, given.captions, embed, encode_images)
+        index = self._require_index()
+        if given.ids is not None:
+            rows = index.fetch(given.ids, queries, encode_texts)
+        else:
+            rows = index.search(queries, encode_texts, k, compose=compose)
+        return References.of(rows, index.features_of(rows, encode_images, strict=strict))
+
+    def _require_index(self) -> ReferenceIndex:
+        if self.index is None:
+            raise UserError("references come from an index: give the pipeline one with use_index, or reference_images")
+        return self.index
+
+    def _sentences(self, texts: Sequence[str]) -> Embeds | None:
+        """Return the base model's own features of texts to compare them by (N, D), where it has some."""
+        if not self._makes_sentences:
+            return None
+        return _host(self._conditioner.encode(texts, self._execution_device).sentences)
+
+    @property
+    def _makes_sentences(self) -> bool:
+        return self.text_encoder is not None and self._conditioner.makes_sentences
+
+    @property
+    def _conditioner(self) -> TextConditioner:
+        towers = [(self.tokenizer, self.text_encoder)]
+        towers += [(self.tokenizer_2, self.text_encoder_2)] if hasattr(self, "text_encoder_2") else []
+        tokenizers, encoders = zip(*((t, e) for t, e in towers if e is not None), strict=True)
+        return TextConditioner(tokenizers, encoders)
+
+
+def _host(sentences: torch.Tensor | None) -> Embeds | None:
+    return None if sentences is None else sentences.float().cpu().numpy()
