@@ -24,7 +24,7 @@ class DownloadConfig(Config):
     formats: tuple[ImageFormat, ...] = Field(
         default=("jpeg", "png", "webp", "gif", "avif", "heic", "tiff", "bmp"),
         min_length=1,
-        description="Formats that are decoded, of an animation its first picture; heic needs pillow-heif.",
+        description="Formats that are decoded, of an animation its first picture; heic needs the extra `heic`.",
     )
     timeout_s: float = Field(
         default=10.0,

@@ -19,11 +19,12 @@ from imagerag.corpus.url_list import read_url_list
 from imagerag.errors import UserError
 from tests.corpus.fetched import IMAGE_SIZE, MAX_BYTES, MAX_PIXELS, Fetched
 from tests.corpus.files import FILES
+from tests.corpus.heic import HEIC
 from tests.corpus.lists import LISTED, Listed
 from tests.corpus.servers import SERVERS
 from tests.corpus.web import Web
 
-FETCHED = [*FILES, *SERVERS]
+FETCHED = [*FILES, *HEIC, *SERVERS]
 Outcomes = dict[str, tuple[dict[str, Any], bytes | None, bytes | None]]
 
 
