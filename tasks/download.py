@@ -7,7 +7,7 @@ from prefect import get_run_logger
 from imagerag.artifacts import Download
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
-from imagerag.corpus.folder import read_images
+from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import BadRows, UrlColumns
 from imagerag.settings import Settings
 from tasks.policy import stage

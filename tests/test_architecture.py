@@ -24,7 +24,7 @@ ALLOWED = {
         "imagerag/training/job.py",
         "imagerag/training/worker.py",
     ),
-    "lance": ("imagerag/retrieval/", "imagerag/table.py", "imagerag/training/data.py"),
+    "lance": ("imagerag/retrieval/", "imagerag/table.py", "imagerag/training/data.py", "imagerag/corpus/stores.py"),
     "lancedb": ("imagerag/retrieval/",),
     "img2dataset": ("imagerag/corpus/",),
     "mlflow": ("imagerag/training/tracking.py", "imagerag/registry/"),

@@ -15,9 +15,10 @@ UrlListArgument = Annotated[
     str,
     typer.Argument(
         metavar="IMAGES",
-        help="A folder on this machine (on a cluster: at the same path on every machine), with all that is in it but "
-        "hidden files; or image URLs with captions, as parquet, csv, tsv, json or jsonl, or URLs alone as txt: a file "
-        "(also packed, .gz or .zst), a folder or a glob of them, at a path or any fsspec URI.",
+        help="At a path (on a cluster: the same on every machine) or any fsspec URI: a folder of images, with all that "
+        "is in it but hidden files; image URLs with captions, as parquet, csv, tsv, json or jsonl, or URLs alone as "
+        "txt; or a dataset with its images: parquet, webdataset tars, a Lance table. A list is a file (also packed, "
+        ".gz or .zst), or a folder or a glob of them.",
     ),
 ]
 CaptionsOption = Annotated[
@@ -25,8 +26,8 @@ CaptionsOption = Annotated[
     typer.Option(
         help="Of a folder's images: parquet, csv, tsv, json or jsonl with a column of file names, counted from the "
         "folder (`file`, `file_name`, `path`, `image`, ...), and one of captions. Images without a "
-        "row, and rows without an image, are counted. Not given: the text of `name.txt` beside `name.jpg`, or the "
-        "words of the file's name."
+        "row, and rows without an image, are counted. Not given: `metadata.csv` in the folder, or the text of "
+        "`name.txt` beside `name.jpg`, or the words of the file's name."
     ),
 ]
 NameOption = Annotated[

@@ -24,6 +24,7 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import FetchError, Reason
 from imagerag.corpus.opener import guarded_opener
 from imagerag.corpus.photos import FORMATS, decode, open_image
+from imagerag.corpus.stores import Store
 from imagerag.images import is_shown_as_stored
 
 # img2dataset's image library asks the internet for its newest version at import, unless told not to.
@@ -43,8 +44,9 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 _OPT_OUT_DIRECTIVES = {"noai", "noimageai", "noindex", "noimageindex"}
 _ROBOTS_NAME = "imageragturbo"  # addresses this program alone in an X-Robots-Tag header
 _STATUSES = ("success", "failed_to_download", "failed_to_resize")  # in the order in which `write_stats` counts them
+_NOT_STORED = ("folder", "member")  # where this machine finds an image: of no use elsewhere
 _STORED_SCHEMA = pa.schema(
-    [field for field in shards.PLAN_SCHEMA if field.name != "folder"]
+    [field for field in shards.PLAN_SCHEMA if field.name not in _NOT_STORED]
     + [(name, pa.string()) for name in ("key", "status", "error_message")]
     + [(name, pa.int32()) for name in ("width", "height", "original_width", "original_height")]
     + [("sha256", pa.string())]
@@ -85,7 +87,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             save_caption=True,
             extract_exif=False,
             output_folder=uri,
-            column_list=[name for name in shards.PLAN_SCHEMA.names if name != "folder"],  # of this machine: no use
+            column_list=[name for name in shards.PLAN_SCHEMA.names if name not in _NOT_STORED],
             timeout=config.timeout_s,
             number_sample_per_shard=10**shards.ROW_DIGITS,
             oom_shard_count=shards.SHARD_DIGITS,
@@ -105,7 +107,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
         started, counts, statuses = time.time(), dict.fromkeys(_STATUSES, 0), CappedCounter()
         rows = table.to_pylist()
         (folder,) = table["folder"].unique().to_pylist()
-        opener = guarded_opener(self._config, folder=folder)
+        opener = Store(folder, self._config.max_bytes) if folder else guarded_opener(self._config)
         writer = self.sample_writer_class(
             shard, self.output_folder, self.save_caption, self.oom_shard_count, _STORED_SCHEMA, self.encode_format
         )
@@ -123,15 +125,15 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             self.output_folder, shard, len(rows), *counts.values(), started, time.time(), statuses, self.oom_shard_count
         )
 
-    def _fetch(self, opener: OpenerDirector, row: Mapping[str, str]) -> "_Fetched":
+    def _fetch(self, opener: OpenerDirector | Store, row: Mapping[str, str]) -> "_Fetched":
         """The file of a row. What it may be large is taken from the budget, which the caller gives back."""
         for attempt in range(1 + self.retries):
-            fetched = self._try_to_fetch(opener, row["url"])
+            fetched = self._try_to_fetch(opener, row["member"] if isinstance(opener, Store) else row["url"])
             if fetched.body is not None or attempt == self.retries:
                 break
         return fetched
 
-    def _try_to_fetch(self, opener: OpenerDirector, url: str) -> "_Fetched":
+    def _try_to_fetch(self, opener: OpenerDirector | Store, url: str) -> "_Fetched":
         held = 0
         try:
             with opener.open(url, timeout=self.timeout) as response:

@@ -1,31 +1,24 @@
 """The network side of the guard: an opener for `urllib` that cannot be led to an address that is not public.
 
 It speaks http and https only, looks at every address before it connects to it, connects to that very address, and does
-the same for every redirect. For the images of a folder that the user gave, and for nothing else, it reads files of that
-folder too.
+the same for every redirect.
 """
 
 import io
-import math
-import os
 import socket
 import ssl
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from email.message import Message
 from functools import cached_property, partial
 from http import client
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
-from pathlib import Path
 from string import punctuation
 from typing import IO, Any
 from urllib import request as urllib_request
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
-from urllib.request import AbstractHTTPHandler, BaseHandler, HTTPRedirectHandler, OpenerDirector, Request
-from urllib.response import addinfourl
+from urllib.parse import quote, urljoin, urlsplit
+from urllib.request import AbstractHTTPHandler, HTTPRedirectHandler, OpenerDirector, Request
 
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import FetchError, Reason, is_public
@@ -37,9 +30,7 @@ Resolve = Callable[..., list[Any]]
 """`socket.getaddrinfo`, or what a test puts in its place."""
 
 
-def guarded_opener(
-    config: DownloadConfig, resolve: Resolve = socket.getaddrinfo, *, folder: str | None = None
-) -> OpenerDirector:
+def guarded_opener(config: DownloadConfig, resolve: Resolve = socket.getaddrinfo) -> OpenerDirector:
     """Return an opener that is safe for a stranger's URLs.
 
     Its errors are `FetchError`s. The `timeout` of a call, which is required, bounds the whole of it: connecting,
@@ -48,13 +39,9 @@ def guarded_opener(
 
     A response has `length`, the bytes that it will bring as far as that is known; `deadline`, the time (monotonic)
     until which it may take, which may be moved; and its `read` brings the whole body.
-
-    `file:` URLs are refused, but for files in `folder`, a path without links.
     """
     opener = _Opener()
     opener.add_handler(_GuardedHandler(config, resolve))
-    if folder is not None:
-        opener.add_handler(_FolderHandler(folder, config.max_bytes))
     opener.add_handler(_Redirects())
     opener.add_handler(urllib_request.HTTPErrorProcessor())
     opener.add_handler(urllib_request.HTTPDefaultErrorHandler())
@@ -114,50 +101,6 @@ class _GuardedHandler(AbstractHTTPHandler):
             "max_bytes": self._config.max_bytes,
             "deadline": _deadline_of(request),
         }
-
-
-class _FolderHandler(BaseHandler):
-    """Reads regular files that lie in one folder."""
-
-    def __init__(self, folder: str, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
-
-    def file_open(self, request: Request) -> "_File":
-        path = Path(os.fsdecode(unquote_to_bytes(urlsplit(request.full_url).path)))
-        try:
-            resolved = path.resolve(strict=True)
-            if not resolved.is_relative_to(self._folder):
-                raise FetchError(Reason.OUTSIDE_FOLDER, f"{path} leads to {resolved}")
-            # What was checked may be a link or a pipe a moment later: neither is followed nor waited for.
-            file = open(os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115
-        except OSError as error:
-            raise FetchError(Reason.UNREADABLE_FILE, error.strerror or str(error)) from error
-        return _File(file, request.full_url, self._max_bytes)
-
-
-class _File(addinfourl):
-    """A file of the folder, as if it were a reply."""
-
-    deadline = math.inf
-
-    def __init__(self, file: IO[bytes], url: str, max_bytes: int) -> None:
-        super().__init__(file, Message(), url)
-        self._file, self._max_bytes = file, max_bytes
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            self.close()
-            raise FetchError(Reason.UNREADABLE_FILE, "no regular file")
-        self.length = status.st_size
-
-    def read(self, amt: int | None = None) -> bytes:
-        """The whole file, whatever `amt`."""
-        try:
-            content = self._file.read(self._max_bytes + 1)
-        except OSError as error:
-            raise FetchError(Reason.UNREADABLE_FILE, error.strerror or str(error)) from error
-        if len(content) > self._max_bytes:
-            raise _too_many(self._max_bytes)
-        return content
 
 
 class _Redirects(HTTPRedirectHandler):

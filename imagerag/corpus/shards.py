@@ -29,9 +29,9 @@ from fsspec.implementations.local import LocalFileSystem
 from imagerag.corpus import url_list
 
 PLAN_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("url", "caption", "source", "licence", "expected_sha256", "folder")]
+    [(name, pa.string()) for name in ("url", "caption", "source", "licence", "expected_sha256", "folder", "member")]
 )
-"""Rows of a shard: `folder` is there in all of them or in none, and is one."""
+"""Rows of a shard: `folder` is there in all of them or in none, and is one; `member` names an image in it."""
 TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
 
 SHARD_DIGITS = 5

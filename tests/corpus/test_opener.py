@@ -1,5 +1,4 @@
 import datetime
-import os
 import socket
 import ssl
 import time
@@ -194,40 +193,6 @@ def test_proxies_of_the_environment_are_not_used(web: Web, monkeypatch: pytest.M
 def test_letters_outside_ascii_are_quoted(web: Web) -> None:
     web.serve("/%C3%A9t%C3%A9.png", b"bytes")
     assert fetch(web.url("/été.png"), allowed=("127.0.0.1",)) == b"bytes"
-
-
-def failure_in(folder: Path, url: str) -> Reason:
-    opener = guarded_opener(DownloadConfig(max_bytes=MAX_BYTES, allowed_hosts=("127.0.0.1",)), folder=str(folder))
-    with pytest.raises(FetchError) as caught:
-        opener.open(url, timeout=5).read()
-    return reason_of(str(caught.value))
-
-
-def test_only_files_of_the_folder_are_read(tmp_path: Path, web: Web) -> None:
-    folder = tmp_path / "a folder"
-    (folder / "sub").mkdir(parents=True)
-    secret = tmp_path / "secret.png"
-    secret.write_bytes(b"secret")
-    inside = folder / "sub" / "50% #1?.png"
-    inside.write_bytes(b"bytes")
-    (folder / "link.png").symlink_to(inside)
-    opener = guarded_opener(DownloadConfig(max_bytes=5), folder=str(folder))
-    assert opener.open(inside.as_uri(), timeout=5).read() == b"bytes"
-    assert opener.open((folder / "link.png").as_uri(), timeout=5).read() == b"bytes"
-
-    (folder / "out.png").symlink_to(secret)
-    (tmp_path / "a folder too").mkdir()
-    (tmp_path / "a folder too" / "x.png").write_bytes(b"secret")
-    os.mkfifo(folder / "pipe.png")
-    for outside in (secret, folder / "out.png", folder / "../secret.png", tmp_path / "a folder too" / "x.png"):
-        assert failure_in(folder, outside.as_uri()) is Reason.OUTSIDE_FOLDER
-    for no_file in (folder / "none.png", folder / "sub", folder / "pipe.png"):
-        assert failure_in(folder, no_file.as_uri()) is Reason.UNREADABLE_FILE
-    assert failure_in(folder, f"{folder.as_uri()}/%2e%2e/secret.png") is Reason.OUTSIDE_FOLDER
-    assert failure_in(folder, f"{folder.as_uri()}/a%00.png") is Reason.INVALID_URL
-    inside.write_bytes(bytes(MAX_BYTES + 1))
-    assert failure_in(folder, inside.as_uri()) is Reason.TOO_MANY_BYTES
-    assert failure_in(folder, web.redirect("/to-file", inside.as_uri())) is Reason.BLOCKED_SCHEME
 
 
 def test_certificates_are_checked_against_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

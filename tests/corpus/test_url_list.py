@@ -58,7 +58,7 @@ def error_of(uri: str, columns: UrlColumns | None = None) -> str:
 )
 def test_formats(tmp_path: Path, name: str, content: bytes | pa.Table) -> None:
     table = read_url_list(write(tmp_path, name, content)).table
-    optional = {"licence": None, "sha256": None, "folder": None}
+    optional = {"licence": None, "sha256": None, "folder": None, "member": None}
     assert table.schema == SCHEMA
     assert table.to_pylist() == [
         {"url": ROWS[0][0], "caption": ROWS[0][1], "source": "photos.example"} | optional,
