@@ -152,7 +152,7 @@ class _Rows:
 
     def __iter__(self) -> Iterator[list[str] | str]:
         while (line := self._next_line()) is not None:
-            if line.strip():
+            if line.strip() or self._delimiter in line:  # tabs alone are a row of empty cells
                 cells = _cells(line, self._delimiter)
                 yield self._checked(self._over_lines(line) if cells == _OPEN else cells, line)
 

@@ -1,8 +1,5 @@
-import csv
 import gzip
-import io
 import json
-import random
 from pathlib import Path
 
 import fsspec
@@ -178,42 +175,3 @@ def test_a_wrong_column_is_found_out_before_the_whole_list_is_read(tmp_path: Pat
         read_url_list(uri)
     with pytest.raises(UserError, match="has no rows that could be used"):
         read_url_list(uri, bad_rows=BadRows(max_share=1))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_row_of_a_list_is_lost(tmp_path: Path, seed: int) -> None:
-    """Rows in are rows of the table, duplicates and bad rows, whatever is in them."""
-    rng = random.Random(seed)
-    cells = [
-        "u://a",
-        "u://b",
-        "",
-        " ",
-        "x",
-        'a "b"',
-        "a,b",
-        "a\nb",
-        "\u00a0u://c ",
-        "\ud800",
-        None,
-        7,
-        "y" * 9_000,
-        "\x1b",
-        "\t",
-    ]
-    rows = [{"url": rng.choice(cells), "caption": rng.choice(cells)} for _ in range(rng.randrange(1, 200))]
-    rows += [{"url": "u://a", "caption": f"{number}"} for number in range(2)]
-    texts = [{key: cell for key, cell in row.items() if isinstance(cell, str) and cell.isprintable()} for row in rows]
-    as_csv = io.StringIO()
-    writer = csv.DictWriter(as_csv, ["url", "caption"], lineterminator=rng.choice(["\n", "\r\n", "\r"]))
-    writer.writeheader()
-    writer.writerows(texts)
-    files = {
-        "list.jsonl": "\n".join(map(json.dumps, rows)).encode(),
-        "list.json": json.dumps(rows).encode(),
-        "list.csv": as_csv.getvalue().encode(),
-    }
-    for name, content in files.items():
-        found = read_url_list(write(tmp_path, name, content), bad_rows=BadRows(max_share=1))
-        assert found.num_rows == found.table.num_rows + found.num_duplicates + found.num_invalid
-        assert found.num_rows == len(rows), name
