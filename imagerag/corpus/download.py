@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from itertools import chain
 from typing import Literal
 
 import pyarrow as pa
@@ -15,8 +16,9 @@ from imagerag.corpus import shards
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import Reason
 from imagerag.corpus.ledger import PAIR, read_ledger, read_standing, standing
+from imagerag.corpus.spool import Spool, distinct
 from imagerag.corpus.takedown import remove_taken_down
-from imagerag.corpus.url_list import UrlList, fold
+from imagerag.corpus.url_list import UrlList
 from imagerag.plain import printable
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
@@ -51,7 +53,7 @@ def download(
     started = time.monotonic()
     _, root = shards.open_folder(uri)
     with shards.locked(uri, on_wait=lambda: on_progress(0, 0, f"waiting for another download into {root} to end")):
-        num_removed = _want(uri, url_list.table, mode)
+        num_removed = _want(uri, url_list.rows, mode)
         work = _plan(uri, config.shard_size, retry_failed=retry_failed)
         fetched = list(_fetch(work, uri, config, settings, on_progress))
         remove_taken_down(uri)
@@ -87,14 +89,15 @@ def _examples(failed: pa.Table, reason: str) -> tuple[str, ...]:
     return tuple(printable(f"{row['url']:.200}: {row['error_message'] or reason}") for row in rows)
 
 
-def _want(uri: str, rows: pa.Table, mode: Literal["add", "replace"]) -> int:
+def _want(uri: str, rows: Spool, mode: Literal["add", "replace"]) -> int:
     """Make the corpus want `rows`; return how many it wants no more."""
-    before = shards.read_wanted(uri)
-    wanted = rows if mode == "replace" else fold(pa.concat_tables([rows, before]))
-    if not wanted.equals(before):
-        shards.write_wanted(uri, wanted)
-    removed = before.select(PAIR).join(wanted.select(PAIR), PAIR, join_type="left anti")
-    return int(removed.num_rows)
+    before_too = distinct(chain(rows, shards.iter_wanted(uri)))
+    if mode == "add":
+        shards.write_wanted(uri, before_too)
+        return 0
+    num_removed = sum(map(len, before_too)) - rows.num_rows
+    shards.write_wanted(uri, rows)
+    return num_removed
 
 
 def _plan(uri: str, shard_size: int, *, retry_failed: bool) -> dict[int, pa.Table]:

@@ -21,8 +21,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus.forms import some_of
 from imagerag.corpus.packed import SUFFIXES
+from imagerag.corpus.spool import Spool, first_of_each
 from imagerag.corpus.stores import BUFFER_BYTES, member_of
-from imagerag.corpus.url_list import SCHEMA, BadRows, Rows, UrlColumns, UrlList, fold, read_columns
+from imagerag.corpus.url_list import SCHEMA, BadRows, Count, UrlColumns, UrlList, read_columns
 from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
@@ -96,28 +97,28 @@ def read_folder(
         raise UserError(f"{folder.uri} has no images: no file in it is named {', '.join(SUFFIXES)}")
     sha256s = _sha256s(folder, names, on_progress)
     tables = {name: os.path.dirname(name) for name in folder.files if name.rpartition("/")[2] in _METADATA}  # noqa: PTH120
-    rows = Rows(folder.uri, bad_rows or BadRows())
+    count = Count(folder.uri, bad_rows or BadRows())
     num_named_by_file = 0
     if captions is not None:
-        _read_captions(rows, {captions: ""}, folder, sha256s, columns)
+        rows = _read_captions(count, {captions: ""}, folder, sha256s, columns)
     elif tables:
         at = {f"{folder.uri}/{name}": place for name, place in tables.items()}
-        _read_captions(rows, at, folder, sha256s, columns)
+        rows = _read_captions(count, at, folder, sha256s, columns)
     else:
         files = set(folder.files)
         with ThreadPoolExecutor(_NUM_READERS) as pool:
             texts = list(pool.map(lambda name: _text_beside(folder, name, files), names))
         num_named_by_file = texts.count(None)
         words = [text or _words(name) for text, name in zip(texts, names, strict=True)]
-        rows.columns = {"file": pa.array(names), "caption": pa.array(words)}
-    complete = _complete(rows.columns, folder, sha256s)
-    table = fold(complete)
+        rows = pa.table({"file": names, "caption": words})
+    complete = _complete(rows, folder, sha256s)
+    table = first_of_each(complete)
     return UrlList(
-        table=table,
+        rows=Spool.of(table),
         num_duplicates=complete.num_rows - table.num_rows,
         num_named_by_file=num_named_by_file,
-        num_invalid=rows.num_invalid,
-        invalid=tuple(rows.invalid),
+        num_invalid=count.num_invalid,
+        invalid=tuple(count.invalid),
     )
 
 
@@ -236,12 +237,11 @@ def _words(name: str) -> str:
 
 
 def _read_captions(
-    rows: Rows, tables: Mapping[str, str], folder: Folder, sha256s: Mapping[str, str], columns: UrlColumns | None
-) -> None:
-    """Read the rows of tables of captions that are of the folder's images.
+    count: Count, tables: Mapping[str, str], folder: Folder, sha256s: Mapping[str, str], columns: UrlColumns | None
+) -> pa.Table:
+    """Read the rows of tables of captions that are of the folder's images, and count the others.
 
     Args:
-        rows: where they are put.
         tables: the tables, and from where in the folder each counts file names.
     """
     named = (columns or UrlColumns()).model_dump(exclude_none=True)
@@ -250,22 +250,23 @@ def _read_captions(
     parts: list[pa.Table] = []
     mentioned: set[str] = set()
     for uri, place in tables.items():
-        read = read_columns(uri, "captions file", _FILE_GUESSES, named, rows.policy)
-        rows.add_refused(read)
-        cells = read.columns["file"].to_pylist()
+        of_table = Count(uri, count.policy)
+        read = pa.concat_tables(read_columns(of_table, "captions file", _FILE_GUESSES, named))
+        count.add(of_table)
+        cells = read["file"].to_pylist()
         files = [os.path.relpath(os.path.join(folder.root, place, cell), folder.root) for cell in cells]  # noqa: PTH118
         mentioned.update(files)
-        stated = read.columns["sha256"].to_pylist()
+        stated = read["sha256"].to_pylist()
         faults = [_fault(*row, folder.uri, sha256s) for row in zip(cells, files, stated, strict=True)]
-        rows.refuse(fault for fault in faults if fault is not None)
+        count.refuse(fault for fault in faults if fault is not None)
         good = pa.array([fault is None for fault in faults], pa.bool_())
-        parts.append(pa.table(read.columns | {"file": pa.array(files, pa.string())}).filter(good))
-    table = pa.concat_tables(parts)
+        named_by_path = read.set_column(read.column_names.index("file"), "file", pa.array(files, pa.string()))
+        parts.append(named_by_path.filter(good))
     uncaptioned = sorted(set(sha256s) - mentioned)
-    rows.num_rows += len(uncaptioned)
-    rows.refuse(f"{name!r:.200} of {folder.uri} has no row" for name in uncaptioned)
-    rows.check_share()
-    rows.columns = dict(zip(table.column_names, table.columns, strict=True))
+    count.num_rows += len(uncaptioned)
+    count.refuse(f"{name!r:.200} of {folder.uri} has no row" for name in uncaptioned)
+    count.check_share()
+    return pa.concat_tables(parts)
 
 
 def _fault(cell: str, file: str, stated_sha256: str | None, root: str, sha256s: Mapping[str, str]) -> str | None:
@@ -288,15 +289,16 @@ def _sha256s(folder: Folder, names: Sequence[str], on_progress: OnProgress) -> d
     return sha256s
 
 
-def _complete(rows: Mapping[str, pa.Array], folder: Folder, sha256s: Mapping[str, str]) -> pa.Table:
+def _complete(rows: pa.Table, folder: Folder, sha256s: Mapping[str, str]) -> pa.Table:
     """All fields of `url_list.SCHEMA`; the folder's name stands in for a missing source."""
     files = rows["file"].to_pylist()
     missing = pa.nulls(len(files), pa.string())
+    given = {name: rows[name] for name in rows.column_names}
     columns = {
         "url": [folder.url_of(file) for file in files],
         "caption": rows["caption"],
-        "source": pc.coalesce(rows.get("source", missing), folder.root.rpartition("/")[2] or "unknown"),
-        "licence": rows.get("licence", missing),
+        "source": pc.coalesce(given.get("source", missing), folder.root.rpartition("/")[2] or "unknown"),
+        "licence": given.get("licence", missing),
         "sha256": [sha256s[file] for file in files],
         "folder": pa.repeat(folder.uri, len(files)),
         "member": [member_of(file) for file in files],

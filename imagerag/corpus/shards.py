@@ -14,15 +14,18 @@ again. Every file of our own is replaced atomically.
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
@@ -117,10 +120,26 @@ def read_wanted(uri: str) -> pa.Table:
     return _get_table(fs, f"{root}/wanted.parquet", url_list.SCHEMA)
 
 
-def write_wanted(uri: str, rows: pa.Table) -> None:
+def iter_wanted(uri: str) -> Iterator[pa.Table]:
+    """Yield what the corpus wants, some rows at a time, as `read_wanted` has them."""
+    fs, root = open_folder(uri)
+    path = f"{root}/wanted.parquet"
+    if fs.exists(path):
+        # Of one file, some of the columns of which may be newer than it.
+        wanted = ds.dataset(path, schema=url_list.SCHEMA, filesystem=fs, format="parquet")
+        for batch in wanted.to_batches(batch_readahead=2, fragment_readahead=1):
+            yield pa.Table.from_batches([batch])
+
+
+def write_wanted(uri: str, rows: Iterable[pa.Table]) -> None:
     """Replace what the corpus wants."""
     fs, root = open_folder(uri)
-    _put_table(fs, f"{root}/wanted.parquet", rows.cast(url_list.SCHEMA))
+    with TemporaryDirectory(prefix="imagerag-") as folder:
+        path = Path(folder, "wanted.parquet")
+        with pq.ParquetWriter(path, url_list.SCHEMA) as writer:
+            for some in rows:
+                writer.write_table(some.cast(url_list.SCHEMA))
+        put_file(fs, f"{root}/wanted.parquet", path)
 
 
 def read_takedowns(uri: str) -> pa.Table:
@@ -140,11 +159,26 @@ def put(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)  # object stores show an object when it is complete
         return
-    target = Path(path)
+    with _replacing(Path(path)) as file:
+        file.write(data)
+
+
+def put_file(fs: fsspec.AbstractFileSystem, path: str, source: Path) -> None:
+    """Copy a file of this machine as a whole or not at all."""
+    if not isinstance(fs, LocalFileSystem):
+        fs.put_file(str(source), path)
+        return
+    with _replacing(Path(path)) as file, source.open("rb") as content:
+        shutil.copyfileobj(content, file)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `target` when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.unfinished")
     with unfinished.open("wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(target)

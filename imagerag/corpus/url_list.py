@@ -4,11 +4,11 @@ A bad row is data: it is counted, with its reason. A bad list is an error: a fil
 missing column, or more bad rows than a list may have.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
@@ -16,6 +16,7 @@ from pydantic import Field
 from imagerag.config import Config
 from imagerag.corpus.forms import folder_of, read_batches
 from imagerag.corpus.records import Batch, exploded
+from imagerag.corpus.spool import Spool, distinct
 from imagerag.errors import UserError
 from imagerag.plain import printable
 
@@ -80,7 +81,7 @@ class BadRows(Config):
 class UrlList:
     """The good rows of a list, in which every (url, caption) is there once."""
 
-    table: pa.Table
+    rows: Spool
     """Columns as in `SCHEMA`, rows in the order of the list."""
     num_duplicates: int = 0
     """Rows left out because an earlier row has the same URL and caption."""
@@ -94,16 +95,20 @@ class UrlList:
     @property
     def num_rows(self) -> int:
         """Rows of the list; one with several captions counts as several."""
-        return int(self.table.num_rows) + self.num_duplicates + self.num_invalid
+        return self.rows.num_rows + self.num_duplicates + self.num_invalid
+
+    @property
+    def table(self) -> pa.Table:
+        """All good rows, in memory."""
+        return self.rows.table()
 
 
 @dataclass
-class Rows:
-    """The good rows of a file, and what is known of the bad ones."""
+class Count:
+    """How many rows a file has, and what is known of the bad ones."""
 
     uri: str
     policy: BadRows
-    columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)
     num_rows: int = 0
     num_invalid: int = 0
     invalid: list[str] = field(default_factory=list)
@@ -117,8 +122,8 @@ class Rows:
             if len(self.invalid) < _NUM_EXAMPLES:
                 self.invalid.append(printable(line))
 
-    def add_refused(self, part: "Rows") -> None:
-        """Count what another file has refused already."""
+    def add(self, part: "Count") -> None:
+        """Count another file's rows, too."""
         self.num_rows += part.num_rows
         self.num_invalid += part.num_invalid
         self.invalid = (self.invalid + part.invalid)[:_NUM_EXAMPLES]
@@ -145,28 +150,26 @@ def read_url_list(uri: str, columns: UrlColumns | None = None, bad_rows: BadRows
             caption or a SHA-256 that is none.
     """
     named = (columns or UrlColumns()).model_dump(exclude_none=True)
-    rows = read_columns(uri, "URL list", _URL_GUESSES, named, bad_rows or BadRows())
-    complete = _complete(uri, rows.columns)
-    table = fold(complete)
+    count, folder = Count(uri, bad_rows or BadRows()), cache(lambda: folder_of(uri))
+    good = read_columns(count, "URL list", _URL_GUESSES, named)
+    rows = Spool(SCHEMA)
+    for part in distinct(_complete(part, folder) for part in good):
+        rows.append(part)
     return UrlList(
-        table=table,
-        num_duplicates=complete.num_rows - table.num_rows,
-        num_invalid=rows.num_invalid,
-        invalid=tuple(rows.invalid),
+        rows=rows,
+        num_duplicates=count.num_rows - count.num_invalid - rows.num_rows,
+        num_invalid=count.num_invalid,
+        invalid=tuple(count.invalid),
     )
 
 
 def read_columns(
-    uri: str,
-    what: str,
-    guesses: Mapping[str, Collection[str]],
-    named: Mapping[str, str],
-    bad_rows: BadRows,
-) -> Rows:
-    """Read and check the columns of a table, by field.
+    count: Count, what: str, guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
+) -> Iterator[pa.Table]:
+    """Yield the good rows of a table, their columns by field, and count them.
 
     Args:
-        uri: see `records.read_batches`.
+        count: names the table; see `forms.read_batches`.
         what: what the file is, for messages.
         guesses: usual names of the column that is beside those of every list.
         named: columns, by field, that are not guessed.
@@ -174,31 +177,26 @@ def read_columns(
     Raises:
         UserError: see `read_url_list`.
     """
-    rows = Rows(uri, bad_rows)
     fields = [*guesses, *_OTHER_GUESSES]
-    good: dict[str, list[pa.Array]] = {name: [] for name in (*fields, "member")}
     first = 1
 
     def choose(found: Sequence[str], images: Mapping[str, bool]) -> dict[str, str]:
-        return _choose(uri, found, images, {**guesses, **_OTHER_GUESSES}, named)
+        return _choose(count.uri, found, images, {**guesses, **_OTHER_GUESSES}, named)
 
-    for batch in read_batches(uri, what, choose):
+    for batch in read_batches(count.uri, what, choose):
         several, parents = exploded(batch)
         columns, faults = _judge(several, fields)
-        rows.num_rows += len(faults)
+        count.num_rows += len(faults)
         bad = pc.indices_nonzero(pc.is_valid(faults))
-        rows.refuse(
+        count.refuse(
             f"row {first + parent} {fault}"
             for parent, fault in zip(parents.take(bad).to_pylist(), faults.take(bad).to_pylist(), strict=True)
         )
-        rows.check_share()
+        count.check_share()
         first += len(batch.faults)
-        for name, column in columns.items():
-            good[name].append(column.filter(pc.is_null(faults)))
-    if rows.num_rows == rows.num_invalid:
-        raise UserError(f"{uri} has no rows{' that could be used' if rows.num_rows else ''}")
-    rows.columns = {name: pa.chunked_array(parts, pa.string()) for name, parts in good.items()}
-    return rows
+        yield pa.table(columns).filter(pc.is_null(faults))
+    if count.num_rows == count.num_invalid:
+        raise UserError(f"{count.uri} has no rows{' that could be used' if count.num_rows else ''}")
 
 
 def _choose(
@@ -277,19 +275,13 @@ def _rules(name: str, column: pa.Array) -> Sequence[tuple[pa.Array, str]]:
     return rules
 
 
-def _complete(uri: str, columns: dict[str, pa.ChunkedArray]) -> pa.Table:
+def _complete(rows: pa.Table, folder_of_list: Callable[[], str]) -> pa.Table:
     """All fields of `SCHEMA`; the host, or the folder's name, stands in for a missing source."""
+    columns = dict(zip(rows.column_names, rows.columns, strict=True))
     url, is_member = columns["url"], pc.is_valid(columns["member"])
-    folder = folder_of(uri) if pc.any(is_member).as_py() else None
+    folder = folder_of_list() if pc.any(is_member).as_py() else None
     columns["folder"] = pc.if_else(is_member, pa.scalar(folder, pa.string()), None)
     host = pc.struct_field(pc.extract_regex(url, _HOST), "host")
     name = (folder or "").rpartition("/")[2] or "unknown"
     columns["source"] = pc.coalesce(columns["source"], pc.utf8_lower(host), pa.scalar(name))
     return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
-
-
-def fold(table: pa.Table) -> pa.Table:
-    """Keep the first row of every (url, caption), and the order."""
-    numbered = table.select(["url", "caption"]).append_column("row", pa.array(np.arange(table.num_rows)))
-    first = numbered.group_by(["url", "caption"]).aggregate([("row", "min")])
-    return table.take(first["row_min"].sort()) if first.num_rows < table.num_rows else table

@@ -19,6 +19,7 @@ from imagerag.corpus.guard import Reason
 from imagerag.corpus.ledger import read_attempts, read_ledger, wanted_images
 from imagerag.corpus.sample.bad import bad_urls
 from imagerag.corpus.sample.server import SampleServer
+from imagerag.corpus.spool import Spool
 from imagerag.corpus.takedown import take_down
 from imagerag.corpus.url_list import SCHEMA, UrlList, read_url_list
 from imagerag.settings import Settings
@@ -70,7 +71,7 @@ def corpus(tmp_path: Path, web: Web) -> Corpus:
 
 def urls(rows: list[dict[str, Any]]) -> UrlList:
     table = pa.Table.from_pylist([{"source": "test", **row} for row in rows], schema=SCHEMA)
-    return UrlList(table=table, num_duplicates=1)
+    return UrlList(rows=Spool.of(table), num_duplicates=1)
 
 
 def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:

@@ -36,7 +36,7 @@ def test_what_is_written_is_read_back(uri: str) -> None:
     assert shards.planned_shards(uri) == [7, 123_456]
     assert shards.read_plans(uri, [123_456, 7]) == {123_456: PLAN.slice(1), 7: PLAN}
     wanted = pa.table({name: ["x"] for name in url_list.SCHEMA.names})
-    shards.write_wanted(uri, wanted)
+    shards.write_wanted(uri, [wanted])
     assert shards.read_wanted(uri) == wanted
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imagerag.corpus.url_list import SCHEMA, BadRows, UrlColumns, fold, read_url_list
+from imagerag.corpus.url_list import SCHEMA, BadRows, UrlColumns, read_url_list
 from imagerag.errors import UserError
 
 ROWS = [("https://Photos.example/a.jpg", "an apple"), ("http://user@b.example:8000/b", 'a "pear", green\nand round')]
@@ -109,7 +109,6 @@ def test_the_same_pair_is_folded_and_the_same_url_with_another_caption_is_not(tm
     assert urls.num_duplicates == 2
     pairs = [(row["url"], row["caption"], row["licence"]) for row in urls.table.to_pylist()]
     assert pairs == [("u://a", "x", "first"), ("u://a", "y", None), ("u://b", "x", None)]
-    assert fold(urls.table) is urls.table
 
 
 def test_missing_file(tmp_path: Path) -> None:
