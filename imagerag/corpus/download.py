@@ -3,7 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
@@ -15,8 +17,8 @@ from imagerag.compute import start_ray
 from imagerag.corpus import shards
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import Reason
-from imagerag.corpus.ledger import PAIR, read_ledger, read_standing, standing
-from imagerag.corpus.spool import Spool, distinct
+from imagerag.corpus.ledger import PAIR, read_parts
+from imagerag.corpus.spool import Spool, distinct, in_order
 from imagerag.corpus.takedown import remove_taken_down
 from imagerag.corpus.url_list import UrlList
 from imagerag.plain import printable
@@ -57,22 +59,17 @@ def download(
         work = _plan(uri, config.shard_size, retry_failed=retry_failed)
         fetched = list(_fetch(work, uri, config, settings, on_progress))
         remove_taken_down(uri)
-        outcome = read_standing(uri)
-    failed = outcome.filter(pc.fill_null(pc.not_equal(outcome["status"], "success"), True))
-    failed = failed.set_column(
-        failed.column_names.index("reason"), "reason", failed["reason"].fill_null(str(Reason.LOST))
-    )
-    counts = {count["values"]: count["counts"] for count in failed["reason"].value_counts().to_pylist()}
-    examples = {reason: _examples(failed, reason) for reason in counts}
+        num_rows, counts, examples = _count(uri)
+    num_failed = counts.total()
     if url_list.num_invalid:
         counts[str(Reason.INVALID_ROW)] = url_list.num_invalid
         examples[str(Reason.INVALID_ROW)] = url_list.invalid
     return Download(
         uri=uri,
-        num_urls=outcome.num_rows + url_list.num_invalid,
-        num_success=outcome.num_rows - failed.num_rows,
-        num_failed=failed.num_rows + url_list.num_invalid,
-        reasons=dict(sorted(counts.items(), key=lambda count: -count[1])),
+        num_urls=num_rows + url_list.num_invalid,
+        num_success=num_rows - num_failed,
+        num_failed=num_failed + url_list.num_invalid,
+        reasons=dict(counts.most_common()),
         examples=examples,
         num_fetched=sum(shard.num_urls for shard in fetched),
         num_removed=num_removed,
@@ -83,15 +80,29 @@ def download(
     )
 
 
-def _examples(failed: pa.Table, reason: str) -> tuple[str, ...]:
-    """The first failures of a reason: each one's URL and what was said of it."""
-    rows = failed.filter(pc.equal(failed["reason"], reason)).slice(0, _NUM_EXAMPLES).to_pylist()
-    return tuple(printable(f"{row['url']:.200}: {row['error_message'] or reason}") for row in rows)
+def _count(uri: str) -> tuple[int, Counter[str], dict[str, Sequence[str]]]:
+    """How many rows the corpus wants, its failures by reason, and the first ones of each, in words."""
+    num_rows, counts = 0, Counter[str]()
+    first: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+    for rows, _ in read_parts(uri):
+        num_rows += rows.num_rows
+        failed = rows.filter(pc.fill_null(pc.not_equal(rows["status"], "success"), True))
+        reasons = failed["reason"].fill_null(str(Reason.LOST))
+        for reason, count in (tuple(each.values()) for each in reasons.value_counts().to_pylist()):
+            counts[reason] += count
+            some = failed.filter(pc.equal(reasons, reason)).slice(0, _NUM_EXAMPLES).to_pylist()
+            said = [(row["row"], f"{row['url']:.200}: {row['error_message'] or reason}") for row in some]
+            first[reason] = sorted(first[reason] + said)[:_NUM_EXAMPLES]
+    return num_rows, counts, {reason: tuple(printable(said) for _, said in some) for reason, some in first.items()}
 
 
 def _want(uri: str, rows: Spool, mode: Literal["add", "replace"]) -> int:
     """Make the corpus want `rows`; return how many it wants no more."""
-    before_too = distinct(chain(rows, shards.iter_wanted(uri)))
+    before = shards.iter_wanted(uri)
+    if (first := next(before, None)) is None:
+        shards.write_wanted(uri, rows)
+        return 0
+    before_too = distinct(chain(rows, [first], before))
     if mode == "add":
         shards.write_wanted(uri, before_too)
         return 0
@@ -100,33 +111,58 @@ def _want(uri: str, rows: Spool, mode: Literal["add", "replace"]) -> int:
     return num_removed
 
 
-def _plan(uri: str, shard_size: int, *, retry_failed: bool) -> dict[int, pa.Table]:
-    """The rows to fetch, by shard: those of unfinished shards that are still wanted, then new shards, planned here."""
+@dataclass(frozen=True)
+class _Work:
+    """The rows to fetch, by shard. Those of new shards are read from their plans when it is their turn."""
+
+    uri: str
+    num_rows: dict[int, int]
+    unfinished: dict[int, pa.Table]
+
+    def rows(self, shard: int) -> pa.Table:
+        if shard in self.unfinished:
+            return self.unfinished[shard]
+        return shards.read_plans(self.uri, [shard])[shard]
+
+
+def _plan(uri: str, shard_size: int, *, retry_failed: bool) -> _Work:
+    """What to fetch: the rows of unfinished shards that are still wanted, then new shards, planned here."""
     # Before the ledger: a worker that outlived its driver may finish a shard meanwhile, which then is in one or both.
     planned, finished = shards.planned_shards(uri), shards.finished_shards(uri)
     unfinished = shards.read_plans(uri, [shard for shard in planned if shard not in finished])
-    ledger = read_ledger(uri)
-    rows = standing(shards.read_wanted(uri), ledger, shards.read_takedowns(uri))
-    rows = rows.filter(pc.fill_null(pc.not_equal(rows["reason"], str(Reason.TAKEN_DOWN)), True))
-    work = {shard: plan.join(rows.select(PAIR), PAIR, join_type="left semi") for shard, plan in unfinished.items()}
+    begun = pa.concat_tables([shards.PLAN_SCHEMA.empty_table(), *unfinished.values()]).select(PAIR)
+    wanted = [begun.slice(0, 0)]
 
-    new = rows.filter(_is_to_fetch(rows, retry_failed))
-    if unfinished:
-        new = new.join(pa.concat_tables(unfinished.values()).select(PAIR), PAIR, join_type="left anti")
-    new = _with_expected_hash(new, ledger)
+    def new() -> Iterator[pa.Table]:
+        for rows, ledger in read_parts(uri):
+            rows = rows.filter(pc.fill_null(pc.not_equal(rows["reason"], str(Reason.TAKEN_DOWN)), True))
+            wanted.append(rows.select(PAIR).join(begun, PAIR, join_type="left semi"))
+            rows = rows.filter(_is_to_fetch(rows, retry_failed)).join(begun, PAIR, join_type="left anti")
+            yield _with_expected_hash(rows, ledger)
+
+    num_rows = {}
     next_shard = max([*planned, *finished], default=-1) + 1
-    for part in _by_folder(new):
-        for start in range(0, part.num_rows, shard_size):
-            work[next_shard] = part.slice(start, shard_size)
-            shards.write_plan(uri, next_shard, work[next_shard])
-            next_shard += 1
-    return {shard: plan for shard, plan in work.items() if plan.num_rows > 0}
+    for shard, rows in enumerate(_shards_of(in_order(new()), shard_size), next_shard):
+        shards.write_plan(uri, shard, rows)
+        num_rows[shard] = rows.num_rows
+    still_wanted = pa.concat_tables(wanted)
+    narrowed = {shard: plan.join(still_wanted, PAIR, join_type="left semi") for shard, plan in unfinished.items()}
+    num_rows = {shard: plan.num_rows for shard, plan in narrowed.items() if plan.num_rows} | num_rows
+    return _Work(uri, num_rows, narrowed)
 
 
-def _by_folder(rows: pa.Table) -> Iterator[pa.Table]:
-    """The parts whose rows can share a shard, as `shards.PLAN_SCHEMA` has it."""
-    for folder in rows["folder"].unique():
-        yield rows.filter(pc.equal(rows["folder"], folder) if folder.is_valid else pc.is_null(rows["folder"]))
+def _shards_of(tables: Iterable[pa.Table], shard_size: int) -> Iterator[pa.Table]:
+    """Cut rows into shards, as `shards.PLAN_SCHEMA` has them: those of a folder can share one."""
+    waiting: dict[str | None, pa.Table] = {}
+    for table in tables:
+        for folder in table["folder"].unique():
+            is_its = pc.equal(table["folder"], folder) if folder.is_valid else pc.is_null(table["folder"])
+            rows = table.filter(is_its).select(shards.PLAN_SCHEMA.names)
+            rows = pa.concat_tables([it for it in (waiting.pop(folder.as_py(), None), rows) if it is not None])
+            end = rows.num_rows - rows.num_rows % shard_size
+            yield from (rows.slice(start, shard_size) for start in range(0, end, shard_size))
+            waiting[folder.as_py()] = rows.slice(end)
+    yield from (rows for rows in waiting.values() if rows.num_rows)
 
 
 def _is_to_fetch(rows: pa.Table, retry_failed: bool) -> pa.ChunkedArray:
@@ -145,14 +181,14 @@ def _with_expected_hash(rows: pa.Table, ledger: pa.Table) -> pa.Table:
     recorded = fetched.group_by("url", use_threads=False).aggregate([("sha256", "last")])
     rows = rows.drop_columns(["sha256", "expected_sha256"]).join(recorded, "url").sort_by("row")
     rows = rows.append_column("expected_sha256", pc.coalesce(rows["wanted_sha256"], rows["sha256_last"]))
-    return rows.select(shards.PLAN_SCHEMA.names)
+    return rows.select([*shards.PLAN_SCHEMA.names, "row"])
 
 
 def _fetch(
-    work: dict[int, pa.Table], uri: str, config: DownloadConfig, settings: Settings, on_progress: OnProgress
+    work: _Work, uri: str, config: DownloadConfig, settings: Settings, on_progress: OnProgress
 ) -> Iterator[shards.FetchedShard]:
     """Fetch shards on all workers and yield what came of each; one whose workers keep dying stays unfinished."""
-    if not work:
+    if not work.num_rows:
         return
     start_ray(settings)
     import ray
@@ -162,15 +198,15 @@ def _fetch(
     # Ray starts no more of them on a machine than have their cores, and their memory, there.
     most = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
     task = ray.remote(num_cpus=1, max_retries=0, memory=int(min(_peak_bytes(config), most)))(_fetch_shard)
-    waiting = [(shard, 0) for shard in reversed(work)]
+    waiting = [(shard, 0) for shard in reversed(work.num_rows)]
     running: dict[ray.ObjectRef, tuple[int, int]] = {}
-    done, total = 0, sum(rows.num_rows for rows in work.values())
+    done, total = 0, sum(work.num_rows.values())
     on_progress(done, total)
     while waiting or running:
         while waiting and len(running) < 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
             shard, attempt = waiting.pop()
-            running[task.remote(absolute_uri, shard, work[shard], config)] = shard, attempt
-        ready, stuck = ray.wait(list(running), timeout=_longest_s(work, config))
+            running[task.remote(absolute_uri, shard, work.rows(shard), config)] = shard, attempt
+        ready, stuck = ray.wait(list(running), timeout=_longest_s(max(work.num_rows.values()), config))
         for ref in ready or stuck:
             shard, attempt = running.pop(ref)
             try:
@@ -200,7 +236,7 @@ def _peak_bytes(config: DownloadConfig) -> int:
     return _WORKER_BYTES + max(config.max_bytes, shards.IN_FLIGHT_BYTES) + BYTES_PER_PIXEL * config.max_pixels
 
 
-def _longest_s(work: dict[int, pa.Table], config: DownloadConfig) -> float:
-    """The longest time, in seconds, in which some shard has to come to its end, if every URL takes all of its time."""
-    num_rounds = math.ceil(max(len(rows) for rows in work.values()) / config.thread_count)
+def _longest_s(num_urls: int, config: DownloadConfig) -> float:
+    """The longest time, in seconds, in which a shard has to come to its end, if every URL takes all of its time."""
+    num_rounds = math.ceil(num_urls / config.thread_count)
     return _PATIENCE_S + num_rounds * config.timeout_s * (1 + config.retries)

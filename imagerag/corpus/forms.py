@@ -78,11 +78,16 @@ def folder_of(uri: str) -> str:
     return _uri(fs, _root_of(fs, path))
 
 
+def is_folder(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Whether a path is a folder. The web has none, and would be asked for the whole file."""
+    return "http" not in fs.protocol and bool(fs.isdir(path))
+
+
 def _root_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    if fs.isdir(path):
+    if is_folder(fs, path):
         return path.rstrip("/")
-    fixed = path if fs.isfile(path) else re.split(r"[*?[]", path)[0]
-    return fixed.rpartition("/")[0]
+    is_file = "http" in fs.protocol or fs.isfile(path)
+    return (path if is_file else re.split(r"[*?[]", path)[0]).rpartition("/")[0]
 
 
 def _uri(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -94,8 +99,9 @@ def _parts(uri: str, what: str) -> list[Part]:
     if is_table(uri):
         return [Part(uri.rstrip("/"), "")]
     fs, path = fsspec.core.url_to_fs(uri)
-    is_glob = re.search(r"[*?[]", uri) is not None and not fs.isdir(path)
-    if uri.lower().endswith(FORMATS) and (not is_glob or fs.isfile(path)):  # a name may have a bracket in it
+    is_list = uri.lower().endswith(FORMATS) and not is_folder(fs, path)  # which Spark names as it does a file
+    is_glob = re.search(r"[*?[]", uri) is not None and not is_folder(fs, path)
+    if is_list and (not is_glob or fs.isfile(path)):  # a name may have a bracket in it
         return [Part(uri, path.rpartition("/")[2])]
     root = _root_of(fs, path)
     names = sorted(found[len(root) + 1 :] for found in (fs.glob(path) if is_glob else fs.find(path)))

@@ -8,7 +8,7 @@ import os
 import fsspec
 
 from imagerag.corpus.folder import images_of, open_folder, read_folder
-from imagerag.corpus.forms import FORMATS, FORMS, is_part, is_table, some_of
+from imagerag.corpus.forms import FORMATS, FORMS, is_folder, is_part, is_table, some_of
 from imagerag.corpus.packed import SUFFIXES
 from imagerag.corpus.url_list import BadRows, UrlColumns, UrlList, read_url_list
 from imagerag.errors import UserError
@@ -54,7 +54,7 @@ def check_source(source: str, captions: str | None = None) -> None:
     is_list = source.lower().endswith(FORMATS) or is_table(source)
     if "://" not in source and not is_list and not os.path.isdir(os.path.expanduser(source)):  # noqa: PTH111, PTH112
         raise UserError(f"there is no folder {source} on this machine; a list is a {FORMS}")
-    if captions is not None and is_list:
+    if captions is not None and is_list and not os.path.isdir(os.path.expanduser(source)):  # noqa: PTH111, PTH112
         raise UserError(f"captions ({captions}) go with a folder of images; {source} is a list, which has them itself")
 
 
@@ -62,7 +62,6 @@ def _is_folder(source: str) -> bool:
     if is_table(source):
         return False
     try:
-        fs, path = fsspec.core.url_to_fs(source)
-        return bool(fs.isdir(path))
+        return is_folder(*fsspec.core.url_to_fs(source))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{source} can't be read: {error}") from error

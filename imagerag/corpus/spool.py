@@ -58,16 +58,14 @@ class Spool:
 
 
 class Parts:
-    """Rows regrouped by a number from 0 to `NUM_PARTS` - 1 that each of them has; in a part, in their order."""
+    """Rows regrouped by a number that each of them has; in a part, in their order."""
 
     def __init__(self, tables: Iterable[pa.Table], part_of: Callable[[pa.Table], npt.NDArray[np.int64]]) -> None:
-        self.num_rows = 0
         self._part_of = part_of
         self._held = _Held()
         self._file: _File | None = None
         self._places: dict[int, list[int]] = {}
         for table in tables:
-            self.num_rows += table.num_rows
             self._held.append(table)
             if self._held.is_much:
                 self._spill()
@@ -88,10 +86,9 @@ class Parts:
 
     def part(self, number: int) -> pa.Table | None:
         """The rows of one part, if it has any."""
-        if self.is_spilled:
-            return self._read(number) if number in self._places else None
-        rows = pa.concat_tables(self._held.tables) if self._held.tables else None
-        return None if rows is None else rows.filter(pa.array(self._part_of(rows) == number))
+        if self._held.tables:
+            self._spill()
+        return self._read(number) if number in self._places else None
 
     def _read(self, part: int) -> pa.Table:
         assert self._file is not None
@@ -124,17 +121,23 @@ def numbered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         start += table.num_rows
 
 
-def in_order(tables: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
-    """Yield rows by their `row`, which is less than `num_rows`."""
-    size = max(1, -(-num_rows // NUM_PARTS))
-    for part in Parts(tables, lambda rows: np.asarray(rows["row"]) // size):
+def in_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield rows by their `row`."""
+    for part in Parts(tables, lambda rows: rows["row"].to_numpy() // MEMORY_ROWS):
         yield part.take(pc.sort_indices(part["row"]))
+
+
+def paired(first: Parts, second: Parts) -> Iterator[tuple[pa.Table | None, pa.Table | None]]:
+    """Yield the rows of two by parts, those of one number together; where there are none, None."""
+    if first.is_spilled or second.is_spilled:
+        yield from ((first.part(number), second.part(number)) for number in range(NUM_PARTS))
+    else:
+        yield next(iter(first), None), next(iter(second), None)
 
 
 def distinct(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Yield the first row of every URL and caption, in order."""
-    parts = Parts(numbered(tables), by_url)
-    for part in in_order(map(first_of_each, parts), parts.num_rows):
+    for part in in_order(map(first_of_each, Parts(numbered(tables), by_url))):
         yield part.drop_columns("row")
 
 

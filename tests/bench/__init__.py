@@ -19,7 +19,7 @@ BENCHES = {
     "finetune": "training steps through Ray Train, beside the same steps in a bare loop",
     "generate": "one step with references beside one without; search with features beside one without",
     "gpu": "a fine-tuning step at SD 2.1's size on a GPU, beside bare matrix products",
-    "memory": "peak memory of embedding a corpus, beside one of a quarter of its size",
+    "memory": "peak memory of embedding a corpus, and of planning a list, beside one of a tenth of its size",
     "reindex": "time after 1 % of a list changed, beside a full ingest",
     "serve": "a registered model: pull to first picture; pyfunc and HTTP beside the bare pipeline",
     "search": "latency, recall and build time at 1k and 100k rows, beside faiss-cpu",

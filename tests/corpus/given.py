@@ -143,6 +143,13 @@ def _tables() -> list[Given]:
             outcomes={"a": "success"},
         ),
         Given(
+            what="a folder named as a file, as Spark has it",
+            make=lambda folder: str(
+                Path(_parquet("p.parquet/part-0.snappy.parquet", image=[_photo()], caption=["a"])(folder)).parent
+            ),
+            outcomes={"a": "success"},
+        ),
+        Given(
             what="several columns of images",
             make=_parquet(before=[_cell(_photo())], after=[_cell(_photo())], caption=["a"]),
             error="has several columns of images, ['before', 'after']: say which of them is `image`",

@@ -12,6 +12,7 @@ from imagerag.corpus.spool import Parts, Spool, by_url, distinct
 def memory_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many rows stay in memory: all of a test's, some, and next to none."""
     monkeypatch.setattr(spool, "MEMORY_ROWS", request.param)
+    monkeypatch.setattr(spool, "NUM_PARTS", 8)
     return int(request.param)
 
 
