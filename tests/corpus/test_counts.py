@@ -18,9 +18,9 @@ import pytest
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.fetch import fetch_shard
 from imagerag.corpus.ledger import read_attempts
-from imagerag.corpus.shards import PLAN_SCHEMA
 from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import BadRows
+from tests.corpus.fetched import planned
 from tests.corpus.web import Web, picture
 
 Row = dict[str, Any]
@@ -175,8 +175,7 @@ def test_no_row_is_lost(tmp_path: Path, urls: list[str], seed: int) -> None:
         (tmp_path / name).write_bytes(content)
         found = read_images(str(tmp_path / name), bad_rows=BadRows(max_share=1))
         uri = str(tmp_path / f"shards-{number}")
-        rows = found.table.rename_columns({"sha256": "expected_sha256"}).select(PLAN_SCHEMA.names)
-        fetch_shard(uri, 0, rows, config)
+        fetch_shard(uri, 0, planned(found.table), config)
         statuses = [row["status"] for row in read_attempts(uri).to_pylist()]
         successes, failures = statuses.count("success"), statuses.count("failed") + found.num_invalid
         assert successes > 0, f"{name}: {found.invalid}"
