@@ -151,7 +151,9 @@ def _plan(uri: str, shard_size: int, *, retry_failed: bool, refresh: bool = Fals
     def new() -> Iterator[pa.Table]:
         for rows, ledger in read_parts(uri):
             rows = rows.filter(pc.fill_null(pc.not_equal(rows["reason"], str(Reason.TAKEN_DOWN)), True))
-            wanted.append(rows.select(PAIR).join(begun, PAIR, join_type="left semi"))
+            still = rows.select(PAIR).join(begun, PAIR, join_type="left semi")
+            if still.num_rows:  # an empty table may keep what it is a part of
+                wanted.append(still)
             is_known = _is_refreshable(rows) if refresh else pa.repeat(False, len(rows))
             rows = rows.append_column("is_known", is_known).filter(pc.or_(_is_to_fetch(rows, retry_failed), is_known))
             yield _with_expected_hash(rows.join(begun, PAIR, join_type="left anti"), ledger)
