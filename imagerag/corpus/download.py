@@ -136,7 +136,9 @@ def _plan(uri: str, shard_size: int, *, retry_failed: bool) -> _Work:
     def new() -> Iterator[pa.Table]:
         for rows, ledger in read_parts(uri):
             rows = rows.filter(pc.fill_null(pc.not_equal(rows["reason"], str(Reason.TAKEN_DOWN)), True))
-            wanted.append(rows.select(PAIR).join(begun, PAIR, join_type="left semi"))
+            still = rows.select(PAIR).join(begun, PAIR, join_type="left semi")
+            if still.num_rows:  # an empty table may keep what it is a part of
+                wanted.append(still)
             rows = rows.filter(_is_to_fetch(rows, retry_failed)).join(begun, PAIR, join_type="left anti")
             yield _with_expected_hash(rows, ledger)
 

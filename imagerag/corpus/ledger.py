@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         ("key", pa.string()),  # of the sample in its shard
     ]
 )
+_SHARDS_AT_ONCE = 128
 PAIR = ["url", "caption"]
 """What identifies a row of a list."""
 
@@ -98,8 +99,9 @@ def iter_attempts(uri: str) -> Iterator[pa.Table]:
     fs, root = shards.open_folder(uri)
     paths = [f"{root}/{shards.shard_name(shard)}.parquet" for shard in finished]
     stored = pa.schema([field for field in SCHEMA if field.name not in ("reason", "shard")])
-    for batch in ds.dataset(paths, schema=stored, filesystem=fs, format="parquet").to_batches():
-        rows = pa.Table.from_batches([batch])
+    for start in range(0, len(paths), _SHARDS_AT_ONCE):
+        some = ds.dataset(paths[start : start + _SHARDS_AT_ONCE], schema=stored, filesystem=fs, format="parquet")
+        rows = some.to_table()
         rows = rows.append_column("shard", pc.divide(pc.cast(rows["key"], pa.int64()), 10**shards.ROW_DIGITS))
         yield _with_reasons(rows)
 

@@ -25,7 +25,6 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
@@ -124,11 +123,15 @@ def iter_wanted(uri: str) -> Iterator[pa.Table]:
     """Yield what the corpus wants, some rows at a time, as `read_wanted` has them."""
     fs, root = open_folder(uri)
     path = f"{root}/wanted.parquet"
-    if fs.exists(path):
-        # Of one file, some of the columns of which may be newer than it.
-        wanted = ds.dataset(path, schema=url_list.SCHEMA, filesystem=fs, format="parquet")
-        for batch in wanted.to_batches(batch_readahead=2, fragment_readahead=1):
-            yield pa.Table.from_batches([batch])
+    if not fs.exists(path):
+        return
+    with fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)  # not a dataset, which decodes a whole file ahead of who reads it slowly
+        names = [name for name in url_list.SCHEMA.names if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(columns=names):
+            missing = {name: pa.nulls(len(batch), pa.string()) for name in url_list.SCHEMA.names if name not in names}
+            columns = {name: batch.column(name) for name in names} | missing
+            yield pa.table({name: columns[name] for name in url_list.SCHEMA.names}, schema=url_list.SCHEMA)
 
 
 def write_wanted(uri: str, rows: Iterable[pa.Table]) -> None:
