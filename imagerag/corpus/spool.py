@@ -1,8 +1,7 @@
 """Rows that may be more than memory holds: kept in order, regrouped by URL, without those that repeat.
 
 Up to `MEMORY_ROWS` rows stay in memory. More of them lie in files of the temporary folder (`TMPDIR`), which are gone
-with what they are for, and memory holds so many at a time, or a part of `NUM_PARTS`, whichever is more: a list of 100
-million rows takes a few gigabytes on disk and less than one in memory.
+with what they are for, and memory holds so many at a time, or a part of `NUM_PARTS`, whichever is more.
 """
 
 import os
