@@ -57,5 +57,5 @@ lock: $(STAMP)  ## Write the installed versions to infra/constraints.txt.
 	@{ sed -n '/^#/p' infra/constraints.txt; $(BIN)/pip freeze --exclude-editable | sed -E 's/(\+cpu| @ .*)$$//' | sort -f; } > infra/constraints.tmp
 	@mv infra/constraints.tmp infra/constraints.txt
 
-clean: down  ## Remove the virtual environment, the home with all its data, and caches.
-	rm -rf $(VENV) .imagerag .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+clean: down  ## Remove the virtual environment and caches; the data stays (`imagerag purge` deletes that).
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -42,7 +42,7 @@ class EvaluateParameters(Config):
         return self
 
 
-@flow(name="evaluate")
+@flow(name="evaluate", flow_run_name="evaluate {parameters.name}")
 def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
     """Compare an adapter with base model, teacher and champion; register it, and make it champion if it is better.
 

@@ -27,7 +27,7 @@ class FeaturesParameters(Config):
     _check_name = field_validator("name")(check_name)
 
 
-@flow(name="features")
+@flow(name="features", flow_run_name="features {parameters.name}")
 def features(parameters: FeaturesParameters) -> FeaturesReport:
     """Make the cached features of an index for a base model, and publish them.
 

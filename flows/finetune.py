@@ -30,7 +30,7 @@ class FinetuneParameters(Config):
     _check_name = field_validator("name")(check_name)
 
 
-@flow(name="finetune")
+@flow(name="finetune", flow_run_name="finetune {parameters.name}")
 def finetune(parameters: FinetuneParameters) -> FinetuneReport:
     """Train an adapter and LoRA for an index by latent adversarial distillation.
 

@@ -77,7 +77,7 @@ class NotPublishedError(UserError):
     """The new version failed its checks: readers stay on the version that they see."""
 
 
-@flow(name="ingest")
+@flow(name="ingest", flow_run_name="ingest {parameters.name}")
 def ingest(parameters: CorpusParameters) -> CorpusReport:
     """Add a folder of images, or a list of image URLs, to a corpus: download, embed, index, publish.
 

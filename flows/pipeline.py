@@ -47,7 +47,7 @@ class PipelineParameters(Config):
         return self
 
 
-@flow(name="pipeline")
+@flow(name="pipeline", flow_run_name="pipeline {parameters.corpus.name}")
 def pipeline(parameters: PipelineParameters) -> PipelineReport:
     """Make a champion of a list of image URLs: ingest, features, finetune, evaluate.
 

@@ -6,7 +6,7 @@ from flows.ingest import CorpusParameters, update_corpus
 from tasks.report import CorpusReport
 
 
-@flow(name="reindex")
+@flow(name="reindex", flow_run_name="reindex {parameters.name}")
 def reindex(parameters: CorpusParameters) -> CorpusReport:
     """Make a corpus exactly its folder or list: fetch and embed what is new or changed, drop what is gone.
 

@@ -1,7 +1,8 @@
 """The engines that run beside a flow on one machine: Prefect server and worker, MLflow, on loopback, one set a home.
 
 `up` starts them to stay, `prefect_server` lends one for the duration of a run. Either keeps its database, logs and
-process records under `home`, so that two homes on one machine never meet.
+process records under `home`, so that two homes on one machine never meet. They ask for the home's password, because
+other users of the machine and pages of any site reach ports of loopback too, and who drives Prefect can run code.
 """
 
 import json
@@ -17,14 +18,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 from filelock import FileLock
 
+from imagerag import credentials
 from imagerag.errors import UserError
 from imagerag.settings import Settings
 
 WORK_POOL = "imagerag"
+LOGIN_PATH = "/imagerag/login"
+"""A page of our Prefect server that keeps what stands behind its `#`, the password, as Prefect's own login does."""
 PREFECT, WORKER, MLFLOW = "prefect-server", "prefect-worker", "mlflow-server"
 
 _HEALTH = {PREFECT: "/api/health", MLFLOW: "/health"}
@@ -67,8 +72,12 @@ class Service:
             return False
 
 
-def prefect_environment(home: Path, api_url: str | None = None) -> dict[str, str]:
-    """Environment variables that give Prefect its place under `home`, and no telemetry."""
+def prefect_environment(settings: Settings, api_url: str | None = None) -> dict[str, str]:
+    """Environment variables that give Prefect its place under the home, and no telemetry.
+
+    Where the settings name no server, they have the password of the home's own as well.
+    """
+    home = settings.make_home()  # Prefect makes no folder above its own
     environment = {
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -78,10 +87,26 @@ def prefect_environment(home: Path, api_url: str | None = None) -> dict[str, str
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # Without heartbeats nobody learns that a flow run's process was killed.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        # What the library logs is in the run's log; what it logs outside of a run is not Prefect's to complain of.
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "imagerag",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         # Server start-up takes longer than Prefect's 20 s on a small, busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(_START_TIMEOUT_S)),
     }
+    if settings.prefect_api_url is None:
+        environment["PREFECT_API_AUTH_STRING"] = _prefect_login(home)
     return environment | ({"PREFECT_API_URL": api_url} if api_url else {})
+
+
+def _prefect_login(home: Path) -> str:
+    return f"{credentials.USER}:{credentials.password(home)}"
+
+
+def link(service: Service, home: Path) -> str:
+    """Return the address of a server's UI that logs a browser in."""
+    if service.name == PREFECT:
+        return f"{service.url}{LOGIN_PATH}#{quote(_prefect_login(home))}"
+    return service.url.replace("://", f"://{credentials.USER}:{credentials.password(home)}@")
 
 
 @contextmanager
@@ -92,9 +117,10 @@ def prefect_server(settings: Settings) -> Iterator[str]:
         return
     service = find(settings.home, PREFECT)
     if service is not None:
+        _await_healthy(service, settings.home)  # it may be starting
         yield f"{service.url}/api"
         return
-    service = _start_server(settings.home, stay=False)
+    service = _start_server(settings, stay=False)
     try:
         yield f"{service.url}/api"
     finally:
@@ -123,14 +149,14 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
     Raises:
         UserError: if `project` has no `infra/prefect.yaml`.
     """
-    home = settings.home
     deployments_file(project)
+    home = settings.make_home()
     with _changing(home):
         mlflow = None if settings.mlflow_tracking_uri else _answering(home, MLFLOW) or _start_mlflow(settings)
-        server = None if settings.prefect_api_url else _answering(home, PREFECT) or _start_server(home, stay=True)
+        server = None if settings.prefect_api_url else _answering(home, PREFECT) or _start_server(settings, stay=True)
         api_url = settings.prefect_api_url if server is None else f"{server.url}/api"
         assert api_url is not None
-        environment = prefect_environment(home, api_url) | {"IMAGERAG_HOME": str(home), _PROJECT: str(project)}
+        environment = prefect_environment(settings, api_url) | {"IMAGERAG_HOME": str(home), _PROJECT: str(project)}
         _deploy(environment)
         worker = find(home, WORKER)
         if worker is None:
@@ -200,8 +226,8 @@ def _flow_run_processes(home: Path) -> Iterator[psutil.Process]:
             yield process
 
 
-def answers(url: str) -> bool:
-    """Whether an HTTP GET of `url` succeeds within seconds."""
+def answers(url: str | urllib.request.Request) -> bool:
+    """Whether an HTTP request succeeds within seconds."""
     try:
         with urllib.request.urlopen(url, timeout=5):  # noqa: S310 (the address of a configured server)
             return True
@@ -217,12 +243,16 @@ def free_port() -> int:
     return port
 
 
-def _start_server(home: Path, *, stay: bool) -> Service:
-    port = free_port()
+def _start_server(settings: Settings, *, stay: bool) -> Service:
+    home, port = settings.home, free_port()
     url = f"http://127.0.0.1:{port}"
-    environment = prefect_environment(home, f"{url}/api") | {"PREFECT_UI_API_URL": f"{url}/api"}
-    command = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-    service = _start(home, PREFECT, command, environment, url=url, stay=stay)
+    environment = prefect_environment(settings, f"{url}/api") | {
+        "PREFECT_UI_API_URL": f"{url}/api",
+        "PREFECT_SERVER_API_AUTH_STRING": _prefect_login(home),
+        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": url,
+    }
+    service = _start(home, PREFECT, ("imagerag.prefect_app", str(port)), environment, url=url, stay=stay)
     _await_healthy(service, home)
     return service
 
@@ -231,18 +261,27 @@ def _start_mlflow(settings: Settings) -> Service:
     """Start an MLflow server on the database that runs without a server write to as well. It is not awaited."""
     from imagerag.training.tracking import tracking_uri
 
-    port = free_port()
-    artifacts = (settings.home / "mlflow" / "artifacts").as_uri()
+    home, port = settings.home, free_port()
+    folder = home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    users = folder / "auth.ini"
+    users.write_text(f"[mlflow]\ndatabase_uri = sqlite:///{folder / 'auth.db'}\ndefault_permission = NO_PERMISSIONS\n")
+    url = f"http://127.0.0.1:{port}"
     command = (
-        "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", tracking_uri(settings), "--artifacts-destination", artifacts,
+        "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--app-name", "basic-auth",
+        "--backend-store-uri", tracking_uri(settings), "--artifacts-destination", (folder / "artifacts").as_uri(),
+        "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}", "--cors-allowed-origins", url,
     )  # fmt: skip
     environment = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_AUTH_CONFIG_PATH": str(users),
+        "MLFLOW_AUTH_ADMIN_USERNAME": credentials.USER,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": credentials.password(home),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": credentials.password(home),  # of the UI's forms
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # it starts others by name
     }
-    return _start(settings.home, MLFLOW, command, environment, url=f"http://127.0.0.1:{port}", stay=True)
+    return _start(home, MLFLOW, command, environment, url=url, stay=True)
 
 
 def _start(

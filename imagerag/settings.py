@@ -146,6 +146,11 @@ class Settings(BaseSettings):
                 raise UserError(f"{variable_of(other)} and {variable_of(name)} need a folder each; both are {uri}")
         return self
 
+    def make_home(self) -> Path:
+        """Return the home, made where there is none: nobody but its owner can look inside."""
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self.home
+
     def training_of(self, name: str) -> str:
         """The folder of what trainings on the corpus `name` need and make."""
         return f"{self.training_uri}/{check_name(name)}"

@@ -169,7 +169,7 @@ def _sweep_copies(settings: Settings, store: Store, ids: pa.Array) -> Sweep:
 
     Only what is a model's folder is deleted. Another copy, such as one of a whole home, is named.
     """
-    deleted = [str(path) for path in settings.home.glob(f"{store.name}/scorer-*.npz")]
+    deleted = [str(path) for path in settings.home.glob(f"compare/{store.name}/scorer-*.npz")]
     left = []
     cache = settings.home / "models"
     for copy in settings.home.glob(f"**/index/{store.name}.lance"):

@@ -60,7 +60,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def engines_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home for the engines of this session; set before Prefect is first imported, which reads it then."""
     home = tmp_path_factory.mktemp("engines")
-    os.environ.update(prefect_environment(home))
+    os.environ.update(prefect_environment(Settings(home=home)))
     return home
 
 

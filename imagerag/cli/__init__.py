@@ -20,6 +20,7 @@ from imagerag.cli import (
     finetune,
     generate,
     index,
+    purge,
     registry,
     sample,
     search,
@@ -63,6 +64,7 @@ app.command()(submit.submit)
 app.command()(deploy.deploy)
 app.command()(services.up)
 app.command()(services.down)
+app.command()(purge.purge)
 app.command()(settings.settings)
 app.command()(doctor.doctor)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from imagerag.cli.generate import BaseOption, ScaleOption, check_scale, open_pipeline, read_prompts
+from imagerag.cli.names import NameOption, corpus_name
 from imagerag.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def compare(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make pictures of.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
-    name: Annotated[str, typer.Option(help="The corpus whose index references come from.")] = "images",
+    name: NameOption = None,
     base: BaseOption = "tiny",
     teacher: Annotated[
         str | None, typer.Option(help="The multi-step model to compare with; `tiny-teacher` for `tiny`, else none.")
@@ -37,7 +38,7 @@ def compare(
     if teacher is None and base == "tiny":
         teacher = "tiny-teacher"
     comparisons = run_comparison(
-        wanted, name=name, base=base, teacher=teacher, adapter=adapter, scale=scale, seed=seed, out=out
+        wanted, name=corpus_name(name), base=base, teacher=teacher, adapter=adapter, scale=scale, seed=seed, out=out
     )
     print_scores(comparisons)
     typer.echo(f"page: {out / 'index.html'}")
@@ -68,7 +69,7 @@ def run_comparison(
 
     assert pipeline.index is not None
     retriever = pipeline.index.retriever
-    cache = settings.home / name / f"scorer-{retriever.version}.npz"
+    cache = settings.home / "compare" / name / f"scorer-{retriever.version}.npz"
     if not cache.exists():
         typer.echo("fitting the score to the index's pictures, once for this version of it …", err=True)
     comparer = Comparer(pipeline, with_many_steps, Scorer.of(retriever, cache), seed=seed, scale=scale)

@@ -77,8 +77,7 @@ def _one_prefect(settings: "Settings") -> Iterator[None]:
     """Have all flows inside the block share one server, which takes seconds to start."""
     from imagerag.services import prefect_environment, prefect_server
 
-    settings.home.mkdir(parents=True, exist_ok=True)
-    os.environ.update(prefect_environment(settings.home))
+    os.environ.update(prefect_environment(settings))
     with prefect_server(settings) as api_url:
         os.environ["IMAGERAG_PREFECT_API_URL"] = api_url
         yield

@@ -40,7 +40,7 @@ def deploy() -> None:
     project = Path(flows.__file__).parent.parent
     path = deployments_file(project)
     # Prefect reads its settings when it is first imported.
-    os.environ.update(prefect_environment(settings.home, api_url) | {"IMAGERAG_PROJECT": str(project)})
+    os.environ.update(prefect_environment(settings, api_url) | {"IMAGERAG_PROJECT": str(project)})
     is_cluster = settings.prefect_api_url is not None
     asyncio.run(_deploy(path, project, nightly_parameters(settings), is_cluster=is_cluster))
 
@@ -55,9 +55,7 @@ def nightly_parameters(settings: "Settings") -> dict[str, Any] | None:
         return None
     from imagerag.services import prefect_environment
 
-    # As above; and it makes no folder above its home.
-    settings.home.mkdir(parents=True, exist_ok=True)
-    os.environ.update(prefect_environment(settings.home))
+    os.environ.update(prefect_environment(settings))
     from flows.ingest import CorpusParameters
     from imagerag.cli.run import validated
 
@@ -133,7 +131,7 @@ def _apply(file: dict[str, Any], project: Path) -> None:
 async def _schedule_nightly(
     client: "PrefectClient", definitions: list[dict[str, Any]], nightly: dict[str, Any]
 ) -> None:
-    """Have the schedule of `reindex` run with these parameters."""
+    """Have the schedule of `reindex` run with these parameters; where a person paused it with them, it stays paused."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
 
@@ -141,6 +139,9 @@ async def _schedule_nightly(
     reindex = await client.read_deployment_by_name("reindex/reindex")
     own = next((each for each in reindex.schedules if each.slug == described["slug"]), None)
     parameters = {"parameters": nightly}
+    if own is not None and own.parameters == parameters and not own.active:
+        typer.echo("reindex: its nightly schedule stays paused, as it was set in Prefect's UI")
+        return
     if own is not None:
         await client.update_deployment_schedule(reindex.id, own.id, active=True, parameters=parameters)
     else:

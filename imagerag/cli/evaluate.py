@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from imagerag.cli.corpus import CaptionsOption, ParametersOption, UrlListArgument, given
+from imagerag.cli.names import NameOption, corpus_name
 from imagerag.cli.run import run_flow
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
+    name: NameOption = None,
     adapter: Annotated[
         str | None,
         typer.Option(help="What `imagerag finetune` wrote, a folder or URI; of the last training if not given."),
@@ -30,7 +31,7 @@ def evaluate(
 ) -> None:
     """Measure an adapter, register it as a model, and make it champion if it is better than what there is."""
     options = {
-        "name": name,
+        "name": corpus_name(name) if parameters is None else name,
         "adapter": adapter if adapter is None or "://" in adapter else str(Path(adapter).absolute()),
         "evaluation": {
             "prompts": None if prompts is None else str(prompts.absolute()),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from imagerag.cli.corpus import ParametersOption, given
+from imagerag.cli.names import NameOption, corpus_name
 from imagerag.cli.run import run_flow
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class FitOption(StrEnum):
 
 
 def features(
-    name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
+    name: NameOption = None,
     base: Annotated[
         str | None,
         typer.Option(help="`tiny`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
@@ -39,7 +40,7 @@ def features(
 ) -> None:
     """Make the cached features of an index for a base model: only rows that have none are encoded."""
     how = {"base": base, "fit": None if fit is None else fit.value, "num_workers": num_workers}
-    options = {"name": name, "features": how}
+    options = {"name": corpus_name(name) if parameters is None else name, "features": how}
     show_features(run_flow("features", given(options), parameters))
 
 

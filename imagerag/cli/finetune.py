@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imagerag.cli.corpus import ParametersOption, given
+from imagerag.cli.names import NameOption, corpus_name
 from imagerag.cli.run import run_flow
 from imagerag.errors import UserError
 
@@ -22,7 +23,7 @@ class RecipeOption(StrEnum):
 
 
 def finetune(
-    name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
+    name: NameOption = None,
     recipe: Annotated[
         RecipeOption, typer.Option(help="What is not given: minutes on a laptop, or the paper's figures.")
     ] = RecipeOption.TINY,
@@ -46,7 +47,7 @@ def finetune(
 ) -> None:
     """Train an adapter for an index, so that generation uses what the index has."""
     options = {
-        "name": name,
+        "name": corpus_name(name) if parameters is None else name,
         "data": {"base": base, "teacher": teacher, "held_out": None if held_out is None else str(held_out.absolute())},
         "training": {"steps": steps, "seed": seed},
         "workers": {"num_workers": num_workers},

@@ -148,7 +148,7 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
     """
     if prompt_file is not None:
         try:
-            lines = prompt_file.read_text(encoding="utf-8").splitlines()
+            lines = prompt_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt-file has to be a readable text file; {prompt_file}: {error}") from error
         prompts = [*prompts, *(line.strip() for line in lines if line.strip())]

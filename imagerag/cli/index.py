@@ -4,17 +4,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from imagerag.cli.names import NameOption, corpus_name
+
 if TYPE_CHECKING:
     from imagerag.artifacts import Publication
     from imagerag.retrieval.store import Store
 
 app = typer.Typer(help="Show, publish, roll back and take down.", no_args_is_help=True)
 
-NameOption = Annotated[str, typer.Option(help="The corpus.")]
-
 
 @app.command()
-def status(name: NameOption = "images") -> None:
+def status(name: NameOption = None) -> None:
     """Show the published version, the newest one, and the history."""
     from rich.table import Table
 
@@ -22,7 +22,8 @@ def status(name: NameOption = "images") -> None:
     from imagerag.retrieval.pins import pins
     from imagerag.retrieval.publish import status as read_status
 
-    state = read_status(_store(name))
+    store = _store(name)
+    state = read_status(store)
     typer.echo(f"encoder    {state.encoder.id}, {state.encoder.dim} dimensions, digest {state.encoder.digest}")
     if state.published_version is None:
         typer.echo("published  nothing yet")
@@ -40,12 +41,12 @@ def status(name: NameOption = "images") -> None:
         published_at = f"{entry.published_at:%Y-%m-%d %H:%M:%S}"
         table.add_row(str(entry.version), published_at, f"{entry.num_rows:,}", f"{entry.recall_at_10:.3f}")
     PlainConsole().print(table)
-    for label, version in sorted(pins(_store(name)).items(), key=lambda each: each[1]):
+    for label, version in sorted(pins(store).items(), key=lambda each: each[1]):
         typer.echo(f"version {version} is kept for {label}")
 
 
 @app.command()
-def publish(name: NameOption = "images") -> None:
+def publish(name: NameOption = None) -> None:
     """Index and check the newest version, and publish it if it passes."""
     from imagerag.retrieval.index import IndexConfig, build_index
     from imagerag.retrieval.publish import PublishConfig
@@ -57,7 +58,7 @@ def publish(name: NameOption = "images") -> None:
 
 @app.command()
 def rollback(
-    name: NameOption = "images",
+    name: NameOption = None,
     to: Annotated[int | None, typer.Option(help="A kept version, else the last one with all features.")] = None,
 ) -> None:
     """Let readers see an earlier publication."""
@@ -68,18 +69,18 @@ def rollback(
 
 @app.command()
 def remove(
-    name: NameOption = "images",
+    name: NameOption = None,
     url: Annotated[list[str] | None, typer.Option(help="Of an image to take down; can be repeated.")] = None,
     id: Annotated[list[str] | None, typer.Option(help="Of a row to take down; can be repeated.")] = None,
     sha256: Annotated[list[str] | None, typer.Option(help="Of an image file to take down; can be repeated.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Take images down, for good, whatever URL they came from: shards, table, training sets, pages, models."""
-    from imagerag.settings import Settings, check_name
+    from imagerag.settings import Settings
     from imagerag.takedown import find, take_down
 
-    settings = Settings()
-    target = find(settings, check_name(name), urls=url or (), ids=id or (), sha256s=sha256 or ())
+    settings, name = Settings(), corpus_name(name)
+    target = find(settings, name, urls=url or (), ids=id or (), sha256s=sha256 or ())
     num_images, num_rows = len(target.image_sha256s), len(target.ids)
     typer.echo(f"{num_images} images of {name}, under {len(target.urls)} URLs, in {num_rows} rows")
     if not yes:
@@ -98,11 +99,11 @@ def remove(
     typer.echo(f"report: {done.uri}")
 
 
-def _store(name: str) -> "Store":
+def _store(name: str | None) -> "Store":
     from imagerag.retrieval.store import Store
-    from imagerag.settings import Settings, check_name
+    from imagerag.settings import Settings
 
-    return Store(Settings().index_uri, check_name(name))
+    return Store(Settings().index_uri, corpus_name(name))
 
 
 def _show(publication: "Publication") -> None:

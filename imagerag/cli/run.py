@@ -40,9 +40,8 @@ def run_flow(
     from imagerag.settings import Settings
 
     settings = Settings()
-    # Prefect reads its home when it is first imported, and makes no folder above it.
-    settings.home.mkdir(parents=True, exist_ok=True)
-    os.environ.update(prefect_environment(settings.home))
+    # Prefect reads its settings when it is first imported.
+    os.environ.update(prefect_environment(settings))
     run, model = _load(flow)
     parameters = validated(model, _merge(_merge(defaults, _read_parameters(parameters_file)), options))
     with prefect_session(settings):

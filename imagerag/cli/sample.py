@@ -9,7 +9,9 @@ app = typer.Typer(help="The sample corpus: emoji drawings in several styles.", n
 
 @app.command()
 def serve(
-    port: Annotated[int | None, typer.Option(help="Of the loopback address; this home's own if not given.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of the loopback address; this home's own if not given.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Serve a list of only so many good images.")] = None,
 ) -> None:
     """Serve the sample corpus over HTTP on loopback as a web site would, bad URLs included, until Ctrl-C."""

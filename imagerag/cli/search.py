@@ -2,16 +2,21 @@
 
 from enum import StrEnum
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from imagerag.cli.names import NameOption, corpus_name
 from imagerag.errors import UserError
 
 if TYPE_CHECKING:
     from imagerag.embedding.encoder import Encoder
     from imagerag.retrieval.search import Filters, Neighbour, Retriever
     from imagerag.settings import Settings
+
+_SHOWN_CHARACTERS = 120
+"""Of a caption."""
 
 
 class Mode(StrEnum):
@@ -26,7 +31,7 @@ class Mode(StrEnum):
 def search(
     text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
     image: Annotated[Path | None, typer.Option(help="Look for images like this file.")] = None,
-    name: Annotated[str, typer.Option(help="The corpus.")] = "images",
+    name: NameOption = None,
     k: Annotated[int, typer.Option(min=1, max=1000, help="How many neighbours.")] = 8,
     mode: Annotated[
         Mode,
@@ -35,15 +40,17 @@ def search(
     source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,
     licence: Annotated[str | None, typer.Option(help="Only rows under this licence.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page of pictures.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Print captions whole, not their beginnings.")] = False,
 ) -> None:
     """Show the neighbours of a text or an image in the published index."""
     from imagerag.retrieval.page import Section, write_page
     from imagerag.retrieval.search import Filters
-    from imagerag.settings import Settings, check_name
+    from imagerag.settings import Settings
 
     if (text is None) == (image is None):
         raise UserError("give either a text or --image FILE to look for")
-    retriever, encoder = open_index(Settings(), check_name(name))
+    name = corpus_name(name)
+    retriever, encoder = open_index(Settings(), name)
     filters = Filters(source=source, licence=licence)
     if text is not None:
         neighbours = search_text(retriever, encoder, text, k, mode, filters)
@@ -51,7 +58,7 @@ def search(
         assert image is not None
         neighbours = search_image(retriever, encoder, image, k, filters)
     title = text or str(image)
-    print_neighbours(title, neighbours)
+    print_neighbours(title, neighbours, full=full)
     if html is not None:
         write_page(html, title=f"imagerag search: {name}", sections=[Section(title, neighbours)])
         typer.echo(f"page: {html}")
@@ -91,8 +98,8 @@ def search_image(
     return retriever.search(embeds, k, by="image", filters=filters, images=True)[0]
 
 
-def print_neighbours(title: str, neighbours: "list[Neighbour]") -> None:
-    """Print neighbours as a table, the nearest first."""
+def print_neighbours(title: str, neighbours: "list[Neighbour]", *, full: bool = True) -> None:
+    """Print neighbours as a table, the nearest first; of a long caption its beginning, where it is not asked for."""
     from rich.table import Table
 
     from imagerag.cli.terminal import PlainConsole
@@ -101,5 +108,6 @@ def print_neighbours(title: str, neighbours: "list[Neighbour]") -> None:
     for column in ("score", "caption", "source", "url"):
         table.add_column(column, overflow="fold")
     for neighbour in neighbours:
-        table.add_row(f"{neighbour.score:.3f}", neighbour.caption, neighbour.source, neighbour.url)
+        caption = neighbour.caption if full else shorten(neighbour.caption, _SHOWN_CHARACTERS, placeholder=" …")
+        table.add_row(f"{neighbour.score:.3f}", caption, neighbour.source, neighbour.url)
     PlainConsole().print(table)

@@ -19,8 +19,11 @@ def up() -> None:
     started = {each.name: each for each in services.up(settings, project=Path(flows.__file__).parent.parent)}
     mlflow = started.get(services.MLFLOW)
     prefect = started.get(services.PREFECT)
-    typer.echo(f"Prefect UI  {settings.prefect_api_url if prefect is None else prefect.url}")
-    typer.echo(f"MLflow UI   {settings.mlflow_tracking_uri if mlflow is None else mlflow.url}")
+    for title, service, given in (
+        ("Prefect UI", prefect, settings.prefect_api_url),
+        ("MLflow UI", mlflow, settings.mlflow_tracking_uri),
+    ):
+        typer.echo(f"{title:<12}{given if service is None else services.link(service, settings.home)}")
     typer.echo(f"worker      process {started[services.WORKER].pid}, work pool {services.WORK_POOL}")
     typer.echo(f"logs        {settings.home / 'logs'}")
 

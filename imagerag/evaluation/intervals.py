@@ -1,5 +1,6 @@
 """Means with what is known of their error."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,10 @@ class Estimate:
     num: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        """Write the digits that the interval justifies: two of half its width, at most five decimals."""
+        half = (self.high - self.low) / 2
+        digits = min(5, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 3
+        return f"{self.mean:,.{digits}f} [{self.low:,.{digits}f}, {self.high:,.{digits}f}]"
 
 
 def estimate(values: Sequence[float] | np.ndarray) -> Estimate:

@@ -1,5 +1,6 @@
 """What pictures are made of: prompts of a file, or the captions that a training held out."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import numpy as np
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.evaluation.config import EvaluateConfig
-from imagerag.generation.arguments import check_prompts
+from imagerag.generation.arguments import MAX_PROMPT_CHARACTERS, check_prompts
 from imagerag.table import Table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def read_prompts(config: EvaluateConfig, training_set: TrainingSet) -> Prompts:
 
 def _of_file(path: str) -> dict[str, str]:
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts have to be a readable text file; {path}: {error}") from error
     pairs = (line.partition("\t") for line in lines if line.strip())
@@ -51,4 +54,11 @@ def _of_file(path: str) -> dict[str, str]:
 def _held_out(training_set: TrainingSet) -> dict[str, str]:
     examples = Table.at(training_set.references_uri).open()
     rows = examples.to_table(columns=["prompt"], filter="is_held_out")
-    return {prompt.strip(): "" for prompt in rows["prompt"].to_pylist()}
+    prompts = {prompt.strip() for prompt in rows["prompt"].to_pylist()}
+    too_long = {prompt for prompt in prompts if len(prompt) > MAX_PROMPT_CHARACTERS}
+    if too_long:
+        logger.warning(
+            "%d of %d held-out captions are left out: a prompt has at most %d characters",
+            len(too_long), len(prompts), MAX_PROMPT_CHARACTERS,
+        )  # fmt: skip
+    return dict.fromkeys(prompts - too_long, "")

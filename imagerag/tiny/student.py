@@ -24,18 +24,19 @@ from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import LatentDiscriminator
 from imagerag.training.ladd import Ladd, Terms
+from imagerag.training.muon import Muon
 from imagerag.training.perceptual import Perceptual
 
-LEARNING_RATE = 4e-4
+LEARNING_RATE = 2e-3
+REST_LEARNING_RATE = 4e-4
 HEADS_LEARNING_RATE = 5e-4
 WEIGHTS = LossWeights(adversarial=0.3, distillation=1.0, perceptual=1.0)
-READING_WEIGHT = 3.0
+READING_WEIGHT = 10.0
 _PERCEPTUAL_READING = 0.05
 _MAX_TIMESTEP = 300
 """Of what the discriminator sees: under more noise, sharp and blurred latents look alike."""
-_BETAS = (0.5, 0.99)
 _HEADS_BETAS = (0.0, 0.99)
-_SHARES = (0.125, 0.125, 0.375)
+_SHARES = (0.25, 0.25, 0.25)
 """Of a batch: drawings as they are, drawings varied and other pictures varied, all to be read. The rest is made."""
 _EMPTY_PROMPTS = 0.25
 """Share of what is read without its name or another."""
@@ -82,12 +83,16 @@ class StudentPhase:
         channels, text_dim = student.config.in_channels, student.config.cross_attention_dim
         self._discriminator = LatentDiscriminator(channels, text_dim, self._diffusion).to(device).train()
         self._ladd = Ladd(self._discriminator, self._diffusion, perceptual=perceptual, max_timestep=_MAX_TIMESTEP)
-        self._optimizer = torch.optim.AdamW(self.unet.parameters(), LEARNING_RATE, betas=_BETAS, weight_decay=1e-2)
+        self._optimizer = Muon(self.unet.parameters(), LEARNING_RATE, REST_LEARNING_RATE)
         self._heads_optimizer = torch.optim.AdamW(
             self._discriminator.parameters(), HEADS_LEARNING_RATE, betas=_HEADS_BETAS, weight_decay=0.0
         )
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.05, 100 / steps), cycle_momentum=False
+            self._optimizer,
+            [LEARNING_RATE, REST_LEARNING_RATE],
+            total_steps=steps,
+            pct_start=min(0.05, 100 / steps),
+            cycle_momentum=False,
         )
 
     def state(self) -> dict[str, Any]:

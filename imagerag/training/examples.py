@@ -194,7 +194,7 @@ def read_lines(path: str) -> list[str]:
     import fsspec
 
     try:
-        with fsspec.open(path, "r", encoding="utf-8") as file:
+        with fsspec.open(path, "r", encoding="utf-8-sig") as file:
             return [line.strip() for line in file if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} has to be a readable text file: {error}") from error

@@ -31,6 +31,21 @@ def test_captions_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], monk
     assert not {"\x1b", "\x07", "\u202e"}.intersection(shown)
 
 
+def test_of_a_long_caption_the_beginning_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    long = Neighbour(
+        id="i", source="s", licence="", width=1, height=1, score=0.5, url="http://a", caption="\n".join(["a cup"] * 100)
+    )
+    print_neighbours("a cup", [long], full=False)
+    shown = capsys.readouterr().out
+    assert 10 < shown.count("a cup") < 25
+    assert "…" in shown
+    print_neighbours("a cup", [long], full=True)
+    assert capsys.readouterr().out.count("a cup") == 101
+
+
 def test_a_text_alone_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     PlainConsole().print("[/b] :smile: \x1b[2J")
     assert capsys.readouterr().out == "[/b] :smile: \ufffd[2J\n"

@@ -24,6 +24,7 @@ import psutil
 import psycopg2
 
 from imagerag.services import answers, free_port, prefect_environment
+from imagerag.settings import Settings
 
 BUCKET = "imagerag"
 NODE_IPS = ("127.0.0.2", "127.0.0.3")
@@ -201,7 +202,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             "--port", str(port["prefect"]),
             PREFECT_API_DATABASE_CONNECTION_URL=f"postgresql+asyncpg://{made.database}/prefect",
             PREFECT_SERVER_API_AUTH_STRING=auth_string,
-            **prefect_environment(folder, f"{prefect_url}/api"),
+            **prefect_environment(Settings(home=folder, prefect_api_url=f"{prefect_url}/api"), f"{prefect_url}/api"),
         )  # fmt: skip
         moto.await_ready(lambda: answers(f"http://127.0.0.1:{port['s3']}/moto-api/"))
         boto3.client("s3", **_credentials(machine)).create_bucket(Bucket=BUCKET)

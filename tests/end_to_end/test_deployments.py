@@ -1,11 +1,9 @@
 """Runs of the deployments of `infra/prefect.yaml` on a real Prefect server: automations, and a cancelled training."""
 
-import json
 import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +22,7 @@ from imagerag.settings import Settings
 from imagerag.training.config import tiny
 from imagerag.training.job import read_finetuned
 from imagerag.training.tracking import mlflow_client, tracking_uri
+from tests.end_to_end.prefect_api import call
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
@@ -39,23 +38,16 @@ class Server:
         self.settings = settings
         self._api_url = api_url
         own = {"IMAGERAG_HOME": str(settings.home), "IMAGERAG_PROJECT": str(ROOT)}
-        self._environment = os.environ | prefect_environment(settings.home, api_url) | own
+        self._environment = os.environ | prefect_environment(settings, api_url) | own
         done = self.start("-m", "imagerag.cli", "deploy", IMAGERAG_PREFECT_API_URL=api_url)
         assert done.wait() == 0
         self._deployments = {each["name"]: each["id"] for each in self.post("/deployments/filter", {})}
 
-    def _send(self, method: str, path: str, body: object) -> Any:
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self._api_url}{path}", data, headers, method=method)
-        with urllib.request.urlopen(request) as response:
-            text = response.read()
-        return json.loads(text) if text else None
-
     def post(self, path: str, body: object) -> Any:
-        return self._send("POST", path, body)
+        return call(self._api_url, self.settings.home, "POST", path, body)
 
     def put(self, path: str, body: object) -> None:
-        self._send("PUT", path, body)
+        call(self._api_url, self.settings.home, "PUT", path, body)
 
     def heartbeats(self, run_id: str) -> list[Any]:
         of = {

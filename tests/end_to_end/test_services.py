@@ -13,10 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from imagerag import services
+from imagerag import credentials, services
 from imagerag.errors import UserError
 from imagerag.settings import Settings
 from imagerag.training.tracking import start_run
+from tests.end_to_end.prefect_api import basic, call
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,27 +28,21 @@ def _listening_addresses(pid: int) -> set[str]:
     return {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
 
 
-def _deployments(url: str) -> set[str]:
-    request = urllib.request.Request(
-        f"{url}/api/deployments/filter", data=b"{}", headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as response:
-        return {deployment["name"] for deployment in json.load(response)}
-
-
 @pytest.mark.engines
 def test_up_deploys_every_flow_on_loopback_and_down_ends_everything(tmp_path: Path) -> None:
     try:
         settings = Settings(home=tmp_path)
         server, worker, mlflow = services.up(settings, project=ROOT)
         assert services.answers(f"{server.url}/api/health")
-        assert services.answers(f"{mlflow.url}/api/2.0/mlflow/experiments/search?max_results=1")
         for each in (server, mlflow):
             assert _listening_addresses(each.pid) == {"127.0.0.1"}
         run_id = start_run(settings, "test", "without the server", {})
-        assert services.answers(f"{mlflow.url}/api/2.0/mlflow/runs/get?run_id={run_id}"), "they share a database"
+        run = urllib.request.Request(f"{mlflow.url}/api/2.0/mlflow/runs/get?run_id={run_id}")
+        run.add_header("Authorization", basic(tmp_path))
+        assert services.answers(run), "they share a database"
         flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__"}
-        assert _deployments(server.url) == flows
+        deployments = call(f"{server.url}/api", tmp_path, "POST", "/deployments/filter", {})
+        assert {each["name"] for each in deployments} == flows
         assert services.up(settings, project=ROOT) == (server, worker, mlflow), "a second `up` starts nothing new"
         parents = [psutil.Process(service.pid) for service in (server, worker, mlflow)]
         processes = [*parents, *(child for each in parents for child in each.children(recursive=True))]
@@ -59,24 +54,14 @@ def test_up_deploys_every_flow_on_loopback_and_down_ends_everything(tmp_path: Pa
     assert services.down(tmp_path) == []
 
 
-def _api(url: str, method: str, path: str, body: object = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        f"{url}/api{path}", data=data, method=method, headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as response:
-        text = response.read()
-    return json.loads(text) if text else None
-
-
-def _deployed(url: str) -> tuple[dict[str, Any], list[Any], dict[str, bool]]:
+def _deployed(url: str, home: Path) -> tuple[dict[str, Any], list[Any], dict[str, bool]]:
     """Deployments by name, the schedules of `reindex`, and which automations are on."""
-    deployments = {each["name"]: each for each in _api(url, "POST", "/deployments/filter", {})}
+    deployments = {each["name"]: each for each in call(url, home, "POST", "/deployments/filter", {})}
     schedules = [
         (each["slug"], each["schedule"], each["active"], each["parameters"])
         for each in deployments["reindex"]["schedules"]
     ]
-    automations = {each["name"]: each["enabled"] for each in _api(url, "POST", "/automations/filter", {})}
+    automations = {each["name"]: each["enabled"] for each in call(url, home, "POST", "/automations/filter", {})}
     return deployments, sorted(schedules, key=str), automations
 
 
@@ -88,46 +73,53 @@ def test_deploying_again_keeps_what_people_set_in_the_ui(tmp_path: Path, monkeyp
     def deploy(**variables: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "imagerag.cli", "deploy"], capture_output=True, text=True, check=True, cwd=tmp_path,
-            env=os.environ | {"IMAGERAG_HOME": str(home), "IMAGERAG_PREFECT_API_URL": f"{url}/api"} | variables,
+            env=os.environ | {"IMAGERAG_HOME": str(home), "IMAGERAG_PREFECT_API_URL": url} | variables,
         )  # fmt: skip
         return done.stdout
 
     monkeypatch.setenv("IMAGERAG_HOME", str(home))
-    with services.prefect_server(Settings()) as api_url:
-        url = api_url.removesuffix("/api")
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", f"{credentials.USER}:{credentials.password(home)}")
+    with services.prefect_server(Settings()) as url:
         first = deploy()
         assert {line.split(": ")[1] for line in first.splitlines()} == {"deployed"}
-        deployments, (nightly,), automations = _deployed(url)
+        deployments, (nightly,), automations = _deployed(url, home)
         assert (nightly[0], nightly[1]["cron"], nightly[2]) == ("nightly", "0 3 * * *", False), "it is there, and off"
         assert set(automations.values()) == {True}
 
         reindex = deployments["reindex"]["id"]
-        _api(url, "POST", f"/deployments/{reindex}/schedules", [{"schedule": weekly, "active": True}])
+        call(url, home, "POST", f"/deployments/{reindex}/schedules", [{"schedule": weekly, "active": True}])
         off = "The champion is evaluated on a published index"
-        of = next(each["id"] for each in _api(url, "POST", "/automations/filter", {}) if each["name"] == off)
-        _api(url, "PATCH", f"/automations/{of}", {"enabled": False})
+        of = next(each["id"] for each in call(url, home, "POST", "/automations/filter", {}) if each["name"] == off)
+        call(url, home, "PATCH", f"/automations/{of}", {"enabled": False})
         pool = {"concurrency_limit": 3}
-        _api(url, "PATCH", "/work_pools/imagerag", pool)
-        _, schedules, _ = _deployed(url)
+        call(url, home, "PATCH", "/work_pools/imagerag", pool)
+        _, schedules, _ = _deployed(url, home)
         assert len(schedules) == 2
 
         assert {line.split(": ")[1] for line in deploy().splitlines()} == {"unchanged"}
         lost = "A published index gets its features"  # as if what made it had been killed before it was there
-        of = next(each["id"] for each in _api(url, "POST", "/automations/filter", {}) if each["name"] == lost)
-        _api(url, "DELETE", f"/automations/{of}")
+        of = next(each["id"] for each in call(url, home, "POST", "/automations/filter", {}) if each["name"] == lost)
+        call(url, home, "DELETE", f"/automations/{of}")
         assert "features: deployed" in deploy()
         for name in ("reindex", "features", "evaluate"):  # as if another release had deployed them
-            _api(url, "PATCH", f"/deployments/{deployments[name]['id']}", {"version": "another"})
+            call(url, home, "PATCH", f"/deployments/{deployments[name]['id']}", {"version": "another"})
         again = deploy()
         assert again.count("deployed") == 3
-        assert _deployed(url)[1:] == (schedules, automations | {off: False})
-        assert _api(url, "GET", "/work_pools/imagerag")["concurrency_limit"] == 3
+        assert _deployed(url, home)[1:] == (schedules, automations | {off: False})
+        assert call(url, home, "GET", "/work_pools/imagerag")["concurrency_limit"] == 3
 
         parameters = {"url_list": "s3://lists/catalogue.parquet", "name": "catalogue"}
         deploy(IMAGERAG_NIGHTLY=json.dumps(parameters))
-        _, after, _ = _deployed(url)
+        _, after, _ = _deployed(url, home)
         own = next(each for each in after if each[0] == "nightly")
         assert own[2:] == (True, {"parameters": parameters})
+        (of,) = (each["id"] for each in _deployed(url, home)[0]["reindex"]["schedules"] if each["slug"] == "nightly")
+        call(url, home, "PATCH", f"/deployments/{reindex}/schedules/{of}", {"active": False})
+        assert "stays paused" in deploy(IMAGERAG_NIGHTLY=json.dumps(parameters))
+        others = parameters | {"name": "another"}
+        deploy(IMAGERAG_NIGHTLY=json.dumps(others))
+        again = next(each for each in _deployed(url, home)[1] if each[0] == "nightly")
+        assert again[2:] == (True, {"parameters": others}), "other parameters are a new decision"
         assert [each for each in after if each[0] is None] == [each for each in schedules if each[0] is None]
 
 

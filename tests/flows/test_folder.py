@@ -36,9 +36,12 @@ def test_a_folder_is_published_with_its_captions_and_followed(tmp_path: Path, mo
         rows = store.dataset(status(store).published_version).to_table(columns=["caption"])
         return set(rows["caption"].to_pylist())
 
-    first = ingest(parameters)
+    state = ingest(parameters, return_state=True)
+    first = state.result()
     assert (first.download.num_success, first.embedded.num_added) == (3, 3)
     assert captions_there() == set(CAPTIONS.values())
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(state.state_details.flow_run_id).name == "ingest folder"
     (page,) = _pages()
     cost = page.partition("## Cost")[2]
     assert "| machine-seconds | " in cost

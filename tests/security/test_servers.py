@@ -1,0 +1,119 @@
+"""What the servers of `imagerag up` answer to those who are not meant: other users, pages of other sites."""
+
+import stat
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from imagerag import credentials, services
+from imagerag.settings import Settings
+from tests.end_to_end.prefect_api import basic, call
+
+pytestmark = pytest.mark.engines
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    home = tmp_path_factory.mktemp("outside") / "home"
+    try:
+        services.up(Settings(home=home), project=ROOT)
+        yield home
+    finally:
+        services.down(home)
+
+
+def status(url: str, headers: dict[str, str], method: str = "GET", data: bytes | None = None) -> int:
+    request = urllib.request.Request(url, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def service(home: Path, name: str) -> services.Service:
+    found = services.find(home, name)
+    assert found is not None
+    return found
+
+
+PROTECTED = [
+    (services.PREFECT, "/api/flows/count", "POST"),
+    (services.PREFECT, "/api/admin/settings", "GET"),
+    (services.MLFLOW, "/api/2.0/mlflow/experiments/search?max_results=1", "GET"),
+    (services.MLFLOW, "/ajax-api/2.0/mlflow/experiments/search?max_results=1", "GET"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "method"), PROTECTED)
+def test_nothing_is_answered_without_the_password(home: Path, name: str, path: str, method: str) -> None:
+    url = f"{service(home, name).url}{path}"
+    wrong = "Basic aW1hZ2VyYWc6d3Jvbmc="
+    for headers in ({}, {"Authorization": wrong}):
+        assert status(url, headers, method) in (401, 403)
+    if method == "GET":
+        assert status(url, {"Authorization": basic(home)}) == 200
+
+
+@pytest.mark.parametrize("name", [services.PREFECT, services.MLFLOW])
+def test_a_rebound_host_name_is_refused(home: Path, name: str) -> None:
+    url, own = service(home, name).url, {"Authorization": basic(home)}
+    path = next(path for each, path, method in PROTECTED if each == name and method == "GET")
+    assert status(f"{url}{path}", own) == 200
+    assert status(f"{url}{path}", own | {"Host": "rebound.example"}) in (400, 403)
+
+
+def test_a_change_needs_a_token_that_no_other_site_can_read(home: Path) -> None:
+    url, own = service(home, services.PREFECT).url, {"Authorization": basic(home), "Content-Type": "application/json"}
+    assert status(f"{url}/api/flows/filter", own, "POST", b"{}") == 403
+    assert call(f"{url}/api", home, "POST", "/flows/filter", {}) is not None
+
+
+@pytest.mark.parametrize("name", [services.PREFECT, services.MLFLOW])
+def test_no_other_origin_may_ask(home: Path, name: str) -> None:
+    path = {services.PREFECT: "/api/flows/filter", services.MLFLOW: "/ajax-api/2.0/mlflow/experiments/search"}[name]
+    headers = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    request = urllib.request.Request(f"{service(home, name).url}{path}", None, headers, method="OPTIONS")
+    try:
+        with urllib.request.urlopen(request) as response:
+            allowed = response.headers.get("Access-Control-Allow-Origin")
+    except urllib.error.HTTPError as error:
+        allowed = error.headers.get("Access-Control-Allow-Origin")
+    assert allowed is None
+
+
+def test_the_password_is_its_owners_alone(home: Path) -> None:
+    password = credentials.password(home)
+    assert len(password) >= 32
+    assert stat.S_IMODE((home / "password").stat().st_mode) == 0o600
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert list(home.glob(".password*")) == [], "no draft is left"
+    for name in (services.PREFECT, services.WORKER, services.MLFLOW):
+        parent = psutil.Process(service(home, name).pid)
+        for process in (parent, *parent.children(recursive=True)):
+            assert not any(password in part for part in process.cmdline()), "everybody can read command lines"
+    logs = [path.read_text(errors="replace") for path in (home / "logs").iterdir()]
+    assert logs
+    assert not any(password in log for log in logs)
+
+
+def test_the_link_logs_in(home: Path) -> None:
+    prefect, mlflow = (services.link(service(home, name), home) for name in (services.PREFECT, services.MLFLOW))
+    page, password = prefect.split("#")
+    with urllib.request.urlopen(page) as response:
+        assert b"prefect-password" in response.read()
+    assert password == f"imagerag%3A{credentials.password(home)}"
+    assert f"//imagerag:{credentials.password(home)}@127.0.0.1:" in mlflow
+
+
+def test_two_who_ask_first_get_one_password(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        passwords = set(pool.map(credentials.password, [tmp_path] * 8))
+    assert passwords == {credentials.password(tmp_path)}
