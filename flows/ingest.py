@@ -48,7 +48,16 @@ class CorpusParameters(Config):
         default="tiny",
         description="`tiny`, an open_clip name and tag (`ViT-B-32/openai`), `hf-hub:org/name@commit`, or a folder.",
     )
-    retry_failed: bool = Field(default=False, description="Try again what failed in earlier runs.")
+    retry_failed: bool = Field(
+        default=False,
+        description="Try again all that failed in earlier runs. What may pass (no connection, a busy server, ...) is "
+        "tried again anyway, in five runs at most.",
+    )
+    refresh: bool = Field(
+        default=False,
+        description="Ask every URL whether its picture is another one by now, by what its server said of it before "
+        "(ETag, Last-Modified). Off, what was fetched is not asked for again.",
+    )
     download: DownloadConfig = Field(default=DownloadConfig(), description="How images are fetched.")
     embed: EmbedConfig = Field(default=EmbedConfig(), description="How images and captions are embedded.")
     index: IndexConfig = Field(default=IndexConfig(), description="How the index is built.")
@@ -89,6 +98,7 @@ def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"])
         parameters.download,
         mode,
         parameters.retry_failed,
+        parameters.refresh,
     )
     max_shrink = parameters.publish.max_shrink
     embedded = embed_images(download, parameters.name, parameters.encoder, parameters.embed, max_shrink)

@@ -24,6 +24,7 @@ def download_images(
     config: DownloadConfig,
     mode: Literal["add", "replace"],
     retry_failed: bool,
+    refresh: bool,
 ) -> Download:
     """Fetch what the corpus `name` wants and does not have."""
     settings, logger = Settings(), get_run_logger()
@@ -41,6 +42,7 @@ def download_images(
             settings=settings,
             mode=mode,
             retry_failed=retry_failed,
+            refresh=refresh,
             on_progress=on_progress,
         )
     if result.num_fetched == 0:

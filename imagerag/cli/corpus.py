@@ -40,7 +40,17 @@ CaptionColumnOption = Annotated[str | None, typer.Option(help="The column of cap
 AllowHostOption = Annotated[
     list[str] | None, typer.Option(help="A host that may lie on loopback or in a private network; can be repeated.")
 ]
-RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try again what failed in earlier runs.")]
+RetryOption = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="Try again all that failed in earlier runs; what may pass is tried again anyway, in five runs at most.",
+    ),
+]
+RefreshOption = Annotated[
+    bool,
+    typer.Option("--refresh", help="Ask every URL whether its picture changed; its server says so without sending it."),
+]
 MaxShrinkOption = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="The largest share by which the table may shrink; 0.5 if not given."),
@@ -62,6 +72,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
         caption_column: CaptionColumnOption = None,
         allow_host: AllowHostOption = None,
         retry_failed: RetryOption = False,
+        refresh: RefreshOption = False,
         max_shrink: MaxShrinkOption = None,
         parameters: ParametersOption = None,
     ) -> None:
@@ -72,6 +83,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
             "encoder": encoder,
             "columns": {"url": url_column, "caption": caption_column},
             "retry_failed": retry_failed or None,
+            "refresh": refresh or None,
             "download": {"allowed_hosts": allow_host or None},
             "publish": {"max_shrink": max_shrink},
         }

@@ -19,6 +19,8 @@ SCHEMA = pa.schema(
         ("error_message", pa.string()),
         ("sha256", pa.string()),  # of the file as fetched; null for failures
         ("expected_sha256", pa.string()),
+        ("etag", pa.string()),  # as the server said, null for failures; and
+        ("last_modified", pa.string()),
         ("width", pa.int32()),  # of the image as stored
         ("height", pa.int32()),
         ("shard", pa.int64()),
@@ -56,11 +58,17 @@ def standing(wanted: pa.Table, ledger: pa.Table, takedowns: pa.Table) -> pa.Tabl
 
 
 def read_ledger(uri: str) -> pa.Table:
-    """The latest attempt at every (url, caption) that was ever fetched; columns as in `SCHEMA`."""
+    """The latest attempt at every (url, caption) that was ever fetched.
+
+    Columns as in `SCHEMA`, and `num_failures`: how many of its attempts failed.
+    """
     attempts = read_attempts(uri)
-    latest = attempts.group_by(PAIR).aggregate([("shard", "max")]).rename_columns({"shard_max": "shard"})
+    attempts = attempts.append_column("num_failures", pc.cast(pc.equal(attempts["status"], "failed"), pa.int64()))
+    latest = attempts.group_by(PAIR).aggregate([("shard", "max"), ("num_failures", "sum")])
     if latest.num_rows < attempts.num_rows:
-        attempts = attempts.join(latest, [*PAIR, "shard"], join_type="left semi").select(SCHEMA.names)
+        latest = latest.rename_columns({"shard_max": "shard", "num_failures_sum": "num_failures"})
+        attempts = attempts.drop_columns("num_failures").join(latest, [*PAIR, "shard"], join_type="inner")
+        attempts = attempts.select([*SCHEMA.names, "num_failures"])
     return with_takedowns(attempts, shards.read_takedowns(uri))
 
 

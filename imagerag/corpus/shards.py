@@ -14,10 +14,10 @@ again. Every file of our own is replaced atomically.
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus import url_list
 
-PLAN_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("url", "caption", "source", "licence", "expected_sha256", "folder")]
-)
-"""Rows of a shard: `folder` is there in all of them or in none, and is one."""
+_PLANNED = ("url", "caption", "source", "licence", "expected_sha256", "folder")
+_ASKED_AGAIN = ("etag", "last_modified", "known_sha256")
+PLAN_SCHEMA = pa.schema([(name, pa.string()) for name in (*_PLANNED, *_ASKED_AGAIN)])
+"""Rows of a shard: `folder` is there in all of them or in none, and is one.
+
+`known_sha256` is that of the image which the corpus has of a URL that is asked whether it is another one now, and
+`etag` and `last_modified` are what its server said of it. A row without a new image is left out of the shard: the one
+of before stands.
+"""
 TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
 
 SHARD_DIGITS = 5
@@ -52,6 +57,12 @@ class FetchedShard:
     num_bytes: int
     """Size of its images as stored."""
     duration_s: float
+    num_unchanged: int = 0
+    """Of the URLs that were asked again: those with the same image."""
+    num_changed: int = 0
+    """Those with another one."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Those that brought none, by reason: the image of before stays."""
 
 
 def open_folder(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

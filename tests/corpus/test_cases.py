@@ -39,8 +39,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
             url = web.serve(path, file) if file is not None else case.serve(web, path)  # type: ignore[misc]
             rows.append({"url": url, "caption": case.what, "source": "test"})
         config = DownloadConfig(
-            image_size=IMAGE_SIZE, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES, allowed_hosts=(web.host,), timeout_s=2,
-            thread_count=32, retries=0,
+            image_size=IMAGE_SIZE, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES, allowed_hosts=("127.0.0.1",),
+            timeout_s=2, thread_count=32, per_host=32, retries=1, back_off_s=0.1, max_wait_s=60,
         )  # fmt: skip
         fetch_shard(uri, 0, pa.Table.from_pylist(rows, PLAN_SCHEMA), config)
     with tarfile.open(shard_path(uri, 0)) as tar:

@@ -10,7 +10,8 @@ import pytest
 
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import FetchError, Reason, reason_of
-from imagerag.corpus.opener import Resolve, guarded_opener
+from imagerag.corpus.names import Names, Resolve
+from imagerag.corpus.opener import guarded_opener
 from tests.corpus.web import Web
 
 MAX_BYTES = 200_000
@@ -25,7 +26,7 @@ def web() -> Iterator[Web]:
 def fetch(
     url: str, *, allowed: tuple[str, ...] = (), resolve: Resolve = socket.getaddrinfo, timeout: float = 5.0
 ) -> bytes:
-    opener = guarded_opener(DownloadConfig(allowed_hosts=allowed, max_bytes=MAX_BYTES), resolve)
+    opener = guarded_opener(DownloadConfig(allowed_hosts=allowed, max_bytes=MAX_BYTES), Names(resolve))
     with opener.open(url, timeout=timeout) as response:
         return bytes(response.read())
 
