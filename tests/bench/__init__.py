@@ -13,7 +13,7 @@ import imagerag  # noqa: F401 - before diffusers, which can't be imported withou
 from tests.bench.harness import Row, Scale
 
 BENCHES = {
-    "download": "images a second, beside plain img2dataset",
+    "download": "images a second, beside plain img2dataset; and from a server that answers 429",
     "embed": "shards to committed rows at ViT-B/32 size, beside a bare open_clip loop on tensors",
     "features": "the cached-features job, beside a bare loop over the same encoder",
     "finetune": "training steps through Ray Train, beside the same steps in a bare loop",

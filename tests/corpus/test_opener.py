@@ -4,6 +4,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,62 @@ def test_reserved_text_and_data_mining_is_respected_unless_told_not_to(web: Web)
 def test_proxies_of_the_environment_are_not_used(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     assert fetch(web.serve("/direct", b"bytes"), allowed=("127.0.0.1",)) == b"bytes"
+
+
+def test_hosts_in_other_scripts_are_dialled_as_browsers_do(web: Web) -> None:
+    web.serve("/fine", b"bytes")
+    asked = []
+
+    def resolve(host: str, port: int, **options: int) -> list[object]:
+        asked.append(host)
+        return resolving_to("127.0.0.1")(host, port, **options)
+
+    for host in ("bücher.example", "b%C3%BCcher.example", "BÜCHER。example"):
+        url = f"http://{host}:{web.port}/fine"
+        assert fetch(url, allowed=("bücher.example",), resolve=resolve) == b"bytes"
+    assert asked == ["xn--bcher-kva.example"] * 3
+    with pytest.raises(FetchError, match="blocked_address"):
+        fetch(f"http://bücher.example:{web.port}/fine", resolve=resolve)
+
+
+def test_a_redirects_cookie_goes_to_the_host_that_set_it(web: Web) -> None:
+    seen = []
+    web.serve("/end", b"bytes")
+    end = web.pages["/end"]
+    web.pages["/end"] = lambda handler: (seen.append(handler.headers["Cookie"]), end(handler))[1]
+    resolve = resolving_to("127.0.0.1")
+    for host in ("a.example", "b.example"):
+        target = f"http://{host}:{web.port}/end"
+        url = web.serve("/start", b"", 302, Location=target, Set_Cookie="a=1; Path=/").replace("127.0.0.1", "a.example")
+        assert fetch(url, allowed=("a.example", "b.example"), resolve=resolve) == b"bytes"
+    assert seen == ["a=1", None]
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({"Retry_After": "120"}, 120),
+        ({"Retry_After": "Sat, 28 Nov 2026 12:02:00 GMT", "Date": "Sat, 28 Nov 2026 12:00:00 GMT"}, 120),
+        ({"Retry_After": "Sat, 28 Nov 2020 12:02:00 GMT"}, 0),
+        ({"Retry_After": "-1"}, None),
+        ({"Retry_After": "1" * 5000}, 111111111),
+        ({"Retry_After": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_what_retry_after_asks_for(web: Web, headers: dict[str, str], wait_s: float | None) -> None:
+    url = web.serve("/busy", b"", status=503)
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response_only(503)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+
+    web.pages["/busy"] = answer
+    with pytest.raises(FetchError, match=r"^server_busy: 503$") as caught:
+        fetch(url, allowed=("127.0.0.1",))
+    assert caught.value.wait_s == wait_s
 
 
 def test_letters_outside_ascii_are_quoted(web: Web) -> None:
