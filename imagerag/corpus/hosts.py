@@ -235,7 +235,7 @@ class Queue:
             again = error.reason in PASSING and job.num_failures <= self._config.retries
             if error.reason is Reason.SERVER_BUSY:
                 self._refused(host, job, error, now)
-                again = again or host.has_answered
+                again = again or self._is_worth_it(host, job)
             elif error.reason in UNREACHABLE:
                 self._missed(host, job, error, now)
             else:
@@ -257,10 +257,15 @@ class Queue:
         if error.wait_s is None or host.num_failures > 1:
             wait_s = max(wait_s, self._back_off_s(host.num_failures - 1))
         host.not_before = max(host.not_before, now + wait_s)
-        if host.not_before > self._deadline:
+        if wait_s > self._config.max_wait_s:
             host.down = f"asks to be left alone for {wait_s:.0f} s ({error})"
         if is_new and host.num_failures == 1:  # else nothing was taken since, and only a longer pause can help
             host.pace.refused(now, host.not_before)
+
+    def _is_worth_it(self, host: Host, job: Job) -> bool:
+        """Whether a refusal was of the rate, and not of this very URL: the host answers others."""
+        most = self._config.max_host_failures
+        return host.has_answered and host.num_failures < most and job.num_failures <= self._config.retries + most
 
     def _missed(self, host: Host, job: Job, error: FetchError, now: float) -> None:
         """A host gave no answer: once may be an accident."""
@@ -272,7 +277,8 @@ class Queue:
             return False
         host.counted_at = now
         host.num_failures += 1
-        if host.num_failures >= self._config.max_host_failures:
+        is_up = error.reason is Reason.SERVER_BUSY and host.has_answered
+        if host.num_failures >= self._config.max_host_failures and not is_up:
             host.down = f"{host.num_failures} failures in a row, the last: {error}"
         return True
 

@@ -174,6 +174,18 @@ def test_some_failures_are_no_host_that_is_down() -> None:
     assert simulation.outcomes["success"] > 200
 
 
+def test_a_url_that_is_always_refused_is_no_host_that_is_down() -> None:
+    simulation, number = Simulation(), itertools.count()
+    urls = [f"http://a/{number}" for number in range(300)]
+    servers: dict[str, Server] = {"a": lambda _: busy() if next(number) in refused else None}
+    refused: range | set[int] = {50, *range(300, 400)}  # what is asked for last are those that were refused
+    simulation.run(servers, urls)
+    assert simulation.outcomes == {"success": 299, Reason.SERVER_BUSY: 1}
+    refused = set()
+    simulation.run(servers, urls)
+    assert simulation.outcomes["success"] == 599
+
+
 def test_who_asks_to_wait_for_too_long_is_not_waited_for() -> None:
     simulation = Simulation(DownloadConfig(max_wait_s=60))
     simulation.run({"a": lambda _: busy(3600)}, ["http://a/"] * 50)
