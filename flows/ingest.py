@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from imagerag.config import Config
 from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.folder import check_source
+from imagerag.corpus.source import check_source
 from imagerag.corpus.url_list import BadRows, UrlColumns
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.spec import check_spec
@@ -29,13 +29,14 @@ class CorpusParameters(Config):
 
     url_list: str = Field(
         title="Folder or URL list",
-        description="A folder of images on this machine; or image URLs with captions, as parquet, csv, tsv, json or "
-        "jsonl, or URLs alone as txt, on any fsspec path: a file, also packed (.gz, .zst), a folder or a glob of them.",
+        description="On any fsspec path: a folder of images; image URLs with captions, as parquet, csv, tsv, json or "
+        "jsonl, or URLs alone as txt; or a dataset with its images, as parquet, webdataset tars or a Lance table. A "
+        "list is a file, also packed (.gz, .zst), or a folder or a glob of them.",
     )
     captions: str | None = Field(
         default=None,
         description="Of a folder's images: a table of file names and captions, as parquet, csv, tsv, json or jsonl. "
-        "Unset: what `name.txt` beside `name.jpg` says, else the words of the file's name.",
+        "Unset: its `metadata.csv`, or what `name.txt` beside `name.jpg` says, else the words of the file's name.",
     )
     name: str = Field(default="images", description="Names the corpus: its shards folder and its table.")
     columns: UrlColumns = Field(
@@ -48,7 +49,16 @@ class CorpusParameters(Config):
         default="tiny",
         description="`tiny`, an open_clip name and tag (`ViT-B-32/openai`), `hf-hub:org/name@commit`, or a folder.",
     )
-    retry_failed: bool = Field(default=False, description="Try again what failed in earlier runs.")
+    retry_failed: bool = Field(
+        default=False,
+        description="Try again all that failed in earlier runs. What may pass (no connection, a busy server, ...) is "
+        "tried again anyway, in five runs at most.",
+    )
+    refresh: bool = Field(
+        default=False,
+        description="Ask every URL whether its picture is another one by now, by what its server said of it before "
+        "(ETag, Last-Modified). Off, what was fetched is not asked for again.",
+    )
     download: DownloadConfig = Field(default=DownloadConfig(), description="How images are fetched.")
     embed: EmbedConfig = Field(default=EmbedConfig(), description="How images and captions are embedded.")
     index: IndexConfig = Field(default=IndexConfig(), description="How the index is built.")
@@ -89,6 +99,7 @@ def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"])
         parameters.download,
         mode,
         parameters.retry_failed,
+        parameters.refresh,
     )
     max_shrink = parameters.publish.max_shrink
     embedded = embed_images(download, parameters.name, parameters.encoder, parameters.embed, max_shrink)

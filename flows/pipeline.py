@@ -79,8 +79,9 @@ def pipeline(parameters: PipelineParameters) -> PipelineReport:
         )
     )
     fetched, added = corpus.download.num_fetched, corpus.embedded.num_added
+    is_more = corpus.download.num_bytes or added  # what only failed again is nothing
     stages = (
-        Stage(name="ingest", made=f"{fetched:,} fetched, {added:,} rows" if fetched or added else "", seconds=corpus_s),
+        Stage(name="ingest", made=f"{fetched:,} fetched, {added:,} rows" if is_more else "", seconds=corpus_s),
         Stage(name="features", made=_rows(cached.cached.num_added), seconds=cached_s),
         Stage(
             name="finetune",

@@ -24,6 +24,12 @@ class Download:
     """Size of the images fetched by this call, as stored."""
     num_duplicates: int = 0
     """Rows of the list that repeat an earlier row's URL and caption."""
+    num_unchanged: int = 0
+    """Images that were asked for again and are the same."""
+    num_changed: int = 0
+    """Images that were asked for again and are others now."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Images that were asked for again, did not come and stay as they are, by reason."""
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The first failures of each reason, in words. What is quoted in them is a stranger's."""
     duration_s: float = 0.0

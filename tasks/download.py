@@ -7,7 +7,7 @@ from prefect import get_run_logger
 from imagerag.artifacts import Download
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
-from imagerag.corpus.folder import read_images
+from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import BadRows, UrlColumns
 from imagerag.settings import Settings
 from tasks.policy import stage
@@ -24,6 +24,7 @@ def download_images(
     config: DownloadConfig,
     mode: Literal["add", "replace"],
     retry_failed: bool,
+    refresh: bool,
 ) -> Download:
     """Fetch what the corpus `name` wants and does not have."""
     settings, logger = Settings(), get_run_logger()
@@ -41,6 +42,7 @@ def download_images(
             settings=settings,
             mode=mode,
             retry_failed=retry_failed,
+            refresh=refresh,
             on_progress=on_progress,
         )
     if result.num_fetched == 0:

@@ -45,6 +45,7 @@ class CorpusReport:
         figures = {
             "rows wanted": f"{download.num_urls:,} ({download.num_duplicates:,} more repeated in the list)",
             "downloaded now": f"{download.num_fetched:,} tried{_rate(download.num_fetched, download.duration_s)}",
+            **_refreshed(download),
             "images": f"{download.num_success:,} fine, {download.num_failed:,} failed",
             "embedded now": f"{embedded.num_added:,} added, {embedded.num_removed:,} removed"
             f"{_rate(embedded.num_added, embedded.duration_s)}",
@@ -212,6 +213,16 @@ def write_pipeline_report(report: PipelineReport) -> None:
     corpus = report.corpus
     stages = (corpus.download, corpus.embedded, report.features.cached, report.finetune.training_set)
     _write("pipeline", report.name, f"From URLs to a model: {report.name}", report.markdown(), stages)
+
+
+def _refreshed(download: Download) -> dict[str, str]:
+    """What came of asking again for images that were there, if that was done."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in _by_count(download.kept))
+    num_kept = sum(download.kept.values())
+    if not download.num_unchanged + download.num_changed + num_kept:
+        return {}
+    figures = f"{download.num_unchanged:,} unchanged, {download.num_changed:,} changed"
+    return {"asked again": f"{figures}, {num_kept:,} kept that did not come ({reasons})" if num_kept else figures}
 
 
 def _write(kind: str, name: str, description: str, markdown: str, stages: Sequence[Measured]) -> None:

@@ -24,7 +24,7 @@ ALLOWED = {
         "imagerag/training/job.py",
         "imagerag/training/worker.py",
     ),
-    "lance": ("imagerag/retrieval/", "imagerag/table.py", "imagerag/training/data.py"),
+    "lance": ("imagerag/retrieval/", "imagerag/table.py", "imagerag/training/data.py", "imagerag/corpus/stores.py"),
     "lancedb": ("imagerag/retrieval/",),
     "img2dataset": ("imagerag/corpus/",),
     "mlflow": ("imagerag/training/tracking.py", "imagerag/registry/"),
@@ -53,6 +53,28 @@ def test_only_its_own_modules_import(package: str) -> None:
     }
     assert importers, f"nothing imports {package}: the rule guards nothing"
     assert {importer for importer in importers if not importer.startswith(ALLOWED[package])} == set()
+
+
+def _patched(path: Path, package: str) -> set[str]:
+    """What a module imports from a package and then sets an attribute of."""
+    tree = ast.parse(path.read_text())
+    imported = {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).partition(".")[0] == package
+    }
+    stored = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr"]
+    targets = [ast.unparse(node.value) for node in stored] + [ast.unparse(node.args[0]) for node in calls]
+    return {target for target in targets if target.partition(".")[0] in imported}
+
+
+def test_nothing_patches_img2dataset(tmp_path: Path) -> None:
+    (tmp_path / "patch.py").write_text("import img2dataset.writer as w\nw.WebDatasetSampleWriter.write = None\n")
+    assert _patched(tmp_path / "patch.py", "img2dataset") == {"w.WebDatasetSampleWriter"}
+    assert {str(path): found for path in _sources() if (found := _patched(path, "img2dataset"))} == {}
 
 
 def test_files_stay_short() -> None:

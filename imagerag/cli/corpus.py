@@ -15,9 +15,10 @@ UrlListArgument = Annotated[
     str,
     typer.Argument(
         metavar="IMAGES",
-        help="A folder on this machine (on a cluster: at the same path on every machine), with all that is in it but "
-        "hidden files; or image URLs with captions, as parquet, csv, tsv, json or jsonl, or URLs alone as txt: a file "
-        "(also packed, .gz or .zst), a folder or a glob of them, at a path or any fsspec URI.",
+        help="At a path (on a cluster: the same on every machine) or any fsspec URI: a folder of images, with all that "
+        "is in it but hidden files; image URLs with captions, as parquet, csv, tsv, json or jsonl, or URLs alone as "
+        "txt; or a dataset with its images: parquet, webdataset tars, a Lance table. A list is a file (also packed, "
+        ".gz or .zst), or a folder or a glob of them.",
     ),
 ]
 CaptionsOption = Annotated[
@@ -25,8 +26,8 @@ CaptionsOption = Annotated[
     typer.Option(
         help="Of a folder's images: parquet, csv, tsv, json or jsonl with a column of file names, counted from the "
         "folder (`file`, `file_name`, `path`, `image`, ...), and one of captions. Images without a "
-        "row, and rows without an image, are counted. Not given: the text of `name.txt` beside `name.jpg`, or the "
-        "words of the file's name."
+        "row, and rows without an image, are counted. Not given: `metadata.csv` in the folder, or the text of "
+        "`name.txt` beside `name.jpg`, or the words of the file's name."
     ),
 ]
 NameOption = Annotated[
@@ -40,7 +41,17 @@ CaptionColumnOption = Annotated[str | None, typer.Option(help="The column of cap
 AllowHostOption = Annotated[
     list[str] | None, typer.Option(help="A host that may lie on loopback or in a private network; can be repeated.")
 ]
-RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try again what failed in earlier runs.")]
+RetryOption = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="Try again all that failed in earlier runs; what may pass is tried again anyway, in five runs at most.",
+    ),
+]
+RefreshOption = Annotated[
+    bool,
+    typer.Option("--refresh", help="Ask every URL whether its picture changed; its server says so without sending it."),
+]
 MaxShrinkOption = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="The largest share by which the table may shrink; 0.5 if not given."),
@@ -62,6 +73,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
         caption_column: CaptionColumnOption = None,
         allow_host: AllowHostOption = None,
         retry_failed: RetryOption = False,
+        refresh: RefreshOption = False,
         max_shrink: MaxShrinkOption = None,
         parameters: ParametersOption = None,
     ) -> None:
@@ -72,6 +84,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
             "encoder": encoder,
             "columns": {"url": url_column, "caption": caption_column},
             "retry_failed": retry_failed or None,
+            "refresh": refresh or None,
             "download": {"allowed_hosts": allow_host or None},
             "publish": {"max_shrink": max_shrink},
         }

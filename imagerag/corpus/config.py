@@ -24,15 +24,50 @@ class DownloadConfig(Config):
     formats: tuple[ImageFormat, ...] = Field(
         default=("jpeg", "png", "webp", "gif", "avif", "heic", "tiff", "bmp"),
         min_length=1,
-        description="Formats that are decoded, of an animation its first picture; heic needs pillow-heif.",
+        description="Formats that are decoded, of an animation its first picture; heic needs the extra `heic`.",
     )
     timeout_s: float = Field(
         default=10.0,
         gt=0,
         le=600,
-        description="Seconds that one attempt at a URL may take, redirects and all.",
+        description="Seconds that one attempt at a URL may take: looking up its host, redirects and all.",
     )
-    retries: int = Field(default=1, ge=0, le=10, description="Further attempts at a URL, at once, when one fails.")
+    retries: int = Field(
+        default=1,
+        ge=0,
+        le=10,
+        description="Further attempts at a URL that fails for what may pass. Being told to come later (429, 503) by a "
+        "host that takes others is none.",
+    )
+    back_off_s: float = Field(
+        default=1.0,
+        gt=0,
+        le=60,
+        description="Seconds before the first further attempt, or before a host that is in trouble is asked again; "
+        "doubled each time, at most to 60, and half of it at random. A host's own `Retry-After` comes before it.",
+    )
+    per_host: int = Field(
+        default=8, ge=1, le=1024, description="URLs fetched from one host at a time, by all workers together."
+    )
+    per_host_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="URLs a second that one host is asked for at most, by all workers together. Unset: as many as it "
+        "takes; where it refuses (429, 503), what it was seen to take.",
+    )
+    max_host_failures: int = Field(
+        default=5,
+        ge=1,
+        description="Failures in a row (no address, no connection, no answer in time, 429, 503) after which a host is "
+        "set aside for the run.",
+    )
+    max_wait_s: float = Field(
+        default=600.0,
+        ge=0,
+        le=86_400,
+        description="Seconds by which a shard may take longer because hosts ask to be waited for, or refuse, beside "
+        "a second for each of its URLs. What is not fetched by then is tried by the next run.",
+    )
     thread_count: int = Field(default=64, ge=1, le=1024, description="URLs fetched at a time by one worker.")
     shard_size: int = Field(default=1000, ge=1, le=10_000, description="URLs of one shard.")
     max_bytes: int = Field(default=20 * 2**20, ge=1, le=2**30, description="Largest file, in bytes.")

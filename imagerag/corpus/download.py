@@ -3,8 +3,12 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,15 +17,19 @@ from imagerag.artifacts import Download
 from imagerag.compute import start_ray
 from imagerag.corpus import shards
 from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.guard import Reason
-from imagerag.corpus.ledger import PAIR, read_ledger, read_standing, standing
+from imagerag.corpus.guard import PASSING, Reason
+from imagerag.corpus.hosts import Hosts
+from imagerag.corpus.ledger import PAIR, read_parts
+from imagerag.corpus.spool import Spool, distinct, in_order
 from imagerag.corpus.takedown import remove_taken_down
-from imagerag.corpus.url_list import UrlList, fold
+from imagerag.corpus.url_list import UrlList
+from imagerag.errors import UserError
 from imagerag.plain import printable
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
 
 _SHARD_RETRIES = 3
+_MAX_FAILED_RUNS = 5  # of a URL, before only `retry_failed` tries it again
 _NUM_EXAMPLES = 3  # of each reason, in a report
 _WORKER_BYTES = 400 * 2**20
 BYTES_PER_PIXEL = 21  # while an image is decoded, turned and converted: measured 13 for PNG, 14 for JPEG, 21 for WebP
@@ -38,39 +46,42 @@ def download(
     settings: Settings,
     mode: Literal["add", "replace"] = "add",
     retry_failed: bool = False,
+    refresh: bool = False,
     on_progress: OnProgress = silent,
 ) -> Download:
     """Add a list to what the corpus at `uri` wants, or put it in its place, and fetch what is missing.
 
-    Fetched is what was never tried, what an earlier run left unfinished and what the list has a new caption or a new
-    SHA-256 for; with `retry_failed` also what failed. A URL that was fetched before has to bring the same bytes again,
-    unless the list states another SHA-256. Killed at any moment, it continues when it is called again.
+    Fetched is what was never tried, what an earlier run left unfinished, what the list has a new caption or a new
+    SHA-256 for, and what failed for what may pass, in five runs at most; with `retry_failed` all that failed. A URL
+    that was fetched before has to bring the same bytes again, unless the list states another SHA-256. Killed at any
+    moment, it continues when it is called again.
+
+    With `refresh`, all images that the corpus has by URL are asked for again, by the version that their servers named:
+    another image takes the place of the one before, which stays where none comes, unless its server opts out.
 
     Progress counts URLs. Images that several lists want are fetched once; two calls for one corpus wait for each other.
+
+    Raises:
+        UserError: if a worker's machine can look up no names.
     """
     started = time.monotonic()
     _, root = shards.open_folder(uri)
     with shards.locked(uri, on_wait=lambda: on_progress(0, 0, f"waiting for another download into {root} to end")):
-        num_removed = _want(uri, url_list.table, mode)
-        work = _plan(uri, config.shard_size, retry_failed=retry_failed)
+        num_removed = _want(uri, url_list.rows, mode)
+        work = _plan(uri, config.shard_size, retry_failed=retry_failed, refresh=refresh)
         fetched = list(_fetch(work, uri, config, settings, on_progress))
         remove_taken_down(uri)
-        outcome = read_standing(uri)
-    failed = outcome.filter(pc.fill_null(pc.not_equal(outcome["status"], "success"), True))
-    failed = failed.set_column(
-        failed.column_names.index("reason"), "reason", failed["reason"].fill_null(str(Reason.LOST))
-    )
-    counts = {count["values"]: count["counts"] for count in failed["reason"].value_counts().to_pylist()}
-    examples = {reason: _examples(failed, reason) for reason in counts}
+        num_rows, counts, examples = _count(uri)
+    num_failed = counts.total()
     if url_list.num_invalid:
         counts[str(Reason.INVALID_ROW)] = url_list.num_invalid
         examples[str(Reason.INVALID_ROW)] = url_list.invalid
     return Download(
         uri=uri,
-        num_urls=outcome.num_rows + url_list.num_invalid,
-        num_success=outcome.num_rows - failed.num_rows,
-        num_failed=failed.num_rows + url_list.num_invalid,
-        reasons=dict(sorted(counts.items(), key=lambda count: -count[1])),
+        num_urls=num_rows + url_list.num_invalid,
+        num_success=num_rows - num_failed,
+        num_failed=num_failed + url_list.num_invalid,
+        reasons=dict(counts.most_common()),
         examples=examples,
         num_fetched=sum(shard.num_urls for shard in fetched),
         num_removed=num_removed,
@@ -78,78 +89,140 @@ def download(
         num_duplicates=url_list.num_duplicates,
         duration_s=time.monotonic() - started,
         machine_s=sum(shard.duration_s for shard in fetched),
+        num_unchanged=sum(shard.num_unchanged for shard in fetched),
+        num_changed=sum(shard.num_changed for shard in fetched),
+        kept=dict(sum((Counter(shard.kept) for shard in fetched), Counter[str]())),
     )
 
 
-def _examples(failed: pa.Table, reason: str) -> tuple[str, ...]:
-    """The first failures of a reason: each one's URL and what was said of it."""
-    rows = failed.filter(pc.equal(failed["reason"], reason)).slice(0, _NUM_EXAMPLES).to_pylist()
-    return tuple(printable(f"{row['url']:.200}: {row['error_message'] or reason}") for row in rows)
+def _count(uri: str) -> tuple[int, Counter[str], dict[str, Sequence[str]]]:
+    """How many rows the corpus wants, its failures by reason, and the first ones of each, in words."""
+    num_rows, counts = 0, Counter[str]()
+    first: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+    for rows, _ in read_parts(uri):
+        num_rows += rows.num_rows
+        failed = rows.filter(pc.fill_null(pc.not_equal(rows["status"], "success"), True))
+        reasons = failed["reason"].fill_null(str(Reason.LOST))
+        for reason, count in (tuple(each.values()) for each in reasons.value_counts().to_pylist()):
+            counts[reason] += count
+            some = failed.filter(pc.equal(reasons, reason)).slice(0, _NUM_EXAMPLES).to_pylist()
+            said = [(row["row"], f"{row['url']:.200}: {row['error_message'] or reason}") for row in some]
+            first[reason] = sorted(first[reason] + said)[:_NUM_EXAMPLES]
+    return num_rows, counts, {reason: tuple(printable(said) for _, said in some) for reason, some in first.items()}
 
 
-def _want(uri: str, rows: pa.Table, mode: Literal["add", "replace"]) -> int:
+def _want(uri: str, rows: Spool, mode: Literal["add", "replace"]) -> int:
     """Make the corpus want `rows`; return how many it wants no more."""
-    before = shards.read_wanted(uri)
-    wanted = rows if mode == "replace" else fold(pa.concat_tables([rows, before]))
-    if not wanted.equals(before):
-        shards.write_wanted(uri, wanted)
-    removed = before.select(PAIR).join(wanted.select(PAIR), PAIR, join_type="left anti")
-    return int(removed.num_rows)
+    before = shards.iter_wanted(uri)
+    if (first := next(before, None)) is None:
+        shards.write_wanted(uri, rows)
+        return 0
+    before_too = distinct(chain(rows, [first], before))
+    if mode == "add":
+        shards.write_wanted(uri, before_too)
+        return 0
+    num_removed = sum(map(len, before_too)) - rows.num_rows
+    shards.write_wanted(uri, rows)
+    return num_removed
 
 
-def _plan(uri: str, shard_size: int, *, retry_failed: bool) -> dict[int, pa.Table]:
-    """The rows to fetch, by shard: those of unfinished shards that are still wanted, then new shards, planned here."""
+@dataclass(frozen=True)
+class _Work:
+    """The rows to fetch, by shard. Those of new shards are read from their plans when it is their turn."""
+
+    uri: str
+    num_rows: dict[int, int]
+    unfinished: dict[int, pa.Table]
+
+    def rows(self, shard: int) -> pa.Table:
+        if shard in self.unfinished:
+            return self.unfinished[shard]
+        return shards.read_plans(self.uri, [shard])[shard]
+
+
+def _plan(uri: str, shard_size: int, *, retry_failed: bool, refresh: bool = False) -> _Work:
+    """What to fetch: the rows of unfinished shards that are still wanted, then new shards, planned here."""
     # Before the ledger: a worker that outlived its driver may finish a shard meanwhile, which then is in one or both.
     planned, finished = shards.planned_shards(uri), shards.finished_shards(uri)
     unfinished = shards.read_plans(uri, [shard for shard in planned if shard not in finished])
-    ledger = read_ledger(uri)
-    rows = standing(shards.read_wanted(uri), ledger, shards.read_takedowns(uri))
-    rows = rows.filter(pc.fill_null(pc.not_equal(rows["reason"], str(Reason.TAKEN_DOWN)), True))
-    work = {shard: plan.join(rows.select(PAIR), PAIR, join_type="left semi") for shard, plan in unfinished.items()}
+    begun = pa.concat_tables([shards.PLAN_SCHEMA.empty_table(), *unfinished.values()]).select(PAIR)
+    wanted = [begun.slice(0, 0)]
 
-    new = rows.filter(_is_to_fetch(rows, retry_failed))
-    if unfinished:
-        new = new.join(pa.concat_tables(unfinished.values()).select(PAIR), PAIR, join_type="left anti")
-    new = _with_expected_hash(new, ledger)
+    def new() -> Iterator[pa.Table]:
+        for rows, ledger in read_parts(uri):
+            rows = rows.filter(pc.fill_null(pc.not_equal(rows["reason"], str(Reason.TAKEN_DOWN)), True))
+            still = rows.select(PAIR).join(begun, PAIR, join_type="left semi")
+            if still.num_rows:  # an empty table may keep what it is a part of
+                wanted.append(still)
+            is_known = _is_refreshable(rows) if refresh else pa.repeat(False, len(rows))
+            rows = rows.append_column("is_known", is_known).filter(pc.or_(_is_to_fetch(rows, retry_failed), is_known))
+            yield _with_expected_hash(rows.join(begun, PAIR, join_type="left anti"), ledger)
+
+    num_rows = {}
     next_shard = max([*planned, *finished], default=-1) + 1
-    for part in _by_folder(new):
-        for start in range(0, part.num_rows, shard_size):
-            work[next_shard] = part.slice(start, shard_size)
-            shards.write_plan(uri, next_shard, work[next_shard])
-            next_shard += 1
-    return {shard: plan for shard, plan in work.items() if plan.num_rows > 0}
+    for shard, rows in enumerate(_shards_of(in_order(new()), shard_size), next_shard):
+        shards.write_plan(uri, shard, rows)
+        num_rows[shard] = rows.num_rows
+    still_wanted = pa.concat_tables(wanted)
+    narrowed = {shard: plan.join(still_wanted, PAIR, join_type="left semi") for shard, plan in unfinished.items()}
+    num_rows = {shard: plan.num_rows for shard, plan in narrowed.items() if plan.num_rows} | num_rows
+    return _Work(uri, num_rows, narrowed)
 
 
-def _by_folder(rows: pa.Table) -> Iterator[pa.Table]:
-    """The parts whose rows can share a shard, as `shards.PLAN_SCHEMA` has it."""
-    for folder in rows["folder"].unique():
-        yield rows.filter(pc.equal(rows["folder"], folder) if folder.is_valid else pc.is_null(rows["folder"]))
+def _shards_of(tables: Iterable[pa.Table], shard_size: int) -> Iterator[pa.Table]:
+    """Cut rows into shards, as `shards.PLAN_SCHEMA` has them: those of a folder can share one."""
+    waiting: dict[str | None, pa.Table] = {}
+    for table in tables:
+        for folder in table["folder"].unique():
+            is_its = pc.equal(table["folder"], folder) if folder.is_valid else pc.is_null(table["folder"])
+            rows = table.filter(is_its).select(shards.PLAN_SCHEMA.names)
+            rows = pa.concat_tables([it for it in (waiting.pop(folder.as_py(), None), rows) if it is not None])
+            end = rows.num_rows - rows.num_rows % shard_size
+            yield from (rows.slice(start, shard_size) for start in range(0, end, shard_size))
+            waiting[folder.as_py()] = rows.slice(end)
+    yield from (rows for rows in waiting.values() if rows.num_rows)
+
+
+def _is_refreshable(rows: pa.Table) -> pa.ChunkedArray:
+    """Which rows have an image that their URL may have another one for by now."""
+    has_image = pc.fill_null(pc.equal(rows["status"], "success"), False)
+    return pc.and_(has_image, pc.and_(pc.is_null(rows["wanted_sha256"]), pc.is_null(rows["folder"])))
 
 
 def _is_to_fetch(rows: pa.Table, retry_failed: bool) -> pa.ChunkedArray:
-    """Which rows were never tried, were tried with another SHA-256 in mind, or, with `retry_failed`, failed."""
+    """Which rows were never tried, were tried with another SHA-256 in mind, or failed, if it may pass or they shall."""
     known_sha256 = pc.if_else(pc.equal(rows["status"], "success"), rows["sha256"], rows["expected_sha256"])
     changed = pc.and_(
         pc.is_valid(rows["wanted_sha256"]), pc.fill_null(pc.not_equal(rows["wanted_sha256"], known_sha256), True)
     )
     failed = pc.fill_null(pc.equal(rows["status"], "failed"), False)
-    return pc.or_(pc.or_(pc.is_null(rows["status"]), changed), pc.and_(failed, retry_failed))
+    passing = pc.is_in(rows["reason"], pa.array(sorted(map(str, PASSING))))
+    again = pc.or_(pc.and_(passing, pc.fill_null(pc.less(rows["num_failures"], _MAX_FAILED_RUNS), True)), retry_failed)
+    return pc.or_(pc.or_(pc.is_null(rows["status"]), changed), pc.and_(failed, again))
 
 
 def _with_expected_hash(rows: pa.Table, ledger: pa.Table) -> pa.Table:
-    """Rows of a plan: the file has to be the one that the list states, else the one that its URL brought before."""
+    """Rows of a plan: the file has to be the one that the list states, else the one that its URL brought before.
+
+    Of a row that is asked again, that is only what is known.
+    """
     fetched = ledger.filter(pc.equal(ledger["status"], "success")).sort_by("shard")
     recorded = fetched.group_by("url", use_threads=False).aggregate([("sha256", "last")])
-    rows = rows.drop_columns(["sha256", "expected_sha256"]).join(recorded, "url").sort_by("row")
-    rows = rows.append_column("expected_sha256", pc.coalesce(rows["wanted_sha256"], rows["sha256_last"]))
-    return rows.select(shards.PLAN_SCHEMA.names)
+    rows = rows.drop_columns("expected_sha256").join(recorded, "url").sort_by("row")
+    rows = rows.rename_columns({"sha256": "known_sha256"})
+    is_known, nothing = rows["is_known"], pa.scalar(None, pa.string())
+    for name in ("known_sha256", "etag", "last_modified"):
+        rows = rows.set_column(rows.column_names.index(name), name, pc.if_else(is_known, rows[name], nothing))
+    expected = pc.coalesce(rows["wanted_sha256"], rows["sha256_last"])
+    rows = rows.append_column("expected_sha256", pc.if_else(is_known, nothing, expected))
+    return rows.select([*shards.PLAN_SCHEMA.names, "row"])
 
 
 def _fetch(
-    work: dict[int, pa.Table], uri: str, config: DownloadConfig, settings: Settings, on_progress: OnProgress
+    work: _Work, uri: str, config: DownloadConfig, settings: Settings, on_progress: OnProgress
 ) -> Iterator[shards.FetchedShard]:
     """Fetch shards on all workers and yield what came of each; one whose workers keep dying stays unfinished."""
-    if not work:
+    if not work.num_rows:
         return
     start_ray(settings)
     import ray
@@ -159,15 +232,18 @@ def _fetch(
     # Ray starts no more of them on a machine than have their cores, and their memory, there.
     most = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
     task = ray.remote(num_cpus=1, max_retries=0, memory=int(min(_peak_bytes(config), most)))(_fetch_shard)
-    waiting = [(shard, 0) for shard in reversed(work)]
+    run, num_cores = uuid4().hex, max(1, int(ray.cluster_resources().get("CPU", 1)))
+    num_workers = min(len(work.num_rows), num_cores)
+    longest_s = _longest_s(max(work.num_rows.values()), Hosts(config, num_workers))
+    waiting = [(shard, 0) for shard in reversed(work.num_rows)]
     running: dict[ray.ObjectRef, tuple[int, int]] = {}
-    done, total = 0, sum(rows.num_rows for rows in work.values())
+    done, total = 0, sum(work.num_rows.values())
     on_progress(done, total)
     while waiting or running:
         while waiting and len(running) < 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
             shard, attempt = waiting.pop()
-            running[task.remote(absolute_uri, shard, work[shard], config)] = shard, attempt
-        ready, stuck = ray.wait(list(running), timeout=_longest_s(work, config))
+            running[task.remote(absolute_uri, shard, work.rows(shard), config, run, num_workers)] = shard, attempt
+        ready, stuck = ray.wait(list(running), timeout=longest_s)
         for ref in ready or stuck:
             shard, attempt = running.pop(ref)
             try:
@@ -175,6 +251,10 @@ def _fetch(
                     ray.cancel(ref, force=True)
                     raise TimeoutError("its worker gave no sign of life")
                 fetched: shards.FetchedShard = ray.get(ref)
+            except UserError as error:  # which a second attempt does not mend
+                for other in running:
+                    ray.cancel(other, force=True)
+                raise UserError(str(getattr(error, "cause", error))) from None
             except (ray.exceptions.RayError, TimeoutError) as error:
                 _log.warning("shard %d, attempt %d of %d: %s", shard, attempt + 1, 1 + _SHARD_RETRIES, error)
                 if attempt < _SHARD_RETRIES:
@@ -186,10 +266,12 @@ def _fetch(
                 yield fetched
 
 
-def _fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) -> shards.FetchedShard:
-    from imagerag.corpus.fetch import fetch_shard
+def _fetch_shard(
+    uri: str, shard: int, rows: pa.Table, config: DownloadConfig, run: str, num_workers: int
+) -> shards.FetchedShard:
+    from imagerag.corpus.fetch import fetch_shard, hosts_of
 
-    return fetch_shard(uri, shard, rows, config)
+    return fetch_shard(uri, shard, rows, config, hosts_of(run, config, num_workers))
 
 
 def _peak_bytes(config: DownloadConfig) -> int:
@@ -197,7 +279,8 @@ def _peak_bytes(config: DownloadConfig) -> int:
     return _WORKER_BYTES + max(config.max_bytes, shards.IN_FLIGHT_BYTES) + BYTES_PER_PIXEL * config.max_pixels
 
 
-def _longest_s(work: dict[int, pa.Table], config: DownloadConfig) -> float:
-    """The longest time, in seconds, in which some shard has to come to its end, if every URL takes all of its time."""
-    num_rounds = math.ceil(max(len(rows) for rows in work.values()) / config.thread_count)
-    return _PATIENCE_S + num_rounds * config.timeout_s * (1 + config.retries)
+def _longest_s(num_urls: int, hosts: Hosts) -> float:
+    """The longest time, in seconds, in which a shard has to come to its end, if every URL takes all of its time."""
+    config = hosts.config
+    num_rounds = math.ceil(num_urls / min(config.thread_count, hosts.most_at_once))
+    return _PATIENCE_S + hosts.patience_s(num_urls) + num_rounds * config.timeout_s * (1 + config.retries)

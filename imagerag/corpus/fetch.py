@@ -11,19 +11,26 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from email.message import Message
+from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from threading import Condition
 from typing import IO, Any, NamedTuple
-from urllib.request import OpenerDirector
+from urllib.parse import urlsplit
+from urllib.request import OpenerDirector, Request
 
 import pyarrow as pa
 
 from imagerag.corpus import shards
 from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.guard import FetchError, Reason
-from imagerag.corpus.opener import guarded_opener
+from imagerag.corpus.guard import FetchError, Reason, reason_of
+from imagerag.corpus.hosts import Hosts, Queue, host_of
+from imagerag.corpus.names import Names
+from imagerag.corpus.opener import NotModifiedError, guarded_opener
 from imagerag.corpus.photos import FORMATS, decode, open_image
+from imagerag.corpus.stores import Store
 from imagerag.images import is_shown_as_stored
 
 # img2dataset's image library asks the internet for its newest version at import, unless told not to.
@@ -43,41 +50,64 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 _OPT_OUT_DIRECTIVES = {"noai", "noimageai", "noindex", "noimageindex"}
 _ROBOTS_NAME = "imageragturbo"  # addresses this program alone in an X-Robots-Tag header
 _STATUSES = ("success", "failed_to_download", "failed_to_resize")  # in the order in which `write_stats` counts them
+_MAX_VALIDATOR = 1_000  # characters
+_GIVEN = ["url", "caption", "source", "licence", "expected_sha256"]  # of a plan, what is stored as it is
+_SIZES = ("width", "height", "original_width", "original_height")
+_FOUND = ("sha256", "etag", "last_modified")
 _STORED_SCHEMA = pa.schema(
-    [field for field in shards.PLAN_SCHEMA if field.name != "folder"]
-    + [(name, pa.string()) for name in ("key", "status", "error_message")]
-    + [(name, pa.int32()) for name in ("width", "height", "original_width", "original_height")]
-    + [("sha256", pa.string())]
+    [(name, pa.string()) for name in (*_GIVEN, "key", "status", "error_message")]
+    + [(name, pa.int32()) for name in _SIZES]
+    + [(name, pa.string()) for name in _FOUND]
 )
 
 
 class _Fetched(NamedTuple):
-    body: bytes | None
-    error: str | None
-    num_bytes_held: int
+    body: bytes | None = None
+    """Nothing of a URL that failed, and of one whose server says that it has not changed."""
+    error: FetchError | None = None
+    num_bytes_held: int = 0
+    etag: str | None = None
+    last_modified: str | None = None
 
 
-def fetch_shard(uri: str, shard: int, rows: pa.Table, config: DownloadConfig) -> shards.FetchedShard:
+@lru_cache(maxsize=1)
+def hosts_of(run: str, config: DownloadConfig, num_workers: int) -> Hosts:
+    """What this worker knows of hosts in a run; what it knew of those before is forgotten."""
+    return Hosts(config, num_workers)
+
+
+def fetch_shard(
+    uri: str, shard: int, rows: pa.Table, config: DownloadConfig, hosts: Hosts | None = None
+) -> shards.FetchedShard:
     """Fetch `rows` into shard `shard` of the corpus, unless it is finished.
 
     Args:
         rows: as `shards.PLAN_SCHEMA` has them.
+
+    Raises:
+        UserError: if this machine can look up no names.
     """
     started = time.monotonic()
     resizer = UprightResizer(config)
+    downloader = GuardedDownloader(uri, config, resizer, hosts or Hosts(config))
     # A worker that outlived its driver may still be at the shard: wait for its end.
     with shards.locked(uri, shard):
         if not shards.is_finished(uri, shard):
-            GuardedDownloader(uri, config, resizer).download_shard((shard, rows))
+            downloader.download_shard((shard, rows))
     return shards.FetchedShard(
-        num_urls=rows.num_rows, num_bytes=resizer.num_bytes_out, duration_s=time.monotonic() - started
+        num_urls=rows.num_rows,
+        num_bytes=resizer.num_bytes_out,
+        duration_s=time.monotonic() - started,
+        num_unchanged=downloader.num_unchanged,
+        num_changed=downloader.num_changed,
+        kept=downloader.kept,
     )
 
 
 class GuardedDownloader(Downloader):  # type: ignore[misc]
-    """Fetches by the guarded opener, checks every file's hash, and gives every row its status, whatever comes of it."""
+    """Fetches by the guarded opener, when `Hosts` lets it, checks every file's hash, and gives every row its status."""
 
-    def __init__(self, uri: str, config: DownloadConfig, resizer: Resizer) -> None:
+    def __init__(self, uri: str, config: DownloadConfig, resizer: Resizer, hosts: Hosts) -> None:
         super().__init__(
             sample_writer_class=WebDatasetSampleWriter,
             resizer=resizer,
@@ -85,7 +115,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             save_caption=True,
             extract_exif=False,
             output_folder=uri,
-            column_list=[name for name in shards.PLAN_SCHEMA.names if name != "folder"],  # of this machine: no use
+            column_list=_GIVEN,
             timeout=config.timeout_s,
             number_sample_per_shard=10**shards.ROW_DIGITS,
             oom_shard_count=shards.SHARD_DIGITS,
@@ -97,7 +127,10 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             disallowed_header_directives=_OPT_OUT_DIRECTIVES if config.respect_opt_out else None,
         )
         self._config = config
+        self._hosts = hosts
         self._budget = ByteBudget(max(config.max_bytes, shards.IN_FLIGHT_BYTES))
+        self.num_unchanged = self.num_changed = 0
+        self.kept: Counter[str] = Counter()
 
     def download_shard(self, row: tuple[int, pa.Table]) -> None:
         """Fetch the rows of one shard, and write it."""
@@ -105,64 +138,129 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
         started, counts, statuses = time.time(), dict.fromkeys(_STATUSES, 0), CappedCounter()
         rows = table.to_pylist()
         (folder,) = table["folder"].unique().to_pylist()
-        opener = guarded_opener(self._config, folder=folder)
+        opener, queue = self._open(rows, folder)
         writer = self.sample_writer_class(
             shard, self.output_folder, self.save_caption, self.oom_shard_count, _STORED_SCHEMA, self.encode_format
         )
-        with ThreadPool(self.thread_count) as pool:
-            for index, fetched in pool.imap_unordered(lambda it: (it[0], self._fetch(opener, it[1])), enumerate(rows)):
-                image, outcome = self._store(fetched, rows[index]["expected_sha256"])
+        with ThreadPool(min(self.thread_count, queue.most_at_once)) as pool:
+            for index, fetched in pool.imap_unordered(lambda _: self._bring_one(opener, queue, rows), rows):
+                image, outcome = self._store(fetched, rows[index])
                 self._budget.give_back(fetched.num_bytes_held)
                 counts[outcome["status"]] += 1
                 statuses.increment(outcome["error_message"] or "success")
+                if self._is_kept(rows[index], outcome):
+                    continue
                 key = compute_key(index, shard, shards.ROW_DIGITS, self.oom_shard_count)
                 sample = {name: rows[index][name] for name in self.column_list} | {"key": key} | outcome
                 writer.write(image, key, sample["caption"], sample)
         writer.close()
+        self._hosts.forget_ordinary()
         write_stats(
             self.output_folder, shard, len(rows), *counts.values(), started, time.time(), statuses, self.oom_shard_count
         )
 
-    def _fetch(self, opener: OpenerDirector, row: Mapping[str, str]) -> "_Fetched":
-        """The file of a row. What it may be large is taken from the budget, which the caller gives back."""
-        for attempt in range(1 + self.retries):
-            fetched = self._try_to_fetch(opener, row["url"])
-            if fetched.body is not None or attempt == self.retries:
-                break
-        return fetched
+    def _open(self, rows: Sequence[Mapping[str, Any]], folder: str | None) -> "tuple[OpenerDirector | Store, Queue]":
+        """What opens the rows' images, and the queue of them: those of a folder ask no host."""
+        if folder is not None:
+            return Store(folder, self._config.max_bytes), Queue([""] * len(rows), self._hosts)
+        names = Names()
+        names.require((urlsplit(row["url"]).hostname or "" for row in rows if host_of(row["url"])), self.timeout)
+        return guarded_opener(self._config, names), Queue([row["url"] for row in rows], self._hosts)
 
-    def _try_to_fetch(self, opener: OpenerDirector, url: str) -> "_Fetched":
+    def _bring_one(
+        self, opener: OpenerDirector | Store, queue: Queue, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[int, "_Fetched"]:
+        """Bring one row to its end, whichever can be: its number, and its file, or why there is none.
+
+        What the file may be large is taken from the budget, which the caller gives back.
+        """
+        while True:
+            job = queue.take()
+            if job.error is not None:
+                return job.index, _Fetched(error=job.error)
+            fetched = self._try_to_fetch(opener, rows[job.index])
+            if fetched.error is None:
+                queue.succeeded(job)
+                return job.index, fetched
+            if not queue.failed(job, fetched.error):
+                return job.index, fetched
+
+    def _try_to_fetch(self, opener: OpenerDirector | Store, row: Mapping[str, Any]) -> "_Fetched":
         held = 0
         try:
-            with opener.open(url, timeout=self.timeout) as response:
-                if self.disallowed_header_directives and is_disallowed(
-                    response.headers, self.user_agent_token, self.disallowed_header_directives
-                ):
-                    raise FetchError(Reason.OPT_OUT, "X-Robots-Tag")
+            with self._opened(opener, row) as response:
+                self._check_opt_out(response.headers)
                 size = min(response.length or self._config.max_bytes, self._config.max_bytes)
                 response.deadline += self._budget.take(size)
                 held = size
-                return _Fetched(response.read(), None, held)
+                told = (_validator(response.headers.get(name)) for name in ("ETag", "Last-Modified"))
+                return _Fetched(response.read(), None, held, *told)
+        except NotModifiedError as answer:
+            return self._unchanged(row, answer.headers)
         except Exception as error:  # noqa: BLE001 - a row that fails is a row that says so
             self._budget.give_back(held)
-            message = error if isinstance(error, FetchError) else FetchError(Reason.OTHER, repr(error))
-            return _Fetched(None, str(message), 0)
+            if isinstance(error, FetchError):
+                return _Fetched(error=error)
+            reason = Reason.INVALID_URL if isinstance(error, ValueError) else Reason.OTHER
+            return _Fetched(error=FetchError(reason, str(error) or repr(error)))
 
-    def _store(self, fetched: "_Fetched", expected_sha256: str | None) -> tuple[bytes | None, dict[str, Any]]:
+    def _opened(self, opener: OpenerDirector | Store, row: Mapping[str, Any]) -> Any:
+        if isinstance(opener, Store):
+            return opener.open(row["member"])
+        validators = {"If-None-Match": row["etag"], "If-Modified-Since": row["last_modified"]}
+        headers = {name: value for name, value in validators.items() if value}
+        request = Request(row["url"], headers=headers)  # noqa: S310 - the opener looks at its scheme
+        return opener.open(request, timeout=self.timeout)
+
+    def _unchanged(self, row: Mapping[str, Any], headers: Message) -> "_Fetched":
+        try:
+            self._check_opt_out(headers)
+        except FetchError as error:
+            return _Fetched(error=error)
+        was_asked = row["known_sha256"] is not None
+        return _Fetched(error=None if was_asked else FetchError(Reason.HTTP_STATUS, "304"))
+
+    def _check_opt_out(self, headers: Message) -> None:
+        directives = self.disallowed_header_directives
+        if directives and is_disallowed(headers, self.user_agent_token, directives):
+            raise FetchError(Reason.OPT_OUT, "X-Robots-Tag")
+
+    def _is_kept(self, row: Mapping[str, Any], outcome: Mapping[str, Any]) -> bool:
+        """Count a row that was asked again; returns whether its image of before stays."""
+        if row["known_sha256"] is None:
+            return False
+        if outcome["status"] == "success":
+            is_same = outcome["sha256"] == row["known_sha256"]
+            self.num_unchanged += is_same
+            self.num_changed += not is_same
+            return bool(is_same)
+        reason = reason_of(outcome["error_message"])
+        if reason is Reason.OPT_OUT:
+            return False
+        self.kept[str(reason)] += 1
+        return True
+
+    def _store(self, fetched: "_Fetched", row: Mapping[str, Any]) -> tuple[bytes | None, dict[str, Any]]:
         """The image to store, if there is one, and the row's columns that tell of it."""
-        names = ("width", "height", "original_width", "original_height")
-        failed = dict.fromkeys((*names, "sha256"))
-        if fetched.body is None:
-            return None, {"status": "failed_to_download", "error_message": fetched.error, **failed}
-        sha256 = hashlib.sha256(fetched.body).hexdigest()
-        if expected_sha256 not in (None, sha256):
+        failed = dict.fromkeys((*_SIZES, *_FOUND))
+        if fetched.error is not None:
+            return None, {"status": "failed_to_download", "error_message": str(fetched.error), **failed}
+        sha256 = row["known_sha256"] if fetched.body is None else hashlib.sha256(fetched.body).hexdigest()
+        if row["expected_sha256"] not in (None, sha256):
             message = str(FetchError(Reason.HASH_MISMATCH, f"the file's SHA-256 is {sha256}"))
             return None, {"status": "failed_to_download", "error_message": message, **failed}
+        told = {"sha256": sha256, "etag": fetched.etag, "last_modified": fetched.last_modified}
+        if fetched.body is None or sha256 == row["known_sha256"]:
+            return None, {"status": "success", "error_message": None, **failed, **told}
         image, *sizes, message = self.resizer(io.BytesIO(fetched.body))
         if message is not None:
             return None, {"status": "failed_to_resize", "error_message": message, **failed}
-        told = dict(zip(names, sizes, strict=True))
-        return image, {"status": "success", "error_message": None, **told, "sha256": sha256}
+        return image, {"status": "success", "error_message": None, **dict(zip(_SIZES, sizes, strict=True)), **told}
+
+
+def _validator(header: str | None) -> str | None:
+    """What a server says of a file's version, where it can be sent back as it is."""
+    return header if header and header.isascii() and header.isprintable() and len(header) <= _MAX_VALIDATOR else None
 
 
 class UprightResizer(Resizer):  # type: ignore[misc]

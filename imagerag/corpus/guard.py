@@ -12,7 +12,7 @@ _NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24",
 
 
 class Reason(StrEnum):
-    """Why a URL has no image in the corpus."""
+    """Why a URL has no image in the corpus. Of those that are `PASSING`, the next run tries again."""
 
     INVALID_ROW = "invalid_row"
     """A row of a list without a URL or a caption, or with one that can't be."""
@@ -22,6 +22,12 @@ class Reason(StrEnum):
     DNS_FAILURE = "dns_failure"
     CONNECTION_FAILED = "connection_failed"
     TIMEOUT = "timeout"
+    HOST_DOWN = "host_down"
+    """Not asked for any more: its host brought nothing but failures, or asks to wait for too long."""
+    SERVER_BUSY = "server_busy"
+    """Status 429 or 503, which mean later."""
+    SERVER_ERROR = "server_error"
+    """Another status by which a server says that it failed, not the request."""
     HTTP_STATUS = "http_status"
     REDIRECT_LOOP = "redirect_loop"
     TOO_MANY_BYTES = "too_many_bytes"
@@ -35,9 +41,28 @@ class Reason(StrEnum):
     """A file of a folder that leads out of it, by a link."""
     TAKEN_DOWN = "taken_down"
     LOST = "lost"
-    """The worker died each time; the next run tries again."""
+    """The worker died each time."""
     OTHER = "other"
 
+
+PASSING = frozenset(
+    {
+        Reason.DNS_FAILURE,
+        Reason.CONNECTION_FAILED,
+        Reason.TIMEOUT,
+        Reason.HOST_DOWN,
+        Reason.SERVER_BUSY,
+        Reason.SERVER_ERROR,
+        Reason.LOST,
+    }
+)
+"""Reasons that may be gone at another time; all others stay until somebody changes something."""
+
+UNREACHABLE = frozenset({Reason.DNS_FAILURE, Reason.CONNECTION_FAILED, Reason.TIMEOUT})
+"""Reasons that are as good as no answer from the host."""
+
+BUSY_STATUSES = frozenset({429, 503})
+SERVER_ERROR_STATUSES = frozenset({408, 425, 500, 502, 504})
 
 _REASONS = {str(reason): reason for reason in Reason}
 
@@ -45,8 +70,11 @@ _REASONS = {str(reason): reason for reason in Reason}
 class FetchError(Exception):
     """One URL brings no image. The text is `<reason>: <detail>`, which ends up as the row's `error_message`."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str, wait_s: float | None = None) -> None:
         super().__init__(f"{reason}: {printable(detail)}")  # a server may have said it
+        self.reason = reason
+        self.wait_s = wait_s
+        """For how many seconds the host asks to be left alone, if it does."""
 
 
 def reason_of(error_message: str | None) -> Reason:

@@ -1,12 +1,14 @@
 """What became of every URL, derived from the finished shards and kept nowhere else."""
 
-import numpy as np
+from collections.abc import Iterator
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from imagerag.corpus import shards
 from imagerag.corpus.guard import Reason, reason_of
+from imagerag.corpus.spool import Parts, by_url, numbered, paired
 
 SCHEMA = pa.schema(
     [
@@ -19,12 +21,15 @@ SCHEMA = pa.schema(
         ("error_message", pa.string()),
         ("sha256", pa.string()),  # of the file as fetched; null for failures
         ("expected_sha256", pa.string()),
+        ("etag", pa.string()),  # as the server said, null for failures; and
+        ("last_modified", pa.string()),
         ("width", pa.int32()),  # of the image as stored
         ("height", pa.int32()),
         ("shard", pa.int64()),
         ("key", pa.string()),  # of the sample in its shard
     ]
 )
+_SHARDS_AT_ONCE = 128
 PAIR = ["url", "caption"]
 """What identifies a row of a list."""
 
@@ -41,40 +46,72 @@ def wanted_images(uri: str) -> pa.Table:
 
 def read_standing(uri: str) -> pa.Table:
     """Every row that the corpus wants with what became of it, as `standing` gives it."""
-    return standing(shards.read_wanted(uri), read_ledger(uri), shards.read_takedowns(uri))
+    (wanted,) = numbered([shards.read_wanted(uri)])
+    return standing(wanted, read_ledger(uri), shards.read_takedowns(uri))
+
+
+def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yield what `read_standing` and `read_ledger` return, in parts that fit in memory: all rows of a URL are in one.
+
+    In a part, rows are in the order of the lists.
+    """
+    takedowns = shards.read_takedowns(uri)
+    wanted, attempts = Parts(numbered(shards.iter_wanted(uri)), by_url), Parts(iter_attempts(uri), by_url)
+    for rows, tried in paired(wanted, attempts):
+        ledger = with_takedowns(_latest(SCHEMA.empty_table() if tried is None else tried), takedowns)
+        if rows is not None:
+            yield standing(rows, ledger, takedowns), ledger
 
 
 def standing(wanted: pa.Table, ledger: pa.Table, takedowns: pa.Table) -> pa.Table:
     """Join what is wanted with what became of it.
 
-    Columns as in `SCHEMA`, with `source` and `licence` as the list has them now; `wanted_sha256`, as the list has it;
-    and `row`, its place in the list, which is the order. `status` is null for what is not settled yet.
+    `wanted` has its rows' places among all as `row`, which are the order. Columns as in `SCHEMA`, with `source` and
+    `licence` as the list has them now; `wanted_sha256`, as the list has it; and `row`. `status` is null for what is not
+    settled yet.
     """
-    numbered = wanted.rename_columns({"sha256": "wanted_sha256"}).append_column("row", pa.array(np.arange(len(wanted))))
-    joined = numbered.join(ledger.drop_columns(["source", "licence"]), PAIR, join_type="left outer").sort_by("row")
+    wanted = wanted.rename_columns({"sha256": "wanted_sha256"})
+    joined = wanted.join(ledger.drop_columns(["source", "licence"]), PAIR, join_type="left outer").sort_by("row")
     return with_takedowns(joined, takedowns, "wanted_sha256")
 
 
 def read_ledger(uri: str) -> pa.Table:
-    """The latest attempt at every (url, caption) that was ever fetched; columns as in `SCHEMA`."""
-    attempts = read_attempts(uri)
-    latest = attempts.group_by(PAIR).aggregate([("shard", "max")]).rename_columns({"shard_max": "shard"})
+    """The latest attempt at every (url, caption) that was ever fetched.
+
+    Columns as in `SCHEMA`, and `num_failures`: how many of its attempts failed.
+    """
+    return with_takedowns(_latest(read_attempts(uri)), shards.read_takedowns(uri))
+
+
+def _latest(attempts: pa.Table) -> pa.Table:
+    """The latest attempt at every (url, caption), and how many of its attempts failed."""
+    attempts = attempts.append_column("num_failures", pc.cast(pc.equal(attempts["status"], "failed"), pa.int64()))
+    latest = attempts.group_by(PAIR).aggregate([("shard", "max"), ("num_failures", "sum")])
     if latest.num_rows < attempts.num_rows:
-        attempts = attempts.join(latest, [*PAIR, "shard"], join_type="left semi").select(SCHEMA.names)
-    return with_takedowns(attempts, shards.read_takedowns(uri))
+        latest = latest.rename_columns({"shard_max": "shard", "num_failures_sum": "num_failures"})
+        attempts = attempts.drop_columns("num_failures").join(latest, [*PAIR, "shard"], join_type="inner")
+        attempts = attempts.select([*SCHEMA.names, "num_failures"])
+    return attempts
 
 
 def read_attempts(uri: str) -> pa.Table:
     """Every row of every finished shard, whatever was taken down since; columns as in `SCHEMA`."""
+    return pa.concat_tables([SCHEMA.empty_table(), *iter_attempts(uri)])
+
+
+def iter_attempts(uri: str) -> Iterator[pa.Table]:
+    """Yield what `read_attempts` returns, some rows at a time."""
     finished = shards.finished_shards(uri)
     if not finished:
-        return SCHEMA.empty_table()
+        return
     fs, root = shards.open_folder(uri)
     paths = [f"{root}/{shards.shard_name(shard)}.parquet" for shard in finished]
     stored = pa.schema([field for field in SCHEMA if field.name not in ("reason", "shard")])
-    rows = ds.dataset(paths, schema=stored, filesystem=fs, format="parquet").to_table()
-    rows = rows.append_column("shard", pc.divide(pc.cast(rows["key"], pa.int64()), 10**shards.ROW_DIGITS))
-    return _with_reasons(rows)
+    for start in range(0, len(paths), _SHARDS_AT_ONCE):
+        some = ds.dataset(paths[start : start + _SHARDS_AT_ONCE], schema=stored, filesystem=fs, format="parquet")
+        rows = some.to_table()
+        rows = rows.append_column("shard", pc.divide(pc.cast(rows["key"], pa.int64()), 10**shards.ROW_DIGITS))
+        yield _with_reasons(rows)
 
 
 def with_takedowns(rows: pa.Table, takedowns: pa.Table, *hash_columns: str) -> pa.Table:

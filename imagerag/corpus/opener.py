@@ -1,60 +1,57 @@
 """The network side of the guard: an opener for `urllib` that cannot be led to an address that is not public.
 
 It speaks http and https only, looks at every address before it connects to it, connects to that very address, and does
-the same for every redirect. For the images of a folder that the user gave, and for nothing else, it reads files of that
-folder too.
+the same for every redirect.
 """
 
 import io
-import math
-import os
 import socket
 import ssl
-import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from email.message import Message
+from email.utils import formatdate, parsedate_to_datetime
 from functools import cached_property, partial
 from http import client
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
-from pathlib import Path
+from http.cookiejar import CookieJar
 from string import punctuation
 from typing import IO, Any
 from urllib import request as urllib_request
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
-from urllib.request import AbstractHTTPHandler, BaseHandler, HTTPRedirectHandler, OpenerDirector, Request
-from urllib.response import addinfourl
+from urllib.parse import quote, urljoin, urlsplit
+from urllib.request import AbstractHTTPHandler, HTTPRedirectHandler, OpenerDirector, Request
 
 from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.guard import FetchError, Reason, is_public
+from imagerag.corpus.guard import BUSY_STATUSES, SERVER_ERROR_STATUSES, FetchError, Reason, is_public
+from imagerag.corpus.names import Names, ascii_host
 
 _PIECE = 64 * 1024  # bytes read at a time, so that a length claimed by the server allocates nothing
 _WEB_PORTS = (80, 443)
 
-Resolve = Callable[..., list[Any]]
-"""`socket.getaddrinfo`, or what a test puts in its place."""
+
+class NotModifiedError(Exception):
+    """The picture is still the one that the request's validators are of (status 304)."""
+
+    def __init__(self, headers: Message) -> None:
+        super().__init__("304")
+        self.headers = headers
 
 
-def guarded_opener(
-    config: DownloadConfig, resolve: Resolve = socket.getaddrinfo, *, folder: str | None = None
-) -> OpenerDirector:
+def guarded_opener(config: DownloadConfig, names: Names | None = None) -> OpenerDirector:
     """Return an opener that is safe for a stranger's URLs.
 
-    Its errors are `FetchError`s. The `timeout` of a call, which is required, bounds the whole of it: connecting,
-    redirects, headers and body together; only looking up a name is left to the resolver's own limit. Proxies of the
-    environment are not used: a proxy looks up names itself, where nothing can be checked.
+    Its errors are `FetchError`s, and `NotModifiedError` for whoever asks by validators. The `timeout` of a call, which
+    is required, bounds the whole of it: looking up names, connecting, redirects, headers and body together. Proxies of
+    the environment are not used: a proxy looks up names itself, where nothing can be checked. Cookies live from the
+    redirect that sets them to the end of its chain.
 
     A response has `length`, the bytes that it will bring as far as that is known; `deadline`, the time (monotonic)
     until which it may take, which may be moved; and its `read` brings the whole body.
-
-    `file:` URLs are refused, but for files in `folder`, a path without links.
     """
     opener = _Opener()
-    opener.add_handler(_GuardedHandler(config, resolve))
-    if folder is not None:
-        opener.add_handler(_FolderHandler(folder, config.max_bytes))
+    opener.add_handler(_GuardedHandler(config, names or Names()))
     opener.add_handler(_Redirects())
     opener.add_handler(urllib_request.HTTPErrorProcessor())
     opener.add_handler(urllib_request.HTTPDefaultErrorHandler())
@@ -68,21 +65,20 @@ class _Opener(OpenerDirector):
 
 
 class _GuardedHandler(AbstractHTTPHandler):
-    def __init__(self, config: DownloadConfig, resolve: Resolve) -> None:
+    def __init__(self, config: DownloadConfig, names: Names) -> None:
         super().__init__()
         self._config = config
-        self._allowed_hosts = frozenset(host.lower() for host in config.allowed_hosts)
-        self._resolve = resolve
+        self._allowed_hosts = frozenset(ascii_host(host.lower()) for host in config.allowed_hosts)
+        self._names = names
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
         return ssl.create_default_context()
 
     def http_request(self, request: Request) -> Request:
-        if not request.full_url.isascii() or " " in request.full_url:
-            request.full_url = quote(request.full_url, safe=punctuation)  # as browsers do
         if "@" in (request.host or ""):
             raise FetchError(Reason.INVALID_URL, "user name or password in the URL")
+        request.full_url = _as_browsers_do(request.full_url)
         request.add_header("User-Agent", self._config.user_agent)
         if not hasattr(request, "deadline"):
             assert request.timeout is not None
@@ -110,54 +106,10 @@ class _GuardedHandler(AbstractHTTPHandler):
     def _guards(self, request: Request) -> dict[str, Any]:
         return {
             "allowed_hosts": self._allowed_hosts,
-            "resolve": self._resolve,
+            "names": self._names,
             "max_bytes": self._config.max_bytes,
             "deadline": _deadline_of(request),
         }
-
-
-class _FolderHandler(BaseHandler):
-    """Reads regular files that lie in one folder."""
-
-    def __init__(self, folder: str, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
-
-    def file_open(self, request: Request) -> "_File":
-        path = Path(os.fsdecode(unquote_to_bytes(urlsplit(request.full_url).path)))
-        try:
-            resolved = path.resolve(strict=True)
-            if not resolved.is_relative_to(self._folder):
-                raise FetchError(Reason.OUTSIDE_FOLDER, f"{path} leads to {resolved}")
-            # What was checked may be a link or a pipe a moment later: neither is followed nor waited for.
-            file = open(os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115
-        except OSError as error:
-            raise FetchError(Reason.UNREADABLE_FILE, error.strerror or str(error)) from error
-        return _File(file, request.full_url, self._max_bytes)
-
-
-class _File(addinfourl):
-    """A file of the folder, as if it were a reply."""
-
-    deadline = math.inf
-
-    def __init__(self, file: IO[bytes], url: str, max_bytes: int) -> None:
-        super().__init__(file, Message(), url)
-        self._file, self._max_bytes = file, max_bytes
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            self.close()
-            raise FetchError(Reason.UNREADABLE_FILE, "no regular file")
-        self.length = status.st_size
-
-    def read(self, amt: int | None = None) -> bytes:
-        """The whole file, whatever `amt`."""
-        try:
-            content = self._file.read(self._max_bytes + 1)
-        except OSError as error:
-            raise FetchError(Reason.UNREADABLE_FILE, error.strerror or str(error)) from error
-        if len(content) > self._max_bytes:
-            raise _too_many(self._max_bytes)
-        return content
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -167,6 +119,8 @@ class _Redirects(HTTPRedirectHandler):
         scheme = urlsplit(urljoin(req.full_url, headers.get("location", ""))).scheme
         if scheme not in ("http", "https"):
             raise FetchError(Reason.BLOCKED_SCHEME, f"redirect to {scheme!r}")
+        if "Set-Cookie" in headers:
+            _cookies_of(req).extract_cookies(fp, req)  # type: ignore[arg-type]  # it asks for the headers alone
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -175,6 +129,10 @@ class _Redirects(HTTPRedirectHandler):
         request = super().redirect_request(req, *args)
         if request is not None:
             _set_deadline(request, _deadline_of(req))
+            if hasattr(req, "cookies"):
+                request.full_url = _as_browsers_do(request.full_url)
+                request.cookies = _cookies_of(req)  # type: ignore[attr-defined]
+                _cookies_of(req).add_cookie_header(request)
         return request
 
 
@@ -185,14 +143,14 @@ class _Connection(HTTPConnection):
         self,
         *args: Any,
         allowed_hosts: frozenset[str],
-        resolve: Resolve,
+        names: Names,
         max_bytes: int,
         deadline: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._allowed_hosts = allowed_hosts
-        self._resolve = resolve
+        self._names = names
         self._deadline = deadline
         self._create_connection = self._dial  # what `connect` calls, with TLS and without
         self.response_class = partial(_Response, max_bytes=max_bytes, deadline=deadline)  # type: ignore[assignment]
@@ -202,7 +160,7 @@ class _Connection(HTTPConnection):
         if not 0 < port < 2**16:
             raise FetchError(Reason.INVALID_URL, f"port {port}")
         # Looked up once: what is checked here is connected to, whatever the name means a moment later.
-        endpoints = self._resolve(host, port, type=socket.SOCK_STREAM)
+        endpoints = self._names.look_up(host, port, _left(self._deadline))
         if self._allowed_hosts.isdisjoint({host.lower(), f"{host.lower()}:{port}"}):
             _check_public(host, port, [str(address[0]) for *_, address in endpoints])
         failure: OSError = socket.gaierror(f"{host} has no address")
@@ -308,20 +266,56 @@ def _deadline_of(request: Request) -> float:
     return float(request.deadline)  # type: ignore[attr-defined]
 
 
+def _cookies_of(request: Request) -> CookieJar:
+    if not hasattr(request, "cookies"):
+        request.cookies = CookieJar()  # type: ignore[attr-defined]
+    return request.cookies  # type: ignore[attr-defined, no-any-return]
+
+
+def _as_browsers_do(url: str) -> str:
+    """The URL in ASCII: its host by IDNA, the rest in percent signs."""
+    if url.isascii() and " " not in url and "%" not in urlsplit(url).netloc:
+        return url
+    parts = urlsplit(url)
+    host, colon, port = parts.netloc.partition(":")  # an address in brackets, which has more of them, is in ASCII
+    return quote(parts._replace(netloc=f"{ascii_host(host)}{colon}{port}").geturl(), safe=punctuation)
+
+
+def _wait_s(headers: Message) -> float | None:
+    """For how many seconds `Retry-After` asks to wait; a date counts from the server's own."""
+    asked = headers.get("Retry-After", "").strip()
+    if asked.isascii() and asked.isdigit():
+        return float(asked[:9])
+    try:
+        until, now = parsedate_to_datetime(asked), parsedate_to_datetime(headers.get("Date") or formatdate(usegmt=True))
+        return max(0.0, until.timestamp() - now.timestamp())
+    except (ValueError, OverflowError):
+        return None
+
+
 @contextmanager
 def _named_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, client.HTTPException, ValueError) as error:
-        raise _named(error) from error
+        named = _named(error)
+        if isinstance(error, HTTPError):
+            error.close()
+        raise named from error
 
 
-def _named(error: Exception) -> FetchError:
+def _named(error: Exception) -> Exception:
     if isinstance(error, URLError) and isinstance(error.reason, Exception):
         error = error.reason
     match error:
         case HTTPError() if error.msg.startswith(HTTPRedirectHandler.inf_msg):
             return FetchError(Reason.REDIRECT_LOOP, f"a circle, or more than {_Redirects.max_redirections} redirects")
+        case HTTPError(code=304):
+            return NotModifiedError(error.headers)
+        case HTTPError() if error.code in BUSY_STATUSES:
+            return FetchError(Reason.SERVER_BUSY, str(error.code), _wait_s(error.headers))
+        case HTTPError() if error.code in SERVER_ERROR_STATUSES:
+            return FetchError(Reason.SERVER_ERROR, str(error.code))
         case HTTPError():
             return FetchError(Reason.HTTP_STATUS, str(error.code))
         case TimeoutError():

@@ -25,8 +25,9 @@ FORMATS: dict[str, str] = {
     "tiff": "TIFF",
     "bmp": "BMP",
 }
-"""Formats that can be decoded, and Pillow's name of each. HEIC needs `pillow-heif`."""
+"""Formats that can be decoded, and Pillow's name of each. HEIC needs the extra `heic`."""
 
+_HEIC_EXTRA = "imagerag-turbo[heic]"
 _MORE_DATA = b"\x5a\xa5\x3c" * 64  # of a JPEG's picture: no marker in it
 
 
@@ -51,6 +52,8 @@ def open_image(stream: IO[bytes], formats: Sequence[ImageFormat], max_pixels: in
         kind = seems(stream.read(HEAD_BYTES))
         if FORMATS.get(kind.lower()) in plugins:
             raise FetchError(Reason.CORRUPT_IMAGE, f"unreadable header of a {kind}") from None
+        if kind.lower() in formats:
+            raise FetchError(Reason.UNSUPPORTED_FORMAT, f"{kind}, which needs `pip install {_HEIC_EXTRA}`") from None
         raise FetchError(Reason.UNSUPPORTED_FORMAT, f"{kind}; taken are {', '.join(formats)}") from None
     if image.width * image.height > max_pixels:
         raise FetchError(Reason.TOO_MANY_PIXELS, f"{image.width}x{image.height} is more than {max_pixels} pixels")

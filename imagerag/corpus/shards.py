@@ -14,12 +14,14 @@ again. Every file of our own is replaced atomically.
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
@@ -28,10 +30,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus import url_list
 
-PLAN_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("url", "caption", "source", "licence", "expected_sha256", "folder")]
-)
-"""Rows of a shard: `folder` is there in all of them or in none, and is one."""
+_PLANNED = ("url", "caption", "source", "licence", "expected_sha256", "folder", "member")
+_ASKED_AGAIN = ("etag", "last_modified", "known_sha256")
+PLAN_SCHEMA = pa.schema([(name, pa.string()) for name in (*_PLANNED, *_ASKED_AGAIN)])
+"""Rows of a shard: `folder` is there in all of them or in none, and is one; `member` names an image in it.
+
+`known_sha256` is that of the image which the corpus has of a URL that is asked whether it is another one now, and
+`etag` and `last_modified` are what its server said of it. A row without a new image is left out of the shard: the one
+of before stands.
+"""
 TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
 
 SHARD_DIGITS = 5
@@ -52,6 +59,12 @@ class FetchedShard:
     num_bytes: int
     """Size of its images as stored."""
     duration_s: float
+    num_unchanged: int = 0
+    """Of the URLs that were asked again: those with the same image."""
+    num_changed: int = 0
+    """Those with another one."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Those that brought none, by reason: the image of before stays."""
 
 
 def open_folder(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -117,10 +130,30 @@ def read_wanted(uri: str) -> pa.Table:
     return _get_table(fs, f"{root}/wanted.parquet", url_list.SCHEMA)
 
 
-def write_wanted(uri: str, rows: pa.Table) -> None:
+def iter_wanted(uri: str) -> Iterator[pa.Table]:
+    """Yield what the corpus wants, some rows at a time, as `read_wanted` has them."""
+    fs, root = open_folder(uri)
+    path = f"{root}/wanted.parquet"
+    if not fs.exists(path):
+        return
+    with fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)  # not a dataset, which decodes a whole file ahead of who reads it slowly
+        names = [name for name in url_list.SCHEMA.names if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(columns=names):
+            missing = {name: pa.nulls(len(batch), pa.string()) for name in url_list.SCHEMA.names if name not in names}
+            columns = {name: batch.column(name) for name in names} | missing
+            yield pa.table({name: columns[name] for name in url_list.SCHEMA.names}, schema=url_list.SCHEMA)
+
+
+def write_wanted(uri: str, rows: Iterable[pa.Table]) -> None:
     """Replace what the corpus wants."""
     fs, root = open_folder(uri)
-    _put_table(fs, f"{root}/wanted.parquet", rows.cast(url_list.SCHEMA))
+    with TemporaryDirectory(prefix="imagerag-") as folder:
+        path = Path(folder, "wanted.parquet")
+        with pq.ParquetWriter(path, url_list.SCHEMA) as writer:
+            for some in rows:
+                writer.write_table(some.cast(url_list.SCHEMA))
+        put_file(fs, f"{root}/wanted.parquet", path)
 
 
 def read_takedowns(uri: str) -> pa.Table:
@@ -140,11 +173,26 @@ def put(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)  # object stores show an object when it is complete
         return
-    target = Path(path)
+    with _replacing(Path(path)) as file:
+        file.write(data)
+
+
+def put_file(fs: fsspec.AbstractFileSystem, path: str, source: Path) -> None:
+    """Copy a file of this machine as a whole or not at all."""
+    if not isinstance(fs, LocalFileSystem):
+        fs.put_file(str(source), path)
+        return
+    with _replacing(Path(path)) as file, source.open("rb") as content:
+        shutil.copyfileobj(content, file)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `target` when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.unfinished")
     with unfinished.open("wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(target)

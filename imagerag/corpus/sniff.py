@@ -38,7 +38,8 @@ _SIGNATURES = (
     (b"\xfe\xff", "text in UTF-16"),
     (b"version https://git-lfs", "Git LFS pointer"),
 )
-_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", **dict.fromkeys(_HEIC_BRANDS, "HEIC")}
 _TEXTS = (
     (rb"<svg[\s>]", "SVG"),
     (rb"<!doctype\s+html|<html|<head|<body|<script", "HTML"),

@@ -4,31 +4,36 @@ A bad row is data: it is counted, with its reason. A bad list is an error: a fil
 missing column, or more bad rows than a list may have.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from imagerag.config import Config
-from imagerag.corpus.records import Batch, exploded, read_batches
+from imagerag.corpus.forms import folder_of, read_batches
+from imagerag.corpus.records import Batch, exploded
+from imagerag.corpus.spool import Spool, distinct
 from imagerag.errors import UserError
 from imagerag.plain import printable
 
-SCHEMA = pa.schema([(name, pa.string()) for name in ("url", "caption", "source", "licence", "sha256", "folder")])
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("url", "caption", "source", "licence", "sha256", "folder", "member")]
+)
 """A checked list: `source` is the URL's host where the list has none; `licence` and `sha256` may be null.
 
-`folder` is the one that may be read for a row which `folder.read_folder` made, and null for all others: it is what
-makes a `file:` URL readable, so it is never taken from a file.
+An image that is not behind its URL, but was given, is `member` of `folder`, as `stores` has it; both are null for all
+others. That is what makes a file readable, so it is never taken from a column.
 """
 
 _REQUIRED = ("url", "file", "caption")
 _URL_GUESSES = {"url": ("url", "image_url", "img_url", "image_link", "link", "uri")}
+_IMAGE_GUESSES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 _OTHER_GUESSES = {
-    "caption": ("caption", "text", "alt", "alt_text", "title", "description", "name"),
+    "caption": ("caption", "text", "txt", "alt", "alt_text", "title", "description", "name"),
     "source": ("source",),
     "licence": ("licence", "license"),
     "sha256": ("sha256", "image_sha256"),
@@ -53,6 +58,9 @@ class UrlColumns(Config):
     source: str | None = Field(default=None, description="Column that says where an image comes from (optional).")
     licence: str | None = Field(default=None, description="Column of the images' licences (optional).")
     sha256: str | None = Field(default=None, description="Column of the files' SHA-256 (optional).")
+    image: str | None = Field(
+        default=None, description="Column of a parquet file or a Lance table that has the images themselves (optional)."
+    )
 
 
 class BadRows(Config):
@@ -73,7 +81,7 @@ class BadRows(Config):
 class UrlList:
     """The good rows of a list, in which every (url, caption) is there once."""
 
-    table: pa.Table
+    rows: Spool
     """Columns as in `SCHEMA`, rows in the order of the list."""
     num_duplicates: int = 0
     """Rows left out because an earlier row has the same URL and caption."""
@@ -87,16 +95,20 @@ class UrlList:
     @property
     def num_rows(self) -> int:
         """Rows of the list; one with several captions counts as several."""
-        return int(self.table.num_rows) + self.num_duplicates + self.num_invalid
+        return self.rows.num_rows + self.num_duplicates + self.num_invalid
+
+    @property
+    def table(self) -> pa.Table:
+        """All good rows, in memory."""
+        return self.rows.table()
 
 
 @dataclass
-class Rows:
-    """The good rows of a file, and what is known of the bad ones."""
+class Count:
+    """How many rows a file has, and what is known of the bad ones."""
 
     uri: str
     policy: BadRows
-    columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)
     num_rows: int = 0
     num_invalid: int = 0
     invalid: list[str] = field(default_factory=list)
@@ -109,6 +121,12 @@ class Rows:
             self.num_invalid += 1
             if len(self.invalid) < _NUM_EXAMPLES:
                 self.invalid.append(printable(line))
+
+    def add(self, part: "Count") -> None:
+        """Count another file's rows, too."""
+        self.num_rows += part.num_rows
+        self.num_invalid += part.num_invalid
+        self.invalid = (self.invalid + part.invalid)[:_NUM_EXAMPLES]
 
     def check_share(self) -> None:
         """Raise a UserError if there are too many bad rows among those that were read."""
@@ -123,7 +141,8 @@ class Rows:
 def read_url_list(uri: str, columns: UrlColumns | None = None, bad_rows: BadRows | None = None) -> UrlList:
     """Read and check a whole list. Rows count from 1 in every file; a header is no row.
 
-    URLs and captions are stripped, and `&amp;` in a URL is `&`. A row with a list of captions is a row for each.
+    URLs and captions are stripped, and `&amp;` in a URL is `&`. A row with a list of captions is a row for each. A row
+    that comes with its image is not fetched; it keeps the web's URL that it has, or else has that of its place.
 
     Raises:
         UserError: if the file is missing, unreadable or not of the format that its name says, lacks a URL or caption
@@ -131,28 +150,26 @@ def read_url_list(uri: str, columns: UrlColumns | None = None, bad_rows: BadRows
             caption or a SHA-256 that is none.
     """
     named = (columns or UrlColumns()).model_dump(exclude_none=True)
-    rows = read_columns(uri, "URL list", _URL_GUESSES, named, bad_rows or BadRows())
-    complete = _complete(rows.columns)
-    table = fold(complete)
+    count, folder = Count(uri, bad_rows or BadRows()), cache(lambda: folder_of(uri))
+    good = read_columns(count, "URL list", _URL_GUESSES, named)
+    rows = Spool(SCHEMA)
+    for part in distinct(_complete(part, folder) for part in good):
+        rows.append(part)
     return UrlList(
-        table=table,
-        num_duplicates=complete.num_rows - table.num_rows,
-        num_invalid=rows.num_invalid,
-        invalid=tuple(rows.invalid),
+        rows=rows,
+        num_duplicates=count.num_rows - count.num_invalid - rows.num_rows,
+        num_invalid=count.num_invalid,
+        invalid=tuple(count.invalid),
     )
 
 
 def read_columns(
-    uri: str,
-    what: str,
-    guesses: Mapping[str, Collection[str]],
-    named: Mapping[str, str],
-    bad_rows: BadRows,
-) -> Rows:
-    """Read and check the columns of a table, by field.
+    count: Count, what: str, guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
+) -> Iterator[pa.Table]:
+    """Yield the good rows of a table, their columns by field, and count them.
 
     Args:
-        uri: see `records.read_batches`.
+        count: names the table; see `forms.read_batches`.
         what: what the file is, for messages.
         guesses: usual names of the column that is beside those of every list.
         named: columns, by field, that are not guessed.
@@ -160,44 +177,62 @@ def read_columns(
     Raises:
         UserError: see `read_url_list`.
     """
-    rows = Rows(uri, bad_rows)
     fields = [*guesses, *_OTHER_GUESSES]
-    good: dict[str, list[pa.Array]] = {name: [] for name in fields}
     first = 1
-    for batch in read_batches(uri, what, lambda found: _choose(uri, found, {**guesses, **_OTHER_GUESSES}, named)):
+
+    def choose(found: Sequence[str], images: Mapping[str, bool]) -> dict[str, str]:
+        return _choose(count.uri, found, images, {**guesses, **_OTHER_GUESSES}, named)
+
+    for batch in read_batches(count.uri, what, choose):
         several, parents = exploded(batch)
         columns, faults = _judge(several, fields)
-        rows.num_rows += len(faults)
+        count.num_rows += len(faults)
         bad = pc.indices_nonzero(pc.is_valid(faults))
-        rows.refuse(
+        count.refuse(
             f"row {first + parent} {fault}"
             for parent, fault in zip(parents.take(bad).to_pylist(), faults.take(bad).to_pylist(), strict=True)
         )
-        rows.check_share()
+        count.check_share()
         first += len(batch.faults)
-        for name, column in columns.items():
-            good[name].append(column.filter(pc.is_null(faults)))
-    if rows.num_rows == rows.num_invalid:
-        raise UserError(f"{uri} has no rows{' that could be used' if rows.num_rows else ''}")
-    rows.columns = {name: pa.chunked_array(parts, pa.string()) for name, parts in good.items()}
-    return rows
+        yield pa.table(columns).filter(pc.is_null(faults))
+    if count.num_rows == count.num_invalid:
+        raise UserError(f"{count.uri} has no rows{' that could be used' if count.num_rows else ''}")
 
 
 def _choose(
-    uri: str, found: Sequence[str], guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
+    uri: str,
+    found: Sequence[str],
+    images: Mapping[str, bool],
+    guesses: Mapping[str, Collection[str]],
+    named: Mapping[str, str],
 ) -> dict[str, str]:
     """The column of each field: the one named, else the first of the field's usual names that is there."""
     by_usual_name = {column.lower(): column for column in reversed(found)}
-    chosen = {}
+    image = _choose_image(uri, found, images, named.get("image")) if "url" in guesses else None
+    chosen = {} if image is None else {"image": image}
     for name, usual in guesses.items():
         column = named.get(name) or next((by_usual_name[each] for each in usual if each in by_usual_name), None)
-        if column is None and name in _REQUIRED:
+        if column is None and name in _REQUIRED and not (name == "url" and image is not None):
             raise UserError(f"{uri} has no column that looks like {name!r}: say which of its columns {found} it is")
         if column is not None and found.count(column) != 1:
             raise UserError(f"{uri} has {found.count(column)} columns {column!r} instead of 1; it has {found}")
         if column is not None:
             chosen[name] = column
     return chosen
+
+
+def _choose_image(uri: str, found: Sequence[str], images: Mapping[str, bool], named: str | None) -> str | None:
+    """The column that has the images themselves, if there is one."""
+    if named is not None:
+        if named not in images:
+            raise UserError(f"{uri} has no column {named!r} of images: of its columns {found}, {[*images]} have bytes")
+        return named
+    by_usual_name = {column.lower(): column for column in reversed([*images])}
+    sure = [column for column, is_sure in images.items() if is_sure]
+    usual = next((by_usual_name[each] for each in _IMAGE_GUESSES if each in by_usual_name), None)
+    if usual is None and len(sure) > 1:
+        raise UserError(f"{uri} has several columns of images, {sure}: say which of them is `image`")
+    return usual or next(iter(sure), None)
 
 
 def _judge(batch: Batch, fields: Collection[str]) -> tuple[dict[str, pa.Array], pa.Array]:
@@ -217,6 +252,7 @@ def _judge(batch: Batch, fields: Collection[str]) -> tuple[dict[str, pa.Array], 
             faults = pc.if_else(pc.and_(pc.is_null(faults), pc.fill_null(is_bad, False)), told, faults)
         columns[name] = column if name in _REQUIRED else pc.if_else(pc.equal(column, ""), None, column)
     columns["sha256"] = pc.utf8_lower(columns["sha256"])
+    columns["member"] = batch.columns.get("member", pa.nulls(len(faults), pa.string()))
     return columns, faults
 
 
@@ -239,17 +275,13 @@ def _rules(name: str, column: pa.Array) -> Sequence[tuple[pa.Array, str]]:
     return rules
 
 
-def _complete(columns: dict[str, pa.ChunkedArray]) -> pa.Table:
-    """All fields of `SCHEMA`; the host stands in for a missing source."""
-    url = columns["url"]
-    columns["folder"] = pa.chunked_array([pa.nulls(len(url), pa.string())])
+def _complete(rows: pa.Table, folder_of_list: Callable[[], str]) -> pa.Table:
+    """All fields of `SCHEMA`; the host, or the folder's name, stands in for a missing source."""
+    columns = dict(zip(rows.column_names, rows.columns, strict=True))
+    url, is_member = columns["url"], pc.is_valid(columns["member"])
+    folder = folder_of_list() if pc.any(is_member).as_py() else None
+    columns["folder"] = pc.if_else(is_member, pa.scalar(folder, pa.string()), None)
     host = pc.struct_field(pc.extract_regex(url, _HOST), "host")
-    columns["source"] = pc.coalesce(columns["source"], pc.utf8_lower(host), pa.scalar("unknown"))
+    name = (folder or "").rpartition("/")[2] or "unknown"
+    columns["source"] = pc.coalesce(columns["source"], pc.utf8_lower(host), pa.scalar(name))
     return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
-
-
-def fold(table: pa.Table) -> pa.Table:
-    """Keep the first row of every (url, caption), and the order."""
-    numbered = table.select(["url", "caption"]).append_column("row", pa.array(np.arange(table.num_rows)))
-    first = numbered.group_by(["url", "caption"]).aggregate([("row", "min")])
-    return table.take(first["row_min"].sort()) if first.num_rows < table.num_rows else table

@@ -13,13 +13,13 @@ import imagerag  # noqa: F401 - before diffusers, which can't be imported withou
 from tests.bench.harness import Row, Scale
 
 BENCHES = {
-    "download": "images a second, beside plain img2dataset",
+    "download": "images a second, beside plain img2dataset; and from a server that answers 429",
     "embed": "shards to committed rows at ViT-B/32 size, beside a bare open_clip loop on tensors",
     "features": "the cached-features job, beside a bare loop over the same encoder",
     "finetune": "training steps through Ray Train, beside the same steps in a bare loop",
     "generate": "one step with references beside one without; search with features beside one without",
     "gpu": "a fine-tuning step at SD 2.1's size on a GPU, beside bare matrix products",
-    "memory": "peak memory of embedding a corpus, beside one of a quarter of its size",
+    "memory": "peak memory of embedding a corpus, and of planning a list, beside one of a tenth of its size",
     "reindex": "time after 1 % of a list changed, beside a full ingest",
     "serve": "a registered model: pull to first picture; pyfunc and HTTP beside the bare pipeline",
     "search": "latency, recall and build time at 1k and 100k rows, beside faiss-cpu",

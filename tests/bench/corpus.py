@@ -1,12 +1,18 @@
 """Images to measure with: the sample corpus' drawings as files, behind a web server in a process of its own."""
 
-from collections.abc import Iterator
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,11 +47,14 @@ def write_url_list(path: Path, base_url: str, files: list[tuple[str, str]], copi
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve a folder's files over HTTP on loopback, from another process; yields the address."""
+def serving(folder: Path, rate: int | None = None) -> Iterator[str]:
+    """Serve a folder's files over HTTP on loopback, from another process; yields the address.
+
+    With a `rate`, only so many requests in any second are answered, the others by 429 and `Retry-After`.
+    """
     context = get_context("spawn")
     port, child_end = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(folder, child_end), daemon=True)
+    process = context.Process(target=_serve, args=(folder, rate, child_end), daemon=True)
     process.start()
     try:
         yield f"http://{HOST}:{port.recv()}"
@@ -74,7 +83,33 @@ class _Handler(SimpleHTTPRequestHandler):
         pass
 
 
-def _serve(folder: Path, port: Connection) -> None:
-    with _Server((HOST, 0), partial(_Handler, directory=str(folder))) as server:
+class _LimitedHandler(_Handler):
+    def __init__(self, *args: Any, rate: int, answered: deque[float], lock: threading.Lock, **options: Any) -> None:
+        self._rate, self._answered, self._lock = rate, answered, lock
+        super().__init__(*args, **options)
+
+    def do_GET(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            while self._answered and self._answered[0] <= now - 1:
+                self._answered.popleft()
+            wait_s = self._answered[0] + 1 - now if len(self._answered) >= self._rate else 0
+            if not wait_s:
+                self._answered.append(now)
+        if not wait_s:
+            super().do_GET()
+            return
+        self.send_response(HTTPStatus.TOO_MANY_REQUESTS)
+        self.send_header("Retry-After", str(math.ceil(wait_s)))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def _serve(folder: Path, rate: int | None, port: Connection) -> None:
+    handler: Callable[..., BaseHTTPRequestHandler] = partial(_Handler, directory=str(folder))
+    if rate is not None:
+        limits = {"rate": rate, "answered": deque(), "lock": threading.Lock()}
+        handler = partial(_LimitedHandler, directory=str(folder), **limits)
+    with _Server((HOST, 0), handler) as server:
         port.send(server.server_port)
         server.serve_forever()

@@ -1,4 +1,4 @@
-"""Images downloaded a second, beside plain img2dataset on the same list with the same settings."""
+"""Images downloaded a second, beside plain img2dataset on the same list; and from a server with a limit."""
 
 import json
 import os
@@ -13,7 +13,10 @@ from imagerag.corpus.config import DownloadConfig
 from tests.bench.corpus import HOST, make_shards, serving, write_drawings, write_url_list
 from tests.bench.harness import Row, Scale, alternate, in_fresh_process, median
 
-BAR = 0.9
+BAR = 1.0
+LIMITED_BAR = 1.1
+RATE = 100
+"""URLs a second that the server with a limit answers."""
 
 Download = Callable[[Path, Path, DownloadConfig], None]
 
@@ -25,9 +28,11 @@ class Size:
     num_urls: int
     shard_size: int
     repetitions: int
+    num_limited: int
+    """URLs of the server with a limit."""
 
 
-SIZES: dict[Scale, Size] = {"small": Size(400, 100, 1), "full": Size(5000, 500, 3)}
+SIZES: dict[Scale, Size] = {"small": Size(400, 100, 1, 800), "full": Size(5000, 500, 3, 9000)}
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,13 @@ class Timing:
 
 
 def run(scale: Scale, folder: Path) -> list[Row]:
-    """Download one list with either, in turn."""
+    """Download one list with either, in turn; and one from a server with a limit."""
     size = SIZES[scale]
     files = write_drawings(folder / "drawings")
+    return [*_friendly(size, files, folder), *_limited(size, files, folder)]
+
+
+def _friendly(size: Size, files: list[tuple[str, str]], folder: Path) -> list[Row]:
     config = DownloadConfig(allowed_hosts=(HOST,), shard_size=size.shard_size)
     with serving(folder / "drawings") as base_url:
         url_list = folder / "urls.parquet"
@@ -76,6 +85,39 @@ def run(scale: Scale, folder: Path) -> list[Row]:
             [timing.whole for timing in peer],
         ),
     ]
+
+
+def _limited(size: Size, files: list[tuple[str, str]], folder: Path) -> list[Row]:
+    """The server answers so many URLs in any second, and the others by 429."""
+    config = DownloadConfig(allowed_hosts=(HOST,), shard_size=size.shard_size)
+    with serving(folder / "drawings", RATE) as base_url:
+        url_list = folder / "limited.parquet"
+        write_url_list(url_list, base_url, files, range(size.num_limited))
+        plainly = _num_fetched(_download_plainly, url_list, folder / "plainly", config)
+        timing = _time(_download_ours, url_list, folder / "patiently", config)  # nothing may fail
+    return [
+        Row(
+            what=f"{size.num_limited:,} URLs of a server that answers 429 above {RATE} a second: those that succeed",
+            unit="images",
+            ours=size.num_limited,
+            peer=max(plainly, 1),
+            peer_name=f"img2dataset {version('img2dataset')}",
+            at_least=BAR,
+        ),
+        Row(
+            what="the same: time, without start-up",
+            unit="s",
+            ours=timing.fetching,
+            peer=size.num_limited / RATE,
+            peer_name="what the rate allows",
+            at_most=LIMITED_BAR,
+        ),
+    ]
+
+
+def _num_fetched(download: Download, url_list: Path, folder: Path, config: DownloadConfig) -> int:
+    in_fresh_process(download, url_list, folder, config)
+    return sum(json.loads(path.read_text())["successes"] for path in folder.rglob("*_stats.json"))
 
 
 def _time(download: Download, url_list: Path, folder: Path, config: DownloadConfig) -> Timing:

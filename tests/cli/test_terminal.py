@@ -62,6 +62,8 @@ def test_a_report_quotes_bad_rows_as_text() -> None:
         num_bytes=0,
         reasons={"invalid_row": 1},
         examples={"invalid_row": ("row 1 has a url: '<img src=x>|\x1b'",)},
+        num_unchanged=3,
+        kept={"timeout": 1},
     )
     embedded = Embedded(
         uri="u", table="t", version=1, num_rows=1, num_added=1, num_removed=0, num_duplicates=0, encoder_id="e",
@@ -76,3 +78,4 @@ def test_a_report_quotes_bad_rows_as_text() -> None:
         r"| invalid_row | 1 | row 1 has a url\: \'\<img src\=x\>\|\ufffd\' |".replace(r"\ufffd", "\ufffd")
         in report.markdown()
     )
+    assert "| asked again | 3 unchanged, 0 changed, 1 kept that did not come (timeout 1) |" in report.markdown()

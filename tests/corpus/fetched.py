@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pyarrow as pa
 from PIL import Image
 
+from imagerag.corpus.shards import PLAN_SCHEMA
 from tests.corpus.web import Web
 
 IMAGE_SIZE = 256
@@ -33,3 +35,8 @@ class Fetched:
     """Levels that the stored picture may differ from that, on average, after a lossy format."""
     is_kept: bool | None = None
     """Whether the file is stored byte for byte."""
+
+
+def planned(rows: pa.Table) -> pa.Table:
+    """The rows of a list as a shard's plan has them."""
+    return pa.Table.from_pylist(rows.rename_columns({"sha256": "expected_sha256"}).to_pylist(), PLAN_SCHEMA)

@@ -330,7 +330,6 @@ def _formats() -> list[Fetched]:
         refused("PPM", b"P6\n1 1\n255\n\0\0\0", "an unknown kind of data"),
         refused("EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript"),
         refused("noise", bytes(range(128, 256)), "an unknown kind of data"),
-        refused("HEIC without its plug-in", b"\0\0\0\x18ftypheic" + bytes(20), "HEIC"),
     ]
 
 

@@ -199,6 +199,13 @@ def _csv() -> list[Listed]:
             what="TSV without a header, the caption first", name="l.tsv", file=f"an apple\t{A}\na pear\t{B}\n", rows=AB
         ),
         Listed(what="TSV with a lone quote", name="l.tsv", file=f'"x\t{A}\ny\t{B}\n', rows=((A, '"x'), (B, "y"))),
+        Listed(
+            what="TSV with a row of empty cells",
+            name="l.tsv",
+            file="url\tcaption\n" + LINES.replace(",", "\t") + "\t\n",
+            rows=AB,
+            invalid=("row 3 has a url that is empty",),
+        ),
         Listed(what="TSV with quoted cells", name="l.tsv", file=f'"x\ty"\t{A}\n', rows=((A, "x\ty"),)),
         Listed(
             what="URLs alone",

@@ -52,7 +52,7 @@ def turned(orientation: int, size: tuple[int, int] = (400, 640), image_format: s
     """A file of `scene(size)` that has to be turned to be upright."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(TURNS.get(orientation, TURNS[1])(scene(size)), image_format, exif=exif)
+    return encoded(TURNS.get(orientation, TURNS[1])(scene(size)), image_format, exif=exif.tobytes())
 
 
 def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:

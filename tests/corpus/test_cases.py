@@ -15,15 +15,18 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.fetch import fetch_shard
 from imagerag.corpus.ledger import read_attempts
 from imagerag.corpus.shards import PLAN_SCHEMA, shard_path
+from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import read_url_list
 from imagerag.errors import UserError
-from tests.corpus.fetched import IMAGE_SIZE, MAX_BYTES, MAX_PIXELS, Fetched
+from tests.corpus.fetched import IMAGE_SIZE, MAX_BYTES, MAX_PIXELS, Fetched, planned
 from tests.corpus.files import FILES
+from tests.corpus.given import GIVEN, Given
+from tests.corpus.heic import HEIC
 from tests.corpus.lists import LISTED, Listed
 from tests.corpus.servers import SERVERS
 from tests.corpus.web import Web
 
-FETCHED = [*FILES, *SERVERS]
+FETCHED = [*FILES, *HEIC, *SERVERS]
 Outcomes = dict[str, tuple[dict[str, Any], bytes | None, bytes | None]]
 
 
@@ -39,8 +42,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
             url = web.serve(path, file) if file is not None else case.serve(web, path)  # type: ignore[misc]
             rows.append({"url": url, "caption": case.what, "source": "test"})
         config = DownloadConfig(
-            image_size=IMAGE_SIZE, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES, allowed_hosts=(web.host,), timeout_s=2,
-            thread_count=32, retries=0,
+            image_size=IMAGE_SIZE, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES, allowed_hosts=("127.0.0.1",),
+            timeout_s=2, thread_count=32, per_host=32, retries=1, back_off_s=0.1, max_wait_s=60,
         )  # fmt: skip
         fetch_shard(uri, 0, pa.Table.from_pylist(rows, PLAN_SCHEMA), config)
     with tarfile.open(shard_path(uri, 0)) as tar:
@@ -97,3 +100,29 @@ def test_listed(tmp_path: Path, case: Listed) -> None:
     assert found.num_rows == len(case.rows) + len(case.invalid) + case.num_duplicates
     for said, expected in zip(found.invalid, case.invalid, strict=True):
         assert said.startswith(expected)
+
+
+@pytest.mark.parametrize("case", GIVEN, ids=lambda case: case.what)
+def test_given(tmp_path: Path, case: Given) -> None:
+    (tmp_path / "given").mkdir()
+    source = case.make(tmp_path / "given")
+    if case.error:
+        with pytest.raises(UserError) as caught:
+            read_images(source)
+        assert case.error in str(caught.value)
+        return
+    found = read_images(source)
+    assert (found.num_invalid, found.num_duplicates) == (len(case.invalid), case.num_duplicates), found.invalid
+    for said, expected in zip(found.invalid, case.invalid, strict=True):
+        assert said.startswith(expected)
+    uri = str(tmp_path / "shards")
+    config = DownloadConfig(
+        image_size=IMAGE_SIZE, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES, thread_count=4, retries=0
+    )
+    fetch_shard(uri, 0, planned(found.table), config)
+    attempts = read_attempts(uri).to_pylist()
+    assert {row["caption"]: row["reason"] or row["status"] for row in attempts} == case.outcomes
+    assert len(attempts) == found.table.num_rows
+    for row in attempts:
+        assert row["url"].endswith(case.urls.get(row["caption"], ""))
+        assert case.size in (None, (row["width"], row["height"]))

@@ -19,8 +19,10 @@ from imagerag.corpus.guard import Reason
 from imagerag.corpus.ledger import read_attempts, read_ledger, wanted_images
 from imagerag.corpus.sample.bad import bad_urls
 from imagerag.corpus.sample.server import SampleServer
+from imagerag.corpus.spool import Spool
 from imagerag.corpus.takedown import take_down
 from imagerag.corpus.url_list import SCHEMA, UrlList, read_url_list
+from imagerag.errors import UserError
 from imagerag.settings import Settings
 from tests.corpus.web import Web, picture
 
@@ -40,7 +42,14 @@ class Corpus:
         self.uri = str(folder / "shards")
         self.folder = folder / "shards"
         self._settings = Settings(home=folder)
-        self._config = {"allowed_hosts": (web.host,), "shard_size": 4, "thread_count": 4, "timeout_s": 5, "retries": 0}
+        self._config = {
+            "allowed_hosts": (web.host,),
+            "shard_size": 4,
+            "thread_count": 4,
+            "timeout_s": 5,
+            "retries": 0,
+            "back_off_s": 0.1,
+        }
 
     def download(self, rows: list[dict[str, Any]], **options: Any) -> Download:
         config = DownloadConfig.model_validate(self._config | options.pop("config", {}))
@@ -70,7 +79,7 @@ def corpus(tmp_path: Path, web: Web) -> Corpus:
 
 def urls(rows: list[dict[str, Any]]) -> UrlList:
     table = pa.Table.from_pylist([{"source": "test", **row} for row in rows], schema=SCHEMA)
-    return UrlList(table=table, num_duplicates=1)
+    return UrlList(rows=Spool.of(table), num_duplicates=1)
 
 
 def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
@@ -150,7 +159,7 @@ def test_only_what_is_new_is_fetched_and_what_vanished_is_wanted_no_more(corpus:
 
 
 def test_failures_are_tried_again_when_asked_for(corpus: Corpus, web: Web) -> None:
-    rows = [{"url": web.serve(f"/tc{i}", picture(i), status=200 + 300 * (i % 2)), "caption": "c"} for i in range(6)]
+    rows = [{"url": web.serve(f"/tc{i}", picture(i), status=200 + 204 * (i % 2)), "caption": "c"} for i in range(6)]
     assert corpus.download(rows).reasons == {"http_status": 3}
     web.serve("/tc1", picture(1))
     assert corpus.download(rows).num_fetched == 0
@@ -159,6 +168,85 @@ def test_failures_are_tried_again_when_asked_for(corpus: Corpus, web: Web) -> No
     assert web.requests - before == Counter({"/tc1": 1, "/tc3": 1, "/tc5": 1})
     assert (result.num_success, result.num_failed, result.num_fetched) == (4, 2, 3)
     assert corpus.outcome()["c1"] == "success"
+
+
+def test_what_may_pass_is_tried_again_by_a_few_runs(corpus: Corpus, web: Web) -> None:
+    rows = [
+        {"url": web.serve("/tm0", b"", status=404), "caption": "gone"},
+        {"url": web.serve("/tm1", b"", status=500), "caption": "broken"},
+        {"url": web.serve("/tm2", b"", status=500), "caption": "mended"},
+    ]
+    assert corpus.download(rows).reasons == {"server_error": 2, "http_status": 1}
+    web.serve("/tm2", picture(2))
+    result = corpus.download(rows)
+    assert (result.num_fetched, result.num_success, result.reasons) == (2, 1, {"server_error": 1, "http_status": 1})
+    assert [corpus.download(rows).num_fetched for _ in range(5)] == [1, 1, 1, 0, 0]
+    assert web.requests["/tm1"] == 5
+    assert corpus.download(rows, retry_failed=True).num_fetched == 2
+
+
+def _versioned(web: Web, path: str, image: bytes, etag: str) -> str:
+    """Serve a picture, or say that it is the one that is known."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        is_known = handler.headers["If-None-Match"] == etag
+        handler.send_response(304 if is_known else 200)
+        handler.send_header("ETag", etag)
+        if not is_known:
+            handler.send_header("Content-Length", str(len(image)))
+        handler.end_headers()
+        if not is_known:
+            handler.wfile.write(image)
+
+    web.pages[path] = answer
+    return web.url(path)
+
+
+def test_refresh_finds_changed_pictures(corpus: Corpus, web: Web) -> None:
+    same, changed = _versioned(web, "/tn-same", picture(1), '"a"'), _versioned(web, "/tn-changed", picture(2), '"a"')
+    urls = {
+        "same": same,
+        "changed": changed,
+        "same, unversioned": web.serve("/tn-plain", picture(3)),
+        "gone": web.serve("/tn-gone", picture(4)),
+        "opted out": web.serve("/tn-out", picture(5)),
+        "stated": web.serve("/tn-stated", picture(6)),
+    }
+    rows = [{"url": url, "caption": caption} for caption, url in urls.items()]
+    corpus.download(rows)
+    rows[-1]["sha256"] = wanted_images(corpus.uri)["sha256"].to_pylist()[-1]
+    before = {row["caption"]: row for row in wanted_images(corpus.uri).to_pylist()}
+    assert set(before) == set(urls)
+
+    _versioned(web, "/tn-changed", picture(7), '"b"')
+    web.serve("/tn-gone", b"", status=404)
+    web.serve("/tn-out", picture(5), X_Robots_Tag="noai")
+    assert corpus.download(rows).num_fetched == 0
+    result = corpus.download(rows, refresh=True)
+    assert (result.num_fetched, result.num_unchanged, result.num_changed, result.kept) == (5, 2, 1, {"http_status": 1})
+    assert (result.num_success, result.reasons) == (5, {"opt_out": 1})
+    after = {row["caption"]: row for row in wanted_images(corpus.uri).to_pylist()}
+    assert corpus.images()[after["changed"]["key"]] == picture(7)
+    assert {name: row for name, row in before.items() if after.get(name) != row}.keys() == {"changed", "opted out"}
+
+    again = corpus.download(rows, refresh=True)
+    assert (again.num_fetched, again.num_unchanged, again.num_changed) == (4, 3, 0)
+    assert corpus.download(rows).num_fetched == 0
+
+
+def test_a_workers_user_error_ends_the_run_and_the_next_goes_on(
+    corpus: Corpus, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"url": web.serve(f"/to{i}", picture(i)), "caption": f"{i}"} for i in range(12)]
+
+    def fetch_nothing(*_: object) -> None:
+        raise UserError("this machine can look up no names")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("imagerag.corpus.download._fetch_shard", fetch_nothing)
+        with pytest.raises(UserError, match=r"^this machine can look up no names$"):
+            corpus.download(rows)
+    assert corpus.download(rows).num_success == 12
 
 
 def test_a_url_has_to_bring_the_same_bytes_again(corpus: Corpus, web: Web) -> None:
@@ -292,7 +380,7 @@ def test_the_sample_corpus_with_all_its_bad_urls(corpus: Corpus) -> None:
         config = {"allowed_hosts": (server.url.removeprefix("http://"),), "shard_size": 100, "timeout_s": 3}
         result = corpus.download(rows, config=config)
         expected = {f"{server.url}{bad.path}": bad.reason or "success" for bad in bad_urls()}
-        expected[f"{server.url}/bad/busy-once.png"] = "http_status"
+        expected[f"{server.url}/bad/busy-once.png"] = "server_error"
         found = {row["url"]: row["reason"] or row["status"] for row in read_attempts(corpus.uri).to_pylist()}
         assert found == {row["url"]: expected.get(row["url"], "success") for row in rows}
         assert result.num_fetched == len(rows) == len(read_attempts(corpus.uri))

@@ -10,6 +10,7 @@ import pytest
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import BYTES_PER_PIXEL
 from imagerag.corpus.fetch import ByteBudget, GuardedDownloader, UprightResizer
+from imagerag.corpus.hosts import Hosts
 from imagerag.corpus.ledger import read_attempts
 from imagerag.corpus.shards import PLAN_SCHEMA
 from tests.corpus.photos import encoded, scene
@@ -66,6 +67,6 @@ def test_a_shard_of_files_larger_than_the_budget_is_fetched_all_the_same(
         rows = [{"url": web.serve(f"/{number}", file), "caption": "c", "source": "s"} for number in range(12)]
         rows.append({"url": web.serve("/gone", b"", 404), "caption": "c", "source": "s"})
         config = DownloadConfig(max_bytes=len(file), thread_count=8, allowed_hosts=(web.host,))
-        downloader = GuardedDownloader(str(tmp_path), config, UprightResizer(config))
+        downloader = GuardedDownloader(str(tmp_path), config, UprightResizer(config), Hosts(config))
         downloader.download_shard((0, pa.Table.from_pylist(rows, PLAN_SCHEMA)))
     assert read_attempts(str(tmp_path))["status"].to_pylist().count("success") == 12

@@ -7,8 +7,8 @@ import pytest
 
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
-from imagerag.corpus.folder import read_images
 from imagerag.corpus.ledger import read_attempts, wanted_images
+from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import UrlColumns, read_url_list
 from imagerag.digests import sha256_of
 from imagerag.errors import UserError
@@ -123,13 +123,13 @@ def test_a_folder_of_parts_is_a_list(tmp_path: Path) -> None:
 
 def test_what_is_no_folder_of_images(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert f"there is no folder {tmp_path}/none on this machine; a URL list is a file" in error_of(tmp_path / "none")
-    assert f"{tmp_path}/empty has no images: no file in it is named .jpg" in error_of(tmp_path / "empty")
+    assert f"there is no folder {tmp_path}/none on this machine; a list is a file" in error_of(tmp_path / "none")
+    assert f"{tmp_path}/empty has no images, named .jpg" in error_of(tmp_path / "empty")
     assert error_of(folder, "no.csv") == "there is no captions file at no.csv"
     assert "a captions file is a file, or a folder or a glob of files, named .parquet" in error_of(
         folder, "captions.md"
     )
-    assert "captions (c.csv) go with a folder of images; urls.csv is a URL list" in error_of("urls.csv", "c.csv")
+    assert "captions (c.csv) go with a folder of images; urls.csv is a list" in error_of("urls.csv", "c.csv")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "nothing", "pipe", "name"])

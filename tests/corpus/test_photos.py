@@ -48,6 +48,12 @@ def test_half_a_jpeg_is_told_from_one_that_is_grey_below(share: float, options: 
     decode(open_image(io.BytesIO(file), ("jpeg",), 10**6), io.BytesIO(file), 256)
 
 
+def test_heic_without_its_library_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagerag.corpus.photos._plugins", lambda formats: ("JPEG",))
+    with pytest.raises(FetchError, match=r"unsupported_format: HEIC, which needs `pip install imagerag-turbo\[heic\]`"):
+        open_image(io.BytesIO(b"\0\0\0\x18ftypheic" + bytes(20)), ("jpeg", "heic"), 100)
+
+
 def _png_header(width: int, height: int, *, checksum: int | None = None) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = b"IDAT" + zlib.compress(b"")

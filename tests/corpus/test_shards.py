@@ -2,11 +2,13 @@ import multiprocessing
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus import shards, url_list
+from imagerag.corpus.ledger import read_ledger
 
 PLAN = pa.table({name: ["x", "y"] for name in shards.PLAN_SCHEMA.names})
 
@@ -36,8 +38,24 @@ def test_what_is_written_is_read_back(uri: str) -> None:
     assert shards.planned_shards(uri) == [7, 123_456]
     assert shards.read_plans(uri, [123_456, 7]) == {123_456: PLAN.slice(1), 7: PLAN}
     wanted = pa.table({name: ["x"] for name in url_list.SCHEMA.names})
-    shards.write_wanted(uri, wanted)
+    shards.write_wanted(uri, [wanted])
     assert shards.read_wanted(uri) == wanted
+
+
+def test_files_of_before_have_no_versions(tmp_path: Path) -> None:
+    """Plans and shards that were written before servers' versions were kept."""
+    uri = str(tmp_path)
+    new = ["etag", "last_modified", "known_sha256"]
+    (tmp_path / "plan").mkdir()
+    pq.write_table(PLAN.drop_columns(new), tmp_path / "plan" / "00000.parquet")
+    (plan,) = shards.read_plans(uri, [0]).values()
+    assert plan.schema == shards.PLAN_SCHEMA
+    assert plan.select(new).to_pylist() == [dict.fromkeys(new)] * 2
+    row = {"url": "u", "caption": "c", "status": "success", "key": "000000000", "sha256": "s"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "00000.parquet")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    (found,) = read_ledger(uri).to_pylist()
+    assert (found["status"], found["etag"], found["num_failures"]) == ("success", None, 0)
 
 
 def test_only_a_whole_marker_counts(uri: str) -> None:

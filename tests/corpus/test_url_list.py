@@ -1,8 +1,5 @@
-import csv
 import gzip
-import io
 import json
-import random
 from pathlib import Path
 
 import fsspec
@@ -10,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imagerag.corpus.url_list import SCHEMA, BadRows, UrlColumns, fold, read_url_list
+from imagerag.corpus.url_list import SCHEMA, BadRows, UrlColumns, read_url_list
 from imagerag.errors import UserError
 
 ROWS = [("https://Photos.example/a.jpg", "an apple"), ("http://user@b.example:8000/b", 'a "pear", green\nand round')]
@@ -58,7 +55,7 @@ def error_of(uri: str, columns: UrlColumns | None = None) -> str:
 )
 def test_formats(tmp_path: Path, name: str, content: bytes | pa.Table) -> None:
     table = read_url_list(write(tmp_path, name, content)).table
-    optional = {"licence": None, "sha256": None, "folder": None}
+    optional = {"licence": None, "sha256": None, "folder": None, "member": None}
     assert table.schema == SCHEMA
     assert table.to_pylist() == [
         {"url": ROWS[0][0], "caption": ROWS[0][1], "source": "photos.example"} | optional,
@@ -112,7 +109,6 @@ def test_the_same_pair_is_folded_and_the_same_url_with_another_caption_is_not(tm
     assert urls.num_duplicates == 2
     pairs = [(row["url"], row["caption"], row["licence"]) for row in urls.table.to_pylist()]
     assert pairs == [("u://a", "x", "first"), ("u://a", "y", None), ("u://b", "x", None)]
-    assert fold(urls.table) is urls.table
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -178,42 +174,3 @@ def test_a_wrong_column_is_found_out_before_the_whole_list_is_read(tmp_path: Pat
         read_url_list(uri)
     with pytest.raises(UserError, match="has no rows that could be used"):
         read_url_list(uri, bad_rows=BadRows(max_share=1))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_row_of_a_list_is_lost(tmp_path: Path, seed: int) -> None:
-    """Rows in are rows of the table, duplicates and bad rows, whatever is in them."""
-    rng = random.Random(seed)
-    cells = [
-        "u://a",
-        "u://b",
-        "",
-        " ",
-        "x",
-        'a "b"',
-        "a,b",
-        "a\nb",
-        "\u00a0u://c ",
-        "\ud800",
-        None,
-        7,
-        "y" * 9_000,
-        "\x1b",
-        "\t",
-    ]
-    rows = [{"url": rng.choice(cells), "caption": rng.choice(cells)} for _ in range(rng.randrange(1, 200))]
-    rows += [{"url": "u://a", "caption": f"{number}"} for number in range(2)]
-    texts = [{key: cell for key, cell in row.items() if isinstance(cell, str) and cell.isprintable()} for row in rows]
-    as_csv = io.StringIO()
-    writer = csv.DictWriter(as_csv, ["url", "caption"], lineterminator=rng.choice(["\n", "\r\n", "\r"]))
-    writer.writeheader()
-    writer.writerows(texts)
-    files = {
-        "list.jsonl": "\n".join(map(json.dumps, rows)).encode(),
-        "list.json": json.dumps(rows).encode(),
-        "list.csv": as_csv.getvalue().encode(),
-    }
-    for name, content in files.items():
-        found = read_url_list(write(tmp_path, name, content), bad_rows=BadRows(max_share=1))
-        assert found.num_rows == found.table.num_rows + found.num_duplicates + found.num_invalid
-        assert found.num_rows == len(rows), name

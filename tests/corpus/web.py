@@ -3,7 +3,8 @@
 import io
 import ssl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 
@@ -18,6 +19,7 @@ class Web:
         self.requests: Counter[str] = Counter()
         self.user_agents: set[str] = set()
         self.closing = Event()
+        self._others = ExitStack()
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,9 +51,14 @@ class Web:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._others.close()
         self.closing.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def apart(self) -> "Web":
+        """Another site, at another port, for as long as this one: what it does to its host hurts no other."""
+        return self._others.enter_context(Web())
 
     def url(self, path: str) -> str:
         return f"http://{self.host}{path}"
@@ -63,6 +70,21 @@ class Web:
             handler.send_response(status)
             for name, value in ({"Content_Length": str(len(body))} | headers).items():
                 handler.send_header(name.replace("_", "-"), value)
+            handler.end_headers()
+            handler.wfile.write(body)
+
+        self.pages[path] = answer
+        return self.url(path)
+
+    def serve_first(self, path: str, answers: Sequence[tuple[int, dict[str, str]]], body: bytes) -> str:
+        """Answer `path` by these statuses and headers, one a request, and by `body` from then on."""
+        coming = iter(answers)
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            status, headers = next(coming, (200, {}))
+            handler.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                handler.send_header(name, value)
             handler.end_headers()
             handler.wfile.write(body)
 

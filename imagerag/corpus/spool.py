@@ -1,0 +1,188 @@
+"""Rows that may be more than memory holds: kept in order, regrouped by URL, without those that repeat.
+
+Up to `MEMORY_ROWS` rows stay in memory. More of them lie in files of the temporary folder (`TMPDIR`), which are gone
+with what they are for, and memory holds so many at a time, or a part of `NUM_PARTS`, whichever is more.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from tempfile import TemporaryFile
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+MEMORY_ROWS = 2**18
+NUM_PARTS = 256
+MEMORY_BYTES = 2**28
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
+
+
+class Spool:
+    """Rows in the order in which they came."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.num_rows = 0
+        self._schema = schema
+        self._held = _Held()
+        self._file: _File | None = None
+        self._places: list[int] = []
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "Spool":
+        """Return one that holds a table."""
+        spool = cls(table.schema)
+        spool.append(table)
+        return spool
+
+    def append(self, rows: pa.Table) -> None:
+        """Add rows behind the others."""
+        self.num_rows += rows.num_rows
+        self._held.append(rows)
+        if self._held.is_much:
+            self._file = self._file or _File()
+            self._places.append(self._file.write(self._held.take()))
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for place in self._places:
+            assert self._file is not None
+            yield self._file.read(place)
+        yield from self._held.tables
+
+    def table(self) -> pa.Table:
+        """All rows, in memory."""
+        return pa.concat_tables([self._schema.empty_table(), *self])
+
+
+class Parts:
+    """Rows regrouped by a number that each of them has; in a part, in their order."""
+
+    def __init__(self, tables: Iterable[pa.Table], part_of: Callable[[pa.Table], npt.NDArray[np.int64]]) -> None:
+        self._part_of = part_of
+        self._held = _Held()
+        self._file: _File | None = None
+        self._places: dict[int, list[int]] = {}
+        for table in tables:
+            self._held.append(table)
+            if self._held.is_much:
+                self._spill()
+        if self.is_spilled and self._held.tables:
+            self._spill()
+
+    @property
+    def is_spilled(self) -> bool:
+        """Whether there were too many for memory."""
+        return self._file is not None
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """The parts that have rows, in order, or all rows as one part where they fit in memory."""
+        if self.is_spilled:
+            yield from (self._read(part) for part in sorted(self._places))
+        elif self._held.tables:
+            yield pa.concat_tables(self._held.tables)
+
+    def part(self, number: int) -> pa.Table | None:
+        """The rows of one part, if it has any."""
+        if self._held.tables:
+            self._spill()
+        return self._read(number) if number in self._places else None
+
+    def _read(self, part: int) -> pa.Table:
+        assert self._file is not None
+        return pa.concat_tables(map(self._file.read, self._places[part]))
+
+    def _spill(self) -> None:
+        self._file = self._file or _File()
+        rows = self._held.take()
+        parts = self._part_of(rows)
+        order = np.argsort(parts, kind="stable")
+        rows, parts = rows.take(pa.array(order)), parts[order]
+        starts = np.flatnonzero(np.diff(parts, prepend=-1)).tolist()
+        for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):
+            if start < end:
+                place = self._file.write(rows.slice(start, end - start))
+                self._places.setdefault(int(parts[start]), []).append(place)
+
+
+def by_url(rows: pa.Table) -> npt.NDArray[np.int64]:
+    """The part of each row: all rows of a URL are in one."""
+    urls = (url for chunk in rows["url"].chunks for url in chunk.cast(pa.binary()).to_pylist())
+    return np.fromiter((crc32(url) % NUM_PARTS for url in urls), np.int64, rows.num_rows)
+
+
+def numbered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Add to rows their place among all, as `row`."""
+    start = 0
+    for table in tables:
+        yield table.append_column("row", pa.array(np.arange(start, start + table.num_rows)))
+        start += table.num_rows
+
+
+def in_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield rows by their `row`."""
+    for part in Parts(tables, lambda rows: rows["row"].to_numpy() // MEMORY_ROWS):
+        yield part.take(pc.sort_indices(part["row"]))
+
+
+def paired(first: Parts, second: Parts) -> Iterator[tuple[pa.Table | None, pa.Table | None]]:
+    """Yield the rows of two by parts, those of one number together; where there are none, None."""
+    if first.is_spilled or second.is_spilled:
+        yield from ((first.part(number), second.part(number)) for number in range(NUM_PARTS))
+    else:
+        yield next(iter(first), None), next(iter(second), None)
+
+
+def distinct(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the first row of every URL and caption, in order."""
+    for part in in_order(map(first_of_each, Parts(numbered(tables), by_url))):
+        yield part.drop_columns("row")
+
+
+def first_of_each(rows: pa.Table) -> pa.Table:
+    """Keep the first row of every URL and caption, and the order."""
+    places = rows.select(["url", "caption"]).append_column("place", pa.array(np.arange(rows.num_rows)))
+    first = places.group_by(["url", "caption"]).aggregate([("place", "min")])
+    return rows.take(first["place_min"].sort()) if first.num_rows < rows.num_rows else rows
+
+
+class _Held:
+    """Tables in memory."""
+
+    def __init__(self) -> None:
+        self.tables: list[pa.Table] = []
+        self._num_rows = self._num_bytes = 0
+
+    def append(self, table: pa.Table) -> None:
+        self.tables.append(table)
+        self._num_rows += table.num_rows
+        self._num_bytes += table.nbytes
+
+    @property
+    def is_much(self) -> bool:
+        return self._num_rows > MEMORY_ROWS or self._num_bytes > MEMORY_BYTES
+
+    def take(self) -> pa.Table:
+        """All of them, as one table; none are held then."""
+        table = pa.concat_tables(self.tables)
+        self.tables, self._num_rows, self._num_bytes = [], 0, 0
+        return table
+
+
+class _File:
+    """Tables in a temporary file."""
+
+    def __init__(self) -> None:
+        self._file = TemporaryFile(prefix="imagerag-")  # noqa: SIM115 - it lives as long as this
+
+    def write(self, table: pa.Table) -> int:
+        """Write a table behind the others, and return its place."""
+        place = self._file.seek(0, os.SEEK_END)
+        with pa.ipc.new_stream(pa.PythonFile(self._file, "w"), table.schema, options=_OPTIONS) as writer:
+            writer.write_table(table)
+        return place
+
+    def read(self, place: int) -> pa.Table:
+        self._file.seek(place)
+        return pa.ipc.open_stream(pa.PythonFile(self._file, "r")).read_all()

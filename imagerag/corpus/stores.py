@@ -1,0 +1,211 @@
+"""Reading images that are given and not fetched: files of a folder, and bytes in parquet, tars and Lance tables.
+
+A row whose image is not behind its URL names it by its `member`: a URL relative to the `folder` that the user gave.
+
+    cups/blue%20cup.png                   a file
+    00000.tar?offset=1536&size=40213      a part of a file
+    train-0.parquet?row=12&column=image   a cell of a parquet file
+    ?row=12&column=image&version=3        a cell of a Lance table, which is the folder itself
+"""
+
+import math
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.message import Message
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, Self
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+import fsspec
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from imagerag.corpus.guard import FetchError, Reason
+from imagerag.errors import UserError
+
+_BATCH_ROWS = 32  # images decoded from a parquet file at a time
+_NUM_BATCHES = 8  # kept, as threads ask for neighbouring rows in no strict order
+BUFFER_BYTES = 2**20
+"""Of a parquet column, read from its file at a time: a column of images may be larger than memory."""
+
+
+def member_of(path: str, **query: str | int) -> str:
+    """Name an image, as this module's docstring shows."""
+    return quote(path) + (f"?{urlencode(query)}" if query else "")
+
+
+class Store:
+    """The images of a folder, which are opened as `opener.guarded_opener` opens URLs."""
+
+    def __init__(self, folder: str, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._fs, self._root = fsspec.core.url_to_fs(folder)
+        self._column = cache(self._open_column)  # a file is opened once for all of its rows
+        self._opening = Lock()
+
+    def open(self, member: str | None, timeout: float | None = None) -> "Stored":
+        """Open an image. `timeout` is not used: what a user gave is not behind a stranger's server.
+
+        Raises:
+            FetchError: if there is no such image, or it leads out of the folder.
+        """
+        try:
+            parts = urlsplit(member or "")
+            path, query = unquote(parts.path), dict(parse_qsl(parts.query))
+            if "row" in query:
+                with self._opening:
+                    column = self._column(path, query["column"], query.get("version"))
+                image = column(int(query["row"]))
+                return Stored(len(image), lambda _: image, self._max_bytes)
+            if "offset" in query:
+                start, size = int(query["offset"]), int(query["size"])
+                path = f"{self._root}/{path}"
+                return Stored(
+                    size,
+                    lambda most: self._fs.cat_file(path, start=start, end=start + min(size, most)),
+                    self._max_bytes,
+                )
+            if isinstance(self._fs, LocalFileSystem):
+                return _open_local(Path(self._root), path, self._max_bytes)
+            file = self._fs.open(f"{self._root}/{path}", "rb")
+            return Stored(file.size, file.read, self._max_bytes, file.close)
+        except (OSError, pa.ArrowException, ValueError, LookupError) as error:
+            raise _unreadable(error) from error
+
+    def _open_column(self, path: str, column: str, version: str | None) -> Callable[[int], bytes]:
+        if version is not None:
+            table = open_table(self._folder, int(version))
+            return lambda row: _image(image_bytes(table.take([row], columns=[column])[column].combine_chunks()), 0)
+        return _ParquetColumn(self._fs.open(f"{self._root}/{path}", "rb"), column)
+
+
+@dataclass
+class Stored:
+    """An image that was opened, as if it were a reply."""
+
+    length: int
+    """Its size in bytes."""
+    _read: Callable[[int], bytes]
+    """Gives so many bytes of it, or all if they are less."""
+    _max_bytes: int
+    _close: Callable[[], None] = lambda: None
+    deadline: float = math.inf
+    headers: Message = field(default_factory=Message)
+
+    def read(self) -> bytes:
+        """The whole image."""
+        too_many = FetchError(Reason.TOO_MANY_BYTES, f"more than {self._max_bytes} bytes")
+        if self.length > self._max_bytes:
+            raise too_many
+        try:
+            content = self._read(self._max_bytes + 1)
+        except (OSError, ValueError) as error:
+            raise _unreadable(error) from error
+        if len(content) > self._max_bytes:
+            raise too_many
+        return content
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+def _open_local(root: Path, name: str, max_bytes: int) -> Stored:
+    """A regular file of a folder on this machine."""
+    path = root / name
+    resolved = path.resolve(strict=True)
+    if not resolved.is_relative_to(root):
+        raise FetchError(Reason.OUTSIDE_FOLDER, f"{path} leads to {resolved}")
+    # What was checked may be a link or a pipe a moment later: neither is followed nor waited for.
+    file = open(os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        file.close()
+        raise FetchError(Reason.UNREADABLE_FILE, "no regular file")
+    return Stored(status.st_size, file.read, max_bytes, file.close)
+
+
+def _unreadable(error: Exception) -> FetchError:
+    return FetchError(Reason.UNREADABLE_FILE, getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+class _ParquetColumn:
+    """A column of images, by their rows' numbers.
+
+    A row group may be larger than memory, and parquet has no way to a row but through those before it: rows are read in
+    order, a few at a time, and the last ones are kept.
+    """
+
+    def __init__(self, file: Any, column: str) -> None:
+        self._parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES)
+        metadata = self._parquet.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._ends = np.cumsum(sizes)
+        self._name = column
+        self._leaf = image_leaf(self._parquet.schema_arrow.field(column))
+        self._kept: deque[tuple[int, pa.Array]] = deque(maxlen=_NUM_BATCHES)
+        self._next = -1  # the row at which the next batch begins
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._lock = Lock()
+
+    def __call__(self, row: int) -> bytes:
+        with self._lock:
+            return self._find(row)
+
+    def _find(self, row: int) -> bytes:
+        while True:
+            for first, images in self._kept:
+                if first <= row < first + len(images):
+                    return _image(images, row - first)
+            group = int(np.searchsorted(self._ends, row, "right"))
+            if group == len(self._ends):
+                raise LookupError(f"there is no row {row}")
+            start = int(self._ends[group - 1]) if group else 0
+            if not start <= self._next <= row:
+                self._kept.clear()
+                self._next = start
+                self._batches = self._parquet.iter_batches(
+                    _BATCH_ROWS, row_groups=range(group, len(self._ends)), columns=[self._leaf]
+                )
+            batch = next(self._batches)
+            self._kept.append((self._next, image_bytes(batch.column(self._name))))
+            self._next += batch.num_rows
+
+
+def _image(images: pa.Array, row: int) -> bytes:
+    image: bytes | None = images[row].as_py()
+    if image is None:
+        raise LookupError("the row has no image")
+    return image
+
+
+def open_table(uri: str, version: int | None = None) -> lance.LanceDataset:
+    """Open a Lance table, as LanceDB's are: in folders named `….lance`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        return lance.dataset(uri, version=version)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{uri} is no Lance table that can be read: {error}") from error
+
+
+def image_leaf(column: pa.Field) -> str:
+    """What a parquet reader calls the bytes in a column of images."""
+    return f"{column.name}.bytes" if pa.types.is_struct(column.type) else str(column.name)
+
+
+def image_bytes(images: pa.Array) -> pa.Array:
+    """The bytes in a column of images: itself, or of structs as Hugging Face's datasets have them, their `bytes`."""
+    return pa.compute.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
