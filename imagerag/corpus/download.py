@@ -17,6 +17,7 @@ from imagerag.corpus.guard import Reason
 from imagerag.corpus.ledger import PAIR, read_ledger, read_standing, standing
 from imagerag.corpus.takedown import remove_taken_down
 from imagerag.corpus.url_list import UrlList, fold
+from imagerag.locks import check_locks
 from imagerag.plain import printable
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
@@ -49,8 +50,7 @@ def download(
     Progress counts URLs. Images that several lists want are fetched once; two calls for one corpus wait for each other.
     """
     started = time.monotonic()
-    _, root = shards.open_folder(uri)
-    with shards.locked(uri, on_wait=lambda: on_progress(0, 0, f"waiting for another download into {root} to end")):
+    with shards.locked(uri, on_wait=lambda said: on_progress(0, 0, said)):
         num_removed = _want(uri, url_list.table, mode)
         work = _plan(uri, config.shard_size, retry_failed=retry_failed)
         fetched = list(_fetch(work, uri, config, settings, on_progress))
@@ -89,10 +89,9 @@ def _examples(failed: pa.Table, reason: str) -> tuple[str, ...]:
 
 def _want(uri: str, rows: pa.Table, mode: Literal["add", "replace"]) -> int:
     """Make the corpus want `rows`; return how many it wants no more."""
-    before = shards.read_wanted(uri)
-    wanted = rows if mode == "replace" else fold(pa.concat_tables([rows, before]))
-    if not wanted.equals(before):
-        shards.write_wanted(uri, wanted)
+    before, wanted = shards.update_wanted(
+        uri, lambda before: rows if mode == "replace" else fold(pa.concat_tables([rows, before]))
+    )
     removed = before.select(PAIR).join(wanted.select(PAIR), PAIR, join_type="left anti")
     return int(removed.num_rows)
 
@@ -167,6 +166,7 @@ def _fetch(
         while waiting and len(running) < 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
             shard, attempt = waiting.pop()
             running[task.remote(absolute_uri, shard, work[shard], config)] = shard, attempt
+        check_locks()
         ready, stuck = ray.wait(list(running), timeout=_longest_s(work, config))
         for ref in ready or stuck:
             shard, attempt = running.pop(ref)

@@ -62,4 +62,4 @@ def want(uri: Path, samples: Sequence[Sample]) -> None:
     """Replace what the corpus wants."""
     uri.mkdir(parents=True, exist_ok=True)
     rows = [{"url": entry.url, "caption": entry.caption, "source": entry.source} for entry in samples]
-    shards.write_wanted(str(uri), pa.Table.from_pylist(rows, schema=url_list.SCHEMA))
+    shards.update_wanted(str(uri), lambda _: pa.Table.from_pylist(rows, schema=url_list.SCHEMA))
