@@ -94,8 +94,12 @@ class Table:
         dataset.merge_insert("id").when_matched_delete().execute(pa.table({"id": doomed}))
         dataset = self.open()
         compact(dataset, deleted_share=0.0)
-        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=local_folder(self.uri) is not None)
+        self.clean_up()
         return len(doomed)
+
+    def clean_up(self) -> None:
+        """Delete all versions but the newest, and what killed writers left behind. Call it while nobody else writes."""
+        self.open().cleanup_old_versions(older_than=timedelta(0), delete_unverified=local_folder(self.uri) is not None)
 
     def write(self, rows: pa.Table) -> list[str]:
         """Write rows to files that belong to no version yet, and return what `commit` needs. Runs in any process."""

@@ -87,6 +87,9 @@ class PictureJob:
         """Make the pictures that are missing, and return how long one takes in each way."""
         versions = {name: int(table.open().version) for name, table in self._tables.items()}
         missing = {way.name: self._missing(self._tables[way.name]) for way in self.ways}
+        for name, rows in missing.items():
+            if rows.num_rows:
+                self._tables[name].clean_up()
         total, done = int(sum(rows.num_rows for rows in missing.values())), 0
         latencies: dict[str, Latency] = {}
         parts = [

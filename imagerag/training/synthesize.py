@@ -84,6 +84,7 @@ def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tu
         start_ray(settings)
         try:
             for job in (each for each in jobs if each.rows.num_rows):
+                job.table.clean_up()
                 arguments = {"batch_size": config.batch_size, **job.arguments}
                 results_of = partial(mapped, job.parts(), job.worker, arguments, config)
                 with closing(watched(results_of, config.stall_timeout_s)) as results:
