@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -22,6 +24,7 @@ from imagerag.errors import UserError
 
 _MAX_PUT = 5 * 2**30
 """Bytes of one request to S3. Of several requests, none can have a condition by s3fs."""
+_NUM_PROBES = 4
 
 
 class ConflictError(RuntimeError):
@@ -75,6 +78,26 @@ def replace_file(uri: str, content: bytes, tag: str | None) -> str:
         if tag_there != tag:
             raise ConflictError(f"another writer changed {uri}") from error
         raise
+
+
+def keeps_writers_apart(uri: str) -> bool:
+    """Whether of several writers of one file at once `replace_file` lets one through there. Leaves nothing behind."""
+    probe = f"{uri.rstrip('/')}/probe-{uuid4().hex}"
+
+    def try_to_write(number: int, tag: str | None) -> bool:
+        with suppress(ConflictError):
+            replace_file(probe, str(number).encode(), tag)
+            return True
+        return False
+
+    numbers = range(_NUM_PROBES)
+    with ThreadPoolExecutor(_NUM_PROBES) as pool:
+        created = list(pool.map(try_to_write, numbers, [None] * _NUM_PROBES))
+        _, tag = read_tagged(probe)
+        changed = list(pool.map(try_to_write, range(_NUM_PROBES, 2 * _NUM_PROBES), [tag] * _NUM_PROBES))
+    filesystem, path = fsspec.url_to_fs(probe)
+    filesystem.rm_file(path)
+    return sum(created) == sum(changed) == 1
 
 
 def write_json(uri: str, values: dict[str, Any]) -> None:

@@ -94,6 +94,7 @@ class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     port: int
     store: ObjectStore
+    lock = threading.Lock()
 
     def do_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -101,7 +102,8 @@ class _Proxy(BaseHTTPRequestHandler):
         if fault == "refused":
             self._answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
             return
-        status, headers, content = self._pass_on(body)
+        with self.lock:  # moto looks at conditions and writes in two steps
+            status, headers, content = self._pass_on(body)
         if fault == "slow":
             time.sleep(SLOW_S)
         if fault == "carried out, then 500":

@@ -15,7 +15,7 @@ import pytest
 
 from imagerag import locks
 from imagerag.corpus import shards, url_list
-from imagerag.files import ConflictError, read_tagged, replace_file, write_file
+from imagerag.files import ConflictError, keeps_writers_apart, read_tagged, replace_file, write_file
 from imagerag.locks import LockLostError, check_locks, named_job, writer_lock
 from imagerag.retrieval.pins import pin, pins, unpin
 from imagerag.retrieval.publish import move_tag, published_rows
@@ -200,6 +200,17 @@ def test_a_conditional_write_knows_its_own(store: ObjectStore, folder: str, faul
         with pytest.raises(ConflictError):
             replace_file(uri, b"3", outdated)
     assert read_tagged(uri) == (b"2", newer)
+
+
+def test_a_store_is_found_out_that_does_not_keep_writers_apart(
+    store: ObjectStore, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert keeps_writers_apart(folder)
+    filesystem = fsspec.filesystem("s3")
+    write = filesystem.pipe_file
+    monkeypatch.setattr(filesystem, "pipe_file", lambda path, content, **condition: write(path, content))
+    assert not keeps_writers_apart(folder)
+    assert not filesystem.exists(folder)
 
 
 def test_a_store_that_is_gone_is_no_conflict(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
