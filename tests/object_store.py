@@ -2,7 +2,6 @@
 
 import http.client
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -30,27 +29,16 @@ class ObjectStore:
     environment: dict[str, str]
     """Of its users."""
     _faults: deque[tuple[str, str, Fault]] = field(default_factory=deque)
-    happened: list[Fault] = field(default_factory=list)
-    _moments: random.Random = field(default_factory=random.Random)
-    _share: float = 0.0
 
     def fail(self, method: str, part: str, *faults: Fault) -> None:
         """Have these befall the next requests by a method for a path with a part in it, one after the other."""
         self._faults.extend((method, part, fault) for fault in faults)
 
-    def fails_at_random(self, moments: random.Random, share: float) -> None:
-        """Have each request fail by this chance from now on."""
-        self._moments, self._share = moments, share
-
     def next_fault(self, method: str, path: str) -> Fault | None:
         for each in list(self._faults):
             if each[0] == method and each[1] in path:
                 self._faults.remove(each)
-                self.happened.append(each[2])
                 return each[2]
-        if self._share and self._moments.random() < self._share:
-            self.happened.append(self._moments.choice(FAULTS))
-            return self.happened[-1]
         return None
 
     @property
