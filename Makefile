@@ -1,6 +1,6 @@
 # Every target makes the virtual environment when it is missing and reuses it otherwise.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-cluster test-browser test-gpu bench lint up down lock clean
+.PHONY: help demo test test-unit test-kill test-cluster test-browser test-gpu bench lint up down lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -29,6 +29,11 @@ test: $(STAMP)  ## Run the unit and engine tests.
 
 test-unit: $(STAMP)  ## Run the tests that take seconds.
 	@$(BIN)/pytest -m "not engines and not cluster and not browser and not gpu"
+
+KILLS ?= 30
+
+test-kill: $(STAMP)  ## Kill drivers, workers and writers of all stages KILLS times, at moments that SEED says.
+	@KILLS=$(KILLS) $(BIN)/pytest -s tests/kills -k random_kills
 
 test-cluster: $(STAMP)  ## Run a corpus through PostgreSQL, S3 and two Ray nodes on this machine; needs PostgreSQL.
 	@$(BIN)/pytest -m cluster

@@ -11,7 +11,7 @@ from imagerag.registry.champion import present_champion
 from imagerag.settings import Settings, check_name
 from imagerag.training.job import newest_finetuned, read_finetuned
 from tasks.evaluate import evaluate_adapter, pass_gate, register_model
-from tasks.policy import hide_user_tracebacks
+from tasks.policy import hide_user_tracebacks, named_run
 from tasks.report import EvaluateReport, write_evaluate_report
 
 
@@ -53,11 +53,12 @@ def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
     adapter = parameters.adapter
     finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
     champion = present_champion(settings, finetuned)
-    evaluated = evaluate_adapter(finetuned, parameters.evaluation, parameters.gate, champion)
-    decision = pass_gate(finetuned, evaluated, parameters.gate, champion)
-    registered = register_model(
-        finetuned, evaluated, decision, portable=parameters.portable, keep=parameters.keep_models
-    )
+    with named_run():
+        evaluated = evaluate_adapter(finetuned, parameters.evaluation, parameters.gate, champion)
+        decision = pass_gate(finetuned, evaluated, parameters.gate, champion)
+        registered = register_model(
+            finetuned, evaluated, decision, portable=parameters.portable, keep=parameters.keep_models
+        )
     report = EvaluateReport(name=parameters.name, evaluated=evaluated, decision=decision, registered=registered)
     write_evaluate_report(report)
     return report

@@ -11,7 +11,7 @@ from imagerag.retrieval.publish import PublishConfig
 from imagerag.settings import check_name
 from tasks.features import make_features
 from tasks.index import index_rows
-from tasks.policy import hide_user_tracebacks
+from tasks.policy import alone_at, hide_user_tracebacks
 from tasks.publish import check_champion, publish_index
 from tasks.report import FeaturesReport, write_features_report
 
@@ -34,9 +34,10 @@ def features(parameters: FeaturesParameters) -> FeaturesReport:
     Run it again at any time: only rows without features are encoded.
     """
     hide_user_tracebacks()
-    cached = make_features(parameters.name, parameters.features)
-    index = index_rows(cached, parameters.index)
-    publication = publish_index(index, parameters.publish)
+    with alone_at(parameters.name):
+        cached = make_features(parameters.name, parameters.features)
+        index = index_rows(cached, parameters.index)
+        publication = publish_index(index, parameters.publish)
     report = FeaturesReport(name=parameters.name, cached=cached, publication=publication)
     write_features_report(report)
     if not publication.published:

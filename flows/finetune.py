@@ -8,7 +8,7 @@ from imagerag.settings import check_name
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
 from tasks.finetune import choose_version, plan_training, synthesize_examples, train_adapter
-from tasks.policy import hide_user_tracebacks
+from tasks.policy import hide_user_tracebacks, named_run
 from tasks.report import FinetuneReport, write_finetune_report
 
 
@@ -41,8 +41,9 @@ def finetune(parameters: FinetuneParameters) -> FinetuneReport:
     plan = plan_training(parameters.name, version, parameters.data, parameters.training)
     if parameters.dry_run:
         return FinetuneReport(name=parameters.name, plan=plan)
-    training_set = synthesize_examples(parameters.name, version, parameters.data)
-    finetuned = train_adapter(training_set, parameters.training, parameters.workers, parameters.group)
+    with named_run():
+        training_set = synthesize_examples(parameters.name, version, parameters.data)
+        finetuned = train_adapter(training_set, parameters.training, parameters.workers, parameters.group)
     report = FinetuneReport(name=parameters.name, plan=plan, training_set=training_set, finetuned=finetuned)
     write_finetune_report(report)
     return report

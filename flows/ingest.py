@@ -19,7 +19,7 @@ from imagerag.settings import Settings, check_name
 from tasks.download import download_images
 from tasks.embed import embed_images
 from tasks.index import index_rows
-from tasks.policy import hide_user_tracebacks
+from tasks.policy import alone_at, hide_user_tracebacks
 from tasks.publish import publish_index
 from tasks.report import CorpusReport, write_report
 
@@ -89,6 +89,16 @@ def ingest(parameters: CorpusParameters) -> CorpusReport:
 def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"]) -> CorpusReport:
     """Run the stages on images that are added to the corpus, or that from now on are the corpus."""
     hide_user_tracebacks()
+    with alone_at(parameters.name):
+        report = _update(parameters, mode)
+    publication = report.publication
+    if not publication.published:
+        failed = [f"{check.name}: {check.detail}" for check in publication.checks if not check.passed]
+        raise NotPublishedError(f"{parameters.name} is not published: {'; '.join(failed)}")
+    return report
+
+
+def _update(parameters: CorpusParameters, mode: Literal["add", "replace"]) -> CorpusReport:
     rows_before = published_rows(Store(Settings().index_uri, parameters.name))
     download = download_images(
         parameters.url_list,
@@ -114,7 +124,4 @@ def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"])
         publication=publication,
     )
     write_report(report)
-    if not publication.published:
-        failed = [f"{check.name}: {check.detail}" for check in publication.checks if not check.passed]
-        raise NotPublishedError(f"{parameters.name} is not published: {'; '.join(failed)}")
     return report

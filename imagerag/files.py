@@ -1,28 +1,119 @@
-"""Small files that are whole or not there, in a folder or an object store."""
+"""Files of ours that are whole or not there, in a folder or an object store, and how two writers of one don't collide.
 
+`replace_file` writes only if the file is still as it was read: by `If-None-Match` and `If-Match` on S3, and in a folder
+while no other process of this kind writes it. So what is read, changed and written loses no change of another writer.
+"""
+
+import fcntl
+import hashlib
+import io
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
+from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.errors import UserError
 
+_MAX_PUT = 5 * 2**30
+"""Bytes of one request to S3. Of several requests, none can have a condition by s3fs."""
+_NUM_PROBES = 4
+
+
+class ConflictError(RuntimeError):
+    """Another writer was quicker; nothing was written. Read again what is there, and decide anew."""
+
 
 def write_file(uri: str, content: bytes) -> None:
     """Write a file; a reader never sees half of it."""
     filesystem, path = fsspec.url_to_fs(uri)
-    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    filesystem.pipe_file(f"{path}.partial", content)
-    filesystem.mv(f"{path}.partial", path)
+    if isinstance(filesystem, LocalFileSystem):
+        _replace(Path(path), content)
+    else:
+        filesystem.pipe_file(path, content)  # object stores show an object when it is complete
+
+
+def put_file(uri: str, source: Path) -> None:
+    """Copy a file of this machine; a reader never sees half of it."""
+    filesystem, path = fsspec.url_to_fs(uri)
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.put_file(str(source), path)
+        return
+    with source.open("rb") as content:
+        _replace(Path(path), content)
+
+
+def read_tagged(uri: str) -> tuple[bytes | None, str | None]:
+    """Return a file's content, and what tells it from others for `replace_file`; nothing where there is none."""
+    filesystem, path = fsspec.url_to_fs(uri)
+    try:
+        if isinstance(filesystem, LocalFileSystem):
+            content = Path(path).read_bytes()
+            return content, _digest(content)
+        # The tag first: one that is older than the content only lets `replace_file` fail.
+        tag = filesystem.info(path, refresh=True).get("ETag", "")
+        return filesystem.cat_file(path), tag
+    except FileNotFoundError:
+        return None, None
+
+
+def replace_file(uri: str, content: bytes, tag: str | None) -> str:
+    """Write a file if it is still the one that `read_tagged` gave `tag` for, and return its new tag.
+
+    Where the store's answer says that it was not written, or is lost, what is there decides: a request that was carried
+    out and is repeated meets its own write.
+
+    Raises:
+        ConflictError: if it is another one by now, or one is there where `tag` is None.
+    """
+    filesystem, path = fsspec.url_to_fs(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        _replace(Path(path), content, lambda: _is_tagged(Path(path), tag))
+        return _digest(content)
+    condition = {"mode": "create"} if tag is None else {"IfMatch": tag}
+    try:
+        written = filesystem.pipe_file(path, content, chunksize=_MAX_PUT, **condition)
+        return str((written or {}).get("ETag", ""))
+    except Exception as error:
+        there, tag_there = read_tagged(uri)
+        if there == content and tag_there is not None:
+            return tag_there
+        if tag_there != tag:
+            raise ConflictError(f"another writer changed {uri}") from error
+        raise
+
+
+def keeps_writers_apart(uri: str) -> bool:
+    """Whether of several writers of one file at once `replace_file` lets one through there. Leaves nothing behind."""
+    probe = f"{uri.rstrip('/')}/probe-{uuid4().hex}"
+
+    def try_to_write(number: int, tag: str | None) -> bool:
+        with suppress(ConflictError):
+            replace_file(probe, str(number).encode(), tag)
+            return True
+        return False
+
+    numbers = range(_NUM_PROBES)
+    with ThreadPoolExecutor(_NUM_PROBES) as pool:
+        created = list(pool.map(try_to_write, numbers, [None] * _NUM_PROBES))
+        _, tag = read_tagged(probe)
+        changed = list(pool.map(try_to_write, range(_NUM_PROBES, 2 * _NUM_PROBES), [tag] * _NUM_PROBES))
+    filesystem, path = fsspec.url_to_fs(probe)
+    filesystem.rm_file(path)
+    return sum(created) == sum(changed) == 1
 
 
 def write_json(uri: str, values: dict[str, Any]) -> None:
-    """Write what JSON can hold, likewise."""
+    """Write what JSON can hold, as `write_file` does."""
     write_file(uri, json.dumps(values, indent=1).encode())
 
 
@@ -32,6 +123,24 @@ def read_json(uri: str) -> dict[str, Any] | None:
         values: dict[str, Any] = json.load(file)
         return values
     return None
+
+
+def open_alone(path: Path, on_wait: Callable[[], None] = lambda: None) -> BufferedRandom:
+    """Open a file, which is made where there is none, for this process alone, until it is closed or removed.
+
+    The operating system ends that with the process, however it dies. `on_wait` is called before others are waited for.
+    """
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # whoever had it has removed or renamed it
 
 
 @contextmanager
@@ -51,3 +160,25 @@ def local_copy(uri: str) -> Iterator[Path]:
         except FileNotFoundError:
             raise UserError(f"there is no folder {uri}") from None
         yield Path(folder)
+
+
+def _replace(path: Path, content: bytes | IO[bytes], may_be_written: Callable[[], bool] = lambda: True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with open_alone(partial) as file:
+        if not may_be_written():
+            partial.unlink()
+            raise ConflictError(f"another writer changed {path}")
+        file.truncate(0)
+        shutil.copyfileobj(io.BytesIO(content) if isinstance(content, bytes) else content, file)
+        file.flush()
+        os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def _is_tagged(path: Path, tag: str | None) -> bool:
+    return read_tagged(str(path))[1] == tag
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -21,10 +21,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 import psutil
-from filelock import FileLock
 
 from imagerag import credentials
 from imagerag.errors import UserError
+from imagerag.locks import writer_lock
 from imagerag.settings import Settings
 
 WORK_POOL = "imagerag"
@@ -197,9 +197,7 @@ def down(home: Path) -> list[Service]:
 @contextmanager
 def _changing(home: Path) -> Iterator[None]:
     """Keep other processes from starting or stopping services of this home at the same time."""
-    folder = home / "services"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    with writer_lock(str(home / "services"), "services"):
         yield
 
 

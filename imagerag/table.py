@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from lance import LanceDataset, LanceOperation
-from lance.fragment import FragmentMetadata, write_fragments
+from lance import LanceDataset
+from lance.fragment import write_fragments
 
 from imagerag.errors import UserError
-from imagerag.locks import local_folder
-from imagerag.retrieval.store import compact
+from imagerag.locks import check_locks, local_folder
+from imagerag.retrieval.store import append, compact
 
 Arrays = npt.NDArray[np.floating[Any]]
 
@@ -90,22 +90,30 @@ class Table:
         doomed = own.filter(pc.is_in(own, ids))
         if not len(doomed):
             return 0
+        check_locks()
         dataset.merge_insert("id").when_matched_delete().execute(pa.table({"id": doomed}))
         dataset = self.open()
         compact(dataset, deleted_share=0.0)
-        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=local_folder(self.uri) is not None)
+        self.clean_up()
         return len(doomed)
+
+    def clean_up(self) -> None:
+        """Delete all versions but the newest, and what killed writers left behind. Call it while nobody else writes."""
+        self.open().cleanup_old_versions(older_than=timedelta(0), delete_unverified=local_folder(self.uri) is not None)
 
     def write(self, rows: pa.Table) -> list[str]:
         """Write rows to files that belong to no version yet, and return what `commit` needs. Runs in any process."""
         fragments = write_fragments(rows.select(self.schema.names).cast(self.schema), self.uri, schema=self.schema)
         return [json.dumps(fragment.to_json()) for fragment in fragments]
 
-    def commit(self, fragments: Sequence[str]) -> None:
-        """Append fragments as one transaction."""
-        if fragments:
-            adopted = [FragmentMetadata.from_json(fragment) for fragment in fragments]
-            LanceDataset.commit(self.uri, LanceOperation.Append(adopted), read_version=self.open().version)
+    def commit(self, fragments: Sequence[str], read_version: int) -> int:
+        """Append fragments as one transaction and return the new version.
+
+        Raises:
+            CommitConflictError: if the table is no longer the one of `read_version`, the version in which the caller
+                looked which rows are missing.
+        """
+        return append(self.open(), fragments, read_version)
 
 
 def array_field(name: str, shape: Sequence[int], kind: pa.DataType | None = None) -> pa.Field:

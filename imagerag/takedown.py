@@ -148,7 +148,8 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
     swept = sweep_models(settings, name, ids, runs, set_names)
     trained = [f"adapter {uri} learnt from the images" for uri in _trained_on(folder, set_names)]
     deleted = []
-    with writer_lock(folder, "training"):  # another writer's files, not yet committed, would be deleted too
+    # Another writer's files, not yet committed, would be deleted too.
+    with writer_lock(folder, "training"), writer_lock(f"{folder}/evaluations", "pictures"):
         for uri in _tables(folder, "real"):
             if count := Table.at(uri).drop(pa.chunked_array([ids])):
                 deleted.append(f"{count} latents in {uri}")

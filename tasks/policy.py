@@ -1,14 +1,19 @@
 """What every stage's task has in common."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import Task, task
+from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import flow_run
 
 from imagerag.errors import UserError
+from imagerag.locks import named_job
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +48,24 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     if isinstance(error, UserError):
         record.msg, record.args, record.exc_info = str(error), (), None
     return True
+
+
+@contextmanager
+def alone_at(name: str) -> Iterator[None]:
+    """Let one flow at a time bring the corpus `name` up to date, whatever deployment, command or machine it is of.
+
+    Between its stages others would find rows that are on their way out and none yet in their place, and publish that.
+    """
+    logger = get_run_logger()
+    with named_run(), Store(Settings().index_uri, name).update_lock(logger.info):
+        yield
+
+
+@contextmanager
+def named_run() -> Iterator[None]:
+    """Let others who have to wait for this flow be told which it is."""
+    with named_job(f"{flow_run.flow_name} {flow_run.name}"):
+        yield
 
 
 def hide_user_tracebacks() -> None:

@@ -15,7 +15,9 @@ from imagerag.services import prefect_environment
 from imagerag.settings import Settings
 
 LONGEST = (
-    "end_to_end/test_kill.py",
+    "kills/test_ingest.py",
+    "kills/test_kills.py",
+    "kills/test_without_ray.py",
     "training/test_job.py",
     "flows/test_pipeline.py",
     "embedding/test_job.py",

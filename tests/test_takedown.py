@@ -85,7 +85,7 @@ class Everything:
         table = Table.keyed(str(folder.parent), "pictures", {"index": 1}, columns)
         rows = {"id": ["a", "b"], "image": [self.image, b""], "references": [json.dumps(own) for own in shown]}
         table.open()
-        table.commit(table.write(pa.table(rows)))
+        table.commit(table.write(pa.table(rows)), table.open().version)
         validation = {"references_uri": self.world.examples().references_table.uri}
         self.training_run = start_run(self.settings, "finetune", "t1", {}, validation)
         for run_id, name in (

@@ -50,6 +50,7 @@ def doctor() -> None:
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
         "installed": _packages,
         "engines": _engines,
+        "object stores": _object_stores,
         "encoders and base models": _models,
         "indexes": _indexes,
         "registered models": _registered,
@@ -65,6 +66,25 @@ def doctor() -> None:
     console.print(f"{missing} thing(s) to see to, marked →." if missing else "All is well.")
     if missing:
         raise typer.Exit(1)
+
+
+def _object_stores() -> Iterator[Finding]:
+    from imagerag.files import keeps_writers_apart
+    from imagerag.locks import local_folder
+    from imagerag.settings import Settings
+
+    settings = Settings()
+    uris = [uri for uri in (settings.shards_uri, settings.index_uri, settings.training_uri) if not local_folder(uri)]
+    if not uris:
+        yield Finding("object stores", "none: everything is in folders")
+    for uri in uris:
+        try:
+            apart = keeps_writers_apart(uri)
+        except Exception as error:  # noqa: BLE001 - stores have exceptions of their own
+            yield Finding(uri, f"can't be written: {error}", "look at AWS_ENDPOINT_URL and the credentials")
+            continue
+        remedy = "" if apart else "use one that honours If-None-Match and If-Match: two jobs at once may lose rows here"
+        yield Finding(uri, "keeps writers apart" if apart else "does not keep writers apart", remedy)
 
 
 def _packages() -> Iterator[Finding]:

@@ -53,7 +53,9 @@ def publish(name: NameOption = None) -> None:
     from imagerag.retrieval.publish import publish as publish_version
 
     store = _store(name)
-    _show(publish_version(store, build_index(store, IndexConfig()), PublishConfig()))
+    with store.update_lock(typer.echo):
+        published = publish_version(store, build_index(store, IndexConfig()), PublishConfig())
+    _show(published)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from imagerag.corpus.spool import Spool, distinct, in_order
 from imagerag.corpus.takedown import remove_taken_down
 from imagerag.corpus.url_list import UrlList
 from imagerag.errors import UserError
+from imagerag.locks import check_locks
 from imagerag.plain import printable
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
@@ -65,8 +66,7 @@ def download(
         UserError: if a worker's machine can look up no names.
     """
     started = time.monotonic()
-    _, root = shards.open_folder(uri)
-    with shards.locked(uri, on_wait=lambda: on_progress(0, 0, f"waiting for another download into {root} to end")):
+    with shards.locked(uri, on_wait=lambda said: on_progress(0, 0, said)):
         num_removed = _want(uri, url_list.rows, mode)
         work = _plan(uri, config.shard_size, retry_failed=retry_failed, refresh=refresh)
         fetched = list(_fetch(work, uri, config, settings, on_progress))
@@ -243,6 +243,7 @@ def _fetch(
         while waiting and len(running) < 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
             shard, attempt = waiting.pop()
             running[task.remote(absolute_uri, shard, work.rows(shard), config, run, num_workers)] = shard, attempt
+        check_locks()
         ready, stuck = ray.wait(list(running), timeout=longest_s)
         for ref in ready or stuck:
             shard, attempt = running.pop(ref)

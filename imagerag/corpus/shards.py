@@ -8,27 +8,28 @@
     00012_stats.json      the mark that the shard is finished, written last
 
 The last three are img2dataset's own output. The ids of shards only grow, and a finished shard is never fetched
-again. Every file of our own is replaced atomically.
+again. Every file of our own is replaced atomically, and only if it is still the one that was read.
 """
 
-import fcntl
 import json
-import os
-import shutil
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus import url_list
+from imagerag.files import ConflictError, put_file, read_tagged, replace_file
+from imagerag.locks import OnWait, check_locks, writer_lock
+
+logger = logging.getLogger(__name__)
 
 _PLANNED = ("url", "caption", "source", "licence", "expected_sha256", "folder", "member")
 _ASKED_AGAIN = ("etag", "last_modified", "known_sha256")
@@ -117,11 +118,13 @@ def read_plans(uri: str, shards: Iterable[int]) -> dict[int, pa.Table]:
 
 
 def write_plan(uri: str, shard: int, rows: pa.Table) -> None:
-    """Fix the rows of a new shard."""
-    fs, root = open_folder(uri)
+    """Fix the rows of a new shard.
+
+    Raises:
+        ConflictError: if another process has planned it.
+    """
     assert rows.num_rows <= 10**ROW_DIGITS
-    assert not fs.exists(_plan_path(root, shard))
-    _put_table(fs, _plan_path(root, shard), rows.cast(PLAN_SCHEMA))
+    replace_file(_plan_path(uri.rstrip("/"), shard), _to_parquet(rows.cast(PLAN_SCHEMA)), None)
 
 
 def read_wanted(uri: str) -> pa.Table:
@@ -146,14 +149,17 @@ def iter_wanted(uri: str) -> Iterator[pa.Table]:
 
 
 def write_wanted(uri: str, rows: Iterable[pa.Table]) -> None:
-    """Replace what the corpus wants."""
-    fs, root = open_folder(uri)
+    """Replace what the corpus wants, which only the holder of the corpus's lock may do.
+
+    It can be more than one request to an object store takes, and so is not written on a condition.
+    """
     with TemporaryDirectory(prefix="imagerag-") as folder:
         path = Path(folder, "wanted.parquet")
         with pq.ParquetWriter(path, url_list.SCHEMA) as writer:
             for some in rows:
                 writer.write_table(some.cast(url_list.SCHEMA))
-        put_file(fs, f"{root}/wanted.parquet", path)
+        check_locks()
+        put_file(f"{uri.rstrip('/')}/wanted.parquet", path)
 
 
 def read_takedowns(uri: str) -> pa.Table:
@@ -162,61 +168,16 @@ def read_takedowns(uri: str) -> pa.Table:
     return _get_table(fs, f"{root}/takedowns.parquet", TAKEDOWN_SCHEMA)
 
 
-def write_takedowns(uri: str, rows: pa.Table) -> None:
-    """Replace the takedowns."""
-    fs, root = open_folder(uri)
-    _put_table(fs, f"{root}/takedowns.parquet", rows.cast(TAKEDOWN_SCHEMA))
-
-
-def put(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)  # object stores show an object when it is complete
-        return
-    with _replacing(Path(path)) as file:
-        file.write(data)
-
-
-def put_file(fs: fsspec.AbstractFileSystem, path: str, source: Path) -> None:
-    """Copy a file of this machine as a whole or not at all."""
-    if not isinstance(fs, LocalFileSystem):
-        fs.put_file(str(source), path)
-        return
-    with _replacing(Path(path)) as file, source.open("rb") as content:
-        shutil.copyfileobj(content, file)
+def update_takedowns(uri: str, change: Callable[[pa.Table], pa.Table]) -> tuple[pa.Table, pa.Table]:
+    """Make the takedowns what `change` makes of them, and return them before and after."""
+    return _update(f"{uri.rstrip('/')}/takedowns.parquet", TAKEDOWN_SCHEMA, change)
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `target` when it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.unfinished")
-    with unfinished.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(target)
-
-
-@contextmanager
-def locked(uri: str, shard: int | None = None, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a corpus in a local folder, or one of its shards, for this process alone.
-
-    The operating system ends the lock with the process, however it dies. Object stores have no locks: there, only one
-    download of a corpus may run at a time.
-    """
-    fs, root = open_folder(uri)
-    if not isinstance(fs, LocalFileSystem):
-        yield
-        return
-    path = Path(root, "lock") if shard is None else Path(_plan_path(root, shard))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
+def locked(uri: str, shard: int | None = None, on_wait: OnWait = logger.info) -> Iterator[None]:
+    """Hold a corpus, or one of its shards, for this process alone, see `imagerag.locks`."""
+    folder, name = (uri, "corpus") if shard is None else (f"{uri.rstrip('/')}/plan", shard_name(shard))
+    with writer_lock(folder, name, on_wait):
         yield
 
 
@@ -244,7 +205,21 @@ def _get_table(fs: fsspec.AbstractFileSystem, path: str, schema: pa.Schema) -> p
     return pq.read_table(pa.BufferReader(data), schema=schema)
 
 
-def _put_table(fs: fsspec.AbstractFileSystem, path: str, rows: pa.Table) -> None:
+def _update(path: str, schema: pa.Schema, change: Callable[[pa.Table], pa.Table]) -> tuple[pa.Table, pa.Table]:
+    """Replace a table by what `change` makes of it, anew where another process was quicker."""
+    while True:
+        data, tag = read_tagged(path)
+        before = schema.empty_table() if data is None else pq.read_table(pa.BufferReader(data), schema=schema)
+        after = change(before).cast(schema)
+        if after.equals(before):
+            return before, after
+        with suppress(ConflictError):
+            replace_file(path, _to_parquet(after), tag)
+            return before, after
+
+
+def _to_parquet(rows: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink)
-    put(fs, path, sink.getvalue().to_pybytes())
+    content: bytes = sink.getvalue().to_pybytes()
+    return content

@@ -4,10 +4,12 @@ import io
 import tarfile
 from collections.abc import Collection
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.corpus import ledger, shards
+from imagerag.files import write_file
 
 
 def take_down(uri: str, *, urls: Collection[str] = (), sha256s: Collection[str] = ()) -> int:
@@ -23,8 +25,9 @@ def take_down(uri: str, *, urls: Collection[str] = (), sha256s: Collection[str] 
                 "sha256": pa.array([*(None for _ in urls), *(sha256.lower() for sha256 in sha256s)], pa.string()),
             }
         )
-        known = shards.read_takedowns(uri)
-        shards.write_takedowns(uri, pa.concat_tables([known, entries]).group_by(["url", "sha256"]).aggregate([]))
+        shards.update_takedowns(
+            uri, lambda known: pa.concat_tables([known, entries]).group_by(["url", "sha256"]).aggregate([])
+        )
         return remove_taken_down(uri)
 
 
@@ -64,10 +67,9 @@ def _remove_unfinished_tars(uri: str) -> None:
 
 def _remove_samples(uri: str, shard: int, keys: set[str]) -> int:
     """Write the tar anew without some samples, if any of them is in it; return how many were."""
-    fs, root = shards.open_folder(uri)
-    path = shards.shard_path(root, shard)
+    path = shards.shard_path(uri, shard)
     kept = io.BytesIO()
-    with fs.open(path, "rb") as file, tarfile.open(fileobj=file) as tar:
+    with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file) as tar:
         key_of = {member: member.name.partition(".")[0] for member in tar.getmembers()}
         removed = keys.intersection(key_of.values())
         if not removed:
@@ -76,5 +78,5 @@ def _remove_samples(uri: str, shard: int, keys: set[str]) -> int:
             for member, key in key_of.items():
                 if key not in removed:
                     smaller.addfile(member, tar.extractfile(member))
-    shards.put(fs, path, kept.getvalue())
+    write_file(path, kept.getvalue())
     return len(removed)

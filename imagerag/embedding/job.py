@@ -76,9 +76,9 @@ def embed(
     """
     started = time.perf_counter()
     identity = resolve(encoder).identity
-    images = wanted_images(shards_uri)
-    wanted = unique_rows(images)
     with store.writer_lock():
+        images = wanted_images(shards_uri)  # now, as another job may have changed it while this one waited
+        wanted = unique_rows(images)
         store.open_or_create(identity)
         missing, stale = compare(wanted, store.dataset().to_table(columns=_COMPARED))
         require_rows(store, wanted.num_rows, max_shrink)

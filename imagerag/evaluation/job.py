@@ -76,7 +76,8 @@ def evaluate(
     parent = f"{settings.training_of(finetuned.index_name)}/evaluations"
     key = _key(config, prompts, ways, index, metric)
     folder = f"{parent}/{key}"
-    with writer_lock(parent, key), held(store, retriever.version, f"{JOB}evaluation-{key}"):
+    # Evaluations share tables of pictures.
+    with writer_lock(parent, "pictures"), held(store, retriever.version, f"{JOB}evaluation-{key}"):
         if (known := read_json(f"{folder}/{RESULTS}")) is not None:
             done = Evaluated(**known["evaluated"])
             seconds = time.perf_counter() - started

@@ -85,7 +85,11 @@ class PictureJob:
 
     def run(self, settings: Settings, on_progress: OnProgress) -> dict[str, Latency]:
         """Make the pictures that are missing, and return how long one takes in each way."""
+        versions = {name: int(table.open().version) for name, table in self._tables.items()}
         missing = {way.name: self._missing(self._tables[way.name]) for way in self.ways}
+        for name, rows in missing.items():
+            if rows.num_rows:
+                self._tables[name].clean_up()
         total, done = int(sum(rows.num_rows for rows in missing.values())), 0
         latencies: dict[str, Latency] = {}
         parts = [
@@ -99,7 +103,8 @@ class PictureJob:
             if result["latencies"]:
                 latencies = {name: Latency(**own) for name, own in json.loads(result["latencies"]).items()}
             else:
-                self._tables[result["way"]].commit(result["fragments"])
+                way = result["way"]
+                versions[way] = self._tables[way].commit(result["fragments"], versions[way])
                 done += result["num_rows"]
                 on_progress(done, total, result["way"])
         assert done == total, f"{done} pictures were made instead of {total}"

@@ -79,9 +79,12 @@ class Manifest:
 
     @property
     def content(self) -> str:
-        """A digest of it all, but for the copy of the index, whose files are other ones each time it is made."""
+        """A digest of it all, but for where the index is, which may be moved, and for the files of its copy.
+
+        These are other ones each time it is made; what tells the index from others is its name and when it was made.
+        """
         files = {path: digest for path, digest in self.files.items() if not path.startswith(f"{INDEX}/")}
-        return hashlib.sha256(_to_json(replace(self, files=files))).hexdigest()
+        return hashlib.sha256(_to_json(replace(self, index_uri="", files=files))).hexdigest()
 
     @property
     def requirements(self) -> list[str]:

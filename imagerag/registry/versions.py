@@ -193,8 +193,11 @@ def reading_registry(settings: Settings) -> Iterator["MlflowClient"]:
 
 @contextmanager
 def writing_registry(settings: Settings) -> Iterator["MlflowClient"]:
-    """Yield MLflow's client, while no other process of this home changes versions or aliases."""
-    with writer_lock(str(settings.home / "mlflow"), "registry"), reading_registry(settings) as client:
+    """Yield MLflow's client, while no other process with the same `training_uri` changes versions or aliases.
+
+    MLflow itself has nothing that would keep two writers apart.
+    """
+    with writer_lock(settings.training_uri, "registry"), reading_registry(settings) as client:
         yield client
 
 

@@ -16,6 +16,7 @@ from lance import LanceDataset, LanceOperation
 from lance.fragment import FragmentMetadata
 
 from imagerag.errors import UserError
+from imagerag.locks import check_locks
 from imagerag.retrieval.schema import FEATURE_KEY, FEATURE_PREFIX, FeatureIdentity, Features
 from imagerag.retrieval.store import CommitConflictError, Store
 
@@ -104,6 +105,7 @@ def commit(store: Store, filled: str, version: int) -> int:
     Raises:
         CommitConflictError: if another writer changed the fragment since `version`.
     """
+    check_locks()
     adopted: dict[str, Any] = json.loads(filled)
     metadata = adopted["fragment"]
     fragment = FragmentMetadata.from_json(metadata if isinstance(metadata, str) else json.dumps(metadata))

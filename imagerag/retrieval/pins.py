@@ -34,20 +34,14 @@ def pin(store: Store, version: int, label: str) -> None:
         VersionGoneError: if there is no such version.
     """
     with store.tags_lock():
-        dataset = store.dataset(version)
-        if label in pins(store):
-            dataset.tags.update(_PREFIX + label, version)
-        else:
-            dataset.tags.create(_PREFIX + label, version)
-    # An object store has no lock: the version may have been cleaned up between the two.
-    store.dataset(version)
+        store.dataset(version)
+        store.set_tag(_PREFIX + label, version)
 
 
 def unpin(store: Store, label: str) -> None:
     """Let go what `label` keeps, if it keeps something. The files go when the next version is published."""
     with store.tags_lock():
-        if label in pins(store):
-            store.dataset().tags.delete(_PREFIX + label)
+        store.drop_tag(_PREFIX + label)
 
 
 def pins(store: Store) -> dict[str, int]:
@@ -91,7 +85,7 @@ def drop_resting(store: Store) -> None:
             may_rest = next((time for kind, time in _MAY_REST.items() if label.startswith(kind)), None)
             if name.startswith(_PREFIX) and may_rest is not None and now - tag["updated_at"] > may_rest:
                 logger.info("nothing was heard of %s since %s: its pin is removed", label, tag["updated_at"])
-                tags.delete(name)
+                store.drop_tag(name)
 
 
 def _renew(store: Store, version: int, label: str, done: Event) -> None:
@@ -101,5 +95,5 @@ def _renew(store: Store, version: int, label: str, done: Event) -> None:
                 store.dataset(version).tags.update(_PREFIX + label, version)
         except VersionGoneError:  # the reader is told when it reads
             return
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - stores have exceptions of their own; it is tried again
             logger.warning("the pin %s of table %s could not be renewed: %s", label, store.name, error)

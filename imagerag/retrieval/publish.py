@@ -273,13 +273,9 @@ def _features_of(dataset: LanceDataset) -> Iterator[FeaturesEntry]:
 
 def move_tag(store: Store, version: int) -> None:
     """Let readers see `version` and keep it for a rollback."""
-    tags = store.dataset().tags
-    if PUBLISHED in tags.list():
-        tags.update(PUBLISHED, version)
-    else:
-        tags.create(PUBLISHED, version)
-    if _tag(version) not in tags.list():
-        tags.create(_tag(version), version)
+    store.set_tag(PUBLISHED, version)
+    if _tag(version) not in store.dataset().tags.list():
+        store.set_tag(_tag(version), version)
 
 
 def drop_history(store: Store) -> None:
@@ -373,7 +369,7 @@ def _history_entry(store: Store, version: int) -> HistoryEntry:
 
 def _drop_tags(store: Store, versions: list[int]) -> None:
     for version in versions:
-        store.dataset().tags.delete(_tag(version))
+        store.drop_tag(_tag(version))
 
 
 def _tag(version: int) -> str:

@@ -5,6 +5,7 @@ can be repeated, so a writer may die at any moment: the table is then as it was 
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from imagerag.artifacts import IndexVersion
 from imagerag.errors import UserError, VersionGoneError
-from imagerag.locks import local_folder, writer_lock
+from imagerag.locks import OnWait, check_locks, local_folder, writer_lock
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
+
+logger = logging.getLogger(__name__)
 
 _FRAGMENT_ROWS = 2_048
 """Fragments below this are merged. It bounds what a small update rewrites, images and features included, and is what a
@@ -174,28 +177,7 @@ class Store:
             CommitConflictError: if the table is no longer the one of `read_version`, the version in which the caller
                 looked which rows are missing. The rows of the fragments are then not in the table.
         """
-        dataset = self.dataset()
-        if dataset.version != read_version:
-            raise CommitConflictError(
-                f"table {self.name!r} was read at version {read_version} and is now at {dataset.version}"
-            )
-        if not fragments:
-            return read_version
-        adopted = [FragmentMetadata.from_json(fragment) for fragment in fragments]
-        dataset = LanceDataset.commit(self.table_uri, LanceOperation.Append(adopted), read_version=read_version)
-        if dataset.version != read_version + 1:
-            # Lance sees no conflict between appends. Where no lock keeps writers apart, both may get here.
-            self._drop_fragments(dataset, adopted)
-            raise CommitConflictError(
-                f"table {self.name!r} was read at version {read_version} and another writer committed meanwhile"
-            )
-        return int(dataset.version)
-
-    def _drop_fragments(self, dataset: LanceDataset, fragments: Sequence[FragmentMetadata]) -> None:
-        paths = {file.path for fragment in fragments for file in fragment.files}
-        dropped = [f.fragment_id for f in dataset.get_fragments() if f.metadata.files[0].path in paths]
-        operation = LanceOperation.Delete([], dropped, "false")
-        LanceDataset.commit(self.table_uri, operation, read_version=dataset.version)
+        return append(self.dataset(), fragments, read_version)
 
     def delete(self, ids: pa.Array | Sequence[str]) -> int:
         """Delete the rows with these ids in one transaction, and return how many there were.
@@ -206,16 +188,43 @@ class Store:
         own = self.ids()
         doomed = own.filter(pc.is_in(own, pa.array(ids, pa.string())))
         if len(doomed) > 0:
+            check_locks()
             self.dataset().merge_insert("id").when_matched_delete().execute(pa.table({"id": pc.unique(doomed)}))
         return len(doomed)
+
+    def set_tag(self, tag: str, version: int) -> None:
+        """Let a tag name a version, whatever it named before. Call it under a lock that its other writers take."""
+        check_locks()
+        tags = self.dataset().tags
+        try:
+            if tag not in tags.list():
+                tags.create(tag, version)
+                return
+        except ValueError as error:  # Lance doesn't know its own of a store that wrote it and answered by an error.
+            if "already exists" not in str(error):
+                raise
+        tags.update(tag, version)
+
+    def drop_tag(self, tag: str) -> None:
+        """Remove a tag, if there is one."""
+        check_locks()
+        tags = self.dataset().tags
+        if tag not in tags.list():
+            return
+        try:
+            tags.delete(tag)
+        except (OSError, ValueError):
+            if tag in tags.list():
+                raise
 
     def clean_up(self) -> None:
         """Delete the files of versions that are neither tagged nor the newest, and what killed writers left behind.
 
-        Call it under `writer_lock`. On an object store, where no lock keeps writers apart, left-over files are deleted
-        when they are seven days old.
+        Call it under `writer_lock`. On an object store, where a worker may outlive the lock of its driver for a moment,
+        left-over files are deleted when they are seven days old.
         """
         with self.tags_lock():
+            check_locks()
             self.dataset().cleanup_old_versions(
                 older_than=timedelta(0),
                 delete_unverified=local_folder(self.uri) is not None,
@@ -223,8 +232,12 @@ class Store:
             )
 
     def writer_lock(self) -> AbstractContextManager[None]:
-        """Keep this table's other writers out, see `imagerag.locks`; on an object store `commit` finds the conflict."""
+        """Keep this table's other writers out, see `imagerag.locks`."""
         return writer_lock(self.uri, self.name)
+
+    def update_lock(self, on_wait: OnWait = logger.info) -> AbstractContextManager[None]:
+        """Keep others out who bring the table up to date in several steps; each of these takes `writer_lock`, too."""
+        return writer_lock(self.uri, f"{self.name}.update", on_wait)
 
     def tags_lock(self) -> AbstractContextManager[None]:
         """Keep a version from being cleaned up while it is tagged. Held for moments, while writers take hours."""
@@ -238,6 +251,31 @@ def list_stores(uri: str) -> list[Store]:
     names = sorted(PurePosixPath(table).stem for table in tables)
     # A name with a dot is not a corpus but belongs to one, such as the list of what was taken down.
     return [Store(uri, name) for name in names if "." not in name]
+
+
+def append(dataset: LanceDataset, fragments: Sequence[str], read_version: int) -> int:
+    """Append fragments to the newest version of a table; see `Store.commit`."""
+    check_locks()
+    if dataset.version != read_version:
+        raise CommitConflictError(f"{dataset.uri} was read at version {read_version} and is now at {dataset.version}")
+    if not fragments:
+        return read_version
+    adopted = [FragmentMetadata.from_json(fragment) for fragment in fragments]
+    dataset = LanceDataset.commit(dataset.uri, LanceOperation.Append(adopted), read_version=read_version)
+    if dataset.version != read_version + 1:
+        # Lance sees no conflict between appends. Where no lock keeps writers apart, both may get here.
+        _drop_fragments(dataset, adopted)
+        raise CommitConflictError(
+            f"{dataset.uri} was read at version {read_version} and another writer committed meanwhile"
+        )
+    return int(dataset.version)
+
+
+def _drop_fragments(dataset: LanceDataset, fragments: Sequence[FragmentMetadata]) -> None:
+    paths = {file.path for fragment in fragments for file in fragment.files}
+    dropped = [f.fragment_id for f in dataset.get_fragments() if f.metadata.files[0].path in paths]
+    operation = LanceOperation.Delete([], dropped, "false")
+    LanceDataset.commit(dataset.uri, operation, read_version=dataset.version)
 
 
 def compact(dataset: LanceDataset, deleted_share: float) -> None:

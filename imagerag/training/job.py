@@ -25,7 +25,7 @@ from imagerag.compute import start_ray, stop_ray
 from imagerag.errors import UserError
 from imagerag.files import read_json, write_json
 from imagerag.generation.finetuned import MANIFEST
-from imagerag.locks import writer_lock
+from imagerag.locks import check_locks, writer_lock
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.pins import TRAINING, held
 from imagerag.retrieval.store import Store
@@ -251,6 +251,7 @@ def _tracked_run(
 
 def _publish(checkpoint: Any, finetuned: Finetuned, about: dict[str, Any]) -> None:
     """Copy what was trained to where it is looked for; its manifest comes last."""
+    check_locks()
     filesystem, folder = fsspec.url_to_fs(finetuned.uri)
     with checkpoint.as_directory() as trained:
         for path in sorted(Path(trained).rglob("*")):
@@ -285,6 +286,7 @@ def _watch(trainer: Any, board: Any, config: FinetuneConfig, timeout_s: float, o
     latest, changed = None, time.monotonic()
     while thread.is_alive():
         thread.join(_POLL_S)
+        check_locks()
         with suppress(ray.exceptions.RayError):
             now = ray.get(board.take.remote(), timeout=10)
             if now is not None and now != latest:

@@ -84,11 +84,12 @@ def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tu
         start_ray(settings)
         try:
             for job in (each for each in jobs if each.rows.num_rows):
+                job.table.clean_up()
                 arguments = {"batch_size": config.batch_size, **job.arguments}
                 results_of = partial(mapped, job.parts(), job.worker, arguments, config)
                 with closing(watched(results_of, config.stall_timeout_s)) as results:
                     for result in results:
-                        job.table.commit(result["fragments"])
+                        job.version = job.table.commit(result["fragments"], job.version)
                         num_done += result["num_rows"]
                         machine_s += result["machine_s"]
                         on_progress(num_done, num_missing, job.what)
@@ -125,6 +126,7 @@ class _Job:
     """The rows that one table lacks, and who makes them."""
 
     def __init__(self, table: Table, rows: pa.Table, worker: type, what: str, arguments: dict[str, Any]) -> None:
+        self.version = int(table.open().version)
         present = pa.array(table.ids(), pa.string())
         self.table, self.worker, self.what, self.arguments = table, worker, what, arguments
         # A prompt's text is encoded, and its references are searched, once for all its rows that follow each other.

@@ -5,10 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus import shards, url_list
 from imagerag.corpus.ledger import read_ledger
+from imagerag.files import ConflictError
 
 PLAN = pa.table({name: ["x", "y"] for name in shards.PLAN_SCHEMA.names})
 
@@ -40,6 +40,21 @@ def test_what_is_written_is_read_back(uri: str) -> None:
     wanted = pa.table({name: ["x"] for name in url_list.SCHEMA.names})
     shards.write_wanted(uri, [wanted])
     assert shards.read_wanted(uri) == wanted
+    with pytest.raises(ConflictError, match="00007"):
+        shards.write_plan(uri, 7, PLAN.slice(1))
+
+
+def test_a_change_that_another_writer_was_quicker_with_is_made_anew(uri: str) -> None:
+    """Without a lock, as a process that was stopped for a minute may be."""
+    first, second = ({name: [value] for name in shards.TAKEDOWN_SCHEMA.names} for value in "xy")
+
+    def slow(before: pa.Table) -> pa.Table:
+        if before.num_rows == 0:
+            shards.update_takedowns(uri, lambda _: pa.table(second))
+        return pa.concat_tables([before, pa.table(first)])
+
+    shards.update_takedowns(uri, slow)
+    assert shards.read_takedowns(uri)["url"].to_pylist() == ["y", "x"]
 
 
 def test_files_of_before_have_no_versions(tmp_path: Path) -> None:
@@ -71,19 +86,6 @@ def test_paths() -> None:
     assert shards.shard_path("s3://bucket/shards/", 12) == "s3://bucket/shards/00012.tar"
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    shards.put(LocalFileSystem(), str(path), b"old")
-    with monkeypatch.context() as patched:
-        patched.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
-        with pytest.raises(OSError, match="no space left"):
-            shards.put(LocalFileSystem(), str(path), b"new and longer")
-    assert path.read_bytes() == b"old"
-    shards.put(LocalFileSystem(), str(path), b"new")
-    assert path.read_bytes() == b"new"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
 def _hold(uri: str, holding: "multiprocessing.synchronize.Event") -> None:
     with shards.locked(uri):
         holding.set()
@@ -96,13 +98,14 @@ def test_a_lock_is_waited_for_and_dies_with_its_process(tmp_path: Path) -> None:
     holder = context.Process(target=_hold, args=(str(tmp_path), holding), daemon=True)
     holder.start()
     assert holding.wait(30)
-    waited = []
+    waited: list[str] = []
 
-    def on_wait() -> None:
-        waited.append(True)
+    def on_wait(said: str) -> None:
+        waited.append(said)
         holder.kill()
 
     with shards.locked(str(tmp_path), on_wait=on_wait):
-        assert waited == [True]
-    with shards.locked(str(tmp_path), on_wait=lambda: pytest.fail("the lock is free")):
+        (said,) = waited
+        assert f"process {holder.pid}" in said
+    with shards.locked(str(tmp_path), on_wait=pytest.fail):
         pass

@@ -260,6 +260,7 @@ def test_a_home_can_be_moved(home: Home, tmp_path: Path, monkeypatch: pytest.Mon
     (row,) = loaded.predict([{"prompt": "a castle"}], params={"seed": 7})
     assert row["references"]
     assert not home.settings.home.exists(), "nothing was made at the former place"
+    assert register(home.finetuned("first"), settings).version == 1, "the same content, wherever it is"
 
     shutil.rmtree(settings.index_uri)
     assert [fault for _, fault in check_versions(settings)] == [

@@ -89,7 +89,8 @@ class World:
         for job in synthesize._jobs(examples):
             worker = job.worker(num_threads=1, batch_size=4, device="cpu", dtype=None, **job.arguments)
             if job.rows.num_rows:
-                job.table.commit(json.loads(json.dumps(worker(job.rows)["fragments"].to_pylist()[0])))
+                fragments = json.loads(json.dumps(worker(job.rows)["fragments"].to_pylist()[0]))
+                job.table.commit(fragments, job.version)
             added += job.rows.num_rows
         return replace(synthesize.describe(examples), num_added=added)
 
