@@ -103,11 +103,16 @@ def find(
 def take_down(settings: Settings, name: str, target: Target) -> Takedown:
     """Remove what `find` found in a corpus from everything, and leave a report.
 
-    Images and named URLs are refused from now on.
+    Images and named URLs are refused from now on. Another takedown from the corpus is waited for.
 
     Raises:
         UserError: if MLflow can't be used. There is no report then, and calling again goes on.
     """
+    with writer_lock(settings.shards_of(name), "takedown"):
+        return _take_down(settings, name, target)
+
+
+def _take_down(settings: Settings, name: str, target: Target) -> Takedown:
     now = datetime.now(UTC)
     store, ids = Store(settings.index_uri, name), pa.array(target.ids, pa.string())
     reading = [label for label in (pins(store) if store.exists else ()) if label.startswith((JOB, TRAINING))]

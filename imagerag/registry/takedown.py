@@ -17,7 +17,7 @@ from imagerag.registry.versions import (
     VersionInfo,
     find_version,
     has_registry,
-    versions_of_index,
+    versions_in,
     writing_registry,
 )
 from imagerag.retrieval.store import Store
@@ -49,8 +49,8 @@ def sweep_models(
     """
     if not has_registry(settings):
         return Sweep()
-    versions = versions_of_index(settings, name)
     with writing_registry(settings) as client:
+        versions = [info for info in versions_in(client) if info.pinned("index_name") == name]
         sweeps = [
             _sweep(settings, f"MLflow run {run_id}: {each}", f"{uri}/{each}")
             for run_id, uri, found in _artifacts(client, evaluation_runs, training_sets)
