@@ -38,7 +38,10 @@ def own_environment() -> Iterator[None]:
         (["ingest", "urls.csv", "--encoder", "no such encoder"], "an encoder is `tiny`"),
         (["ingest", "urls.csv", "--name", "../up"], "1 to 63 characters"),
         (["ingest", "urls.csv", "--parameters", "missing.json"], "--parameters has to be a readable JSON file"),
-        (["ingest", "no folder"], "there is no folder no folder on this machine; a URL list is a file named"),
+        (
+            ["ingest", "no folder"],
+            "there is no folder no folder on this machine; a list is a file, or a folder or a glob of files, named",
+        ),
         (["ingest", "urls.csv", "--captions", "captions.csv"], "captions (captions.csv) go with a folder of images"),
         (["search"], "give either a text or --image"),
         (["search", "a cat", "--image", "cat.png"], "give either a text or --image"),
