@@ -16,8 +16,6 @@ from imagerag.settings import Settings
 
 LONGEST = (
     "kills/test_ingest.py",
-    "kills/test_kills.py",
-    "kills/test_without_ray.py",
     "training/test_job.py",
     "flows/test_pipeline.py",
     "embedding/test_job.py",

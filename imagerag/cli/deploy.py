@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imagerag.settings import Settings
 
 _DIGITS = 12
+_NIGHTLY = "imagerag_nightly"
 
 
 def deploy() -> None:
@@ -131,19 +132,28 @@ def _apply(file: dict[str, Any], project: Path) -> None:
 async def _schedule_nightly(
     client: "PrefectClient", definitions: list[dict[str, Any]], nightly: dict[str, Any]
 ) -> None:
-    """Have the schedule of `reindex` run with these parameters; where a person paused it with them, it stays paused."""
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    """Have the schedule of `reindex` run with these parameters; where a person paused it since, it stays paused.
+
+    Prefect forgets a schedule's parameters when its UI pauses it, so what was set last is kept in a variable.
+    """
+    from prefect.client.schemas.actions import DeploymentScheduleCreate, VariableCreate, VariableUpdate
     from prefect.client.schemas.schedules import CronSchedule
 
     (described,) = next(each for each in definitions if each["name"] == "reindex")["schedules"]
     reindex = await client.read_deployment_by_name("reindex/reindex")
     own = next((each for each in reindex.schedules if each.slug == described["slug"]), None)
     parameters = {"parameters": nightly}
-    if own is not None and own.parameters == parameters and not own.active:
-        typer.echo("reindex: its nightly schedule stays paused, as it was set in Prefect's UI")
-        return
+    last = await client.read_variable_by_name(_NIGHTLY)
+    if last is None:
+        await client.create_variable(VariableCreate(name=_NIGHTLY, value=nightly))
+    elif last.value != nightly:
+        await client.update_variable(VariableUpdate(name=_NIGHTLY, value=nightly))
     if own is not None:
-        await client.update_deployment_schedule(reindex.id, own.id, active=True, parameters=parameters)
+        active = own.active or last is None or last.value != nightly
+        await client.update_deployment_schedule(reindex.id, own.id, active=active, parameters=parameters)
+        if not active:
+            typer.echo("reindex: its nightly schedule stays paused, as it was set in Prefect's UI")
+            return
     else:
         schedule = CronSchedule(cron=described["cron"], timezone=described["timezone"])
         made = DeploymentScheduleCreate(schedule=schedule, active=True, parameters=parameters, slug=described["slug"])

@@ -400,5 +400,4 @@ def test_the_marker_is_img2datasets(corpus: Corpus, web: Web) -> None:
         "00000_stats.json",
         "plan",
         "wanted.parquet",
-        "lock",
     }

@@ -171,4 +171,4 @@ def test_the_users_mistake_fails_at_once_without_a_traceback(
     with pytest.raises(UserError, match="url"):
         ingest(CorpusParameters(url_list=str(tmp_path / "urls.csv"), name="flow"))
     assert not any(record.exc_info for record in caplog.records)
-    assert not home.exists() or not (home / "index").exists()
+    assert list((home / "index").glob("*.lance")) == []

@@ -14,8 +14,8 @@ from PIL import Image
 from imagerag.artifacts import Finetuned
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
-from imagerag.corpus.folder import read_images
 from imagerag.corpus.ledger import wanted_images
+from imagerag.corpus.source import read_images
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.job import embed
 from imagerag.evaluation.config import EvaluateConfig, MetricFiles

@@ -22,7 +22,13 @@ from tests.kills import stages
 from tests.kills.conftest import Ray
 from tests.kills.stages import OTHER_JOB, STAGES, World, check_left_over, check_readable, facts
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(3600 * 4)]
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.timeout(3600 * 4),
+    pytest.mark.skipif(
+        "KILLS" not in os.environ, reason="takes minutes: KILLS=0 for one of each, `make test-kill KILLS=n` for more"
+    ),
+]
 
 KILLS = int(os.environ.get("KILLS", "0"))
 SEED = int(os.environ.get("SEED", "20260212"))

@@ -22,7 +22,12 @@ from tests.retrieval.rows import append, make_rows
 from tests.test_takedown import URL, Everything, files_with
 from tests.training import conftest as training
 
-pytestmark = pytest.mark.engines
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(
+        "KILLS" not in os.environ, reason="takes minutes: KILLS=0 for one of each, `make test-kill KILLS=n` for more"
+    ),
+]
 world_folder = training.world_folder
 
 KILLS = int(os.environ.get("KILLS", "0"))
