@@ -18,7 +18,7 @@ from imagerag.services import LOGIN_PATH
 _HOSTS = ("127.0.0.1", "localhost")
 _LOGIN_PAGE = """<!doctype html><title>Prefect</title><script>
 localStorage.setItem("prefect-password", btoa(decodeURIComponent(location.hash.slice(1))));
-location.replace("/");
+location.replace("/dashboard");
 </script>"""
 
 

@@ -102,11 +102,9 @@ def _prefect_login(home: Path) -> str:
     return f"{credentials.USER}:{credentials.password(home)}"
 
 
-def link(service: Service, home: Path) -> str:
-    """Return the address of a server's UI that logs a browser in."""
-    if service.name == PREFECT:
-        return f"{service.url}{LOGIN_PATH}#{quote(_prefect_login(home))}"
-    return service.url.replace("://", f"://{credentials.USER}:{credentials.password(home)}@")
+def link(server: Service, home: Path) -> str:
+    """Return the address of Prefect's UI that logs a browser in."""
+    return f"{server.url}{LOGIN_PATH}#{quote(_prefect_login(home))}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import typer
 def up() -> None:
     """Start Prefect's and MLflow's servers and a worker for this home, and deploy all flows."""
     import flows
-    from imagerag import services
+    from imagerag import credentials, services
     from imagerag.cli.deploy import nightly_parameters
     from imagerag.settings import Settings
 
@@ -19,11 +19,11 @@ def up() -> None:
     started = {each.name: each for each in services.up(settings, project=Path(flows.__file__).parent.parent)}
     mlflow = started.get(services.MLFLOW)
     prefect = started.get(services.PREFECT)
-    for title, service, given in (
-        ("Prefect UI", prefect, settings.prefect_api_url),
-        ("MLflow UI", mlflow, settings.mlflow_tracking_uri),
-    ):
-        typer.echo(f"{title:<12}{given if service is None else services.link(service, settings.home)}")
+    typer.echo(f"Prefect UI  {settings.prefect_api_url if prefect is None else services.link(prefect, settings.home)}")
+    typer.echo(f"MLflow UI   {settings.mlflow_tracking_uri if mlflow is None else mlflow.url}")
+    if mlflow is not None:
+        # In the address, the page's own requests would be refused by browsers.
+        typer.echo(f"            user {credentials.USER}, password {credentials.password(settings.home)}")
     typer.echo(f"worker      process {started[services.WORKER].pid}, work pool {services.WORK_POOL}")
     typer.echo(f"logs        {settings.home / 'logs'}")
 

@@ -9,6 +9,7 @@ from playwright.sync_api import Page, expect
 
 from imagerag import services
 from tests.browser.conftest import MARKS, shoot
+from tests.end_to_end.prefect_api import basic
 from tests.registry.conftest import Home
 
 pytestmark = MARKS
@@ -27,13 +28,14 @@ def url(champion: Home) -> Iterator[str]:
 
 
 @pytest.fixture
-def page(page: Page) -> Page:
+def page(page: Page, champion: Home) -> Page:
     """A page of someone who trains models and has closed the chat."""
     kept = {
         "mlflow.workflowType_v1": '"machine_learning"',
         "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
         "mlflow.assistant.panelOpen_v1": "false",
     }
+    page.set_extra_http_headers({"Authorization": basic(champion.settings.home)})
     page.add_init_script("".join(f"localStorage.setItem({key!r}, {value!r});" for key, value in kept.items()))
     return page
 

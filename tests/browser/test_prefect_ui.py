@@ -36,6 +36,16 @@ def url(settings: Settings) -> Iterator[str]:
 
 
 @pytest.fixture
+def page(page: Page, url: str, settings: Settings) -> Page:
+    """A page that has followed the link which `make up` prints."""
+    server = services.find(settings.home, services.PREFECT)
+    assert server is not None
+    page.goto(services.link(server, settings.home))
+    page.wait_for_url(f"{url}/dashboard**")
+    return page
+
+
+@pytest.fixture
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "mugs"
     folder.mkdir()
