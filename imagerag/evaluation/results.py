@@ -295,7 +295,7 @@ def _cell(score: Score | None) -> str:
     if score is None:
         return "not measured"
     own = score.estimate
-    return f"{own.mean:.3f}" if own.low == own.high else f"{own.mean:.3f} [{own.low:.3f}, {own.high:.3f}]"
+    return f"{own.mean:.3f}" if own.low == own.high else str(own)
 
 
 def _milliseconds(latency: Latency | None) -> tuple[str, str]:
