@@ -16,7 +16,7 @@ from imagerag.retrieval.publish import status
 from imagerag.retrieval.store import Store
 from tests.kills.conftest import Ray
 
-KILLS = 5
+KILLS = 3
 SEED = 20260212
 NAME = "kill"
 # Small shards and commits, so that there are many moments to be killed between.
