@@ -261,7 +261,8 @@ def _start_mlflow(settings: Settings) -> Service:
     folder = home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     users = folder / "auth.ini"
-    users.write_text(f"[mlflow]\ndatabase_uri = sqlite:///{folder / 'auth.db'}\ndefault_permission = NO_PERMISSIONS\n")
+    database = str(folder / "auth.db").replace("%", "%%")  # which configparser would interpolate
+    users.write_text(f"[mlflow]\ndatabase_uri = sqlite:///{database}\ndefault_permission = NO_PERMISSIONS\n")
     url = f"http://127.0.0.1:{port}"
     command = (
         "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--app-name", "basic-auth",

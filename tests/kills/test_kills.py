@@ -1,8 +1,8 @@
 """Whatever dies in whatever stage: nothing is lost, nothing is there twice, and the same again ends well.
 
 Drivers are forked from one process that has everything imported, and share one Ray, as on a cluster: a kill costs what
-the stage itself takes. `make test-kill KILLS=300` kills as often, at moments that `SEED=` says, in all stages; without
-`KILLS`, each stage is disturbed once in the way that `FEW` names.
+the stage itself takes. `make test-kill KILLS=300` kills as often, at moments that `SEED=` says, in all stages; with
+`KILLS=0`, each stage is disturbed once in the way that `FEW` names. `make test` has neither, because they take minutes.
 """
 
 import os
