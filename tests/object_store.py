@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, get_args
 
+import fsspec
+import pytest
+
 BUCKET = "imagerag"
 SLOW_S = 0.3
 _HOP = {"connection", "content-length", "server", "transfer-encoding"}
@@ -49,7 +52,7 @@ class ObjectStore:
 
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """Start one with an empty bucket."""
+    """Start one with an empty bucket, and have this process and those that it starts use it."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -72,8 +75,14 @@ def object_store() -> Iterator[ObjectStore]:
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("PUT", f"/{BUCKET}")
         assert connection.getresponse().status == 200
-        yield _Proxy.store
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            # fsspec keeps an instance by its arguments: one made for another store's address would answer here.
+            fsspec.filesystem("s3").clear_instance_cache()
+            yield _Proxy.store
     finally:
+        fsspec.filesystem("s3").clear_instance_cache()
         proxy.shutdown()
         moto.stop()
 

@@ -34,11 +34,8 @@ with named_job("ingest brave-otter"), writer_lock(sys.argv[1], "images"):
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
-    with object_store() as started, pytest.MonkeyPatch.context() as patch:
-        for name, value in started.environment.items():
-            patch.setenv(name, value)
+    with object_store() as started:
         yield started
-    fsspec.filesystem("s3").clear_instance_cache()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from imagerag.corpus.source import read_images
 from imagerag.corpus.stores import Store, member_of
 from imagerag.errors import UserError
 from tests.corpus.web import picture
+from tests.object_store import BUCKET, object_store
 
 MAX_BYTES = 100
 
@@ -112,42 +113,28 @@ def test_rows_of_the_version_of_a_lance_table_that_was_listed(tmp_path: Path) ->
         assert failure_in(uri, member_of("", row=row, column="x", version=version)) is Reason.UNREADABLE_FILE
 
 
-def test_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        _, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        fs.mkdir("bucket")
-        fs.pipe_file("bucket/folder/a b#.jpg", picture(1))
-        fs.pipe_file("bucket/folder/a b#.txt", b"a cup")
+def test_an_object_store(tmp_path: Path) -> None:
+    with object_store():
+        folder = f"{BUCKET}/given"
+        fs = fsspec.filesystem("s3")
+        fs.pipe_file(f"{folder}/pictures/a b#.jpg", picture(1))
+        fs.pipe_file(f"{folder}/pictures/a b#.txt", b"a cup")
         for name in ("00000.tar", "00001.tar"):
-            fs.pipe_file(f"bucket/tars/{name}", _tar_of({"0.jpg": picture(2), "0.txt": b"a mug"}))
+            fs.pipe_file(f"{folder}/tars/{name}", _tar_of({"0.jpg": picture(2), "0.txt": b"a mug"}))
         pq.write_table(pa.table({"image": [picture(3)], "text": ["a jug"]}), tmp_path / "p.parquet")
-        fs.put(str(tmp_path / "p.parquet"), "bucket/data/p.parquet")
+        fs.put(str(tmp_path / "p.parquet"), f"{folder}/data/p.parquet")
         found = {}
-        for source in ("s3://bucket/folder/", "s3://bucket/tars", "s3://bucket/tars/*1.tar", "s3://bucket/data"):
-            rows = read_images(source).table.to_pylist()
-            found[source] = [(row["caption"], Store(row["folder"], 2**20).open(row["member"]).read()) for row in rows]
+        for part in ("pictures/", "tars", "tars/*1.tar", "data"):
+            rows = read_images(f"s3://{folder}/{part}").table.to_pylist()
+            found[part] = [(row["caption"], Store(row["folder"], 2**20).open(row["member"]).read()) for row in rows]
         assert found == {
-            "s3://bucket/folder/": [("a cup", picture(1))],
-            "s3://bucket/tars": [("a mug", picture(2))] * 2,
-            "s3://bucket/tars/*1.tar": [("a mug", picture(2))],
-            "s3://bucket/data": [("a jug", picture(3))],
+            "pictures/": [("a cup", picture(1))],
+            "tars": [("a mug", picture(2))] * 2,
+            "tars/*1.tar": [("a mug", picture(2))],
+            "data": [("a jug", picture(3))],
         }
-        with pytest.raises(UserError, match="s3://bucket/none"):
-            read_images("s3://bucket/none")
-    finally:
-        server.stop()
+        with pytest.raises(UserError, match=f"s3://{folder}/none"):
+            read_images(f"s3://{folder}/none")
 
 
 def _tar_of(files: dict[str, bytes]) -> bytes:
