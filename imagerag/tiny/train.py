@@ -3,8 +3,8 @@
 Six phases follow each other, on the `base` concepts of the sample corpus: the autoencoder; a UNet whose decoder reads
 pictures out of the H-space; the text's part in it; the teacher; the network of the perceptual loss, which fine-tuning
 has as well; and the student, which reads the pictures of anything in `--pictures` too. A stopped run goes on where it
-was. `--start` takes the autoencoder, the perceptual network and first weights of teacher and student from a folder.
-Losses and pictures go to MLflow.
+was. `--start` takes the autoencoder, the perceptual network and first weights of teacher and student from a folder, and
+what else the student's training ended with where its checkpoint is still there. Losses and pictures go to MLflow.
 
 The pictures of anything are clip art in the public domain: Debian's package `openclipart-png`.
 """
@@ -36,7 +36,7 @@ from imagerag.tiny.prior import PriorPhase
 from imagerag.tiny.student import StudentPhase
 from imagerag.tiny.teacher import TeacherPhase, build_scheduler, build_unet
 from imagerag.tiny.vae import VaePhase, encode_all, normalize_latents
-from imagerag.training.loop import Phase, run
+from imagerag.training.loop import CHECKPOINT_SUFFIX, Phase, run, start_from
 from imagerag.training.perceptual import LatentDistance, LatentNetwork
 from imagerag.training.tracking import Tracker, tracked
 
@@ -161,8 +161,16 @@ class Training:
             **common,
             steps=self._recipe.student_steps,
         )
+        if self._checkpoint is not None:
+            start_from(phase, self._checkpoint)
         self._run(phase)
         return phase.ema.module
+
+    @property
+    def _checkpoint(self) -> Path | None:
+        """That of the student that this one starts as, if it was kept."""
+        path = self._start / f"{StudentPhase.name}{CHECKPOINT_SUFFIX}" if self._start is not None else None
+        return path if path is not None and path.exists() else None
 
     def _started(self, part: str) -> UNet2DConditionModel | None:
         """Return the first weights of a UNet, if there are some."""
@@ -212,6 +220,8 @@ class Training:
             return recipe
         weights = {part: self._start / part / "diffusion_pytorch_model.safetensors" for part in _PARTS}
         before = json.loads((self._start / tiny.MANIFEST_NAME).read_text())["recipe"]
+        if self._checkpoint is not None:
+            weights["checkpoint"] = self._checkpoint
         return recipe | {"start": {part: sha256_of(path) for part, path in weights.items()} | {"recipe": before}}
 
 

@@ -30,6 +30,7 @@ class Phase(Protocol):
         """Return a picture of what the model can do now."""
 
 
+CHECKPOINT_SUFFIX = ".checkpoint"
 _GRIDS = 10
 """Pictures of what a model can do, over its whole training."""
 
@@ -40,7 +41,7 @@ def run(phase: Phase, folder: Path, tracker: Tracker, *, checkpoint_every_s: flo
     Raises:
         FloatingPointError: if a loss is not finite.
     """
-    path = folder / f"{phase.name}.checkpoint"
+    path = folder / f"{phase.name}{CHECKPOINT_SUFFIX}"
     first = _resume(path, phase)
     saved = time.monotonic()
     with tqdm(range(first, phase.steps), desc=phase.name, initial=first, total=phase.steps, mininterval=10) as bar:
@@ -57,6 +58,17 @@ def run(phase: Phase, folder: Path, tracker: Tracker, *, checkpoint_every_s: flo
             if time.monotonic() - saved > checkpoint_every_s or done == phase.steps:
                 _save(path, phase, done)
                 saved = time.monotonic()
+
+
+def start_from(phase: Phase, checkpoint: Path) -> None:
+    """Give a phase that has not begun what another run of it ended with, but for the schedule of its learning rate.
+
+    Weights alone would do, but a new discriminator knows nothing: until it does, the adversarial loss misleads.
+    """
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")["state"]
+    for name, part in phase.state().items():
+        if name != "schedule":
+            part.load_state_dict(state[name])
 
 
 def _save(path: Path, phase: Phase, done: int) -> None:

@@ -95,6 +95,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
         assert same == (part in ("vae", "perceptual")), part
     digests = json.loads((started / "manifest.json").read_text())["recipe"]["start"]
     assert digests["unet"] == sha256_of(whole / "unet" / "diffusion_pytorch_model.safetensors")
+    assert digests["checkpoint"] == sha256_of(whole / "student.checkpoint")
     with pytest.raises(UserError, match="weights of another recipe"):
         Training(RECIPE, drawings, [pictures], started, Kept()).run()
 

@@ -22,10 +22,11 @@ class Line:
         self.recipe: dict[str, Any] = {"steps": steps, "rate": rate}
         self.model = torch.nn.Linear(3, 1)
         self.optimizer = torch.optim.Adam(self.model.parameters(), rate)
+        self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, 1.0)
         self.done: list[int] = []
 
     def state(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer}
+        return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
 
     def step(self, index: int) -> dict[str, float]:
         inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(index))
@@ -33,6 +34,7 @@ class Line:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.schedule.step()
         self.done.append(index)
         return {"loss": float(loss.detach())}
 
@@ -80,6 +82,16 @@ def test_a_checkpoint_of_another_recipe_is_not_continued(tmp_path: Path) -> None
     other = Line(steps=10, rate=0.2)
     loop.run(other, tmp_path, Kept())
     assert other.done == list(range(10))
+
+
+def test_another_training_starts_with_the_state_of_a_finished_one(tmp_path: Path) -> None:
+    first, second = Line(), Line(rate=0.05)
+    loop.run(first, tmp_path, Kept())
+    loop.start_from(second, tmp_path / "line.checkpoint")
+    assert torch.equal(second.model.weight, first.model.weight)
+    moments = [each.optimizer.state_dict()["state"][0]["exp_avg_sq"] for each in (first, second)]
+    assert torch.equal(*moments)
+    assert second.schedule.last_epoch == 0
 
 
 def test_a_loss_that_is_no_number_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
