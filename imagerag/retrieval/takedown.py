@@ -11,7 +11,7 @@ from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import Column, block, matches
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.pins import pins, unpin
-from imagerag.retrieval.publish import PublishConfig, check_rows, drop_history, move_tag, published_version
+from imagerag.retrieval.publish import drop_history, move_tag, published_version
 from imagerag.retrieval.store import Store
 
 
@@ -44,7 +44,8 @@ def remove(
     The values and the ids of the rows are blocked first, so that no later version with such a row is published. Then
     the rows are deleted, the remaining ones are rewritten and indexed anew, readers are moved to the result, and all
     earlier versions are deleted, pinned ones too: **no rollback past a takedown is possible**, and readers that are
-    still on an earlier version must refresh. If it is killed, call it again with the same values.
+    still on an earlier version must refresh. Rows that were not published yet are dropped: the next re-indexing embeds
+    them again. If it is killed, call it again with the same values.
 
     Everything is rewritten where no row has one of the values, too: a row that a re-indexing deleted stays in its file
     until a tenth of that is gone.
@@ -58,7 +59,7 @@ def remove(
         rows = known.filter(pc.or_(pc.or_(masks[0], masks[1]), masks[2]))
         pinned = pins(store)
         holders = _versions_with(store, set(pinned.values()), rows["id"])
-        _restore_published_if_unhealthy(store)
+        _return_to_published(store)
         for column, values in wanted.items():
             block(store, column, values)
         block(store, "id", rows["id"].to_pylist())
@@ -107,14 +108,12 @@ def _versions_with(store: Store, versions: set[int], ids: pa.ChunkedArray) -> se
     return {version for version, column in own.items() if pc.any(pc.is_in(column, ids.combine_chunks())).as_py()}
 
 
-def _restore_published_if_unhealthy(store: Store) -> None:
-    """Go back to the published rows if the newest, not yet published ones would fail their checks.
+def _return_to_published(store: Store) -> None:
+    """Make the published rows the newest ones again, if anything was published.
 
-    The takedown publishes what it leaves, and must not let unchecked rows through on that way.
+    The takedown publishes what it leaves. Rows that are not published were never checked, or are those of a job that
+    was killed halfway, or a person rolled them back: readers must not get them on that way.
     """
     version = published_version(store)
-    newest = store.dataset()
-    if version is None or version == newest.version:
-        return
-    if not all(check.passed for check in check_rows(store, newest, PublishConfig().max_shrink)):
+    if version is not None and version != store.dataset().version:
         store.dataset(version).restore()

@@ -26,6 +26,7 @@ from imagerag.retrieval.ranking import diversify
 from imagerag.retrieval.schema import Fit
 from imagerag.retrieval.search import Neighbour, Retriever
 from imagerag.retrieval.store import Store
+from imagerag.retrieval.takedown import reachable_rows
 from imagerag.settings import Settings
 from imagerag.table import Table, to_column
 from imagerag.training.config import SynthesizeConfig
@@ -68,16 +69,23 @@ def synthesize(
     examples.check()
     store, version = Store(settings.index_uri, name), examples.retriever.version
     with writer_lock(settings.training_of(name), "training"), held(store, version, f"{JOB}synthesis"):
+        drop_unreachable(examples.real_table, store)
         num_added, machine_s = _fill(examples, settings, on_progress)
     duration_s = time.perf_counter() - started
     return replace(describe(examples), num_added=num_added, duration_s=duration_s, machine_s=machine_s)
 
 
+def drop_unreachable(latents: Table, store: Store) -> None:
+    """Delete the latents of rows that are in no version of the index that is kept.
+
+    Versions that a training has pinned are kept: it reads the latents of their rows until it ends.
+    """
+    latents.keep(reachable_rows(store)["id"])
+
+
 def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tuple[int, float]:
     """Make what is missing, and return how many rows that was and the workers' seconds."""
     config = examples.config
-    # What is no longer in the index may have been taken down.
-    examples.real_table.keep(examples.rows["id"])
     jobs = list(_jobs(examples))
     num_missing, num_done, machine_s = sum(len(job.rows) for job in jobs), 0, 0.0
     if num_missing:

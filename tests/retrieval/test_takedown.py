@@ -7,7 +7,14 @@ from imagerag.errors import UserError
 from imagerag.retrieval.blocklist import block, is_blocked
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.pins import pin, pins
-from imagerag.retrieval.publish import PublishConfig, published_rows, published_version, rollback, status
+from imagerag.retrieval.publish import (
+    PublishConfig,
+    published_rows,
+    published_version,
+    require_published,
+    rollback,
+    status,
+)
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove
@@ -149,6 +156,21 @@ def test_a_takedown_publishes_no_unchecked_rows(history: Store) -> None:
     assert removal.num_rows == 1
     assert published_rows(history) == 30
     assert history.dataset().count_rows("url = 'https://example.org/40.png'") == 0
+
+
+def test_a_takedown_publishes_nothing_of_a_job_that_was_killed_halfway(history: Store) -> None:
+    append(history, make_rows(40, 45))
+    history.delete(history.dataset().to_table(columns=["id"], filter="url = 'https://example.org/2.png'")["id"])
+    remove(history, urls=["https://example.org/1.png"])
+    urls = history.dataset(require_published(history)).to_table(columns=["url"])["url"].to_pylist()
+    assert sorted(urls) == sorted(f"https://example.org/{number}.png" for number in range(31) if number != 1)
+
+
+def test_a_takedown_does_not_bring_back_what_a_person_rolled_back(history: Store) -> None:
+    rollback(history)
+    assert published_rows(history) == 21
+    remove(history, urls=["https://example.org/1.png"])
+    assert published_rows(history) == 20
 
 
 def test_a_table_that_was_never_published_stays_so(store: Store) -> None:

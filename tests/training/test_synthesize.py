@@ -13,10 +13,12 @@ from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.features import encode_latents
+from imagerag.retrieval.pins import TRAINING, pin, unpin
+from imagerag.retrieval.publish import PublishConfig, require_published
 from imagerag.table import from_column, shape_of
 from imagerag.training.config import ReferenceChoice, SynthesizeConfig, tiny
 from imagerag.training.job import key_of
-from imagerag.training.synthesize import synthesize
+from imagerag.training.synthesize import drop_unreachable, synthesize
 from tests.generation.folders import write_sd
 from tests.generation.with_index import drawing
 from tests.retrieval.rows import index_and_publish
@@ -98,6 +100,22 @@ def test_what_is_taken_down_is_in_no_training_set(own_world: World) -> None:
     assert examples.real_table.open().version == version, "nothing to delete, nothing rewritten"
     own_world.synthesize()
     assert gone not in own_world.examples().references_table.ids()
+
+
+def test_a_training_that_pinned_an_earlier_version_keeps_its_latents(own_world: World) -> None:
+    own_world.synthesize()
+    table, store = own_world.examples().real_table, own_world.store
+    gone = store.ids().to_pylist()[0]
+    pin(store, require_published(store), f"{TRAINING}one")
+    store.delete([gone])
+    own_world.fill()
+    keep_one = PublishConfig(keep=1)
+    index_and_publish(store, keep_one)
+    drop_unreachable(table, store)
+    assert gone in table.ids()
+    unpin(store, f"{TRAINING}one")
+    drop_unreachable(table, store)
+    assert gone not in table.ids()
 
 
 def test_more_teachers_latents_cost_only_the_new_ones(own_world: World) -> None:
