@@ -36,7 +36,7 @@ _PERCEPTUAL_READING = 0.05
 _MAX_TIMESTEP = 300
 """Of what the discriminator sees: under more noise, sharp and blurred latents look alike."""
 _HEADS_BETAS = (0.0, 0.99)
-_SHARES = (0.25, 0.25, 0.25)
+_SHARES = (0.125, 0.25, 0.25)
 """Of a batch: drawings as they are, drawings varied and other pictures varied, all to be read. The rest is made."""
 _EMPTY_PROMPTS = 0.25
 """Share of what is read without its name or another."""
