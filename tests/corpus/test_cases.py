@@ -20,12 +20,16 @@ from imagerag.corpus.url_list import read_url_list
 from imagerag.errors import UserError
 from tests.corpus.fetched import IMAGE_SIZE, MAX_BYTES, MAX_PIXELS, Fetched, planned
 from tests.corpus.files import FILES
-from tests.corpus.given import GIVEN, Given
+from tests.corpus.given import Given
+from tests.corpus.given_folders import FOLDERS
+from tests.corpus.given_tables import TABLES
+from tests.corpus.given_tars import TARS
 from tests.corpus.heic import HEIC
 from tests.corpus.lists import LISTED, Listed
 from tests.corpus.servers import SERVERS
 from tests.corpus.web import Web
 
+GIVEN = [*TABLES, *TARS, *FOLDERS]
 FETCHED = [*FILES, *HEIC, *SERVERS]
 Outcomes = dict[str, tuple[dict[str, Any], bytes | None, bytes | None]]
 

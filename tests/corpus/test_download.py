@@ -5,25 +5,22 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import psutil
-import pyarrow as pa
 import pytest
 
-from imagerag.artifacts import Download
 from imagerag.corpus import shards
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
 from imagerag.corpus.guard import Reason
-from imagerag.corpus.ledger import read_attempts, read_ledger, wanted_images
+from imagerag.corpus.ledger import read_attempts, wanted_images
 from imagerag.corpus.sample.bad import bad_urls
 from imagerag.corpus.sample.server import SampleServer
-from imagerag.corpus.spool import Spool
 from imagerag.corpus.takedown import take_down
-from imagerag.corpus.url_list import SCHEMA, UrlList, read_url_list
+from imagerag.corpus.url_list import read_url_list
 from imagerag.errors import UserError
 from imagerag.settings import Settings
+from tests.corpus.downloads import Corpus
 from tests.corpus.web import Web, picture
 
 pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session")]
@@ -35,51 +32,9 @@ def web() -> Iterator[Web]:
         yield server
 
 
-class Corpus:
-    """A corpus in a folder, and how the tests download into it."""
-
-    def __init__(self, folder: Path, web: Web) -> None:
-        self.uri = str(folder / "shards")
-        self.folder = folder / "shards"
-        self._settings = Settings(home=folder)
-        self._config = {
-            "allowed_hosts": (web.host,),
-            "shard_size": 4,
-            "thread_count": 4,
-            "timeout_s": 5,
-            "retries": 0,
-            "back_off_s": 0.1,
-        }
-
-    def download(self, rows: list[dict[str, Any]], **options: Any) -> Download:
-        config = DownloadConfig.model_validate(self._config | options.pop("config", {}))
-        return download(urls(rows), uri=self.uri, config=config, settings=self._settings, **options)
-
-    def outcome(self) -> dict[str, str]:
-        """Status or reason of every URL, each of which has one row."""
-        rows = read_ledger(self.uri).to_pylist()
-        assert max(Counter((row["url"], row["caption"]) for row in rows).values()) == 1
-        return {row["url"].partition("/t")[2]: row["reason"] or row["status"] for row in rows}
-
-    def images(self) -> dict[str, bytes]:
-        """Image files in the tars, by key."""
-        found = {}
-        for path in sorted(self.folder.glob("*.tar")):
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    if member.name.endswith(".jpg"):
-                        found[member.name.removesuffix(".jpg")] = tar.extractfile(member).read()  # type: ignore[union-attr]
-        return found
-
-
 @pytest.fixture
 def corpus(tmp_path: Path, web: Web) -> Corpus:
     return Corpus(tmp_path, web)
-
-
-def urls(rows: list[dict[str, Any]]) -> UrlList:
-    table = pa.Table.from_pylist([{"source": "test", **row} for row in rows], schema=SCHEMA)
-    return UrlList(rows=Spool.of(table), num_duplicates=1)
 
 
 def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:

@@ -2,7 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.retrieval.store import Store
 from tests.generation.folders import write_lcm, write_sd, write_sdxl
+from tests.generation.with_index import fill, make_adapter, make_pipeline, write_store
+from tests.retrieval.rows import index_and_publish
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +21,24 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sdxl-turbo": write_sdxl(folder / "sdxl-turbo"),
         "lcm": write_lcm(folder / "lcm"),
     }
+
+
+@pytest.fixture(scope="module")
+def plain() -> ImageRAGTurboPipeline:
+    """A pipeline without an index."""
+    return make_pipeline(make_adapter())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, plain: ImageRAGTurboPipeline) -> Store:
+    """A small index with features, which is only read."""
+    store = write_store(tmp_path_factory.mktemp("index"), plain)
+    fill(store, plain)
+    index_and_publish(store)
+    return store
+
+
+@pytest.fixture
+def pipe(plain: ImageRAGTurboPipeline, store: Store) -> ImageRAGTurboPipeline:
+    """A pipeline with that index."""
+    return make_pipeline(make_adapter()).use_index(store.uri, store.name)

@@ -24,6 +24,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
+@pytest.fixture(autouse=True)
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only `large` has its recall measured by as many as a real table: a measurement is most of a build's time."""
+    monkeypatch.setattr("imagerag.retrieval.index._NUM_QUERIES", 50)
+
+
 def vector_indexes(store: Store) -> dict[str, tuple[int, int]]:
     """Column to rows indexed and number of indexes."""
     table = open_table(store)

@@ -1,0 +1,76 @@
+"""What the pipeline with an index refuses, by a message that names the rule and the value."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagerag.errors import UserError
+from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.hspace.features import feature_identity
+from imagerag.retrieval import features
+from imagerag.retrieval.schema import Features
+from imagerag.retrieval.store import Store
+from tests.generation.with_index import BASE, make_pipeline, write_store
+from tests.retrieval.rows import index_and_publish
+
+NARROW = Image.new("RGB", (4, 400))
+
+
+def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+    broken = write_store(tmp_path, plain)
+    identity = feature_identity(BASE, plain.unet.config, "auto")
+    version = features.prepare(broken, identity)
+
+    def compute(images: list[bytes], captions: list[str]) -> Features:
+        return np.full((len(images), *identity.shape), np.nan, np.float16)
+
+    features.commit(broken, features.fill(broken, identity, version, 0, compute, 8), version)
+    index_and_publish(broken)
+    with pytest.raises(UserError, match=r"features of row [0-9a-f]{40} \('castle'\) hold a NaN"):
+        make_pipeline().use_index(broken.uri, broken.name)("a castle")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "message"),
+    [
+        ("", {}, "a prompt says what to make a picture of; got ''"),
+        (["a castle", " "], {}, "got ' '"),
+        ("x" * 10_000, {}, "at most 2,000 characters; one has 10,000"),
+        ("a castle", {"num_references": 9}, "9 of 8 in 'images'"),
+        ("a castle", {"num_references": -1}, "between 0 and 64; got -1"),
+        ("a castle", {"fusion": "blend"}, "fusion is one of adapter, slerp, none; got 'blend'"),
+        ("a castle", {"w": 1.5, "fusion": "slerp"}, "between 0 and 1; got 1.5"),
+        ("a castle", {"adapter_scale": -0.1}, "what the adapter adds, must be between 0 and 10; got -0.1"),
+        ("a castle", {"adapter_scale": 10.5}, "between 0 and 10; got 10.5"),
+        ("a castle", {"adapter_scale": float("nan")}, "between 0 and 10; got nan"),
+        ("a castle", {"adapter_scale": float("inf")}, "between 0 and 10; got inf"),
+        ("a castle", {"similarity_threshold": 2}, "a cosine, so between -1 and 1; got 2"),
+        ("a castle", {"reference_ids": ["nobody"]}, "has no row with the id 'nobody'"),
+        ("a castle", {"reference_ids": []}, "reference_ids is empty"),
+        ("a castle", {"reference_ids": [["a"], ["b"]]}, "one list for each of the 1 prompts; got 2"),
+        ("a castle", {"reference_captions": ["a"]}, "say what reference_images show; got captions alone"),
+        ("a castle", {"reference_images": np.zeros((8, 8, 3))}, "a PIL image, .*; got numpy.ndarray"),
+        ("a castle", {"reference_images": NARROW, "reference_captions": ["a", "b"]}, "got 2 captions, 'a' …, for 1"),
+        ("a castle", {"reference_weights": [1.0, 2.0], "num_references": 1}, "got 2 weights for 1 references"),
+        ("a castle", {"reference_weights": -1, "num_references": 1}, "weight must be between 0 and 10; got -1"),
+        ("a castle", {"query": ["a", "b"]}, "one for each of the 1; got 2"),
+        ("a castle", {"reference_images": [NARROW], "reference_captions": ["a"]}, r"one has \(4, 400\)"),
+    ],
+)  # fmt: skip
+def test_bad_input(pipe: ImageRAGTurboPipeline, prompt: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipe(prompt, **arguments)
+
+
+def test_an_adapter_or_an_index_that_is_not_there(plain: ImageRAGTurboPipeline, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs an adapter, and this pipeline has none"):
+        make_pipeline().use_index(store.uri, store.name)("a castle", fusion="adapter")
+    with pytest.raises(UserError, match="references come from an index"):
+        plain("a castle", fusion="slerp")
+    with pytest.raises(UserError, match="there is no table 'images'"):
+        make_pipeline().use_index(str(tmp_path), "images")
+    with pytest.raises(UserError, match="made from its parts is not known: load it from a folder"):
+        make_pipeline(base_digest=None).use_index(store.uri, store.name)
