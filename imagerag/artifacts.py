@@ -1,4 +1,4 @@
-"""The frozen records that pass between stages: references and counts, never data."""
+"""Frozen records that stages pass to each other: URIs, versions and counts, never data."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,40 +6,40 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """What a download left: every row of the list has exactly one status."""
+    """Result of a download; every row of the list has exactly one status."""
 
     uri: str
     """The shards folder."""
     num_urls: int
-    """URLs that the corpus wants, all lists together, and the bad rows of this call's list."""
+    """URLs that the corpus wants, over all its lists, plus the bad rows of this call's list."""
     num_success: int
     num_failed: int
     reasons: Mapping[str, int]
-    """Failures by reason, as `corpus.guard.Reason` names them."""
+    """Number of failures by reason; see `corpus.guard.Reason`."""
     num_fetched: int
-    """URLs tried by this call; the rest was settled before."""
+    """URLs that this call tried to fetch; the others had their status before."""
     num_removed: int
-    """URLs that the corpus wanted before this call and wants no more."""
+    """URLs that the corpus wanted before this call and no longer wants."""
     num_bytes: int
-    """Size of the images fetched by this call, as stored."""
+    """Stored size in bytes of the images that this call fetched."""
     num_duplicates: int = 0
     """Rows of the list that repeat an earlier row's URL and caption."""
     num_unchanged: int = 0
-    """Images that were asked for again and are the same."""
+    """Images that were requested again and have not changed."""
     num_changed: int = 0
-    """Images that were asked for again and are others now."""
+    """Images that were requested again and have changed."""
     kept: Mapping[str, int] = field(default_factory=dict)
-    """Images that were asked for again, did not come and stay as they are, by reason."""
+    """Images that were requested again, could not be fetched and were kept, by reason."""
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The first failures of each reason, in words. What is quoted in them is a stranger's."""
+    """Messages of the first failures of each reason. They quote untrusted text."""
     duration_s: float = 0.0
     machine_s: float = 0.0
-    """Seconds of worker time: the sum over workers."""
+    """Worker time in seconds, summed over workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded:
-    """A table version that holds exactly the rows that the corpus wants."""
+    """Result of an embedding job: a table version with exactly the rows that the corpus wants."""
 
     uri: str
     table: str
@@ -48,7 +48,7 @@ class Embedded:
     num_added: int
     num_removed: int
     num_duplicates: int
-    """URLs whose image and caption another URL brought already."""
+    """URLs with the same image and caption as another URL."""
     encoder_id: str
     encoder_digest: str
     duration_s: float = 0.0
@@ -57,7 +57,7 @@ class Embedded:
 
 @dataclass(frozen=True, kw_only=True)
 class CachedFeatures:
-    """A table version of which every row has its features for a base model."""
+    """Result of a features job: a table version in which every row has features for a base model."""
 
     uri: str
     table: str
@@ -66,7 +66,7 @@ class CachedFeatures:
     num_added: int
     base_id: str
     fit: str
-    """How pictures were fitted into the base model's square: `auto`, `pad` or `crop`."""
+    """How images were fitted into the base model's square: `auto`, `pad` or `crop`."""
     features_digest: str
     duration_s: float = 0.0
     machine_s: float = 0.0
@@ -74,7 +74,7 @@ class CachedFeatures:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
-    """All that a fine-tuning learns from: clean latents and text features, and the references of each."""
+    """Training set of a fine-tuning: clean latents, text features and references of each example."""
 
     index_uri: str
     index_name: str
@@ -84,92 +84,92 @@ class TrainingSet:
     teacher: str
     teacher_digest: str
     real_uri: str
-    """The table with the latents of the index's pictures."""
+    """Table of the latents of the index's images."""
     teacher_uri: str | None
-    """The table with the teacher's latents, if some were asked for."""
+    """Table of the teacher's latents, if any were requested."""
     references_uri: str
-    """The table that lists every example with its references."""
+    """Table of all examples with their references."""
     num_real: int
     num_teacher: int
     num_held_out: int
-    """Of the real ones."""
+    """Real examples that are held out."""
     num_added: int
-    """Rows of all tables that were computed by this call; the rest was there before."""
+    """Rows of all tables that this call computed; the others existed before."""
     duration_s: float = 0.0
     machine_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuned:
-    """A trained adapter, with LoRA if there is some."""
+    """A trained adapter, with LoRA if it was trained."""
 
     uri: str
-    """The folder."""
+    """Folder of the weights."""
     name: str
-    """A digest of all that it depends on."""
+    """Digest of everything that the training depends on."""
     base: str
     base_digest: str
     index_name: str
     index_version: int
     run_id: str
-    """Of MLflow."""
+    """MLflow run of the training."""
     num_steps: int
     score: float
-    """Of the validation on what is held out: losses with references, but for the adversarial; smaller is better."""
+    """Validation loss on held-out examples with references, without the adversarial term; smaller is better."""
     best_step: int
-    """The checkpoint with the best score, which is in the training's folder."""
+    """Step of the checkpoint with the best score; the checkpoint is in the training's folder."""
     best_score: float
     is_new: bool
-    """Whether this call trained; else it was finished before."""
+    """Whether this call trained the adapter; False if the training was finished before."""
     discriminator_accuracy: float | None = None
-    """Averaged over the last steps; 0.5 is chance. None where there was no discriminator."""
+    """Average over the last steps; 0.5 is chance. None without a discriminator."""
     duration_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexVersion:
-    """Where references come from."""
+    """Version of the index that references come from."""
 
     uri: str
     name: str
     version: int
     created_at: str
-    """It tells the version from one of the same number in an index that was made anew."""
+    """Distinguishes the version from the same number in an index that was deleted and rebuilt."""
 
     @property
     def key(self) -> dict[str, str | int]:
-        """What pictures depend on: not where the index is, so that a home can be moved."""
+        """Identity of the version without its URI, so that caches stay valid when a home is moved."""
         return {"name": self.name, "version": self.version, "created_at": self.created_at}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployed:
-    """The model in use: its weights, with the index that it pins."""
+    """The champion: its weights and the index that it pins."""
 
     folder: str
-    """Of the weights, which all workers can read."""
+    """Folder of the weights, which all workers can read."""
     index: IndexVersion
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """What an evaluation left."""
+    """Result of an evaluation."""
 
     uri: str
-    """The folder with `index.html`, `table.md`, `grid.png` and `results.json`."""
+    """Folder with `index.html`, `table.md`, `grid.png` and `results.json`."""
     name: str
-    """A digest of all that it depends on."""
+    """Digest of everything that the results depend on."""
     adapter: str
-    """The folder of the candidate."""
+    """Folder of the candidate."""
     index_name: str
     index_version: int
     run_id: str
-    """Of MLflow."""
+    """MLflow run of the evaluation."""
     num_prompts: int
     metrics: Mapping[str, float]
-    """Means by way and metric: `adapter/recognised`."""
+    """Means by way and metric, as in `adapter/recognised`."""
     is_new: bool
-    """Whether this call measured; else it was finished before."""
+    """Whether this call computed the results; False if the evaluation was finished before."""
     duration_s: float = 0.0
 
 
@@ -178,37 +178,37 @@ class Registered:
     """A version of the registered model."""
 
     name: str
-    """The registered model's."""
+    """Name of the registered model."""
     version: int
     uri: str
-    """`models:/<name>/<version>`, as MLflow loads it."""
+    """`models:/<name>/<version>`, from which MLflow loads it."""
     run_id: str
-    """Of the training."""
+    """MLflow run of the training."""
     is_new: bool
-    """Whether this call made the version; else the same was registered before."""
+    """Whether this call registered the version; False if the same model was registered before."""
     portable: bool
-    """Whether it carries a copy of its index."""
+    """Whether it contains a copy of its index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexBuild:
-    """An index over a table version, and how good it was found to be."""
+    """Indexes of a table version, with their measured recall."""
 
     uri: str
     table: str
     version: int
     num_rows: int
     kind: str
-    """`exact` (no index: below the size where one pays) or LanceDB's index type."""
+    """`exact` (a table too small for an ANN index to pay off) or LanceDB's index type."""
     recall_at_10: float
-    """Share of the ten exact nearest neighbours that the index finds; 1.0 for `exact`."""
+    """Share of the ten exact nearest neighbours that the ANN index finds; 1.0 for `exact`."""
     num_unindexed_rows: int
     duration_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One condition for publishing, with what was seen."""
+    """One check before publishing, with the values found."""
 
     name: str
     passed: bool
@@ -217,15 +217,15 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a takedown did to one kind of thing, in words for people."""
+    """What a takedown deleted in one kind of storage, as messages."""
 
     deleted: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
-    """What is not this home's to delete, or could not be."""
+    """What could not be deleted, or is outside this home."""
 
     @classmethod
     def merged(cls, sweeps: Iterable["Sweep"]) -> "Sweep":
-        """Return them as one."""
+        """Return one sweep with everything that `sweeps` list."""
         every = list(sweeps)
         return cls(
             deleted=tuple(each for sweep in every for each in sweep.deleted),
@@ -235,12 +235,12 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """Which version readers see now, and why."""
+    """Result of publishing: the version that readers see, and the checks."""
 
     uri: str
     table: str
     version: int | None
-    """The published version: the new one if `published`, else the one that stays, if there is one."""
+    """The published version: the new one if `published`, else the previous one, if there is one."""
     previous_version: int | None
     published: bool
     num_rows: int

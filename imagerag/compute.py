@@ -1,4 +1,4 @@
-"""Ray: a cluster by address, or one on this machine for as long as the process needs it."""
+"""Connect to a Ray cluster, or start Ray on this machine for the lifetime of the process."""
 
 import os
 import signal
@@ -8,22 +8,22 @@ import warnings
 
 from imagerag.settings import Settings
 
-# A thread that still uses Ray after its end would start another one by accident.
+# Otherwise a thread that uses Ray after its shutdown would start a new one.
 _ENV = {"RAY_ENABLE_AUTO_CONNECT": "0"}
 _LOCAL_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
-    # Ray's own errors reach Python; what its C++ side writes to the console beside them is for Ray's developers.
+    # Errors reach Python as exceptions; the logs of Ray's C++ backend are for its developers.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    # By default Ray has its workers give way to everything else on the machine (niceness 15).
+    # By default, Ray's workers run at a low priority (niceness 15).
     "RAY_worker_niceness": "0",
-    # Nobody takes a machine away from a Ray that is on it alone: a training needs no process that looks out for it.
+    # A local machine is not preempted, so a training needs no process that watches for it.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Ray listens on every interface where it takes itself for part of a cluster, which on Linux is always.
+    # Without this, Ray on Linux always listens on every interface, as for a cluster.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 _WORKER_ENV = {
-    # img2dataset's image library looks for its newer version on the internet at every import.
+    # Otherwise albumentations, which img2dataset imports, checks for updates on the internet at every import.
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "RUST_LOG": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -31,18 +31,18 @@ _WORKER_ENV = {
 
 
 def ray_environment(*, local: bool) -> dict[str, str]:
-    """Return the variables that Ray reads when it is first imported, on this machine or of a cluster by address."""
+    """Return the environment variables that Ray reads at its first import, for a local Ray or for a cluster."""
     return _ENV | (_LOCAL_ENV | _WORKER_ENV if local else {})
 
 
 def start_ray(settings: Settings) -> None:
-    """Make Ray usable in this process, and leave it running for the next stage; it ends with the process.
+    """Initialise Ray in this process, where it stays available to later stages until the process ends.
 
-    A Ray that is initialised already is used as it is. Otherwise this connects to `settings.ray_address`, or starts
-    Ray on this machine, on loopback and with free ports.
+    Does nothing if Ray is initialised already. Otherwise connects to `settings.ray_address`, or starts Ray on this
+    machine, on loopback and with free ports.
     """
-    # Ray reads its own when it is first imported. Workers of this machine inherit the others: those that start with Ray
-    # can be used at once, where an environment of the job's own has each start anew, in half a second.
+    # Ray reads its own variables at its first import. Local workers inherit the rest: workers that were started with
+    # Ray are then used at once, while a runtime_env would restart each of them, which takes half a second.
     local = settings.ray_address is None
     os.environ.update(ray_environment(local=local))
     import ray
@@ -51,7 +51,7 @@ def start_ray(settings: Settings) -> None:
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
-        # Ray's processes are forked and at once replaced: Lance's warnings of what a fork may do don't apply.
+        # Ray forks and then executes another program, so Lance's warnings about forks do not apply.
         warnings.filterwarnings("ignore", message=".*fork")
         ray.init(
             address=settings.ray_address or "local",
@@ -60,17 +60,17 @@ def start_ray(settings: Settings) -> None:
             log_to_driver=False,
             runtime_env=None if local else {"env_vars": _WORKER_ENV},
         )
-    # Ray's own handler exits; Prefect's, which it replaced, ends a cancelled flow run as cancelled.
+    # Ray's handler exits the process; the replaced one, Prefect's, marks a cancelled flow run as cancelled.
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def capacity(settings: Settings) -> tuple[int, int] | None:
-    """Return how many cores and GPUs Ray has; those of this machine where none was needed, without its GPUs.
+    """Return the number of CPU cores and GPUs of Ray; if Ray was not started, this machine's cores and 0 GPUs.
 
-    None where Ray is a cluster that this process is not connected to.
+    None if Ray is a cluster that this process is not connected to.
     """
-    ray = sys.modules.get("ray")  # whoever uses it has imported it
+    ray = sys.modules.get("ray")  # imported only if it is in use
     if ray is not None and ray.is_initialized():
         there = ray.cluster_resources()
         return int(there.get("CPU", 0)), int(there.get("GPU", 0))
@@ -78,11 +78,11 @@ def capacity(settings: Settings) -> tuple[int, int] | None:
 
 
 def stop_ray() -> None:
-    """End this process's Ray, or its connection to a cluster; `start_ray` begins anew."""
+    """Shut down this process's Ray, or disconnect from the cluster; `start_ray` can be called again."""
     import ray
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-    # One that is still at work would use Ray after its end, and Ray's answer to that is to exit the process.
+    # A running executor would use Ray after its shutdown, on which Ray exits the process.
     for thread in threading.enumerate():
         if isinstance(thread, StreamingExecutor):
             thread.shutdown(force=True)

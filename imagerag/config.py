@@ -1,4 +1,4 @@
-"""What all configurations have in common: they check themselves when built, and make a form in the Prefect UI."""
+"""Base class of all configurations: validated when constructed, and shown as forms in the Prefect UI."""
 
 import re
 from typing import Any
@@ -17,18 +17,18 @@ def _title(name: str, _: FieldInfo | ComputedFieldInfo) -> str:
 
 
 def _plain_optionals(schema: dict[str, Any]) -> None:
-    """Make a value that may be unset a field that may be left empty, where a form would ask for its type first."""
+    """Show an optional value as a field that may be left empty; a form would otherwise ask for its type first."""
     for field in schema.get("properties", {}).values():
         some = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
         if len(some) == 1 and len(field["anyOf"]) == 2 and field.get("default") is None:
             del field["anyOf"], field["default"]
             field.update(some[0])
             if "enum" in field:
-                field["enum"] = [*field["enum"], None]  # which is what the form sends of a field that is left empty
+                field["enum"] = [*field["enum"], None]  # the form sends null for an empty field
 
 
 class Config(BaseModel):
-    """Base of all configurations and of all flows' parameters."""
+    """Base class of all configurations and flow parameters."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", field_title_generator=_title, json_schema_extra=_plain_optionals

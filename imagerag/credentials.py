@@ -1,4 +1,4 @@
-"""The password of a home: what its own servers ask of whoever reaches their ports on loopback."""
+"""The password that a home's servers require."""
 
 import os
 import secrets
@@ -8,7 +8,7 @@ USER = "imagerag"
 
 
 def password(home: Path) -> str:
-    """Return the password of the servers of `home`, made by whoever asks first; only its owner can read the file."""
+    """Return the password of the servers of `home`, created at the first call; only the owner can read its file."""
     path = home / "password"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -16,7 +16,7 @@ def password(home: Path) -> str:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(24))
         try:
-            os.link(draft, path)  # unlike a rename, it leaves what another process has made meanwhile
+            os.link(draft, path)  # unlike a rename, it keeps a file that another process has created meanwhile
         except FileExistsError:
             pass
         finally:

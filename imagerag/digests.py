@@ -1,4 +1,4 @@
-"""Digests of files. Those of large ones are remembered, as long as a file's size and time of change stay the same."""
+"""SHA-256 digests of files; those of large files are cached by path, size and modification time."""
 
 import hashlib
 import json
@@ -12,23 +12,23 @@ from tempfile import NamedTemporaryFile
 from imagerag.settings import Settings
 
 _LARGE_BYTES = 64 * 2**20
-"""Reading less takes no time that matters."""
+"""Smaller files are hashed each time, which is fast."""
 _CACHE_NAME = "digests.json"
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of one file, as hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(files: Mapping[str, Path]) -> str:
-    """Return one digest of all `files`, which are known by their names in the mapping, whatever their paths."""
+    """Return one digest over the names and contents of all `files`; their paths do not matter."""
     cache = Settings().home / _CACHE_NAME
     remembered = _read(cache)
     keys = {name: _key(path) for name, path in files.items()}
     unknown = {keys[name]: path for name, path in files.items() if keys[name] not in remembered}
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         computed = dict(zip(unknown, pool.map(sha256_of, unknown.values()), strict=True))
     lasting = {key: sha256 for key, sha256 in computed.items() if unknown[key].stat().st_size >= _LARGE_BYTES}
     if lasting:
@@ -54,4 +54,4 @@ def _write(cache: Path, remembered: Mapping[str, str]) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("w", dir=cache.parent, suffix=".partial", delete=False) as file:
         json.dump(remembered, file)
-    os.replace(file.name, cache)  # noqa: PTH105 - a name, not a path
+    os.replace(file.name, cache)  # noqa: PTH105 - a str, not a Path

@@ -1,7 +1,7 @@
-"""Files of ours that are whole or not there, in a folder or an object store, and how two writers of one don't collide.
+"""Atomic writes and compare-and-swap of files, in folders and object stores.
 
-`replace_file` writes only if the file is still as it was read: by `If-None-Match` and `If-Match` on S3, and in a folder
-while no other process of this kind writes it. So what is read, changed and written loses no change of another writer.
+`replace_file` writes only if the file is unchanged since it was read: by `If-None-Match` and `If-Match` on S3, and
+under a file lock in a folder. A read-modify-write with it never loses another writer's change.
 """
 
 import fcntl
@@ -25,25 +25,25 @@ from fsspec.implementations.local import LocalFileSystem
 from imagerag.errors import UserError
 
 _MAX_PUT = 5 * 2**30
-"""Bytes of one request to S3. Of several requests, none can have a condition by s3fs."""
+"""Bytes of one S3 request: s3fs can't make a multipart upload conditional."""
 _NUM_PROBES = 4
 
 
 class ConflictError(RuntimeError):
-    """Another writer was quicker; nothing was written. Read again what is there, and decide anew."""
+    """Another writer changed the file first, and nothing was written. Read the file again and retry."""
 
 
 def write_file(uri: str, content: bytes) -> None:
-    """Write a file; a reader never sees half of it."""
+    """Write a file atomically."""
     filesystem, path = fsspec.url_to_fs(uri)
     if isinstance(filesystem, LocalFileSystem):
         _replace(Path(path), content)
     else:
-        filesystem.pipe_file(path, content)  # object stores show an object when it is complete
+        filesystem.pipe_file(path, content)  # an object becomes visible when it is complete
 
 
 def put_file(uri: str, source: Path) -> None:
-    """Copy a file of this machine; a reader never sees half of it."""
+    """Copy a local file to a URI atomically."""
     filesystem, path = fsspec.url_to_fs(uri)
     if not isinstance(filesystem, LocalFileSystem):
         filesystem.put_file(str(source), path)
@@ -53,13 +53,13 @@ def put_file(uri: str, source: Path) -> None:
 
 
 def read_tagged(uri: str) -> tuple[bytes | None, str | None]:
-    """Return a file's content, and what tells it from others for `replace_file`; nothing where there is none."""
+    """Return a file's content and its tag for `replace_file`, or `(None, None)` if it does not exist."""
     filesystem, path = fsspec.url_to_fs(uri)
     try:
         if isinstance(filesystem, LocalFileSystem):
             content = Path(path).read_bytes()
             return content, _digest(content)
-        # The tag first: one that is older than the content only lets `replace_file` fail.
+        # The tag is read first: if the content is newer, `replace_file` fails, which is safe.
         tag = filesystem.info(path, refresh=True).get("ETag", "")
         return filesystem.cat_file(path), tag
     except FileNotFoundError:
@@ -67,13 +67,13 @@ def read_tagged(uri: str) -> tuple[bytes | None, str | None]:
 
 
 def replace_file(uri: str, content: bytes, tag: str | None) -> str:
-    """Write a file if it is still the one that `read_tagged` gave `tag` for, and return its new tag.
+    """Write a file if its tag is still the one that `read_tagged` returned, and return the new tag.
 
-    Where the store's answer says that it was not written, or is lost, what is there decides: a request that was carried
-    out and is repeated meets its own write.
+    If the store reports a failure, or its answer is lost, the stored content decides: a request that was executed and
+    then retried by the client conflicts with its own write.
 
     Raises:
-        ConflictError: if it is another one by now, or one is there where `tag` is None.
+        ConflictError: if the file has changed, or exists although `tag` is None.
     """
     filesystem, path = fsspec.url_to_fs(uri)
     if isinstance(filesystem, LocalFileSystem):
@@ -93,7 +93,7 @@ def replace_file(uri: str, content: bytes, tag: str | None) -> str:
 
 
 def keeps_writers_apart(uri: str) -> bool:
-    """Whether of several writers of one file at once `replace_file` lets one through there. Leaves nothing behind."""
+    """Return whether exactly one of several concurrent `replace_file` calls succeeds in this folder or store."""
     probe = f"{uri.rstrip('/')}/probe-{uuid4().hex}"
 
     def try_to_write(number: int, tag: str | None) -> bool:
@@ -113,12 +113,12 @@ def keeps_writers_apart(uri: str) -> bool:
 
 
 def write_json(uri: str, values: dict[str, Any]) -> None:
-    """Write what JSON can hold, as `write_file` does."""
+    """Write `values` as JSON, atomically."""
     write_file(uri, json.dumps(values, indent=1).encode())
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """Return what `write_json` wrote, if there is such a file."""
+    """Return the object in a JSON file, or None if it does not exist."""
     with suppress(FileNotFoundError), fsspec.open(uri) as file:
         values: dict[str, Any] = json.load(file)
         return values
@@ -126,9 +126,9 @@ def read_json(uri: str) -> dict[str, Any] | None:
 
 
 def open_alone(path: Path, on_wait: Callable[[], None] = lambda: None) -> BufferedRandom:
-    """Open a file, which is made where there is none, for this process alone, until it is closed or removed.
+    """Open a file, creating it if needed, with an exclusive lock until it is closed or removed.
 
-    The operating system ends that with the process, however it dies. `on_wait` is called before others are waited for.
+    The operating system releases the lock when the process ends. `on_wait` is called before waiting for another holder.
     """
     while True:
         file = path.open("a+b")
@@ -140,15 +140,15 @@ def open_alone(path: Path, on_wait: Callable[[], None] = lambda: None) -> Buffer
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # whoever had it has removed or renamed it
+        file.close()  # the previous holder removed or renamed the file
 
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """Yield a folder on this machine: itself where it is one, else a copy for the length of the block.
+    """Yield a local path of a folder: the folder itself if it is local, else a temporary copy.
 
     Raises:
-        UserError: if there is nothing to copy.
+        UserError: if a remote folder does not exist.
     """
     filesystem, path = fsspec.url_to_fs(uri)
     if isinstance(filesystem, LocalFileSystem):

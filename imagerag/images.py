@@ -1,6 +1,6 @@
-"""A stranger's picture as people see it: upright, in sRGB, on white. Whatever reads pictures reads them through this.
+"""Convert images to what a viewer shows: upright, in sRGB, on white. All code that reads images uses this module.
 
-Decoding itself, and what of it is safe, is the caller's: see `corpus.guard` for pictures of the network.
+Safe decoding is the caller's responsibility; see `corpus.photos` for downloaded images.
 """
 
 import io
@@ -20,23 +20,23 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation; 1 and numbers that EXIF doesn't have leave it as it is."""
+"""Transformation to upright for each EXIF orientation; 1 and invalid values need none."""
 
-_STRIP_PIXELS = 2**20  # converted at a time, so that a large picture is in memory twice and not five times
+_STRIP_PIXELS = 2**20  # converted at a time: a large image takes twice its memory instead of five times
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _SRGB = ImageCms.createProfile("sRGB")
 _SHOWN_AS_STORED = frozenset({"1", "L", "P", "RGB"})
 
 
 def upright_srgb(image: Image.Image, max_side: int | None = None) -> Image.Image:
-    """Return `image` as people see it, mode RGB, at its size or with `max_side` pixels on its longer side at most.
+    """Return `image` as an upright sRGB image on white, in mode RGB, with at most `max_side` pixels on its longer side.
 
-    Its EXIF orientation is applied, its ICC profile is converted to sRGB, transparency is put on white, and 16 bits a
-    channel become 8. An animation gives its first picture. A profile that is broken, or of another kind than the
-    pixels are, is left out of account, as browsers do.
+    Applies the EXIF orientation, converts the ICC profile to sRGB, composites transparency on white, and reduces 16
+    bits per channel to 8. Of an animation, the first frame is used. A profile that is broken, or for another colour
+    mode than the pixels', is ignored, as browsers do.
 
     Raises:
-        OSError, SyntaxError, ValueError: as Pillow does for what it can't decode.
+        OSError, SyntaxError, ValueError: if Pillow can't decode the image.
     """
     image.load()
     turn = _TURNS.get(_orientation(image))
@@ -46,15 +46,15 @@ def upright_srgb(image: Image.Image, max_side: int | None = None) -> Image.Image
     if max_side is not None and max(seen.size) > max_side:
         scale = max_side / max(seen.size)
         width, height = (max(1, round(side * scale)) for side in seen.size)
-        seen = seen.resize((width, height), Image.Resampling.BOX)  # the mean of the pixels that become one
+        seen = seen.resize((width, height), Image.Resampling.BOX)  # averages the pixels that are merged
     if seen is image:
         seen = image.copy()
-    seen.info = {}  # what was applied must not be applied again
+    seen.info = {}  # so that orientation and profile are not applied twice
     return seen
 
 
 def is_shown_as_stored(image: Image.Image) -> bool:
-    """Whether a reader that knows nothing of orientation, profiles and transparency sees what people see."""
+    """Return whether the image looks the same to a reader that ignores orientation, profile and transparency."""
     return (
         image.mode in _SHOWN_AS_STORED
         and not image.has_transparency_data
@@ -66,13 +66,13 @@ def is_shown_as_stored(image: Image.Image) -> bool:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ExifTag.Orientation)
-    except (SyntaxError, ValueError, OSError, KeyError):  # of a broken EXIF block nothing is believed
+    except (SyntaxError, ValueError, OSError, KeyError):  # a broken EXIF block is ignored
         return _UPRIGHT
     return orientation if isinstance(orientation, int) else _UPRIGHT
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """The picture as sRGB, strip by strip, or itself where there is nothing to convert."""
+    """Return the image in sRGB on white, converted strip by strip, or itself if there is nothing to convert."""
     icc_profile = image.info.get("icc_profile")
     if image.mode == "RGB" and not icc_profile and not image.has_transparency_data:
         return image
@@ -86,7 +86,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _strip_on_white(strip: Image.Image, icc_profile: bytes | None) -> Image.Image:
     alpha = None
-    if strip.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
+    if strip.mode.startswith("I"):  # 16 bits per pixel, which Pillow clips instead of scaling
         strip = Image.fromarray((np.asarray(strip) >> 8).astype(np.uint8))
     if strip.has_transparency_data:
         strip = strip.convert("LA" if strip.mode in ("LA", "La") else "RGBA")
@@ -99,13 +99,13 @@ def _strip_on_white(strip: Image.Image, icc_profile: bytes | None) -> Image.Imag
 
 
 def _is_srgb(image: Image.Image) -> bool:
-    """Whether the profile, if there is one, changes no colour by more than a level."""
+    """Return whether the profile, if any, changes every colour by at most one level."""
     icc_profile = image.info.get("icc_profile")
     mode = "RGB" if image.mode in ("RGB", "P") else "L"
     transform = _to_srgb(icc_profile, mode) if icc_profile else None
     if transform is None:
         return True
-    levels = np.arange(0, 256, 17, dtype=np.uint8)  # 16, of every channel with every other
+    levels = np.arange(0, 256, 17, dtype=np.uint8)  # 16 levels per channel, in all combinations
     colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(64, 64, 3)
     chart = Image.fromarray(colours if mode == "RGB" else colours[..., 0])
     difference = ImageChops.difference(chart.convert("RGB"), transform.apply(chart))
@@ -114,7 +114,7 @@ def _is_srgb(image: Image.Image) -> bool:
 
 @lru_cache(maxsize=32)
 def _to_srgb(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform of a profile for pixels of `mode`; None where the profile is unusable or of another mode."""
+    """Return the transform of a profile for pixels of `mode`, or None if the profile is unusable or of another mode."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         if _PROFILE_MODES.get(profile.profile.xcolor_space) != mode:

@@ -1,10 +1,9 @@
-"""One writer at a time, on one machine or many.
+"""Writer locks across processes and machines.
 
-In a folder, the operating system keeps a lock and frees it with the process, however it dies. In an object store a lock
-is a lease: a small object that names its holder, written only if it still is as it was read, and renewed while it is
-held. Whoever waits takes it over when it was not renewed for `LEASE_S`, by the clock of the one who waits, or at once
-where the holder was a process of the same machine that is no more. Whoever has lost a lease learns it by `check_locks`,
-before the next commit.
+In a folder, a lock is a file lock of the operating system, released when the process ends. In an object store, it is a
+lease: a small object that names its holder, written by compare-and-swap and renewed while it is held. A waiting process
+takes a lease over when it was not renewed for `LEASE_S` by its own clock, or at once if the holder was a process of the
+same machine that has ended. `check_locks` tells a holder before each commit whether it lost a lease.
 """
 
 import json
@@ -31,27 +30,27 @@ from imagerag.files import ConflictError, open_alone, read_tagged, replace_file
 logger = logging.getLogger(__name__)
 
 LEASE_S = 60.0
-"""For how long a lease is held that is not renewed."""
+"""Seconds after which a lease that was not renewed may be taken over."""
 _RENEW_EVERY_S = 15.0
 _FIRST_POLL_S, _LAST_POLL_S = 0.1, 3.0
 
-# The other clock stands still while a machine sleeps.
+# CLOCK_MONOTONIC does not advance while a machine is suspended.
 _now = partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 
 OnWait = Callable[[str], None]
-"""Is told who holds a lock, and since when."""
+"""Called before waiting, with a message that says who holds the lock and since when."""
 _job: ContextVar[str | None] = ContextVar("job", default=None)
 
 
 class LockLostError(RuntimeError):
-    """This process didn't renew a lock for too long, and another one has it now. Run the same again to go on."""
+    """This process did not renew a lock in time, and another one has it now. Run the same command again to continue."""
 
 
 @contextmanager
 def writer_lock(uri: str, name: str, on_wait: OnWait = logger.info) -> Iterator[None]:
-    """Keep other writers of `name` in a folder or an object store out: they wait.
+    """Hold the exclusive lock `name` in a folder or an object store; other writers wait for it.
 
-    The thread that holds it may take it again.
+    The lock is reentrant within a thread.
     """
     lock = _lock_of(f"{uri.rstrip('/')}/{name}.lock")
     lock.acquire(on_wait)
@@ -62,10 +61,10 @@ def writer_lock(uri: str, name: str, on_wait: OnWait = logger.info) -> Iterator[
 
 
 def check_locks() -> None:
-    """Make sure, before a commit, that this thread has lost none of the locks that it took.
+    """Check, before a commit, that this thread still holds all locks that it acquired.
 
     Raises:
-        LockLostError: if it has.
+        LockLostError: if it lost one.
     """
     for lock in list(_locks.values()):
         lock.check()
@@ -73,7 +72,7 @@ def check_locks() -> None:
 
 @contextmanager
 def named_job(name: str) -> Iterator[None]:
-    """Let others who wait for a lock of this thread be told this name; else it is the command line."""
+    """Set the name that processes waiting for this thread's locks see, instead of the command line."""
     token = _job.set(name)
     try:
         yield
@@ -82,14 +81,14 @@ def named_job(name: str) -> Iterator[None]:
 
 
 def local_folder(uri: str) -> Path | None:
-    """Return the folder that a URI names, if it is on this machine's file system."""
+    """Return the path of a local folder's URI, or None for a remote one."""
     if uri.startswith("file://"):
         return Path(uri.removeprefix("file://"))
     return None if "://" in uri else Path(uri)
 
 
 class _Lock:
-    """What the threads of this process share of a lock: only one of them holds it, as often as it likes."""
+    """A lock as the threads of this process share it: reentrant, and held by one thread at a time."""
 
     def __init__(self, uri: str) -> None:
         path = local_folder(uri)
@@ -125,7 +124,7 @@ class _Lock:
 
 
 class _FileLock:
-    """Of the operating system, on a file that is there while somebody holds or wants it, and says who does."""
+    """A lock of the operating system on a file that names its holder; the file is removed on release."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -144,17 +143,17 @@ class _FileLock:
         self._file.close()
 
     def check(self) -> None:
-        """The operating system takes none away."""
+        """Do nothing: a file lock can't be lost."""
 
     def _holder(self) -> dict[str, Any]:
-        with suppress(OSError, ValueError):  # it was released, or is not yet written
+        with suppress(OSError, ValueError):  # it was released, or the holder is not written yet
             holder: dict[str, Any] = json.loads(self._path.read_bytes())
             return holder
         return {}
 
 
 class _Lease:
-    """An object that names its holder; none, where it is free."""
+    """An object that names the holder of a lock; empty or missing while the lock is free."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -227,7 +226,7 @@ class _Lease:
             except LockLostError as error:
                 logger.error("%s", error)
                 return
-            except Exception as error:  # noqa: BLE001 - stores have exceptions of their own; it is tried again
+            except Exception as error:  # noqa: BLE001 - stores raise their own exceptions; the next interval retries
                 logger.warning("%s could not be renewed: %s", _named(self._uri), error)
 
 
@@ -251,7 +250,7 @@ def _about_this_job() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Return what processes have in common that see each other's ids: containers of one machine don't."""
+    """Return an id shared by the processes that see each other's process ids; containers have different ones."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if boot.exists() and namespace.exists():
         return f"{boot.read_text().strip()}/{namespace.stat().st_ino}"

@@ -1,17 +1,17 @@
-"""Text from strangers (captions, URLs, what servers say) as text, wherever it is shown."""
+"""Escape untrusted text (captions, URLs, server responses) for terminals and markdown."""
 
 import re
 
-# Control characters but tab and line feed, and those that turn the direction of what follows: a terminal obeys them.
+# Control characters except tab and line feed, and marks that change the direction of text.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")  # ASCII punctuation: any of it may stand behind a backslash
+_MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")  # ASCII punctuation, all of which can be escaped by a backslash
 
 
 def printable(text: str) -> str:
-    """Return `text` without what a terminal would obey instead of show."""
+    """Return `text` with control characters replaced, so that a terminal shows it and executes nothing."""
     return _COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def in_markdown(text: str) -> str:
-    """Return markdown of one line that shows `text`, whatever is in it."""
+    """Return `text` as one line with all markdown escaped."""
     return _MARKDOWN.sub(r"\\\1", " ".join(printable(text).split()))

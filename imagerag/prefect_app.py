@@ -1,10 +1,10 @@
-"""Prefect's server as a home has it: on loopback, by a password, under no other host name, and with a link to log in.
+"""The Prefect server of a home: on loopback, with a password, a check of the Host header, and a login link.
 
     python -m imagerag.prefect_app PORT
 
-Prefect's settings come from the environment, as `imagerag.services` sets them. `prefect server start` serves the same
-application without the last two: a page of any site can give its own name the address 127.0.0.1, and Prefect's pages
-ask for the password in a form.
+Prefect's settings come from the environment that `imagerag.services` sets. `prefect server start` serves the same
+application without the last two. The check of the Host header prevents DNS rebinding, by which any web site could reach
+127.0.0.1; the login link saves typing the password into Prefect's form.
 """
 
 import sys
@@ -23,7 +23,7 @@ location.replace("/dashboard");
 
 
 class LoginPage:
-    """Answers `LOGIN_PATH`, and hands everything else on."""
+    """ASGI middleware that serves the login page at `LOGIN_PATH` and passes on all other requests."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,13 +37,13 @@ class LoginPage:
 
 
 def main(port: int) -> None:
-    """Serve until the process is ended."""
+    """Serve on loopback until the process ends."""
     import uvicorn
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    # Around Prefect's application, not in it: its services ask it in memory, under another host name.
+    # Wraps Prefect's application from outside: its own services call it in memory, under another host name.
     app = TrustedHostMiddleware(LoginPage(create_app(final=True)), allowed_hosts=list(_HOSTS))
     server = get_current_settings().server
     uvicorn.run(

@@ -1,8 +1,9 @@
-"""The engines that run beside a flow on one machine: Prefect server and worker, MLflow, on loopback, one set a home.
+"""Local servers of a home, on loopback: Prefect server and worker, and MLflow.
 
-`up` starts them to stay, `prefect_server` lends one for the duration of a run. Either keeps its database, logs and
-process records under `home`, so that two homes on one machine never meet. They ask for the home's password, because
-other users of the machine and pages of any site reach ports of loopback too, and who drives Prefect can run code.
+`up` starts them permanently; `prefect_server` starts a temporary Prefect server for one run. Databases, logs and
+process records are under `home`, so that homes on one machine do not interfere. The servers require the home's
+password: other users of the machine and web pages can reach loopback ports too, and whoever controls Prefect can run
+code.
 """
 
 import json
@@ -29,18 +30,18 @@ from imagerag.settings import Settings
 
 WORK_POOL = "imagerag"
 LOGIN_PATH = "/imagerag/login"
-"""A page of our Prefect server that keeps what stands behind its `#`, the password, as Prefect's own login does."""
+"""Page of our Prefect server that stores the password from its URL fragment, as Prefect's own login does."""
 PREFECT, WORKER, MLFLOW = "prefect-server", "prefect-worker", "mlflow-server"
 
 _HEALTH = {PREFECT: "/api/health", MLFLOW: "/health"}
 _PROJECT = "IMAGERAG_PROJECT"
-"""Tells workers where the flows are. Nothing else has it, and so flow runs' processes are known by it."""
+"""Environment variable with the flows' folder. Only workers and their flow runs have it, which identifies them."""
 
 _START_TIMEOUT_S = 180.0
 _ANSWER_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
-# Has the kernel end this process when its parent is killed, so that kill -9 leaves no server behind (Linux; 1 is
-# PR_SET_PDEATHSIG). It is done after the fork by the child itself, because Popen's hook for it is unsafe with threads.
+# The kernel kills the child when its parent dies, so that kill -9 leaves no server behind (Linux; 1 is
+# PR_SET_PDEATHSIG). The child sets this itself, because Popen's preexec_fn is unsafe with threads.
 _DYING_WITH_PARENT = (
     "-c",
     "import ctypes, os, signal, sys; "
@@ -55,7 +56,7 @@ class ServiceError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """A process that this home started, known again by its process id and start time."""
+    """A process started for a home, identified by process id and start time."""
 
     name: str
     pid: int
@@ -64,7 +65,7 @@ class Service:
 
     @property
     def running(self) -> bool:
-        """Whether exactly this process still runs: a process id alone may have been given out again."""
+        """Whether this process still runs; the start time detects a reused process id."""
         try:
             process = psutil.Process(self.pid)
             return bool(process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE)
@@ -73,21 +74,21 @@ class Service:
 
 
 def prefect_environment(settings: Settings, api_url: str | None = None) -> dict[str, str]:
-    """Environment variables that give Prefect its place under the home, and no telemetry.
+    """Return environment variables that keep Prefect's state under the home and disable telemetry.
 
-    Where the settings name no server, they have the password of the home's own as well.
+    They include the home's password unless the settings name another Prefect server.
     """
-    home = settings.make_home()  # Prefect makes no folder above its own
+    home = settings.make_home()  # Prefect does not create parent folders
     environment = {
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "DO_NOT_TRACK": "1",
-        # In memory, which is the default, a restart of the server forgets who holds a slot, and it is never free again.
+        # With the default, in memory, a restarted server forgets who holds a slot, which then stays taken.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        # Without heartbeats nobody learns that a flow run's process was killed.
+        # Heartbeats let the server notice that a flow run's process was killed.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        # What the library logs is in the run's log; what it logs outside of a run is not Prefect's to complain of.
+        # The library's messages go to the run's log; outside of a run, Prefect shall not warn about them.
         "PREFECT_LOGGING_EXTRA_LOGGERS": "imagerag",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         # Server start-up takes longer than Prefect's 20 s on a small, busy machine.
@@ -103,13 +104,13 @@ def _prefect_login(home: Path) -> str:
 
 
 def link(server: Service, home: Path) -> str:
-    """Return the address of Prefect's UI that logs a browser in."""
+    """Return the URL that opens Prefect's UI and logs the browser in."""
     return f"{server.url}{LOGIN_PATH}#{quote(_prefect_login(home))}"
 
 
 @contextmanager
 def prefect_server(settings: Settings) -> Iterator[str]:
-    """Yield a Prefect server's API URL: of the settings', of `up`'s, else of one that ends with the block."""
+    """Yield the API URL of the configured server, of the one `up` started, or of a temporary one for this block."""
     if settings.prefect_api_url is not None:
         yield settings.prefect_api_url
         return
@@ -126,7 +127,7 @@ def prefect_server(settings: Settings) -> Iterator[str]:
 
 
 def find(home: Path, name: str) -> Service | None:
-    """The running service `name` of this home, if there is one."""
+    """Return the running service `name` of this home, if there is one."""
     try:
         service = Service(**json.loads(_record(home, name).read_text()))
     except FileNotFoundError:
@@ -135,14 +136,14 @@ def find(home: Path, name: str) -> Service | None:
 
 
 def up(settings: Settings, project: Path) -> tuple[Service, ...]:
-    """Start a Prefect server, a worker and an MLflow server to stay, and deploy all flows.
+    """Start a Prefect server, a worker and an MLflow server permanently, and deploy all flows.
 
-    What runs and answers already is left as it is, and what was started by another `up` at the same time is found. A
-    server that the settings give the address of is not started.
+    Services that already run and answer are left alone, including those of a concurrent `up`. A server whose URL is in
+    the settings is not started.
 
     Args:
-        settings: its home holds the engines' state.
-        project: The folder of the flows and of `infra/prefect.yaml`.
+        settings: the home that holds the services' state, and URLs of other servers.
+        project: the folder that holds `flows/` and `infra/prefect.yaml`.
 
     Raises:
         UserError: if `project` has no `infra/prefect.yaml`.
@@ -166,10 +167,10 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
 
 
 def deployments_file(project: Path) -> Path:
-    """Return where a project describes its deployments.
+    """Return the path of a project's `infra/prefect.yaml`.
 
     Raises:
-        UserError: if it does not.
+        UserError: if it does not exist.
     """
     path = project / "infra" / "prefect.yaml"
     if not path.is_file():
@@ -178,7 +179,7 @@ def deployments_file(project: Path) -> Path:
 
 
 def down(home: Path) -> list[Service]:
-    """Stop what `up` started, with everything below it, flow runs included; returns which services were running."""
+    """Stop what `up` started, with all child processes and flow runs; return the services that were running."""
     stopped = []
     with _changing(home):
         for name in (WORKER, PREFECT, MLFLOW):
@@ -194,13 +195,13 @@ def down(home: Path) -> list[Service]:
 
 @contextmanager
 def _changing(home: Path) -> Iterator[None]:
-    """Keep other processes from starting or stopping services of this home at the same time."""
+    """Hold the lock for starting and stopping services of this home."""
     with writer_lock(str(home / "services"), "services"):
         yield
 
 
 def _answering(home: Path, name: str) -> Service | None:
-    """The running service `name`, if it answers; one that does not is stopped."""
+    """Return the running service `name` if it answers, and stop it if it does not."""
     service = find(home, name)
     if service is None:
         return None
@@ -212,7 +213,7 @@ def _answering(home: Path, name: str) -> Service | None:
 
 
 def _flow_run_processes(home: Path) -> Iterator[psutil.Process]:
-    """All processes that a worker of this home started, Ray's included, also where the worker itself was killed."""
+    """Yield all processes that a worker of this home started, Ray's included, even if the worker was killed."""
     for process in psutil.process_iter():
         try:
             environment = process.environ()
@@ -223,7 +224,7 @@ def _flow_run_processes(home: Path) -> Iterator[psutil.Process]:
 
 
 def answers(url: str | urllib.request.Request) -> bool:
-    """Whether an HTTP request succeeds within seconds."""
+    """Return whether an HTTP request succeeds within 5 seconds."""
     try:
         with urllib.request.urlopen(url, timeout=5):  # noqa: S310 (the address of a configured server)
             return True
@@ -232,7 +233,7 @@ def answers(url: str | urllib.request.Request) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback address that nobody listens on."""
+    """Return a free TCP port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -254,14 +255,14 @@ def _start_server(settings: Settings, *, stay: bool) -> Service:
 
 
 def _start_mlflow(settings: Settings) -> Service:
-    """Start an MLflow server on the database that runs without a server write to as well. It is not awaited."""
+    """Start an MLflow server on the home's database, which runs also use directly. Does not wait for it to answer."""
     from imagerag.training.tracking import tracking_uri
 
     home, port = settings.home, free_port()
     folder = home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     users = folder / "auth.ini"
-    database = str(folder / "auth.db").replace("%", "%%")  # which configparser would interpolate
+    database = str(folder / "auth.db").replace("%", "%%")  # configparser would interpolate a single %
     users.write_text(f"[mlflow]\ndatabase_uri = sqlite:///{database}\ndefault_permission = NO_PERMISSIONS\n")
     url = f"http://127.0.0.1:{port}"
     command = (
@@ -275,8 +276,8 @@ def _start_mlflow(settings: Settings) -> Service:
         "MLFLOW_AUTH_CONFIG_PATH": str(users),
         "MLFLOW_AUTH_ADMIN_USERNAME": credentials.USER,
         "MLFLOW_AUTH_ADMIN_PASSWORD": credentials.password(home),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": credentials.password(home),  # of the UI's forms
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # it starts others by name
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": credentials.password(home),  # signs the UI's forms
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # it runs programs by name
     }
     return _start(home, MLFLOW, command, environment, url=url, stay=True)
 
@@ -306,16 +307,16 @@ def _await_healthy(service: Service, home: Path, timeout_s: float = _START_TIMEO
     log = _log(home, service.name)
     while time.monotonic() < deadline:
         if not service.running:
-            raise ServiceError(f"{service.name} ended while starting; its log is {log}")
+            raise ServiceError(f"{service.name} exited while starting; see {log}")
         if answers(f"{service.url}{_HEALTH[service.name]}"):
             return
         time.sleep(0.2)
     _stop(service)
-    raise ServiceError(f"{service.name} did not answer within {timeout_s:.0f} s; its log is {log}")
+    raise ServiceError(f"{service.name} did not answer within {timeout_s:.0f} s; see {log}")
 
 
 def _stop(service: Service) -> None:
-    """End the service's process tree: ask first, then kill, because Prefect's workers were seen to outlive SIGTERM."""
+    """End the service's process tree by SIGTERM, then SIGKILL: Prefect's workers were seen to survive SIGTERM."""
     try:
         parent = psutil.Process(service.pid)
     except psutil.NoSuchProcess:
@@ -340,7 +341,7 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def _deploy(environment: Mapping[str, str]) -> None:
-    """Run `imagerag deploy` in a process of its own: Prefect reads its settings when it is first imported."""
+    """Run `imagerag deploy` in a subprocess, because Prefect reads its settings when it is first imported."""
     command = [sys.executable, "-m", "imagerag.cli", "deploy"]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if result.returncode != 0:

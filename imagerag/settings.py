@@ -1,4 +1,4 @@
-"""Where things live and which engines to use, read once from the environment."""
+"""Settings: where data is stored and which servers are used, read from the environment and `.env`."""
 
 import json
 import os
@@ -16,27 +16,25 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSou
 from imagerag.errors import UserError
 
 PREFIX = "IMAGERAG_"
-_NOT_SETTINGS = {"IMAGERAG_PROJECT"}  # tells Prefect's workers where the flows are
-_OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+\w*)?)")  # it sets them for every service
+_NOT_SETTINGS = {"IMAGERAG_PROJECT"}  # internal: see `imagerag.services`
+_OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+\w*)?)")  # set by Kubernetes
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _RAY_ADDRESS = re.compile(r"auto|([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
 
 def _storage(uri: str) -> str:
-    """Return a folder as an absolute path, an object store's as it is, both without a slash at the end."""
+    """Return a folder as an absolute path and an S3 URI unchanged, both without a trailing slash."""
     parts = urlsplit(uri)
     if parts.scheme in ("", "file"):
         return str(Path(uri.removeprefix("file://")).expanduser().absolute())
     if parts.scheme != "s3" or not parts.netloc:
         raise UserError(f"must be a folder or s3://bucket/folder, got {masked(uri)!r}")
     if "@" in parts.netloc or parts.query:
-        raise UserError("must not hold credentials: they are read from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        raise UserError("must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if find_spec("s3fs") is None:
         raise UserError("is on S3, which needs more packages: pip install 'imagerag-turbo[cluster]'")
     if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") and "AWS_ALLOW_HTTP" not in os.environ:
-        raise UserError(
-            "would be reached unencrypted by AWS_ENDPOINT_URL: use https, or allow it by AWS_ALLOW_HTTP=true"
-        )
+        raise UserError("would be accessed unencrypted through AWS_ENDPOINT_URL: use https, or set AWS_ALLOW_HTTP=true")
     return uri.rstrip("/")
 
 
@@ -46,8 +44,8 @@ def _server(url: str) -> str:
         raise UserError(f"must be a server's http:// or https:// URL, got {masked(url)!r}")
     if "@" in parts.netloc:
         raise UserError(
-            "must not hold credentials: MLflow's are read from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
-            "Prefect's from PREFECT_API_AUTH_STRING"
+            "must not hold credentials: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow, "
+            "PREFECT_API_AUTH_STRING for Prefect"
         )
     return url.rstrip("/")
 
@@ -71,10 +69,10 @@ ServerUrl = Annotated[str, AfterValidator(_server)]
 class Settings(BaseSettings):
     """Every value can be set as `IMAGERAG_<NAME>` in the environment or in `.env`.
 
-    None is a secret: credentials are read by the engines themselves, under their own names, on every machine.
+    No setting is a secret: each engine reads its credentials from its own environment variables, on every machine.
 
     Raises:
-        UserError: if a value breaks its rule, or a variable's name looks like a misspelt one.
+        UserError: if a value is invalid, or an unknown variable looks like a misspelt setting.
     """
 
     model_config = SettingsConfigDict(
@@ -82,24 +80,24 @@ class Settings(BaseSettings):
     )
 
     home: Path = Path(".imagerag")
-    """The folder that holds all state of the embedded engines. Two homes never share anything, ports included."""
+    """Folder with all local state. Two homes share nothing, ports included."""
     shards_uri: StorageUri = Field(default_factory=lambda data: str(data["home"] / "shards"))
-    """Where downloaded shards are kept: a folder, or `s3://bucket/folder`."""
+    """Folder of the downloaded shards, or `s3://bucket/folder`."""
     index_uri: StorageUri = Field(default_factory=lambda data: str(data["home"] / "index"))
-    """The LanceDB database, likewise."""
+    """Folder of the LanceDB database, or `s3://bucket/folder`."""
     training_uri: StorageUri = Field(default_factory=lambda data: str(data["home"] / "training"))
-    """Where training sets, checkpoints and trained adapters are kept, likewise."""
+    """Folder of training sets, checkpoints and trained adapters, or `s3://bucket/folder`."""
     ray_address: str | None = None
-    """A running Ray cluster (`host:port`, or `auto`) that this machine has joined, if only with no cores to offer;
-    unset starts Ray on this machine for the run."""
+    """Address of a running Ray cluster (`host:port`, or `auto`). This machine must have joined it, possibly with zero
+    CPUs. Unset: Ray is started on this machine for each run."""
     mlflow_tracking_uri: ServerUrl | None = None
-    """An MLflow server; unset keeps everything in a database under the home."""
+    """URL of an MLflow server. Unset: a database under the home."""
     prefect_api_url: ServerUrl | None = None
-    """A Prefect server; unset uses the one that `imagerag up` started, else one for the duration of the run."""
+    """URL of a Prefect server's API. Unset: the server that `imagerag up` started, else a temporary one for the run."""
 
     nightly: Annotated[dict[str, Any] | None, NoDecode, BeforeValidator(_json_object)] = None
-    """Parameters of the flow `reindex`, as JSON, for its schedule of every night: `{"url_list": "s3://...", "name":
-    "catalogue"}`. `imagerag up` and `deploy` switch the schedule on with them; unset leaves it to Prefect's UI."""
+    """Parameters of the nightly `reindex` run, as JSON: `{"url_list": "s3://...", "name": "catalogue"}`. `imagerag up`
+    and `deploy` activate its schedule with them. Unset: the schedule is left as it is set in Prefect's UI."""
 
     def __init__(self, **values: Any) -> None:
         for name, _, nearest in unknown_variables():
@@ -108,7 +106,7 @@ class Settings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            # Without its cause, which repeats the value and so might show a secret.
+            # Raised without its cause, which repeats the value and could reveal a secret.
             faults = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
             raise UserError("; ".join(map(_fault, faults))) from None
 
@@ -147,16 +145,16 @@ class Settings(BaseSettings):
         return self
 
     def make_home(self) -> Path:
-        """Return the home, made where there is none: nobody but its owner can look inside."""
+        """Create the home if it does not exist, accessible to its owner only, and return it."""
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self.home
 
     def training_of(self, name: str) -> str:
-        """The folder of what trainings on the corpus `name` need and make."""
+        """Return the folder of the corpus `name`'s training sets, checkpoints and adapters."""
         return f"{self.training_uri}/{check_name(name)}"
 
     def shards_of(self, name: str) -> str:
-        """The shards folder of the corpus `name`."""
+        """Return the shards folder of the corpus `name`."""
         return f"{self.shards_uri}/{check_name(name)}"
 
 
@@ -166,13 +164,13 @@ def variable_of(name: str) -> str:
 
 
 def sources() -> dict[str, str]:
-    """Return where each setting comes from that is not its default: `environment` or `.env`."""
+    """Return the source, `environment` or `.env`, of each setting that is not a default."""
     from_file = dict.fromkeys(DotEnvSettingsSource(Settings)(), ".env")
     return from_file | dict.fromkeys(EnvSettingsSource(Settings)(), "environment")
 
 
 def unknown_variables() -> Iterator[tuple[str, str, str | None]]:
-    """Yield variables that begin as settings do and are none: name, source, and the setting that is probably meant."""
+    """Yield unknown `IMAGERAG_*` variables: name, source, and the setting that was probably meant, if any."""
     known = [variable_of(name) for name in Settings.model_fields]
     for source, place in ((EnvSettingsSource(Settings), "environment"), (DotEnvSettingsSource(Settings), ".env")):
         for name in map(str.upper, source.env_vars):
@@ -182,16 +180,16 @@ def unknown_variables() -> Iterator[tuple[str, str, str | None]]:
 
 
 def masked(text: str) -> str:
-    """Return a value without the credentials that a URL in it may hold."""
+    """Return `text` with credentials in URLs replaced by `***`."""
     text = re.sub(r"//\S*@", "//***@", text)
     return re.sub(r"(?i)([?&][^=&]*(?:password|secret|token|key)[^=&]*=)[^&\s]*", r"\1***", text)
 
 
 def check_name(name: str) -> str:
-    """Return `name` if it can name a corpus, a folder and a table alike.
+    """Return `name` if it is a valid corpus name, which also names a folder and a table.
 
     Raises:
-        UserError: if it can't.
+        UserError: if it is not.
     """
     if not _NAME.fullmatch(name):
         raise UserError(
@@ -202,6 +200,6 @@ def check_name(name: str) -> str:
 
 
 def _fault(error: Any) -> str:
-    """Say which variable breaks which rule."""
+    """Describe which variable is invalid and why."""
     cause = error.get("ctx", {}).get("error", error["msg"])
     return f"{variable_of(str(error['loc'][0]))} {cause}" if error["loc"] else str(cause)

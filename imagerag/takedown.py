@@ -1,14 +1,14 @@
-"""Takedown: an image leaves everything that is made of it here, and one report says so.
+"""Takedown: delete an image and everything derived from it, and write a report.
 
-    shards                  its samples leave the tars, and it is refused from then on
-    table                   its rows leave all versions with embeddings and features; every pin goes
-    training sets           its latents for every base model; lists of references that name it, whole
-    evaluations             pictures made with it as a reference; pages that show it, MLflow's copies of them too
-    models                  versions and copies under the home with an index that holds it
+    shards                  its samples are removed from the tars, and it is blocked from now on
+    table                   its rows are removed from all versions, with embeddings and features; all pins are dropped
+    training sets           its latents for every base model; entire tables of references that contain it
+    evaluations             images generated with it as a reference; pages that show it, also MLflow's copies
+    models                  versions, and copies under the home, with an index that contains it
 
-What the teacher made of prompts alone stays, and so do trained weights: the report names trainings that learnt from the
-image, and what else only a person can reach. It is kept beside the shards. Every step can be repeated: after a kill,
-call it again with the same values.
+Images that the teacher generated from prompts alone are kept, and so are trained weights: the report lists the
+trainings that used the image, and what only a person can delete. The report is stored next to the shards. All steps are
+idempotent: after a kill, call it again with the same values.
 """
 
 import json
@@ -37,43 +37,43 @@ from imagerag.settings import Settings
 from imagerag.table import Table
 
 REPORTS = "takedowns"
-"""The folder of reports, in that of the corpus's shards."""
+"""Folder of the reports, inside the corpus's shards folder."""
 _PULLED = "model_index.json"
-"""What a pulled model's folder has, beside its copy of the index."""
+"""File by which the folder of a pulled model is recognised."""
 _KNOWN = pa.schema([("id", pa.string()), ("url", pa.string()), ("image_sha256", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What has to go: images, and everything that was ever known of them."""
+    """Images to take down, with every row id, URL and hash under which they are known."""
 
     ids: tuple[str, ...]
     urls: tuple[str, ...]
     image_sha256s: tuple[str, ...]
     asked: Mapping[Column, Sequence[str]]
-    """What was named."""
+    """Values that the user named, by column."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Takedown:
-    """What was done."""
+    """Result of a takedown."""
 
     uri: str
-    """Of the report."""
+    """URI of the report."""
     num_samples: int
     """Images that were removed from the shards."""
     removal: Removal | None
-    """Of the table, if there is one."""
+    """Rows removed from the table, if there is one."""
     sweep: Sweep
 
 
 def find(
     settings: Settings, name: str, *, urls: Sequence[str] = (), ids: Sequence[str] = (), sha256s: Sequence[str] = ()
 ) -> Target:
-    """Return the images with these URLs, row ids or hashes, under whatever other URL or caption they came, too.
+    """Return the images with these URLs, row ids or hashes, including their other URLs and captions.
 
     Raises:
-        UserError: if nothing is named, or the corpus never had one of them.
+        UserError: if no value is given, or the corpus never had one of them.
     """
     store = Store(settings.index_uri, name)
     sha256s = [sha256.lower() for sha256 in sha256s]
@@ -86,7 +86,7 @@ def find(
         known = pa.concat_tables([known, reachable_rows(store).select(_KNOWN.names).cast(_KNOWN)])
     hashes = set(sha256s)
     for column, values in wanted.items():
-        # A value that is blocked may have lost its rows to a takedown that was killed later on.
+        # The rows of a blocked value may be gone already, removed by a takedown that was killed later.
         missing = set(values) - set(known[column].to_pylist()) - set(blocked(store, column) if store.exists else ())
         if missing:
             raise UserError(f"{name!r} never had an image of the {column} {min(missing)!r}; nothing was taken down")
@@ -101,12 +101,12 @@ def find(
 
 
 def take_down(settings: Settings, name: str, target: Target) -> Takedown:
-    """Remove what `find` found in a corpus from everything, and leave a report.
+    """Delete the images that `find` returned from everywhere, and write a report.
 
-    Images and named URLs are refused from now on. Another takedown from the corpus is waited for.
+    The images and the named URLs are blocked from now on. Takedowns from the same corpus run one at a time.
 
     Raises:
-        UserError: if MLflow can't be used. There is no report then, and calling again goes on.
+        UserError: if MLflow can't be reached. No report is written then; call it again to continue.
     """
     with writer_lock(settings.shards_of(name), "takedown"):
         return _take_down(settings, name, target)
@@ -116,13 +116,13 @@ def _take_down(settings: Settings, name: str, target: Target) -> Takedown:
     now = datetime.now(UTC)
     store, ids = Store(settings.index_uri, name), pa.array(target.ids, pa.string())
     reading = [label for label in (pins(store) if store.exists else ()) if label.startswith((JOB, TRAINING))]
-    # The shards first: an ingest between the two must not bring the rows back.
+    # Shards come first: an ingest between the two steps must not restore the rows.
     num_samples = take_down_of_shards(settings.shards_of(name), urls=target.asked["url"], sha256s=target.image_sha256s)
     removal = remove(store, ids=target.ids, image_sha256s=target.image_sha256s) if store.exists else None
     sweeps = [_sweep_training(settings, name, ids), _sweep_copies(settings, store, ids)]
     if reading:
         jobs = ", ".join(sorted(reading))
-        sweeps.append(Sweep(left=(f"jobs were reading the index ({jobs}): call this again when they have ended",)))
+        sweeps.append(Sweep(left=(f"jobs were reading the index ({jobs}): run this again when they have ended",)))
     if removal is not None and removal.unpinned:
         sweeps.append(Sweep(left=tuple(_of_pin(label, removal) for label in removal.unpinned)))
     sweep = Sweep.merged(sweeps)
@@ -134,14 +134,15 @@ def _take_down(settings: Settings, name: str, target: Target) -> Takedown:
 def _of_pin(label: str, removal: Removal) -> str:
     why = "used removed rows" if label in removal.pinned_by else "used an earlier version"
     if label.startswith((JOB, TRAINING)):
-        return f"{label} {why}: it ends, and begins anew on version {removal.version} when it is run again"
+        return f"{label} {why}: it fails, and starts over on version {removal.version} when it is run again"
     return (
-        f"{label} {why}, and can't load any more unless it is portable: register it again on version {removal.version}"
+        f"{label} {why} and can no longer be loaded, unless it is portable: register it again on version "
+        f"{removal.version}"
     )
 
 
 def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
-    """Delete what training sets and evaluations have; MLflow's copies first, which are found by what is here."""
+    """Delete from training sets and evaluations; MLflow's copies first, which are found through the local files."""
     from imagerag.registry.takedown import sweep_models
 
     folder = settings.training_of(name)
@@ -153,13 +154,13 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
     swept = sweep_models(settings, name, ids, runs, set_names)
     trained = [f"adapter {uri} learnt from the images" for uri in _trained_on(folder, set_names)]
     deleted = []
-    # Another writer's files, not yet committed, would be deleted too.
+    # Without the locks, uncommitted files of another writer would be deleted too.
     with writer_lock(folder, "training"), writer_lock(f"{folder}/evaluations", "pictures"):
         for uri in _tables(folder, "real"):
             if count := Table.at(uri).drop(pa.chunked_array([ids])):
                 deleted.append(f"{count} latents in {uri}")
         pictures = [uri for uri in _tables(f"{folder}/evaluations", "pictures") if _shows(uri, ids)]
-        # Of an index's version that is gone, so that nothing reads them any more.
+        # Their index version is gone, so nothing reads them any more.
         for uri in (*sets, *pictures):
             _delete(uri)
             deleted.append(uri)
@@ -171,23 +172,23 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
 
 
 def _sweep_copies(settings: Settings, store: Store, ids: pa.Array) -> Sweep:
-    """Delete models under the home that have a copy of the index: fetched champions, and what was pulled there.
+    """Delete models under the home that contain a copy of the index: fetched champions and pulled models.
 
-    Only what is a model's folder is deleted. Another copy, such as one of a whole home, is named.
+    Only folders of models are deleted. Other copies, such as one of a whole home, are reported.
     """
     deleted = [str(path) for path in settings.home.glob(f"compare/{store.name}/scorer-*.npz")]
     left = []
     cache = settings.home / "models"
     for copy in settings.home.glob(f"**/index/{store.name}.lance"):
         own = Store(str(copy.parent), store.name)
-        is_registered = (settings.home / "mlflow") in copy.parents  # those are `sweep_models`'s
+        is_registered = (settings.home / "mlflow") in copy.parents  # `sweep_models` handles these
         if own.table_uri == store.table_uri or is_registered or not holds(own.dataset(), ids):
             continue
         model = cache / copy.relative_to(cache).parts[0] if cache in copy.parents else copy.parent.parent
         if cache in copy.parents or (model / _PULLED).is_file():
             deleted.append(str(model))
         else:
-            left.append(f"{copy} is a copy of the index, and in no model's folder")
+            left.append(f"{copy} is a copy of the index outside of a model's folder")
     for path in deleted:
         _delete(path)
     return Sweep(deleted=tuple(deleted), left=tuple(left))
@@ -212,7 +213,7 @@ def _shows(uri: str, ids: pa.Array) -> bool:
 
 
 def _pages(folder: str, ids: pa.Array) -> Iterator[str]:
-    """Yield pages that show one of the rows, which they name beside its picture."""
+    """Yield HTML pages that show one of the rows, recognised by its id in `data-row`."""
     filesystem, root = fsspec.url_to_fs(folder)
     marks = [f'data-row="{id}"'.encode() for id in ids.to_pylist()]
     for path in filesystem.glob(f"{root}/**/*.html"):
@@ -253,7 +254,7 @@ def _report(name: str, now: datetime, target: Target, num_samples: int, removal:
         )
     left = [
         *sweep.left,
-        "files in a folder or on a server of yours that the URLs name, and backups: nothing here can reach them",
+        "files in your folders or on your servers that the URLs point to, and backups: not reachable from here",
     ]
     parts = {
         "Asked for": [f"{column} {value}" for column, values in target.asked.items() for value in values],
@@ -261,7 +262,7 @@ def _report(name: str, now: datetime, target: Target, num_samples: int, removal:
         "Their rows": target.ids,
         "Their URLs": target.urls,
         "Deleted": [*deleted, *sweep.deleted],
-        "Left for a person to see to": left,
+        "Left for a person to delete": left,
     }
     sections = [f"## {title}\n\n" + "\n".join(f"- {each}" for each in lines) for title, lines in parts.items()]
     return "\n\n".join([f"# Takedown from {name}, {now:%Y-%m-%d %H:%M} UTC", *sections]) + "\n"

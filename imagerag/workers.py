@@ -1,4 +1,4 @@
-"""What every job that maps a model over rows with Ray Data has in common: its configuration, its plan and its watch."""
+"""Ray Data jobs that map a model over rows: configuration, placement of workers, and detection of stalls."""
 
 import logging
 import queue
@@ -20,29 +20,29 @@ _WORKER_CORES = 8
 
 
 class StalledError(RuntimeError):
-    """The workers have finished nothing for too long."""
+    """No worker finished a batch within the timeout."""
 
 
 class WorkersConfig(Config):
-    """How a job uses its machines. What is not set adapts to the machines that Ray knows."""
+    """How a job uses its machines. Unset values are chosen from the resources of the Ray cluster."""
 
     device: Literal["cpu", "cuda"] | None = Field(
-        default=None, description="Where models run; unset: on GPUs if there are any."
+        default=None, description="Device that models run on; unset: GPUs if there are any, else CPUs."
     )
-    dtype: Dtype | None = Field(default=None, description="What models compute in; unset: fp32 on CPUs, fp16 on GPUs.")
+    dtype: Dtype | None = Field(default=None, description="Dtype of the models; unset: fp32 on CPUs, fp16 on GPUs.")
     num_workers: int | None = Field(
-        default=None, ge=1, description="Models at work at a time; unset: one a GPU, or one for 8 CPU cores."
+        default=None, ge=1, description="Workers, each with a model; unset: one per GPU, or one per 8 CPU cores."
     )
     stall_timeout_s: float = Field(
-        default=1800.0, gt=0, description="The job fails when no batch is finished for so many seconds."
+        default=1800.0, gt=0, description="The job fails when no batch is finished for this many seconds."
     )
 
 
 def plan_workers(nodes: list[dict[str, Any]], config: WorkersConfig) -> tuple[str, int, int]:
-    """Return the device, how many workers to start and the threads of each.
+    """Return the device, the number of workers and the threads per worker.
 
     Raises:
-        UserError: if there are fewer GPUs or cores than workers asked for.
+        UserError: if `num_workers` is larger than the number of GPUs or cores.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     num_gpus = int(sum(resources.get("GPU", 0) for resources in alive))
@@ -58,25 +58,25 @@ def plan_workers(nodes: list[dict[str, Any]], config: WorkersConfig) -> tuple[st
 
 
 def resources_of(device: str, num_threads: int) -> dict[str, int]:
-    """Return what Ray reserves for one worker."""
+    """Return the resources that Ray reserves for one worker."""
     return {"num_gpus": 1} if device == "cuda" else {"num_cpus": num_threads}
 
 
 def mapped(
     parts: Sequence[pa.Table], worker: type, arguments: Mapping[str, Any], config: WorkersConfig
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows that workers return for parts of a table, as they come.
+    """Yield the rows that workers return for parts of a table, in order of completion.
 
     Args:
-        parts: what a worker is given at a time, and loses if it dies.
-        worker: is made in a process of its own, and called with parts.
-        arguments: what it is made with, beside its `device`, `dtype` and `num_threads`.
-        config: its machines.
+        parts: batches; a worker that dies loses only its current one.
+        worker: class that is instantiated in its own process and called with each part.
+        arguments: constructor arguments, in addition to `device`, `dtype` and `num_threads`.
+        config: number and device of the workers.
     """
     import ray
     from ray.data import ActorPoolStrategy
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan and every finished execution
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every plan and every finished execution
     device, num_workers, num_threads = plan_workers(ray.nodes(), config)
     dataset = ray.data.from_arrow(list(parts))
     dataset.context.enable_progress_bars = False
@@ -93,12 +93,12 @@ def mapped(
 
 
 def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T, None, None]:
-    """Yield what `iterate()` does, which runs in a thread of its own.
+    """Yield the items of `iterate()`, which runs in a separate thread.
 
-    Ray was seen to wait for ever for a machine that had gone. A wait can't be interrupted, but left behind.
+    Ray was seen to wait forever for a lost node. The thread can't be interrupted, but it can be abandoned.
 
     Raises:
-        StalledError: if there is nothing new for `timeout_s` seconds.
+        StalledError: if there is no new item for `timeout_s` seconds.
     """
     results: queue.Queue[T | BaseException | None] = queue.Queue()
     stopped = threading.Event()
@@ -110,7 +110,7 @@ def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T
                 results.put(result)
                 if stopped.is_set():
                     break
-        except BaseException as error:  # noqa: BLE001 - it is raised in the other thread
+        except BaseException as error:  # noqa: BLE001 - it is raised in the consuming thread
             end = _cause(error)
         results.put(end)
 
@@ -129,7 +129,7 @@ def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the exception that a worker raised, without what Ray wrapped it in and referred to in its traceback."""
-    ray = sys.modules.get("ray")  # which is imported by `start_ray` alone, after it has set the environment for it
+    """Return the exception that a worker raised, without Ray's wrapper and traceback."""
+    ray = sys.modules.get("ray")  # only `start_ray` imports it, after setting its environment
     wrapped = ray is not None and isinstance(error, ray.exceptions.RayTaskError)
     return (error.cause if wrapped else error).with_traceback(None)  # type: ignore[attr-defined]

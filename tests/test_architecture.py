@@ -1,6 +1,7 @@
 """The direction of imports: flows → tasks → imagerag, and each engine only where it belongs."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -83,6 +84,29 @@ def test_nothing_patches_img2dataset(tmp_path: Path) -> None:
 def test_files_stay_short() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in _sources()}
     assert {path: length for path, length in lengths.items() if length > 400} == {}
+
+
+def _tree(text: str) -> list[str]:
+    """Return the paths in CONTRIBUTING.md's tree: two spaces a level, a folder ends in a slash, then a description."""
+    block = text.split("## The tree", 1)[1].split("```")[1]
+    paths: list[str] = []
+    folders: list[str] = []
+    for line in block.strip("\n").splitlines():
+        entry = re.fullmatch(r"( *)([\w.]+/?) +(\S.*)", line)
+        assert entry, f"not a name and a description: {line!r}"
+        indent, name, _ = entry.groups()
+        folders = folders[: len(indent) // 2]
+        paths.append("".join([*folders, name]))
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
+
+
+def test_the_tree_names_every_module() -> None:
+    modules = [str(path.relative_to(ROOT)) for path in _sources() if path.name != "__init__.py"]
+    packages = {f"{path.parent.relative_to(ROOT)}/" for path in _sources()}
+    listed = _tree((ROOT / "CONTRIBUTING.md").read_text())
+    assert sorted(listed) == sorted([*modules, *packages, "infra/", "tests/"])
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -179,7 +179,7 @@ def test_a_copy_of_the_index_in_no_models_folder_is_named_and_stays(own_world: W
     assert swept.deleted == (str(pulled),)
     assert not pulled.exists()
     assert (backup / "notes.txt").is_file()
-    assert swept.left == (f"{backup / 'index' / NAME}.lance is a copy of the index, and in no model's folder",)
+    assert swept.left == (f"{backup / 'index' / NAME}.lance is a copy of the index outside of a model's folder",)
 
 
 def test_what_was_never_there_is_named(own_world: World) -> None:

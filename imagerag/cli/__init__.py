@@ -1,7 +1,7 @@
-"""The command line: everything that a person does without the UI.
+"""The command line `imagerag`: everything that can be done without the Prefect UI.
 
 This package is the composition root: the only part of `imagerag` that may import `flows`. Each command imports what it
-needs when it runs, so that `imagerag --help` answers at once.
+needs when it runs, so that `imagerag --help` is fast.
 """
 
 import gc
@@ -34,7 +34,7 @@ from imagerag.plain import printable
 
 app = typer.Typer(
     name="imagerag",
-    help="Index your images and generate with them.",
+    help="Index your images, and generate new ones with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,7 +44,7 @@ app.command("ingest")(
     corpus.flow_command("ingest", "Add a folder of images, or a list of URLs, to a corpus: download, embed, publish.")
 )
 app.command("reindex")(
-    corpus.flow_command("reindex", "Make a corpus exactly its folder or list: fetch what is new, drop what is gone.")
+    corpus.flow_command("reindex", "Make a corpus match a folder or list exactly: add new images, remove missing ones.")
 )
 app.command()(features.features)
 app.command()(finetune.finetune)
@@ -70,9 +70,9 @@ app.command()(doctor.doctor)
 
 
 def main() -> None:
-    """Run the command line; the user's mistakes end with one line and status 2."""
-    # Imports make objects by the million, which all stay: by default a sixth of a command's start is spent on looking
-    # for garbage among them.
+    """Run the command line; a `UserError` is printed as one line, with exit status 2."""
+    # Imports create millions of objects, all of which stay: with the default thresholds, garbage collection takes a
+    # sixth of a command's startup.
     gc.set_threshold(100_000, 50, 100)
     settings.load_environment()
     try:

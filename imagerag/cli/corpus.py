@@ -1,4 +1,4 @@
-"""`imagerag ingest` and `imagerag reindex`: the flows, run here and now."""
+"""`imagerag ingest` and `imagerag reindex`: run the flows in this process."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,54 +15,55 @@ UrlListArgument = Annotated[
     str,
     typer.Argument(
         metavar="IMAGES",
-        help="At a path (on a cluster: the same on every machine) or any fsspec URI: a folder of images, with all that "
-        "is in it but hidden files; image URLs with captions, as parquet, csv, tsv, json or jsonl, or URLs alone as "
-        "txt; or a dataset with its images: parquet, webdataset tars, a Lance table. A list is a file (also packed, "
-        ".gz or .zst), or a folder or a glob of them.",
+        help="A path (on a cluster, the same on every machine) or any fsspec URI of: a folder of images, including its "
+        "subfolders but not hidden files; a list of image URLs with captions, as parquet, csv, tsv, json or jsonl, or "
+        "of plain URLs, as txt; or a dataset with its images, as parquet, webdataset tars or a Lance table. A list is "
+        "a file (also compressed, .gz or .zst), or a folder or glob of files.",
     ),
 ]
 CaptionsOption = Annotated[
     str | None,
     typer.Option(
-        help="Of a folder's images: parquet, csv, tsv, json or jsonl with a column of file names, counted from the "
-        "folder (`file`, `file_name`, `path`, `image`, ...), and one of captions. Images without a "
-        "row, and rows without an image, are counted. Not given: `metadata.csv` in the folder, or the text of "
-        "`name.txt` beside `name.jpg`, or the words of the file's name."
+        help="Captions of a folder's images: parquet, csv, tsv, json or jsonl with a column of file names relative to "
+        "the folder (`file`, `file_name`, `path`, `image`, ...) and one of captions. Images without a row, and rows "
+        "without an image, are counted. Default: `metadata.csv` in the folder, or the text of `name.txt` next to "
+        "`name.jpg`, or the words of the file name."
     ),
 ]
 NameOption = Annotated[
-    str | None, typer.Option(help="Names the corpus: its shards folder and its table; `images` if not given.")
+    str | None, typer.Option(help="Name of the corpus, of its shards folder and its table. Default: `images`.")
 ]
 EncoderOption = Annotated[
-    str | None, typer.Option(help="`tiny`, `ViT-H-14/laion2b_s32b_b79k`, `hf-hub:org/name@commit`, or a folder.")
+    str | None,
+    typer.Option(help="Encoder: `tiny`, `ViT-H-14/laion2b_s32b_b79k`, `hf-hub:org/name@commit`, or a folder."),
 ]
-UrlColumnOption = Annotated[str | None, typer.Option(help="The column of URLs or file names; guessed if not given.")]
-CaptionColumnOption = Annotated[str | None, typer.Option(help="The column of captions; guessed if not given.")]
+UrlColumnOption = Annotated[str | None, typer.Option(help="Column of URLs or file names. Default: guessed.")]
+CaptionColumnOption = Annotated[str | None, typer.Option(help="Column of captions. Default: guessed.")]
 AllowHostOption = Annotated[
-    list[str] | None, typer.Option(help="A host that may lie on loopback or in a private network; can be repeated.")
+    list[str] | None, typer.Option(help="Host that may have a loopback or private address; repeatable.")
 ]
 RetryOption = Annotated[
     bool,
     typer.Option(
         "--retry-failed",
-        help="Try again all that failed in earlier runs; what may pass is tried again anyway, in five runs at most.",
+        help="Retry all failed URLs. Transient failures are retried anyway, in five runs at most.",
     ),
 ]
 RefreshOption = Annotated[
     bool,
-    typer.Option("--refresh", help="Ask every URL whether its picture changed; its server says so without sending it."),
+    typer.Option("--refresh", help="Ask servers whether images have changed (conditional requests), and fetch those."),
 ]
 MaxShrinkOption = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="The largest share by which the table may shrink; 0.5 if not given."),
+    typer.Option(min=0, max=1, help="Largest share of its rows that the table may lose. Default: 0.5."),
 ]
 ParametersOption = Annotated[
-    Path | None, typer.Option(help="A JSON file with any of the flow's parameters, as the Prefect UI shows them.")
+    Path | None, typer.Option(help="JSON file with any of the flow's parameters, as the Prefect UI shows them.")
 ]
 
 
 def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable[..., None]:
-    """Make the command of a flow; both flows take the same parameters."""
+    """Return the command of a flow; both flows have the same options."""
 
     def command(
         url_list: UrlListArgument,
@@ -95,7 +96,7 @@ def flow_command(flow: Literal["ingest", "reindex"], help_text: str) -> Callable
 
 
 def show_report(report: "CorpusReport") -> None:
-    """Print what a run did."""
+    """Print the report of a run as a table."""
     from rich.table import Table
 
     from imagerag.cli.terminal import PlainConsole
@@ -110,6 +111,6 @@ def show_report(report: "CorpusReport") -> None:
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given on the command line, and only those."""
+    """Return only the options that were set on the command line."""
     nested = {key: given(value) if isinstance(value, Mapping) else value for key, value in options.items()}
     return {key: value for key, value in nested.items() if value is not None}

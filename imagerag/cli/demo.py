@@ -1,4 +1,4 @@
-"""`imagerag demo`: the whole mission on the sample corpus, with every engine real."""
+"""`imagerag demo`: run the whole pipeline on the sample corpus."""
 
 import os
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ CORPUS = "sample"
 NEIGHBOURS = 10
 QUERIES = ("a slice of watermelon", "a happy puppy", "rainy day", "something to write with")
 _STEPS = 100
-"""Of the training: less than half of the recipe's."""
+"""Training steps, less than half of the recipe's."""
 _DOWNLOAD = {
     "allowed_hosts": ["127.0.0.1"],
-    "image_format": "webp",  # as the drawings are served, so that they are kept as they are
+    "image_format": "webp",  # the format of the drawings, so that they are stored unchanged
     "timeout_s": 5,
     "shard_size": 500,
 }
 
 
 def demo(
-    limit: Annotated[int | None, typer.Option(min=300, help="Ingest only so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=300, help="Maximum number of images to ingest.")] = None,
 ) -> None:
-    """Run the whole mission on the sample corpus: from a list of URLs to a registered model that knows new images."""
+    """Run the whole pipeline on the sample corpus: from a list of URLs to a registered model, then add new images."""
     from imagerag.settings import Settings
 
     settings = Settings()
-    typer.echo(f"Everything this makes is kept in {settings.home}. Run it again: what is done is skipped.\n")
+    typer.echo(f"All results are stored in {settings.home}. A second run skips what is done.\n")
     with _one_prefect(settings):
         _demo(settings, limit)
 
@@ -44,8 +44,8 @@ def _demo(settings: "Settings", limit: int | None) -> None:
     folder = settings.home / CORPUS
     done = read_json(f"{folder}/demo.json")
     if done is None:
-        typer.echo("1. Serve the sample corpus on loopback, as a web site would, bad URLs included; download, embed,")
-        typer.echo("   index, cache features, fine-tune, evaluate on held-out concepts, pass the gate, register.")
+        typer.echo("1. Serve the sample corpus on loopback, including URLs that must fail; download, embed,")
+        typer.echo("   index, cache features, fine-tune, evaluate on held-out concepts, apply the gate, register.")
         report = _pipeline(settings, limit)
         done = {
             "version": report.evaluate.registered.version,
@@ -55,18 +55,20 @@ def _demo(settings: "Settings", limit: int | None) -> None:
         }
         write_json(f"{folder}/demo.json", done)
     else:
-        typer.echo(f"1. The model was made before; delete {folder / 'demo.json'} to make it again.")
+        typer.echo(f"1. The model exists already; delete {folder / 'demo.json'} to make it again.")
 
     typer.echo(f"\n2. Pull version {done['version']} of the model, as an application would.")
     model = _pull(settings, done["version"])
     typer.echo(f"   {model}")
-    typer.echo("\n3. Add a drawing style and new concepts to the index by `reindex`, and generate them, untrained.")
+    typer.echo(
+        "\n3. Add a drawing style and new concepts to the index with `reindex`, and generate them without training."
+    )
     _grow(settings, limit)
     growth = _compare(settings, model)
     if growth.before is not None and growth.after is not None:
         typer.echo(f"   recognised among {growth.before.num}: before {growth.before}, after {growth.after}")
     page = _write_page(settings, done, growth)
-    typer.echo(f"\nAll of it:  {page}")
+    typer.echo(f"\nSummary:    {page}")
     typer.echo(f"Search:     {_search(settings)}")
     typer.echo(f"Generate:   .venv/bin/imagerag generate 'a red dragon' --name {CORPUS} --adapter {done['adapter']}")
     typer.echo("UIs:        make up (this run is in Prefect's history, the model in MLflow)")
@@ -74,7 +76,7 @@ def _demo(settings: "Settings", limit: int | None) -> None:
 
 @contextmanager
 def _one_prefect(settings: "Settings") -> Iterator[None]:
-    """Have all flows inside the block share one server, which takes seconds to start."""
+    """Start one Prefect server for all flows in the block, because each start takes seconds."""
     from imagerag.services import prefect_environment, prefect_server
 
     os.environ.update(prefect_environment(settings))
@@ -101,10 +103,10 @@ def _pipeline(settings: "Settings", limit: int | None) -> "PipelineReport":
             "data": {"held_out": str(write_held_out(settings.home))},
             "training": {"steps": _STEPS},
             "evaluation": {"prompts": str(write_prompts(settings.home))},
-            # Finding references takes about as long as a picture of this small a model.
+            # For a model this small, retrieval takes about as long as generation.
             "gate": {"max_slowdown": 3.0},
         }
-        if limit is not None:  # what is held out may be too little to recognise anything among
+        if limit is not None:  # there may be too few held-out concepts for recognition
             options["gate"]["metric"] = "text_score"
         report: PipelineReport = run_flow("pipeline", options, defaults=_defaults())
     from rich.markdown import Markdown
@@ -166,7 +168,7 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
     from imagerag.services import MLFLOW, PREFECT, find
 
     results = read_results(done["evaluation"])
-    links = {"pictures of held-out concepts in every way, with their references": f"{done['evaluation']}/{PAGE}"}
+    links = {"images of held-out concepts in every way, with their references": f"{done['evaluation']}/{PAGE}"}
     notes = results.notes()
     if server := find(settings.home, PREFECT):
         links["the run in Prefect"] = f"{server.url}/runs/flow-run/{done['flow_run']}"
@@ -178,11 +180,11 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
         links["the model in MLflow"] = f"{address}{place}"
     else:
         notes.insert(0, f"The model in MLflow: `make up`, and at its address {place}.")
-    tables = [("The model on concepts that nothing was trained on", list(results.rows()))]
+    tables = [("The model on held-out concepts", list(results.rows()))]
     if growth.before is not None and growth.after is not None:
         head = ["", f"recognised among {growth.before.num}"]
         rows = [head, ["before", str(growth.before)], ["after", str(growth.after)]]
-        tables.append(("New concepts, before and after they were added to the index, without any training", rows))
+        tables.append(("New concepts, before and after they were added to the index, without training", rows))
     html = render_comparisons(
         "evaluate.html",
         growth.comparisons,

@@ -1,4 +1,4 @@
-"""`imagerag doctor`: what is here, what is missing, and what to do about it."""
+"""`imagerag doctor`: check the installation, servers, models and indexes, and suggest fixes."""
 
 import importlib.metadata
 import importlib.util
@@ -28,13 +28,13 @@ PACKAGES = (
     "open_clip_torch",
     "mlflow",
 )
-_OWN_PREFECT = "embedded: started for each run (`make up` starts one to stay, with the UI)"
+_OWN_PREFECT = "embedded: started for each run (`make up` starts a permanent one, with the UI)"
 _OWN_MLFLOW = "embedded: a database under the home (`make up` starts a server with the UI)"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `remedy` says what to do where something is missing."""
+    """One line of the report; `remedy` says how to fix a problem."""
 
     what: str
     seen: str
@@ -42,7 +42,7 @@ class Finding:
 
 
 def doctor() -> None:
-    """Say what is installed, which engines answer, which models and indexes exist, and how to get what is missing."""
+    """Check what is installed, which servers answer, which models and indexes exist, and say how to fix problems."""
     from rich.table import Table
 
     from imagerag.cli.terminal import PlainConsole
@@ -63,7 +63,7 @@ def doctor() -> None:
             missing += bool(finding.remedy)
             table.add_row(finding.what, finding.seen, f"→ {finding.remedy}" if finding.remedy else "")
         console.print(table)
-    console.print(f"{missing} thing(s) to see to, marked →." if missing else "All is well.")
+    console.print(f"{missing} problem(s), marked →." if missing else "No problems found.")
     if missing:
         raise typer.Exit(1)
 
@@ -76,15 +76,15 @@ def _object_stores() -> Iterator[Finding]:
     settings = Settings()
     uris = [uri for uri in (settings.shards_uri, settings.index_uri, settings.training_uri) if not local_folder(uri)]
     if not uris:
-        yield Finding("object stores", "none: everything is in folders")
+        yield Finding("object stores", "none: all data is in local folders")
     for uri in uris:
         try:
             apart = keeps_writers_apart(uri)
-        except Exception as error:  # noqa: BLE001 - stores have exceptions of their own
-            yield Finding(uri, f"can't be written: {error}", "look at AWS_ENDPOINT_URL and the credentials")
+        except Exception as error:  # noqa: BLE001 - stores raise their own exceptions
+            yield Finding(uri, f"can't be written: {error}", "check AWS_ENDPOINT_URL and the credentials")
             continue
-        remedy = "" if apart else "use one that honours If-None-Match and If-Match: two jobs at once may lose rows here"
-        yield Finding(uri, "keeps writers apart" if apart else "does not keep writers apart", remedy)
+        remedy = "" if apart else "use a store with If-None-Match and If-Match: concurrent jobs may lose rows"
+        yield Finding(uri, "supports conditional writes" if apart else "does not support conditional writes", remedy)
 
 
 def _packages() -> Iterator[Finding]:
@@ -93,10 +93,10 @@ def _packages() -> Iterator[Finding]:
         try:
             yield Finding(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(package, "missing", "make clean, then any make target installs it")
+            yield Finding(package, "missing", "run make clean; the next make target installs it")
     try:
         importlib.metadata.version("dataclasses")
-        remedy = "pip uninstall dataclasses (it hides the standard library's from Prefect's temporary server)"
+        remedy = "pip uninstall dataclasses (it shadows the standard library's in Prefect's temporary server)"
         yield Finding("dataclasses", "a package from PyPI", remedy)
     except importlib.metadata.PackageNotFoundError:
         pass
@@ -117,7 +117,7 @@ def _engines() -> Iterator[Finding]:
 
 
 def _server(what: str, given: str | None, variable: str, started: "Service | None", embedded: str) -> Finding:
-    """Say which server is used: the one that the settings give, what `make up` started, or none."""
+    """Report which server is used: the configured one, the one that `make up` started, or an embedded one."""
     from imagerag import services
 
     if given is not None:

@@ -1,4 +1,4 @@
-"""`imagerag evaluate` and `imagerag pipeline`: the flows, run here and now."""
+"""`imagerag evaluate` and `imagerag pipeline`: run the flows in this process."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,19 +17,19 @@ def evaluate(
     name: NameOption = None,
     adapter: Annotated[
         str | None,
-        typer.Option(help="What `imagerag finetune` wrote, a folder or URI; of the last training if not given."),
+        typer.Option(help="Folder or URI that `imagerag finetune` wrote. Default: the last training's."),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A text file with a prompt on each line, a tab and its category; else what was held out."),
+        typer.Option(help="Text file: a prompt per line, optionally a tab and a category. Default: held-out captions."),
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=2, help="At most so many.")] = None,
-    metric: Annotated[str | None, typer.Option(help="By which the gate decides; `recognised` if not given.")] = None,
-    portable: Annotated[bool, typer.Option("--portable", help="Pack the index into the model.")] = False,
-    num_workers: Annotated[int | None, typer.Option(min=1, help="Models at work at a time.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=2, help="Maximum number of prompts.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric that the gate decides by. Default: `recognised`.")] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="Pack a copy of the index into the model.")] = False,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Number of workers, each with a model.")] = None,
     parameters: ParametersOption = None,
 ) -> None:
-    """Measure an adapter, register it as a model, and make it champion if it is better than what there is."""
+    """Measure an adapter, register it as a model, and make it champion if the gate passes."""
     options = {
         "name": corpus_name(name) if parameters is None else name,
         "adapter": adapter if adapter is None or "://" in adapter else str(Path(adapter).absolute()),
@@ -47,12 +47,12 @@ def evaluate(
 def pipeline(
     url_list: UrlListArgument,
     captions: CaptionsOption = None,
-    name: Annotated[str | None, typer.Option(help="The corpus; `images` if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the corpus. Default: `images`.")] = None,
     parameters: ParametersOption = None,
 ) -> None:
-    """Make a champion of a folder of images, or of a list of URLs: ingest, features, finetune, evaluate.
+    """Run everything from a folder of images or a list of URLs to a champion: ingest, features, finetune, evaluate.
 
-    What is done is skipped.
+    Stages that are done are skipped.
     """
     from rich.markdown import Markdown
 
@@ -64,7 +64,7 @@ def pipeline(
 
 
 def show_evaluation(report: "EvaluateReport") -> None:
-    """Print what a run found."""
+    """Print the results of an evaluation and the gate's decision."""
     from rich.markdown import Markdown
     from rich.table import Table
 
@@ -72,7 +72,7 @@ def show_evaluation(report: "EvaluateReport") -> None:
     from imagerag.evaluation.results import PAGE, read_results
 
     console, results = PlainConsole(), read_results(report.evaluated.uri)
-    head, *rows = ([*row[:-1]] for row in results.rows())  # the split of the time is on the page
+    head, *rows = ([*row[:-1]] for row in results.rows())  # the page has the split of the latency
     table = Table(title=f"{results.base} with {results.index}", title_justify="left")
     for title in head:
         table.add_column(title)

@@ -1,4 +1,4 @@
-"""`imagerag features`: the flow, run here and now."""
+"""`imagerag features`: run the flow in this process."""
 
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FitOption(StrEnum):
-    """How a picture of any shape becomes the base model's square."""
+    """How an image of any shape is fitted into the base model's square."""
 
     AUTO = "auto"
     PAD = "pad"
@@ -25,27 +25,27 @@ def features(
     name: NameOption = None,
     base: Annotated[
         str | None,
-        typer.Option(help="`tiny`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
+        typer.Option(help="Base model: `tiny`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
     ] = None,
     fit: Annotated[
         FitOption | None,
         typer.Option(
-            help="What is shown of a picture that is no square: its middle (`crop`), all of it on the colour of its "
-            "border (`pad`), or all of it where its border is transparent or of one colour (`auto`). Not given: as "
-            "before, at first `auto`. Another one encodes all rows anew."
+            help="How images are made square: `crop` to the middle, `pad` with the colour of the border, or `auto`, "
+            "which pads images with a transparent or single-coloured border and crops the others. Default: the "
+            "index's setting, initially `auto`. A change encodes all rows again."
         ),
     ] = None,
-    num_workers: Annotated[int | None, typer.Option(min=1, help="Models at work at a time.")] = None,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Number of workers, each with a model.")] = None,
     parameters: ParametersOption = None,
 ) -> None:
-    """Make the cached features of an index for a base model: only rows that have none are encoded."""
+    """Compute the cached features of an index for a base model; only rows without features are encoded."""
     how = {"base": base, "fit": None if fit is None else fit.value, "num_workers": num_workers}
     options = {"name": corpus_name(name) if parameters is None else name, "features": how}
     show_features(run_flow("features", given(options), parameters))
 
 
 def show_features(report: "FeaturesReport") -> None:
-    """Print what a run did."""
+    """Print how many rows were encoded, and the published version."""
     cached = report.cached
     rate = f", {cached.num_added / cached.duration_s:,.1f}/s" if cached.num_added else ""
     typer.echo(f"features of {report.name} for {cached.base_id}, fit {cached.fit}: {cached.num_added:,} encoded{rate}")

@@ -1,4 +1,4 @@
-"""`imagerag finetune`: the flow, run here and now."""
+"""`imagerag finetune`: run the flow in this process."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RecipeOption(StrEnum):
-    """Which values unset parameters have."""
+    """Recipe that gives the defaults of unset parameters."""
 
     TINY = "tiny"
     SD_TURBO = "sd_turbo"
@@ -32,20 +32,24 @@ def finetune(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="The multi-step model, likewise.")] = None,
     held_out: Annotated[
-        Path | None, typer.Option(help="A text file with captions to learn nothing from; else 2 % of them are.")
+        Path | None, typer.Option(help="Text file of captions to exclude from training. Default: 2 % of the captions.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Another seed is another training.")] = None,
-    num_workers: Annotated[int | None, typer.Option(min=1, help="Models in training at a time.")] = None,
-    group: Annotated[str | None, typer.Option(help="An MLflow run to nest this one's under, for ablations.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed of the training.")] = None,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Number of training workers.")] = None,
+    group: Annotated[str | None, typer.Option(help="Parent run in MLflow, for ablations.")] = None,
     anew: Annotated[
         bool,
-        typer.Option("--anew", help="Begin on the published index, not go on with what was begun on an earlier one."),
+        typer.Option(
+            "--anew", help="Start on the published index instead of resuming a training on an earlier version."
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate memory, time and checkpoint sizes.")
+    ] = False,
     parameters: ParametersOption = None,
 ) -> None:
-    """Train an adapter for an index, so that generation uses what the index has."""
+    """Train an adapter on an index."""
     options = {
         "name": corpus_name(name) if parameters is None else name,
         "data": {"base": base, "teacher": teacher, "held_out": None if held_out is None else str(held_out.absolute())},
@@ -59,7 +63,7 @@ def finetune(
 
 
 def _recipe(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict[str, Any]:
-    """Return the parameters that a recipe stands for."""
+    """Return the parameters of a recipe."""
     from imagerag.training import config
 
     if recipe is RecipeOption.TINY:
@@ -70,7 +74,7 @@ def _recipe(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict
 
 
 def show_finetune(report: "FinetuneReport") -> None:
-    """Print what a run did, or would take."""
+    """Print the result of a training, or its plan."""
     from rich.markdown import Markdown
 
     from imagerag.cli.terminal import PlainConsole

@@ -1,4 +1,4 @@
-"""`imagerag index`: what is published, and what to do about it."""
+"""`imagerag index`: status, publish, rollback and takedown of an index."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from imagerag.artifacts import Publication
     from imagerag.retrieval.store import Store
 
-app = typer.Typer(help="Show, publish, roll back and take down.", no_args_is_help=True)
+app = typer.Typer(help="Show, publish and roll back an index, and take images down.", no_args_is_help=True)
 
 
 @app.command()
@@ -61,9 +61,11 @@ def publish(name: NameOption = None) -> None:
 @app.command()
 def rollback(
     name: NameOption = None,
-    to: Annotated[int | None, typer.Option(help="A kept version, else the last one with all features.")] = None,
+    to: Annotated[
+        int | None, typer.Option(help="Version to return to. Default: the last one with complete features.")
+    ] = None,
 ) -> None:
-    """Let readers see an earlier publication."""
+    """Publish an earlier version again."""
     from imagerag.retrieval.publish import rollback as roll_back
 
     _show(roll_back(_store(name), to))
@@ -72,12 +74,12 @@ def rollback(
 @app.command()
 def remove(
     name: NameOption = None,
-    url: Annotated[list[str] | None, typer.Option(help="Of an image to take down; can be repeated.")] = None,
-    id: Annotated[list[str] | None, typer.Option(help="Of a row to take down; can be repeated.")] = None,
-    sha256: Annotated[list[str] | None, typer.Option(help="Of an image file to take down; can be repeated.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    url: Annotated[list[str] | None, typer.Option(help="URL of an image; repeatable.")] = None,
+    id: Annotated[list[str] | None, typer.Option(help="Id of a row; repeatable.")] = None,
+    sha256: Annotated[list[str] | None, typer.Option(help="SHA-256 of an image; repeatable.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Take images down, for good, whatever URL they came from: shards, table, training sets, pages, models."""
+    """Permanently take down images, under all their URLs: from shards, table, training sets, pages and models."""
     from imagerag.settings import Settings
     from imagerag.takedown import find, take_down
 
@@ -87,7 +89,7 @@ def remove(
     typer.echo(f"{num_images} images of {name}, under {len(target.urls)} URLs, in {num_rows} rows")
     if not yes:
         typer.confirm(
-            "Remove them for good, with models that carry a copy of the index? No rollback past this is possible",
+            "Remove them permanently, with models that contain a copy of the index? This can't be rolled back",
             abort=True,
         )
     done = take_down(settings, name, target)
@@ -112,6 +114,6 @@ def _show(publication: "Publication") -> None:
     for check in publication.checks:
         typer.echo(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
     if not publication.published:
-        typer.echo("Not published: readers stay on what they see.")
+        typer.echo("Not published: readers stay on the current version.")
         raise typer.Exit(1)
     typer.echo(f"readers see version {publication.version}, {publication.num_rows:,} rows")

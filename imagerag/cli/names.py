@@ -1,4 +1,4 @@
-"""Which corpus is meant."""
+"""The option `--name`, and its default."""
 
 from typing import Annotated
 
@@ -8,14 +8,14 @@ from imagerag.errors import UserError
 
 DEFAULT = "images"
 
-NameOption = Annotated[str | None, typer.Option(help="The corpus; not given, the only one that there is.")]
+NameOption = Annotated[str | None, typer.Option(help="Name of the corpus. Default: the only one, or `images`.")]
 
 
 def corpus_name(name: str | None) -> str:
-    """Return the name of an indexed corpus: the one that is given, else of the only one that there is.
+    """Return `name`, or by default the name of the only indexed corpus; `images` if there are none or several.
 
     Raises:
-        UserError: if there are several to choose from, or `name` can't be a name.
+        UserError: if `name` is invalid, or there are several corpora and none is named `images`.
     """
     from imagerag.retrieval.store import list_stores
     from imagerag.settings import Settings, check_name

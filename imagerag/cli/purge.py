@@ -1,4 +1,4 @@
-"""`imagerag purge`: everything that a home holds, deleted for good."""
+"""`imagerag purge`: permanently delete a home."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ OWN = (
     "shards",
     "training",
 )
-"""What this project makes in a home. Anything else in the folder is somebody else's."""
+"""Files and folders that this package creates in a home; everything else is left alone."""
 
 
 def purge(
@@ -38,12 +38,12 @@ def purge(
     if not found:
         typer.echo(f"There is nothing to delete in {home}.")
         return
-    typer.echo(f"This deletes from {home}, for good:")
+    typer.echo(f"This permanently deletes from {home}:")
     for path in found:
         typer.echo(f"  {path.name:<14}{_size(path) / 1e6:>10,.1f} MB")
     for uri in (settings.shards_uri, settings.index_uri, settings.training_uri):
         if not Path(uri).is_relative_to(home):
-            typer.echo(f"  {uri} is not in the home, and stays")
+            typer.echo(f"  {uri} is outside of the home and is kept")
     if not yes and not typer.confirm("Delete all of it?"):
         raise UserError("nothing was deleted")
     for service in services.down(home):
@@ -52,13 +52,13 @@ def purge(
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     left = sorted(path.name for path in home.iterdir())
     if left:
-        typer.echo(f"Deleted. {home} stays, because it holds what is not ours: {', '.join(left)}")
+        typer.echo(f"Deleted. {home} is kept, because it contains other files: {', '.join(left)}")
     else:
         home.rmdir()
         typer.echo(f"Deleted {home}.")
 
 
 def _size(path: Path) -> int:
-    """Return how many bytes a file or a folder holds."""
+    """Return the size of a file or folder in bytes."""
     files = [path] if not path.is_dir() else path.rglob("*")
     return sum(each.lstat().st_size for each in files if not each.is_dir())

@@ -1,8 +1,8 @@
-"""What diffusers and transformers say of files and casts is for their developers, not for who runs a command."""
+"""Silence messages of diffusers and transformers that do not help the users of a command."""
 
 
 def quiet_models() -> None:
-    """Hide the bars that count a file's tensors, and warnings below errors."""
+    """Hide the progress bars of loading weights, and diffusers' warnings."""
     from diffusers.utils import logging as logging_of_diffusers
     from transformers.utils import logging
 

@@ -9,7 +9,7 @@ import typer
 
 from imagerag.errors import UserError
 
-ReasonOption = Annotated[str, typer.Option(help="Why, for those who look at it later.")]
+ReasonOption = Annotated[str, typer.Option(help="Reason, stored with the version.")]
 
 
 models_app = typer.Typer(help="List the versions of the registered model, or remove one.")
@@ -17,7 +17,7 @@ models_app = typer.Typer(help="List the versions of the registered model, or rem
 
 @models_app.callback(invoke_without_command=True)
 def models(context: typer.Context) -> None:
-    """List the versions of the registered model: which is in use, of what it was made, who promoted it and why."""
+    """List the versions of the registered model: aliases, base model, index, training, author and reason."""
     if context.invoked_subcommand is not None:
         return
     from rich.table import Table
@@ -32,7 +32,7 @@ def models(context: typer.Context) -> None:
     promoted = []
     for info in list_versions(Settings()):
         index = f"{info.pinned('index_name')} {info.pinned('index_version')}{', portable' if info.portable else ''}"
-        if reason := info.pinned("reason"):  # of the gate, longer than any column
+        if reason := info.pinned("reason"):  # the gate's reasons are too long for a column
             promoted.append(f"version {info.version}, promoted by {info.pinned('promoted_by')}: {reason}")
         table.add_row(
             str(info.version),
@@ -51,18 +51,18 @@ def models(context: typer.Context) -> None:
 @models_app.command()
 def remove(
     version: Annotated[int, typer.Argument(help="Of the registered model; `imagerag models` lists them.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Remove a version that has no alias: its files, and what it keeps of its index."""
+    """Remove a version without an alias: its files, and its pin on its index."""
     from imagerag.registry.removal import remove as remove_version
     from imagerag.settings import Settings
 
     if not yes:
-        typer.confirm(f"Remove version {version} for good?", abort=True)
+        typer.confirm(f"Permanently remove version {version}?", abort=True)
     removed = remove_version(Settings(), version)
     typer.echo(
-        f"version {version} is removed: {removed.num_bytes / 2**20:,.1f} MiB are free; version {removed.index} goes "
-        "with the next publication, unless something else keeps it"
+        f"removed version {version}, {removed.num_bytes / 2**20:,.1f} MiB; version {removed.index} is deleted with the "
+        "next publication, unless something else pins it"
     )
 
 
@@ -88,13 +88,13 @@ def rollback(reason: ReasonOption) -> None:
 
 
 def pull(
-    out: Annotated[Path, typer.Option(help="The folder to write, which is not there yet.")],
-    alias: Annotated[str | None, typer.Option(help="Of the version; `champion` if nothing is given.")] = None,
-    version: Annotated[int | None, typer.Option(min=1, help="Its number instead.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    alias: Annotated[str | None, typer.Option(help="Alias of the version. Default: `champion`.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Number of the version, instead of an alias.")] = None,
 ) -> None:
     """Write a registered model as a diffusers folder, for `ImageRAGTurboPipeline.from_pretrained`."""
     if alias is not None and version is not None:
-        raise UserError("a version is named by --alias or by --version, not by both")
+        raise UserError("give either --alias or --version, not both")
     from imagerag.cli.quiet import quiet_models
     from imagerag.registry.fetch import pull as pull_version
     from imagerag.settings import Settings
@@ -108,5 +108,5 @@ def pull(
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
+    except (KeyError, OSError):  # in a container, the user may have no name
         return f"user {os.getuid()}"

@@ -10,11 +10,12 @@ app = typer.Typer(help="The sample corpus: emoji drawings in several styles.", n
 @app.command()
 def serve(
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of the loopback address; this home's own if not given.")
+        int | None,
+        typer.Option(min=1, max=65535, help="Port on loopback. Default: the same one for each run of this home."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Serve a list of only so many good images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of good images in the list.")] = None,
 ) -> None:
-    """Serve the sample corpus over HTTP on loopback as a web site would, bad URLs included, until Ctrl-C."""
+    """Serve the sample corpus over HTTP on loopback, including URLs that must fail, until Ctrl-C."""
     import signal
 
     from imagerag.corpus.sample.server import HOST, SampleServer, remembered_port, write_held_out, write_url_list
@@ -28,7 +29,7 @@ def serve(
         typer.echo(f"held out  {write_held_out(home)}")
         typer.echo(f"ingest    imagerag ingest {url_list} --name sample --allow-host {HOST}")
         try:
-            typer.echo("Ctrl-C ends it.")
+            typer.echo("Press Ctrl-C to stop.")
             signal.pause()
         except KeyboardInterrupt:
             typer.echo("")

@@ -1,4 +1,4 @@
-"""`imagerag search`: neighbours of a text or an image in the published index."""
+"""`imagerag search`: nearest neighbours of a text or an image in the published index."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from imagerag.settings import Settings
 
 _SHOWN_CHARACTERS = 120
-"""Of a caption."""
+"""Maximum length of a printed caption."""
 
 
 class Mode(StrEnum):
-    """What a text is compared with."""
+    """How a text query is matched."""
 
     CAPTION = "caption"
     IMAGE = "image"
@@ -29,26 +29,26 @@ class Mode(StrEnum):
 
 
 def search(
-    text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Look for images like this file.")] = None,
+    text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Search for images similar to this file.")] = None,
     name: NameOption = None,
-    k: Annotated[int, typer.Option(min=1, max=1000, help="How many neighbours.")] = 8,
+    k: Annotated[int, typer.Option(min=1, max=1000, help="Number of results.")] = 8,
     mode: Annotated[
         Mode,
-        typer.Option(help="Compare a text with captions, with images, with captions' words, or both ways."),
+        typer.Option(help="Match a text by the embeddings of captions, of images, by words, or by captions and words."),
     ] = Mode.CAPTION,
-    source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Only rows under this licence.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page of pictures.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Print captions whole, not their beginnings.")] = False,
+    source: Annotated[str | None, typer.Option(help="Only rows with this source.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Only rows with this licence.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page with the images.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Print captions in full.")] = False,
 ) -> None:
-    """Show the neighbours of a text or an image in the published index."""
+    """Search the published index by a text or an image."""
     from imagerag.retrieval.page import Section, write_page
     from imagerag.retrieval.search import Filters
     from imagerag.settings import Settings
 
     if (text is None) == (image is None):
-        raise UserError("give either a text or --image FILE to look for")
+        raise UserError("give either a text or --image FILE to search for")
     name = corpus_name(name)
     retriever, encoder = open_index(Settings(), name)
     filters = Filters(source=source, licence=licence)
@@ -65,7 +65,7 @@ def search(
 
 
 def open_index(settings: "Settings", name: str) -> "tuple[Retriever, Encoder]":
-    """Open the published index of a corpus, and the encoder that made it."""
+    """Open the published index of a corpus and load its encoder."""
     from imagerag.embedding.encoder import load_encoder
     from imagerag.retrieval.search import Retriever
 
@@ -78,9 +78,9 @@ def open_index(settings: "Settings", name: str) -> "tuple[Retriever, Encoder]":
 def search_text(
     retriever: "Retriever", encoder: "Encoder", text: str, k: int, mode: Mode, filters: "Filters"
 ) -> "list[Neighbour]":
-    """The `k` neighbours of a text, with their images."""
+    """Return the `k` nearest rows of a text, with their images."""
     if not text.strip():
-        raise UserError("the text to look for is empty")
+        raise UserError("the text to search for is empty")
     embeds = encoder.encode_texts([text])
     return retriever.search(embeds, k, by=mode.value, texts=[text], filters=filters, images=True)[0]
 
@@ -88,7 +88,7 @@ def search_text(
 def search_image(
     retriever: "Retriever", encoder: "Encoder", image: Path, k: int, filters: "Filters"
 ) -> "list[Neighbour]":
-    """The `k` rows whose images are most like the one in a file, with their images."""
+    """Return the `k` rows whose images are most similar to a file, with their images."""
     from imagerag.embedding.encoder import UndecodableImageError
 
     try:
@@ -99,7 +99,7 @@ def search_image(
 
 
 def print_neighbours(title: str, neighbours: "list[Neighbour]", *, full: bool = True) -> None:
-    """Print neighbours as a table, the nearest first; of a long caption its beginning, where it is not asked for."""
+    """Print neighbours as a table, the nearest first; long captions are shortened unless `full`."""
     from rich.table import Table
 
     from imagerag.cli.terminal import PlainConsole

@@ -1,4 +1,4 @@
-"""`imagerag up` and `imagerag down`: the servers and the worker of this home."""
+"""`imagerag up` and `imagerag down`: start and stop the servers and the worker of a home."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import typer
 
 
 def up() -> None:
-    """Start Prefect's and MLflow's servers and a worker for this home, and deploy all flows."""
+    """Start the Prefect and MLflow servers and a worker for this home, and deploy all flows."""
     import flows
     from imagerag import credentials, services
     from imagerag.cli.deploy import nightly_parameters
@@ -22,14 +22,14 @@ def up() -> None:
     typer.echo(f"Prefect UI  {settings.prefect_api_url if prefect is None else services.link(prefect, settings.home)}")
     typer.echo(f"MLflow UI   {settings.mlflow_tracking_uri if mlflow is None else mlflow.url}")
     if mlflow is not None:
-        # In the address, the page's own requests would be refused by browsers.
+        # Not as part of the URL: browsers then refuse the page's own requests.
         typer.echo(f"            user {credentials.USER}, password {credentials.password(settings.home)}")
     typer.echo(f"worker      process {started[services.WORKER].pid}, work pool {services.WORK_POOL}")
     typer.echo(f"logs        {settings.home / 'logs'}")
 
 
 def down() -> None:
-    """Stop what `imagerag up` started."""
+    """Stop the services that `imagerag up` started."""
     from imagerag import services
     from imagerag.settings import Settings
 

@@ -1,4 +1,4 @@
-"""`imagerag settings`: each value, and where it comes from."""
+"""`imagerag settings`: every setting with its value and source."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _ENVIRONMENT, _FILE, _DEFAULT = "environment", ".env", "default"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A variable, with what of its value may be seen."""
+    """An environment variable, with credentials in its value masked."""
 
     variable: str
     value: str | None
@@ -24,9 +24,9 @@ class Setting:
 
 
 def settings(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of objects.")] = False,
 ) -> None:
-    """Show each setting and where it comes from; credentials are masked. Engines' own variables are shown if set."""
+    """Show every setting with its value and source, and the engines' variables that are set; credentials are masked."""
     from imagerag.settings import unknown_variables
 
     shown = [*_own(), *_of_engines()]
@@ -46,7 +46,7 @@ def settings(
 
 
 def load_environment() -> None:
-    """Give the engines what `.env` says of them, as if it were set in the environment, which wins."""
+    """Load the engines' variables from `.env`; variables that are set in the environment take precedence."""
     from dotenv import dotenv_values
 
     for name, value in dotenv_values(_FILE).items():

@@ -1,4 +1,4 @@
-"""The console that all commands print on."""
+"""The rich console that all commands print to."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from imagerag.plain import printable
 
 
 class PlainConsole(Console):
-    """Shows every text as it is: no markup and no emoji codes in it, and nothing that a terminal would obey."""
+    """Console that prints text literally: without markup, emoji codes or control characters."""
 
     def __init__(self) -> None:
         super().__init__(markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text to show; a table's cells and titles come here, too."""
+        """Render a string with control characters replaced; also called for cells and titles of tables."""
         return super().render_str(printable(text), **options)

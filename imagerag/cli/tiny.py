@@ -1,4 +1,4 @@
-"""`imagerag tiny`: the base model that ships with the package."""
+"""`imagerag tiny`: measure the shipped base model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,25 +18,25 @@ def _group() -> None:
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="The folder to write to: report.md, report.json and grids.")] = Path(
+    out: Annotated[Path, typer.Option(help="Output folder of report.md, report.json and image grids.")] = Path(
         "report"
     ),
-    pictures: Annotated[int, typer.Option(min=120, help="How many of each model and split.")] = 498,
+    pictures: Annotated[int, typer.Option(min=120, help="Number of images per model and split.")] = 498,
     photos: Annotated[
-        Path | None, typer.Option(help="A folder of other pictures, named by what they show, to read out of their h.")
+        Path | None, typer.Option(help="Folder of other images, named by what they show, to rebuild from their h.")
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="A text whose part between the marks is replaced as well.")
+        Path | None, typer.Option(help="Text file in which to replace the report between its two marks.")
     ] = None,
 ) -> None:
-    """Measure the shipped teacher and student, on concepts of their training and on held-out ones."""
+    """Measure the shipped teacher and student on training concepts and on held-out concepts."""
     if readme is not None:
-        _read(readme)  # a measurement takes minutes: what can be wrong is wrong now
+        _read(readme)  # fail before a measurement that takes minutes
     from imagerag.tiny.report import make_report
 
     tables = make_report(out, pictures, photos).markdown()
     typer.echo(tables)
-    typer.echo(f"in {out}, with a grid of each model and split")
+    typer.echo(f"written to {out}, with an image grid per model and split")
     if readme is not None:
         text = _read(readme)
         before, after = text.split(_BEGIN)[0], text.split(_END)[1]

@@ -36,7 +36,7 @@ def test_models_are_promoted_and_rolled_back_by_name_and_with_a_reason(own: Home
         assert part in listed, part
     assert "version 1 is the champion again" in run("rollback", "--reason", "too blue")
     assert CliRunner().invoke(app, ["promote", "2"]).exit_code == 2, "without a reason"
-    with pytest.raises(UserError, match="not by both"):
+    with pytest.raises(UserError, match="not both"):
         run("pull", "--alias", "champion", "--version", "1", "--out", tmp_path / "pulled")
     assert f"version 2 is in {tmp_path / 'pulled'}, for the index" in run(
         "pull", "--version", 2, "--out", tmp_path / "pulled"
@@ -49,6 +49,6 @@ def test_a_takedown_names_the_models_that_used_the_rows(own: Home) -> None:
     ids = own.store.ids().to_pylist()
     said = run("index", "remove", "--id", ids[0], "--yes")
     assert "imagerag-turbo-1-" in said
-    assert "used removed rows, and can't load any more unless it is portable: register it again on version " in said
+    assert "used removed rows and can no longer be loaded, unless it is portable: register it again on version " in said
     assert "deleted version 2 of imagerag-turbo, which was candidate, with its copy of the index" in said
     assert "imagerag-turbo-1" not in run("index", "remove", "--id", ids[1], "--yes")
