@@ -28,13 +28,14 @@ class _Hook(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.origin is not None and _is_cpu_build("torch") and not _is_cpu_build(fullname):
+        if spec is not None and spec.origin is not None and is_misfit():
             _declare_missing_operators(Path(spec.origin).parent / "_C.so")
         return spec
 
 
-def _is_cpu_build(package: str) -> bool:
-    return version(package).endswith("+cpu")
+def is_misfit() -> bool:
+    """Whether torch is a CPU build and torchvision is not, so that it loads by the hook alone."""
+    return version("torch").endswith("+cpu") and not version("torchvision").endswith("+cpu")
 
 
 def _declare_missing_operators(library: Path) -> None:

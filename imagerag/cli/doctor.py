@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from imagerag import _torchvision
 from imagerag.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ PACKAGES = (
     "open_clip_torch",
     "mlflow",
 )
+_MISFIT = ", built for CUDA beside a CPU build of torch: import imagerag before torchvision and diffusers"
 _OWN_PREFECT = "embedded: started for each run (`make up` starts a permanent one, with the UI)"
 _OWN_MLFLOW = "embedded: a database under the home (`make up` starts a server with the UI)"
 
@@ -91,7 +93,8 @@ def _packages() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores")
     for package in PACKAGES:
         try:
-            yield Finding(package, importlib.metadata.version(package))
+            misfit = package == "torchvision" and _torchvision.is_misfit()
+            yield Finding(package, importlib.metadata.version(package) + (_MISFIT if misfit else ""))
         except importlib.metadata.PackageNotFoundError:
             yield Finding(package, "missing", "run make clean; the next make target installs it")
     try:

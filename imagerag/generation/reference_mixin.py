@@ -28,14 +28,14 @@ from imagerag.generation.arguments import (
 from imagerag.generation.base import BaseModel
 from imagerag.generation.options import FusionOptions, check_scale
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
-from imagerag.generation.saving import align, attach_beside, save_beside
+from imagerag.generation.saving import align, attach_beside, save_beside, unify
 from imagerag.generation.spec import BaseIdentity, identity_of_folder
 from imagerag.generation.text import TextConditioner
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.features import encode_references
 from imagerag.hspace.fit import DEFAULT_FIT
 from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SlerpFusion
-from imagerag.hspace.lora import without_lora
+from imagerag.hspace.lora import LORA_NAME, without_lora
 from imagerag.hspace.midblock import fusing, prepare
 from imagerag.locks import local_folder
 from imagerag.retrieval.schema import Embeds
@@ -68,7 +68,6 @@ class ReferenceMixin:
     text_encoder_2: PreTrainedModel | None
     adapter: HSpaceAdapter | None
     register_modules: Callable[..., None]
-    register_to_config: Callable[..., None]
     encode_prompt: Callable[..., Any]
     _execution_device: torch.device
 
@@ -123,9 +122,28 @@ class ReferenceMixin:
         pipeline: Self = super(ReferenceMixin, kind).from_pretrained(  # type: ignore[misc]
             str(folder), **arguments
         )
-        attach_beside(pipeline, folder)
-        align(pipeline)
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **arguments: Any) -> Self:
+        """Make it of another pipeline's parts, as `DiffusionPipeline.from_pipe` does; LoRA is on the UNet already."""
+        has_lora = LORA_NAME in getattr(getattr(pipeline, "unet", None), "peft_config", {})
+        made: Self = super().from_pipe(pipeline, **{"has_lora": has_lora} | arguments)  # type: ignore[misc]
+        return made
+
+    def register_to_config(self, **config: Any) -> None:
+        """Note what the configuration says. That it came from a folder, diffusers notes as the last act of loading it.
+
+        So what belongs to it beside its parts is attached here, whoever loads it: `DiffusionPipeline`, too.
+
+        Raises:
+            UserError: if LoRA belongs to it and is not there.
+        """
+        super().register_to_config(**config)  # type: ignore[misc]
+        if (folder := config.get("_name_or_path")) is not None:
+            unify(self)
+            attach_beside(self, Path(folder))
+            align(self)
 
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> None:
         """Write the pipeline as `from_pretrained` reads it: base model, adapter, LoRA, and which index it uses.

@@ -10,12 +10,16 @@ from imagerag.generation.finetuned import LORA
 from imagerag.hspace.lora import LORA_NAME, WEIGHTS_NAME, copy_without_lora, load_lora, save_lora
 from imagerag.locks import local_folder
 
+_CODE = "pipeline.py"
+"""What diffusers calls the file of a pipeline's own class, see `DiffusionPipeline.from_pretrained`."""
 _ALIGNMENT = 64
 """Of torch's own tensors on a CPU, in bytes."""
 
 
 def save_beside(pipeline: Any, folder: Path) -> Any:
     """Write the pipeline's LoRA, if it has some, and return a pipeline without it, which shares all weights.
+
+    Beside them is a file by which diffusers' own `DiffusionPipeline` finds the class, for those who let it run code.
 
     Raises:
         UserError: if LoRA is attached that was not trained with an adapter.
@@ -32,16 +36,21 @@ def save_beside(pipeline: Any, folder: Path) -> Any:
         config = {name: pipeline.config[name] for name in pipeline._get_signature_keys(pipeline)[1]}
         savable = type(pipeline)(**pipeline.components | {"unet": copy_without_lora(pipeline.unet)}, **config)
     savable.register_to_config(has_lora=bool(names))
+    kind = type(pipeline)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Always under the same name: diffusers runs it in one module, whatever folder it lies in.
+    code = f"from {kind.__module__} import {kind.__name__} as Pipeline  # noqa: F401\n"
+    (folder / _CODE).write_text(code, encoding="utf-8")
     return savable
 
 
 def attach_beside(pipeline: Any, folder: Path) -> None:
-    """Attach the LoRA that belongs to a loaded pipeline, and find the index that lies in its folder.
+    """Attach the LoRA that belongs to a pipeline of a folder, if it isn't yet, and find the index that lies there.
 
     Raises:
         UserError: if LoRA belongs to it and is not there.
     """
-    if pipeline.config.has_lora:
+    if pipeline.config.has_lora and LORA_NAME not in getattr(pipeline.unet, "peft_config", {}):
         if not (folder / LORA / WEIGHTS_NAME).is_file():
             raise UserError(
                 f"LoRA belongs to the pipeline in {folder}, and is read from a folder on this machine; "
@@ -51,6 +60,16 @@ def attach_beside(pipeline: Any, folder: Path) -> None:
     uri = pipeline.config.index_uri
     if uri is not None and (index := local_folder(uri)) is not None:
         pipeline.register_to_config(index_uri=str(folder.absolute() / index))  # an absolute one stays as it is
+
+
+def unify(pipeline: Any) -> None:
+    """Have text encoder and UNet in the dtype that they were saved in, where diffusers took another for one of them.
+
+    Told of none, it loads its own models in float32, and others as they were saved.
+    """
+    encoder, dtype = pipeline.text_encoder, pipeline.config.weight_dtype
+    if None not in (encoder, dtype) and encoder.dtype != pipeline.unet.dtype:
+        pipeline.to(getattr(torch, dtype))
 
 
 def align(pipeline: Any) -> None:

@@ -1,17 +1,21 @@
 """The adapter: what references add to the target's H-space by cross-attention (paper, Sec. 3.3)."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
 from imagerag.errors import UserError
+from imagerag.hspace.attention import HSpaceAttention
 
 _SHARPNESS = 50.0
 """Of the choice among references; a difference in nearness of 0.1 is one of shares by a factor of 150."""
@@ -51,7 +55,15 @@ def load_adapter(folder: Path, unet: UNet2DConditionModel) -> "HSpaceAdapter":
     return adapter
 
 
-class HSpaceAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+@dataclass
+class HSpaceAdapterOutput(BaseOutput):  # type: ignore[misc]
+    """What an adapter returns."""
+
+    sample: torch.Tensor
+    """The fused features (B, C, H, W)."""
+
+
+class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """`h = h_target + dh`, `dh = W_O softmax(Q K^T / sqrt(d)) (lambda V)`; Q is the target's, K and V the references'.
 
     Beyond the paper, first: the keys and values of all references are in one attention, each value weighted by its
@@ -61,7 +73,11 @@ class HSpaceAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
     a mean of pictures is no picture. Attention alone can only add to the target; this can also put a reference in its
     place, as slerp does (paper, Sec. 3.2), and training finds that at once. Third: output projection and gate start at
     zero, so that training starts at the base model. 36M parameters for SD 2.1.
+
+    LoRA's target modules are `to_q.0`, `to_q.2`, `to_k`, `to_v` and `to_out`.
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -95,6 +111,8 @@ class HSpaceAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
         self.to_v = nn.Linear(channels, inner_dim, bias=False)
         self.to_out = nn.Linear(inner_dim, channels, bias=False)
         self.to_gate = nn.Linear(channels, channels)
+        self.attn = HSpaceAttention(num_heads)
+        self.gradient_checkpointing = False
         for zero in (self.to_out.weight, self.to_gate.weight, self.to_gate.bias):
             nn.init.zeros_(zero)
 
@@ -108,9 +126,14 @@ class HSpaceAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
         nn.init.constant_(self.to_gate.bias, math.atanh(gate))
 
     def forward(
-        self, h_target: torch.Tensor, h_references: torch.Tensor, weights: torch.Tensor, scale: float = 1.0
-    ) -> torch.Tensor:
-        """Return the fused features (B, C, H, W).
+        self,
+        h_target: torch.Tensor,
+        h_references: torch.Tensor,
+        weights: torch.Tensor,
+        scale: float = 1.0,
+        return_dict: bool = True,
+    ) -> HSpaceAdapterOutput | tuple[torch.Tensor]:
+        """Return the fused features.
 
         Args:
             h_target: (B, C, H, W).
@@ -118,9 +141,19 @@ class HSpaceAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
             weights: lambda (B, K); what has 0 is as if it were not there. A row without any other is its target, bit
                 for bit.
             scale: of what is added; 0 is the target, bit for bit.
+            return_dict: whether to return them as `sample` of an output rather than in a tuple.
         """
         if scale == 0 or h_references.shape[1] == 0:
-            return h_target
+            fused = h_target
+        elif torch.is_grad_enabled() and self.gradient_checkpointing:
+            fused = self._gradient_checkpointing_func(self._fuse, h_target, h_references, weights, scale)
+        else:
+            fused = self._fuse(h_target, h_references, weights, scale)
+        return HSpaceAdapterOutput(sample=fused) if return_dict else (fused,)
+
+    def _fuse(
+        self, h_target: torch.Tensor, h_references: torch.Tensor, weights: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         size, channels, height, width = h_target.shape
         positions = self._positions(height, width, h_target)
         target = self.norm_target(h_target.flatten(2).transpose(1, 2))
@@ -131,10 +164,7 @@ class HSpaceAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
         present = weights > 0
         # A row without references attends to everything, so that no softmax is over nothing; it is put right below.
         seen = torch.where(present.any(1, keepdim=True), present, True).repeat_interleave(height * width, dim=1)
-        attended = F.scaled_dot_product_attention(
-            self._heads(query), self._heads(key), self._heads(value), attn_mask=seen[:, None, None, :]
-        )
-        added = self.to_out(attended.transpose(1, 2).flatten(2))
+        added = self.to_out(self.attn(query, key, value, seen[:, None, None, :]))
         gates = torch.tanh(self.to_gate(target))
         added = added + gates * self._difference(target, references, weights, h_target, h_references)
         fused = h_target + scale * added.transpose(1, 2).reshape(size, channels, height, width).to(h_target.dtype)
@@ -151,10 +181,6 @@ class HSpaceAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
         shares = torch.softmax((_SHARPNESS * near.float()).masked_fill(weights <= 0, -1e9), dim=1) * weights
         difference = torch.einsum("bk,bkchw->bchw", shares.to(h.dtype), hs.to(h.dtype) - h[:, None])
         return difference.flatten(2).transpose(1, 2)
-
-    def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        heads: torch.Tensor = tokens.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)
-        return heads
 
     def _positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
         embedding: torch.Tensor = get_2d_sincos_pos_embed(

@@ -43,7 +43,7 @@ class AdapterFusion:
     def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
         """Return the fused features."""
         references = _fitted(self.h_references, h_target)
-        fused: torch.Tensor = self.adapter(h_target, references, self.weights, self.scale)
+        fused: torch.Tensor = self.adapter(h_target, references, self.weights, self.scale).sample
         return fused
 
 

@@ -141,7 +141,7 @@ def one_step(
         h = target.h
         if adapter is not None:
             own_scale = adapter.config.default_scale if scale is None else scale
-            h = adapter(h, batch.h_references, gate(batch.similarities, 0.0), own_scale)
+            h = adapter(h, batch.h_references, gate(batch.similarities, 0.0), own_scale).sample
         elif w is not None:
             h = slerp(h, batch.h_references[:, 0], w)
         return diffusion.to_clean(decode(base.unet, replace(target, h=h)), noised, last)

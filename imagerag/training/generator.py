@@ -52,7 +52,7 @@ class Generator(nn.Module):
         with torch.no_grad():
             noised = self.diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)  # z_T
             target = encode(self.unet, noised, last, batch.text)
-        h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0), scale)
+        h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0), scale).sample
         prediction = decode(self.unet, replace(target, h=h))
         # Where a UNet predicts noise, what it implies is some fifteen times as large as its error.
         return self.diffusion.to_clean(prediction.float(), noised, last)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -87,6 +88,9 @@ def test_the_doctor_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:
     assert result.returncode == 1, "a home without an index is something to see to"
     assert "384 dimensions" in result.stdout
     assert "make demo" in result.stdout
+    assert ("built for CUDA" in " ".join(result.stdout.split())) == (
+        version("torch").endswith("+cpu") and not version("torchvision").endswith("+cpu")
+    )
 
 
 def test_sample_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:

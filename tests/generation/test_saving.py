@@ -1,15 +1,20 @@
 """A pipeline that is saved and loaded: with LoRA, and with an index that is pinned or lies beside it."""
 
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 from peft import LoraConfig
 
 from imagerag.errors import UserError
-from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.generation.base import load_base
+from imagerag.generation.pipeline import ImageRAGTurboPipeline, ImageRAGTurboXLPipeline
 from imagerag.hspace.lora import LORA_NAME
 from imagerag.retrieval.pins import pin
 from imagerag.retrieval.publish import PublishConfig
@@ -111,3 +116,58 @@ def test_an_index_that_lies_beside_is_found_wherever_the_folder_is(store: Store,
     shutil.move(tmp_path / "saved", tmp_path / "moved")
     assert torch.equal(latents(load(tmp_path / "moved")), expected)
     assert BASE.digest == load(tmp_path / "moved").config.base_digest
+
+
+@pytest.fixture
+def load_by_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Load a folder by the class that knows no pipeline of ours."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # which it adds to
+
+    def load_it(folder: Path, **arguments: Any) -> Any:
+        code = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+        pipeline = DiffusionPipeline.from_pretrained(folder, **code | arguments)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load_it
+
+
+def test_diffusers_own_class_loads_all_of_it(
+    store: Store, tmp_path: Path, load_by_diffusers: Callable[..., Any]
+) -> None:
+    pipeline = make_pipeline(make_adapter()).use_index(store.uri, store.name)
+    add_lora(pipeline)
+    expected = latents(pipeline)
+    pipeline.register_to_config(index_uri="index")
+    pipeline.save_pretrained(tmp_path / "saved")
+    shutil.move(store.uri, tmp_path / "saved" / "index")
+    with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
+        load_by_diffusers(tmp_path / "saved", trust_remote_code=False)
+    loaded = load_by_diffusers(tmp_path / "saved")
+    assert type(loaded) is ImageRAGTurboPipeline
+    assert torch.equal(latents(loaded), expected)
+
+
+def test_diffusers_own_class_finds_the_kind_and_the_dtype(
+    bases: dict[str, Path], tmp_path: Path, load_by_diffusers: Callable[..., Any]
+) -> None:
+    for name, kind in {"sd-turbo": ImageRAGTurboPipeline, "sdxl-turbo": ImageRAGTurboXLPipeline}.items():
+        first = ImageRAGTurboPipeline.from_base(load_base(str(bases[name]), "cpu", "bf16"))
+        first.save_pretrained(tmp_path / name)
+        loaded = load_by_diffusers(tmp_path / name)
+        assert type(loaded) is kind
+        assert torch.equal(latents(loaded), latents(first))
+        assert load_by_diffusers(tmp_path / name, dtype=torch.float32).unet.dtype == torch.float32
+
+
+def test_a_pipeline_of_anothers_parts_has_the_lora_that_they_have(tmp_path: Path) -> None:
+    pipeline = make_pipeline(make_adapter())
+    add_lora(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    made = ImageRAGTurboPipeline.from_pipe(StableDiffusionPipeline.from_pipe(loaded), adapter=loaded.adapter)
+    assert made.config.has_lora
+    loaded.unload_lora_weights()
+    assert not ImageRAGTurboPipeline.from_pipe(loaded).config.has_lora
+    assert not hasattr(loaded.unet, "peft_config")
