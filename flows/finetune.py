@@ -1,6 +1,5 @@
 """Fine-tune: a published index with features becomes an adapter that uses it."""
 
-from prefect import flow
 from pydantic import Field, field_validator
 
 from imagerag.config import Config
@@ -8,7 +7,8 @@ from imagerag.settings import check_name
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
 from tasks.finetune import choose_version, plan_training, synthesize_examples, train_adapter
-from tasks.policy import hide_user_tracebacks, named_run
+from tasks.parameters import flow_of
+from tasks.policy import named_run
 from tasks.report import FinetuneReport, write_finetune_report
 
 
@@ -30,13 +30,12 @@ class FinetuneParameters(Config):
     _check_name = field_validator("name")(check_name)
 
 
-@flow(name="finetune", flow_run_name="finetune {parameters.name}")
+@flow_of(FinetuneParameters)
 def finetune(parameters: FinetuneParameters) -> FinetuneReport:
     """Train an adapter and LoRA for an index by latent adversarial distillation.
 
     Run it again at any time: it goes on with what was stopped, and redoes nothing that is done.
     """
-    hide_user_tracebacks()
     version = choose_version(parameters.name, parameters.data, parameters.training, anew=parameters.anew)
     plan = plan_training(parameters.name, version, parameters.data, parameters.training)
     if parameters.dry_run:

@@ -22,15 +22,20 @@ class RecipeOption(StrEnum):
     SD_TURBO = "sd_turbo"
 
 
+RecipeChoice = Annotated[
+    RecipeOption, typer.Option(help="What is not given: minutes on a laptop, or the paper's figures.")
+]
+BaseOption = Annotated[
+    str | None, typer.Option(help="The student: a hub id and commit, or a diffusers folder; `tiny` if not given.")
+]
+TeacherOption = Annotated[str | None, typer.Option(help="The multi-step model, likewise.")]
+
+
 def finetune(
     name: NameOption = None,
-    recipe: Annotated[
-        RecipeOption, typer.Option(help="What is not given: minutes on a laptop, or the paper's figures.")
-    ] = RecipeOption.TINY,
-    base: Annotated[
-        str | None, typer.Option(help="The student: a hub id and commit, or a diffusers folder; `tiny` if not given.")
-    ] = None,
-    teacher: Annotated[str | None, typer.Option(help="The multi-step model, likewise.")] = None,
+    recipe: RecipeChoice = RecipeOption.TINY,
+    base: BaseOption = None,
+    teacher: TeacherOption = None,
     held_out: Annotated[
         Path | None, typer.Option(help="A text file with captions to learn nothing from; else 2 % of them are.")
     ] = None,
@@ -55,10 +60,10 @@ def finetune(
         "anew": anew,
         "dry_run": dry_run,
     }
-    show_finetune(run_flow("finetune", given(options), parameters, defaults=_recipe(recipe, base, teacher)))
+    show_finetune(run_flow("finetune", given(options), parameters, defaults=recipe_parameters(recipe, base, teacher)))
 
 
-def _recipe(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict[str, Any]:
+def recipe_parameters(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict[str, Any]:
     """Return the parameters that a recipe stands for."""
     from imagerag.training import config
 

@@ -37,7 +37,6 @@ def test_the_librarys_log_is_in_the_runs(prefect_api_url: str) -> None:
 
 
 def test_a_runs_name_says_what_it_works_on() -> None:
-    for module in (evaluate, features, finetune, ingest, reindex):
+    for module in (evaluate, features, finetune, ingest, pipeline, reindex):
         name = module.__name__.rpartition(".")[2]
-        assert getattr(module, name).flow_run_name == f"{name} {{parameters.name}}"
-    assert pipeline.pipeline.flow_run_name == "pipeline {parameters.corpus.name}"
+        assert getattr(module, name).flow_run_name == f"{name} {{name}}"
