@@ -13,6 +13,7 @@ from tasks.evaluate import evaluate_adapter, pass_gate, register_model
 from tasks.parameters import flow_of
 from tasks.policy import named_run
 from tasks.report import EvaluateReport, write_evaluate_report
+from tasks.slots import compute_slot
 
 
 class EvaluateParameters(Config):
@@ -50,9 +51,9 @@ def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
     """
     settings = Settings()
     adapter = parameters.adapter
-    finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
-    champion = present_champion(settings, finetuned)
-    with named_run():
+    with compute_slot(), named_run():
+        finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
+        champion = present_champion(settings, finetuned)
         evaluated = evaluate_adapter(finetuned, parameters.evaluation, parameters.gate, champion)
         decision = pass_gate(finetuned, evaluated, parameters.gate, champion)
         registered = register_model(

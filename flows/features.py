@@ -14,6 +14,7 @@ from tasks.parameters import flow_of
 from tasks.policy import alone_at
 from tasks.publish import check_champion, publish_index
 from tasks.report import FeaturesReport, write_features_report
+from tasks.slots import compute_slot
 
 
 class FeaturesParameters(Config):
@@ -33,7 +34,7 @@ def features(parameters: FeaturesParameters) -> FeaturesReport:
 
     Run it again at any time: only rows without features are encoded.
     """
-    with alone_at(parameters.name):
+    with compute_slot(), alone_at(parameters.name):
         cached = make_features(parameters.name, parameters.features)
         index = index_rows(cached, parameters.index)
         publication = publish_index(index, parameters.publish)

@@ -6,10 +6,12 @@ from imagerag.config import Config
 from imagerag.settings import check_name
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
+from imagerag.training.plan import Plan
 from tasks.finetune import choose_version, plan_training, synthesize_examples, train_adapter
 from tasks.parameters import flow_of
 from tasks.policy import named_run
 from tasks.report import FinetuneReport, write_finetune_report
+from tasks.slots import compute_slot
 
 
 class FinetuneParameters(Config):
@@ -36,13 +38,17 @@ def finetune(parameters: FinetuneParameters) -> FinetuneReport:
 
     Run it again at any time: it goes on with what was stopped, and redoes nothing that is done.
     """
-    version = choose_version(parameters.name, parameters.data, parameters.training, anew=parameters.anew)
-    plan = plan_training(parameters.name, version, parameters.data, parameters.training)
     if parameters.dry_run:
-        return FinetuneReport(name=parameters.name, plan=plan)
-    with named_run():
+        return FinetuneReport(name=parameters.name, plan=_plan(parameters)[1])
+    with compute_slot(), named_run():
+        version, plan = _plan(parameters)
         training_set = synthesize_examples(parameters.name, version, parameters.data)
         finetuned = train_adapter(training_set, parameters.training, parameters.workers, parameters.group)
     report = FinetuneReport(name=parameters.name, plan=plan, training_set=training_set, finetuned=finetuned)
     write_finetune_report(report)
     return report
+
+
+def _plan(parameters: FinetuneParameters) -> tuple[int, Plan]:
+    version = choose_version(parameters.name, parameters.data, parameters.training, anew=parameters.anew)
+    return version, plan_training(parameters.name, version, parameters.data, parameters.training)

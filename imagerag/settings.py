@@ -101,6 +101,10 @@ class Settings(BaseSettings):
     """Parameters of the flow `reindex`, as JSON, for its schedule of every night: `{"url_list": "s3://...", "name":
     "catalogue"}`. `imagerag up` and `deploy` switch the schedule on with them; unset leaves it to Prefect's UI."""
 
+    compute_slots: Annotated[int, Field(ge=1)] | None = None
+    """How many trainings, evaluations and features jobs run at a time; others wait for their turn. It is a concurrency
+    limit in Prefect's UI, too; unset leaves it as it was set there, which is 1 at first."""
+
     def __init__(self, **values: Any) -> None:
         for name, _, nearest in unknown_variables():
             if nearest is not None:

@@ -45,6 +45,7 @@ def deploy() -> None:
     # Prefect reads its settings when it is first imported.
     os.environ.update(prefect_environment(settings, api_url) | {"IMAGERAG_PROJECT": str(project)})
     is_cluster = settings.prefect_api_url is not None
+    _prepare_slots()
     asyncio.run(_deploy(path, project, nightly_parameters(settings), is_cluster=is_cluster))
 
 
@@ -102,6 +103,15 @@ async def _deploy(path: Path, project: Path, nightly: dict[str, Any] | None, *, 
         for deployment in await client.read_deployments():
             if deployment.name in {each["name"] for each in file["deployments"]}:
                 _check_schedules(deployment)
+
+
+def _prepare_slots() -> None:
+    from prefect.client.orchestration import get_client
+
+    from tasks.slots import prepare_slots
+
+    with get_client(sync_client=True) as client:
+        prepare_slots(client)
 
 
 async def _make_pool(client: "PrefectClient") -> None:
