@@ -2,7 +2,6 @@
 
 from typing import Self
 
-from prefect import flow
 from pydantic import Field, field_validator, model_validator
 
 from imagerag.config import Config
@@ -11,8 +10,10 @@ from imagerag.registry.champion import present_champion
 from imagerag.settings import Settings, check_name
 from imagerag.training.job import newest_finetuned, read_finetuned
 from tasks.evaluate import evaluate_adapter, pass_gate, register_model
-from tasks.policy import hide_user_tracebacks, named_run
+from tasks.parameters import flow_of
+from tasks.policy import named_run
 from tasks.report import EvaluateReport, write_evaluate_report
+from tasks.slots import compute_slot
 
 
 class EvaluateParameters(Config):
@@ -42,18 +43,17 @@ class EvaluateParameters(Config):
         return self
 
 
-@flow(name="evaluate", flow_run_name="evaluate {parameters.name}")
+@flow_of(EvaluateParameters)
 def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
     """Compare an adapter with base model, teacher and champion; register it, and make it champion if it is better.
 
     Run it again at any time: pictures that are there are not made again, and nothing is registered twice.
     """
-    hide_user_tracebacks()
     settings = Settings()
     adapter = parameters.adapter
-    finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
-    champion = present_champion(settings, finetuned)
-    with named_run():
+    with compute_slot(), named_run():
+        finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
+        champion = present_champion(settings, finetuned)
         evaluated = evaluate_adapter(finetuned, parameters.evaluation, parameters.gate, champion)
         decision = pass_gate(finetuned, evaluated, parameters.gate, champion)
         registered = register_model(

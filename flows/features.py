@@ -1,6 +1,5 @@
 """Features: what a base model makes of every row is computed once and published with the index."""
 
-from prefect import flow
 from pydantic import Field, field_validator
 
 from flows.ingest import NotPublishedError
@@ -11,9 +10,11 @@ from imagerag.retrieval.publish import PublishConfig
 from imagerag.settings import check_name
 from tasks.features import make_features
 from tasks.index import index_rows
-from tasks.policy import alone_at, hide_user_tracebacks
+from tasks.parameters import flow_of
+from tasks.policy import alone_at
 from tasks.publish import check_champion, publish_index
 from tasks.report import FeaturesReport, write_features_report
+from tasks.slots import compute_slot
 
 
 class FeaturesParameters(Config):
@@ -27,14 +28,13 @@ class FeaturesParameters(Config):
     _check_name = field_validator("name")(check_name)
 
 
-@flow(name="features", flow_run_name="features {parameters.name}")
+@flow_of(FeaturesParameters)
 def features(parameters: FeaturesParameters) -> FeaturesReport:
     """Make the cached features of an index for a base model, and publish them.
 
     Run it again at any time: only rows without features are encoded.
     """
-    hide_user_tracebacks()
-    with alone_at(parameters.name):
+    with compute_slot(), alone_at(parameters.name):
         cached = make_features(parameters.name, parameters.features)
         index = index_rows(cached, parameters.index)
         publication = publish_index(index, parameters.publish)

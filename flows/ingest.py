@@ -2,7 +2,6 @@
 
 from typing import Literal, Self
 
-from prefect import flow
 from pydantic import Field, field_validator, model_validator
 
 from imagerag.config import Config
@@ -19,7 +18,8 @@ from imagerag.settings import Settings, check_name
 from tasks.download import download_images
 from tasks.embed import embed_images
 from tasks.index import index_rows
-from tasks.policy import alone_at, hide_user_tracebacks
+from tasks.parameters import flow_of
+from tasks.policy import alone_at
 from tasks.publish import publish_index
 from tasks.report import CorpusReport, write_report
 
@@ -33,12 +33,12 @@ class CorpusParameters(Config):
         "jsonl, or URLs alone as txt; or a dataset with its images, as parquet, webdataset tars or a Lance table. A "
         "list is a file, also packed (.gz, .zst), or a folder or a glob of them.",
     )
+    name: str = Field(default="images", description="Names the corpus: its shards folder and its table.")
     captions: str | None = Field(
         default=None,
         description="Of a folder's images: a table of file names and captions, as parquet, csv, tsv, json or jsonl. "
         "Unset: its `metadata.csv`, or what `name.txt` beside `name.jpg` says, else the words of the file's name.",
     )
-    name: str = Field(default="images", description="Names the corpus: its shards folder and its table.")
     columns: UrlColumns = Field(
         default=UrlColumns(), description="Columns of the list or of the captions; unset ones are guessed."
     )
@@ -77,7 +77,7 @@ class NotPublishedError(UserError):
     """The new version failed its checks: readers stay on the version that they see."""
 
 
-@flow(name="ingest", flow_run_name="ingest {parameters.name}")
+@flow_of(CorpusParameters)
 def ingest(parameters: CorpusParameters) -> CorpusReport:
     """Add a folder of images, or a list of image URLs, to a corpus: download, embed, index, publish.
 
@@ -88,7 +88,6 @@ def ingest(parameters: CorpusParameters) -> CorpusReport:
 
 def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"]) -> CorpusReport:
     """Run the stages on images that are added to the corpus, or that from now on are the corpus."""
-    hide_user_tracebacks()
     with alone_at(parameters.name):
         report = _update(parameters, mode)
     publication = report.publication

@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field, model_validator
 
@@ -18,16 +17,15 @@ from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
-from tasks.policy import hide_user_tracebacks
+from tasks.parameters import flow_of
 from tasks.report import EvaluateReport, PipelineReport, Stage, write_pipeline_report
 
 R = TypeVar("R")
 
 
-class PipelineParameters(Config):
-    """What each part is given; the parts after `corpus` are about its index."""
+class PipelineParameters(CorpusParameters):
+    """What `ingest` is given, and what the parts after it are, which are about its index."""
 
-    corpus: CorpusParameters = Field(description="What to index, and how.")
     features: FeaturesConfig = Field(default=FeaturesConfig(), description="How cached features are made.")
     data: SynthesizeConfig = Field(default=config.tiny().data, description="What is learnt from.")
     training: FinetuneConfig = Field(default=config.tiny().training, description="How it is learnt.")
@@ -37,7 +35,7 @@ class PipelineParameters(Config):
     portable: bool = Field(default=False, description="Pack the index into the registered model.")
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_parts(self) -> Self:
         if self.features.base != self.data.base:
             raise UserError(
                 f"features are made by the base model that learns to use them: features.base is {self.features.base} "
@@ -46,38 +44,24 @@ class PipelineParameters(Config):
         self.gate.check(self.evaluation)
         return self
 
+    def part(self, model: type[Config]) -> dict[str, Any]:
+        """Return what the flow of `model` takes of these parameters."""
+        return {field: getattr(self, field) for field in model.model_fields if hasattr(self, field)}
 
-@flow(name="pipeline", flow_run_name="pipeline {parameters.corpus.name}")
+
+@flow_of(PipelineParameters)
 def pipeline(parameters: PipelineParameters) -> PipelineReport:
     """Make a champion of a list of image URLs: ingest, features, finetune, evaluate.
 
     Run it again at any time: every part continues what is unfinished and says what was done before.
     """
-    hide_user_tracebacks()
-    name = parameters.corpus.name
-    corpus, corpus_s = _timed(lambda: ingest(parameters.corpus))
-    cached, cached_s = _timed(lambda: features(FeaturesParameters(name=name, features=parameters.features)))
-    trained, trained_s = _timed(
-        lambda: finetune(
-            FinetuneParameters(
-                name=name, data=parameters.data, training=parameters.training, workers=parameters.workers
-            )
-        )
-    )
+    corpus, corpus_s = _timed(lambda: ingest(**parameters.part(CorpusParameters)))
+    cached, cached_s = _timed(lambda: features(**parameters.part(FeaturesParameters)))
+    trained, trained_s = _timed(lambda: finetune(**parameters.part(FinetuneParameters)))
     assert trained.finetuned is not None, trained
     assert trained.training_set is not None, trained
     adapter = trained.finetuned.uri
-    evaluated, evaluated_s = _timed(
-        lambda: evaluate(
-            EvaluateParameters(
-                name=name,
-                adapter=adapter,
-                evaluation=parameters.evaluation,
-                gate=parameters.gate,
-                portable=parameters.portable,
-            )
-        )
-    )
+    evaluated, evaluated_s = _timed(lambda: evaluate(**parameters.part(EvaluateParameters), adapter=adapter))
     fetched, added = corpus.download.num_fetched, corpus.embedded.num_added
     is_more = corpus.download.num_bytes or added  # what only failed again is nothing
     stages = (
@@ -95,7 +79,7 @@ def pipeline(parameters: PipelineParameters) -> PipelineReport:
         ),
     )
     report = PipelineReport(
-        name=name,
+        name=parameters.name,
         flow_run_id=str(flow_run.id),
         stages=stages,
         corpus=corpus,

@@ -1,10 +1,16 @@
 """Base class of all configurations: validated when constructed, and shown as forms in the Prefect UI."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import ComputedFieldInfo, FieldInfo
+
+from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _ACRONYMS = {"url": "URL", "ema": "EMA", "lora": "LoRA", "clip": "CLIP", "sha256": "SHA-256", "tifa": "TIFA"}
 
@@ -33,3 +39,26 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", field_title_generator=_title, json_schema_extra=_plain_optionals
     )
+
+
+C = TypeVar("C", bound=Config)
+
+
+def validated(model: type[C], values: Mapping[str, Any]) -> C:
+    """Return the configuration that `values` make.
+
+    Raises:
+        UserError: if one breaks its rule; the message names it, the rule and the value.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise UserError("; ".join(map(_fault, error.errors()))) from error
+
+
+def _fault(error: "ErrorDetails") -> str:
+    """Say which parameter breaks which rule with which value."""
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return str(cause)
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}; got {error['input']!r}"

@@ -99,6 +99,10 @@ class Settings(BaseSettings):
     """Parameters of the nightly `reindex` run, as JSON: `{"url_list": "s3://...", "name": "catalogue"}`. `imagerag up`
     and `deploy` activate its schedule with them. Unset: the schedule is left as it is set in Prefect's UI."""
 
+    compute_slots: Annotated[int, Field(ge=1)] | None = None
+    """How many trainings, evaluations and features jobs run at a time; others wait for their turn. It is a concurrency
+    limit in Prefect's UI, too; unset leaves it as it was set there, which is 1 at first."""
+
     def __init__(self, **values: Any) -> None:
         for name, _, nearest in unknown_variables():
             if nearest is not None:

@@ -23,9 +23,9 @@ def publish_index(index: IndexBuild, config: PublishConfig) -> Publication:
         if not check.passed:
             logger.error("not published: %s: %s", check.name, check.detail)
     if result.version is not None and result.version != result.previous_version:
-        bases = [each.base for each in status(store).features]
-        base = bases[-1] if bases else FeaturesConfig().base
-        _announce("imagerag.index.published", index.table, base=base, version=result.version, num_rows=result.num_rows)
+        _announce("imagerag.index.published", index.table, version=result.version, num_rows=result.num_rows)
+        for base in [each.base for each in status(store).features] or [FeaturesConfig().base]:
+            _announce("imagerag.features.wanted", index.table, version=result.version, base=base)
     return result
 
 

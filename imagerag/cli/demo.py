@@ -99,7 +99,9 @@ def _pipeline(settings: "Settings", limit: int | None) -> "PipelineReport":
     with SampleServer(port=remembered_port(settings.home)) as server:
         url_list = write_url_list(server, settings.home, limit=limit, later=False)
         options: dict[str, Any] = {
-            "corpus": {"url_list": str(url_list), "name": CORPUS, "download": _DOWNLOAD},
+            "url_list": str(url_list),
+            "name": CORPUS,
+            "download": _DOWNLOAD,
             "data": {"held_out": str(write_held_out(settings.home))},
             "training": {"steps": _STEPS},
             "evaluation": {"prompts": str(write_prompts(settings.home))},

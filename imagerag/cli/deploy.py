@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -15,7 +15,9 @@ from imagerag.errors import UserError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.responses import DeploymentResponse
 
+    from imagerag.cli.run import FlowName
     from imagerag.settings import Settings
 
 _DIGITS = 12
@@ -43,6 +45,7 @@ def deploy() -> None:
     # Prefect reads its settings when it is first imported.
     os.environ.update(prefect_environment(settings, api_url) | {"IMAGERAG_PROJECT": str(project)})
     is_cluster = settings.prefect_api_url is not None
+    _prepare_slots()
     asyncio.run(_deploy(path, project, nightly_parameters(settings), is_cluster=is_cluster))
 
 
@@ -58,7 +61,7 @@ def nightly_parameters(settings: "Settings") -> dict[str, Any] | None:
 
     os.environ.update(prefect_environment(settings))
     from flows.ingest import CorpusParameters
-    from imagerag.cli.run import validated
+    from imagerag.config import validated
 
     try:
         validated(CorpusParameters, settings.nightly)
@@ -97,6 +100,18 @@ async def _deploy(path: Path, project: Path, nightly: dict[str, Any] | None, *, 
             _apply(file | {"deployments": changed}, project)
         if nightly is not None:
             await _schedule_nightly(client, file["deployments"], nightly)
+        for deployment in await client.read_deployments():
+            if deployment.name in {each["name"] for each in file["deployments"]}:
+                _check_schedules(deployment)
+
+
+def _prepare_slots() -> None:
+    from prefect.client.orchestration import get_client
+
+    from tasks.slots import prepare_slots
+
+    with get_client(sync_client=True) as client:
+        prepare_slots(client)
 
 
 async def _make_pool(client: "PrefectClient") -> None:
@@ -142,7 +157,6 @@ async def _schedule_nightly(
     (described,) = next(each for each in definitions if each["name"] == "reindex")["schedules"]
     reindex = await client.read_deployment_by_name("reindex/reindex")
     own = next((each for each in reindex.schedules if each.slug == described["slug"]), None)
-    parameters = {"parameters": nightly}
     last = await client.read_variable_by_name(_NIGHTLY)
     if last is None:
         await client.create_variable(VariableCreate(name=_NIGHTLY, value=nightly))
@@ -150,15 +164,30 @@ async def _schedule_nightly(
         await client.update_variable(VariableUpdate(name=_NIGHTLY, value=nightly))
     if own is not None:
         active = own.active or last is None or last.value != nightly
-        await client.update_deployment_schedule(reindex.id, own.id, active=active, parameters=parameters)
+        await client.update_deployment_schedule(reindex.id, own.id, active=active, parameters=nightly)
         if not active:
             typer.echo("reindex: its nightly schedule stays paused, as it was set in Prefect's UI")
             return
     else:
         schedule = CronSchedule(cron=described["cron"], timezone=described["timezone"])
-        made = DeploymentScheduleCreate(schedule=schedule, active=True, parameters=parameters, slug=described["slug"])
+        made = DeploymentScheduleCreate(schedule=schedule, active=True, parameters=nightly, slug=described["slug"])
         await client.create_deployment_schedules(reindex.id, [made])
     typer.echo(f"reindex: follows {nightly['url_list']} by {described['cron']!r}, {described['timezone']}")
+
+
+def _check_schedules(deployment: "DeploymentResponse") -> None:
+    """Say which schedules start runs that can only fail: what a flow takes may have changed since they were made."""
+    from imagerag.cli.run import load_flow
+
+    _, model = load_flow(cast("FlowName", deployment.name))
+    for schedule in deployment.schedules:
+        if unknown := sorted({*deployment.parameters, *schedule.parameters} - model.model_fields.keys()):
+            name = schedule.slug or schedule.id
+            typer.echo(
+                f"{deployment.name}: its schedule {name} gives {', '.join(unknown)}, which the flow does not take; its "
+                f"runs fail until that is changed in Prefect's UI. The flow takes {', '.join(model.model_fields)}",
+                err=True,
+            )
 
 
 def _prefect(*command: str, cwd: Path | None = None) -> None:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imagerag.cli.corpus import CaptionsOption, ParametersOption, UrlListArgument, given
+from imagerag.cli.corpus import CaptionsOption, EncoderOption, ParametersOption, UrlListArgument, given
+from imagerag.cli.finetune import BaseOption, RecipeChoice, RecipeOption, TeacherOption, recipe_parameters
 from imagerag.cli.names import NameOption, corpus_name
 from imagerag.cli.run import run_flow
 
@@ -48,6 +49,10 @@ def pipeline(
     url_list: UrlListArgument,
     captions: CaptionsOption = None,
     name: Annotated[str | None, typer.Option(help="Name of the corpus. Default: `images`.")] = None,
+    encoder: EncoderOption = None,
+    recipe: RecipeChoice = RecipeOption.TINY,
+    base: BaseOption = None,
+    teacher: TeacherOption = None,
     parameters: ParametersOption = None,
 ) -> None:
     """Run everything from a folder of images or a list of URLs to a champion: ingest, features, finetune, evaluate.
@@ -58,8 +63,15 @@ def pipeline(
 
     from imagerag.cli.terminal import PlainConsole
 
-    corpus = {"url_list": url_list, "captions": captions, "name": name}
-    report = run_flow("pipeline", given({"corpus": corpus}), parameters)
+    options = {
+        "url_list": url_list,
+        "captions": captions,
+        "name": name,
+        "encoder": encoder,
+        "features": {"base": base},
+        "data": {"base": base, "teacher": teacher},
+    }
+    report = run_flow("pipeline", given(options), parameters, defaults=recipe_parameters(recipe, base, teacher))
     PlainConsole().print(Markdown(report.markdown()))
 
 

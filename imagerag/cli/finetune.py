@@ -22,15 +22,21 @@ class RecipeOption(StrEnum):
     SD_TURBO = "sd_turbo"
 
 
+RecipeChoice = Annotated[
+    RecipeOption,
+    typer.Option(help="Defaults for everything that is not given: minutes on a laptop, or the paper's values."),
+]
+BaseOption = Annotated[
+    str | None, typer.Option(help="Student model: a hub id and commit, or a diffusers folder. Default: `tiny`.")
+]
+TeacherOption = Annotated[str | None, typer.Option(help="Multi-step teacher model, given like the student.")]
+
+
 def finetune(
     name: NameOption = None,
-    recipe: Annotated[
-        RecipeOption, typer.Option(help="What is not given: minutes on a laptop, or the paper's figures.")
-    ] = RecipeOption.TINY,
-    base: Annotated[
-        str | None, typer.Option(help="The student: a hub id and commit, or a diffusers folder; `tiny` if not given.")
-    ] = None,
-    teacher: Annotated[str | None, typer.Option(help="The multi-step model, likewise.")] = None,
+    recipe: RecipeChoice = RecipeOption.TINY,
+    base: BaseOption = None,
+    teacher: TeacherOption = None,
     held_out: Annotated[
         Path | None, typer.Option(help="Text file of captions to exclude from training. Default: 2 % of the captions.")
     ] = None,
@@ -59,10 +65,10 @@ def finetune(
         "anew": anew,
         "dry_run": dry_run,
     }
-    show_finetune(run_flow("finetune", given(options), parameters, defaults=_recipe(recipe, base, teacher)))
+    show_finetune(run_flow("finetune", given(options), parameters, defaults=recipe_parameters(recipe, base, teacher)))
 
 
-def _recipe(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict[str, Any]:
+def recipe_parameters(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict[str, Any]:
     """Return the parameters of a recipe."""
     from imagerag.training import config
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from imagerag.errors import UserError
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
     from imagerag.settings import Settings
 
 
@@ -36,19 +34,20 @@ def run_flow(
     Raises:
         UserError: if a parameter breaks its rule; nothing has been started then.
     """
+    from imagerag.config import validated
     from imagerag.services import prefect_environment
     from imagerag.settings import Settings
 
     settings = Settings()
     # Prefect reads its settings when it is first imported.
     os.environ.update(prefect_environment(settings))
-    run, model = _load(flow)
+    run, model = load_flow(flow)
     parameters = validated(model, _merge(_merge(defaults, _read_parameters(parameters_file)), options))
     with prefect_session(settings):
-        return run(parameters)
+        return run(**dict(parameters))
 
 
-def _load(flow: FlowName) -> tuple[Any, Any]:
+def load_flow(flow: FlowName) -> tuple[Any, Any]:
     """Return the flow, and the model of its parameters."""
     from importlib import import_module
 
@@ -93,25 +92,3 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def validated(model: Any, values: Mapping[str, Any]) -> Any:
-    """Return the parameters of a flow.
-
-    Raises:
-        UserError: if one breaks its rule.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return model(**values)
-    except ValidationError as error:
-        raise UserError("; ".join(map(_fault, error.errors()))) from error
-
-
-def _fault(error: "ErrorDetails") -> str:
-    """Say which parameter breaks which rule with which value."""
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
-        return str(cause)
-    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}; got {error['input']!r}"

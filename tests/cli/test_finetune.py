@@ -6,8 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from imagerag.cli import app
-from imagerag.cli.finetune import RecipeOption, _recipe
-from imagerag.cli.run import _load, _merge, validated
+from imagerag.cli.finetune import RecipeOption, recipe_parameters
+from imagerag.cli.run import _merge, load_flow
+from imagerag.config import validated
 from imagerag.errors import UserError
 from imagerag.training import config
 
@@ -45,8 +46,8 @@ def test_what_breaks_a_rule_is_refused(tmp_path: Path, arguments: list[str], par
 
 
 def test_the_papers_recipe_has_the_papers_figures() -> None:
-    model = _load("finetune")[1]
-    recipe = _recipe(RecipeOption.SD_TURBO, f"stabilityai/sd-turbo@{COMMIT}", f"stabilityai/sd-2-1@{COMMIT}")
+    model = load_flow("finetune")[1]
+    recipe = recipe_parameters(RecipeOption.SD_TURBO, f"stabilityai/sd-turbo@{COMMIT}", f"stabilityai/sd-2-1@{COMMIT}")
     parameters = validated(model, _merge(recipe, {"name": "catalogue", "training": {"seed": 3}}))
     training, data = parameters.training, parameters.data
     assert (training.learning_rate, training.batch_size, training.steps, training.seed) == (1e-5, 2_048, 20_000, 3)
@@ -56,5 +57,5 @@ def test_the_papers_recipe_has_the_papers_figures() -> None:
 
 
 def test_without_a_recipe_the_flow_has_that_of_tiny() -> None:
-    parameters = _load("finetune")[1]()
+    parameters = load_flow("finetune")[1]()
     assert (parameters.data, parameters.training) == (config.tiny().data, config.tiny().training)

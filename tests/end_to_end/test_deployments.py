@@ -66,7 +66,7 @@ class Server:
 
     def create_run(self, deployment: str, parameters: object) -> str:
         path = f"/deployments/{self._deployments[deployment]}/create_flow_run"
-        run_id: str = self.post(path, {"parameters": {"parameters": parameters}})["id"]
+        run_id: str = self.post(path, {"parameters": parameters})["id"]
         return run_id
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_a_published_index_gets_its_features(server: Server) -> None:
     (run,) = server.runs("features")
-    assert run["parameters"] == {"parameters": {"name": NAME, "features": {"base": "tiny"}}}
+    assert run["parameters"] == {"name": NAME, "features": {"base": "tiny"}}
     assert run["state_type"] == "COMPLETED"
     store = Store(server.settings.index_uri, NAME)
     version = published_version(store)
@@ -136,7 +136,7 @@ def test_a_champion_that_is_behind_is_evaluated(server: Server) -> None:
     assert server.runs("evaluate") == [], "there is no champion, and features announced none"
     server.event("imagerag.champion.behind", "features", {"adapter": "models:/imagerag-turbo/1", "version": 1})
     (run,) = wait_for(lambda: server.runs("evaluate"), "run of evaluate")
-    assert run["parameters"] == {"parameters": {"name": NAME, "adapter": "models:/imagerag-turbo/1"}}
+    assert run["parameters"] == {"name": NAME, "adapter": "models:/imagerag-turbo/1"}
     assert len(server.runs("features")) == 1, "the features job does not start itself again"
 
 

@@ -112,14 +112,14 @@ def test_deploying_again_keeps_what_people_set_in_the_ui(tmp_path: Path, monkeyp
         deploy(IMAGERAG_NIGHTLY=json.dumps(parameters))
         _, after, _ = _deployed(url, home)
         own = next(each for each in after if each[0] == "nightly")
-        assert own[2:] == (True, {"parameters": parameters})
+        assert own[2:] == (True, parameters)
         (of,) = (each["id"] for each in _deployed(url, home)[0]["reindex"]["schedules"] if each["slug"] == "nightly")
         call(url, home, "PATCH", f"/deployments/{reindex}/schedules/{of}", {"active": False})
         assert "stays paused" in deploy(IMAGERAG_NIGHTLY=json.dumps(parameters))
         others = parameters | {"name": "another"}
         deploy(IMAGERAG_NIGHTLY=json.dumps(others))
         again = next(each for each in _deployed(url, home)[1] if each[0] == "nightly")
-        assert again[2:] == (True, {"parameters": others}), "other parameters are a new decision"
+        assert again[2:] == (True, others), "other parameters are a new decision"
         assert [each for each in after if each[0] is None] == [each for each in schedules if each[0] is None]
 
 

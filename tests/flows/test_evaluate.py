@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows.evaluate import EvaluateParameters, evaluate
+from flows.evaluate import evaluate
 from imagerag.artifacts import Finetuned
 from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
 from imagerag.evaluation.results import read_results
@@ -33,8 +33,8 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
     config = EvaluateConfig(ways=ways, slerp_ws=(0.2,), adapter_scales=(), files=MetricFiles(clip=clip))
     strict = GateConfig(metric="clip_score", max_slowdown=100)
     first = finetuned(own_world, tracked=True)
-    parameters = EvaluateParameters(name=NAME, evaluation=config, gate=strict)
-    report = evaluate(parameters)
+    parameters = {"name": NAME, "evaluation": config, "gate": strict}
+    report = evaluate(**parameters)
     assert report.evaluated.adapter == first.uri, "that of the last training"
     assert report.registered.is_new
     won = {CHAMPION: 1} if report.decision.passed else {}
@@ -47,14 +47,14 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
 
     first_score = report.evaluated.metrics["adapter/clip_score"]
 
-    again = evaluate(parameters)
+    again = evaluate(**parameters)
     assert not again.evaluated.is_new
     assert not again.registered.is_new
     assert len(list_versions(own_world.settings)) == 1
 
     promote(own_world.settings, 1, reason="to be compared with", author="a test")
     finetuned(own_world, tracked=True)
-    second = evaluate(parameters)
+    second = evaluate(**parameters)
     ways = {way.name: way for way in read_results(second.evaluated.uri).ways}
     one, other = (ways[name].scores["clip_score"] for name in ("adapter", "champion"))
     assert one.by_prompt != other.by_prompt
@@ -65,7 +65,7 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
 
     promote(own_world.settings, 2, reason="to be rolled back", author="a test")
     rollback(own_world.settings, reason="too dark", author="a test")
-    third = evaluate(parameters)
+    third = evaluate(**parameters)
     assert not third.decision.passed
     assert "a test rolled back version 2: too dark" in third.decision.markdown()
     assert aliases(own_world)[CHAMPION] == 1, "a rerun does not promote what a person rolled back"

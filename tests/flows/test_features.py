@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.features import FeaturesParameters, features
+from flows.features import features
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.retrieval.publish import status
 from imagerag.retrieval.store import Store
@@ -23,8 +23,8 @@ def test_features_are_published_and_a_second_run_does_nothing(tmp_path: Path, mo
     before = index_and_publish(store)
     assert status(store).features == ()
 
-    parameters = FeaturesParameters(name="flow", features=FeaturesConfig(base=base, device="cpu"))
-    first = features(parameters)
+    parameters = {"name": "flow", "features": FeaturesConfig(base=base, device="cpu")}
+    first = features(**parameters)
     assert first.cached.num_added == 30
     assert first.publication.published
     assert first.publication.version is not None
@@ -34,6 +34,6 @@ def test_features_are_published_and_a_second_run_does_nothing(tmp_path: Path, mo
     assert (cached.base, cached.num_rows) == (base, 30)
     assert "30 of 30 rows" in first.markdown()
 
-    second = features(parameters)
+    second = features(**parameters)
     assert second.cached.num_added == 0
     assert second.publication.version == first.publication.version == status(store).newest_version

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows.ingest import CorpusParameters, ingest
+from flows.ingest import ingest
 from flows.reindex import reindex
 from imagerag.retrieval.publish import PublishConfig, status
 from imagerag.retrieval.store import Store
@@ -29,14 +29,14 @@ def test_a_folder_is_published_with_its_captions_and_followed(tmp_path: Path, mo
         (folder / name).write_bytes(picture(seed, image_format="PNG"))
     captions.write_text("file,caption\n" + "".join(f"{name},{caption}\n" for name, caption in CAPTIONS.items()))
     half_may_go = PublishConfig(max_shrink=0.5)
-    parameters = CorpusParameters(url_list=str(folder), captions=str(captions), name="folder", publish=half_may_go)
+    parameters = {"url_list": str(folder), "captions": str(captions), "name": "folder", "publish": half_may_go}
 
     def captions_there() -> set[str]:
         store = Store(str(tmp_path / "home" / "index"), "folder")
         rows = store.dataset(status(store).published_version).to_table(columns=["caption"])
         return set(rows["caption"].to_pylist())
 
-    state = ingest(parameters, return_state=True)
+    state = ingest(**parameters, return_state=True)
     first = state.result()
     assert (first.download.num_success, first.embedded.num_added) == (3, 3)
     assert captions_there() == set(CAPTIONS.values())
@@ -50,7 +50,7 @@ def test_a_folder_is_published_with_its_captions_and_followed(tmp_path: Path, mo
 
     (folder / "b" / "d.png").unlink()
     captions.write_text("file,caption\na.png,a red mug\nb/c.png,a blue cup\n")
-    second = reindex(parameters)
+    second = reindex(**parameters)
     assert (second.download.num_fetched, second.embedded.num_added, second.embedded.num_removed) == (0, 0, 1)
     assert captions_there() == {"a red mug", "a blue cup"}
     cost = next(page for page in _pages() if "0 tried" in page).partition("## Cost")[2]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from flows.ingest import CorpusParameters, NotPublishedError, ingest
+from flows.ingest import NotPublishedError, ingest
 from flows.reindex import reindex
 from imagerag.cli import app
 from imagerag.corpus.sample.server import BAD_URLS, SampleServer
@@ -45,7 +45,7 @@ def finished(server: SampleServer, tmp_path_factory: pytest.TempPathFactory) -> 
     bars_before = {artifact.id for artifact in _artifacts("progress")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMAGERAG_HOME", str(folder / "home"))
-        report = ingest(_parameters(server.url_list(limit=NUM_IMAGES), folder))
+        report = ingest(**_parameters(server.url_list(limit=NUM_IMAGES), folder))
     return folder / "home", report, {bar.data for bar in _artifacts("progress") if bar.id not in bars_before}
 
 
@@ -56,11 +56,11 @@ def before(home: Path, finished: Finished) -> CorpusReport:
     return finished[1]
 
 
-def _parameters(urls: pa.Table, folder: Path, **changes: Any) -> CorpusParameters:
+def _parameters(urls: pa.Table, folder: Path, **changes: Any) -> dict[str, Any]:
     path = folder / "urls.parquet"
     pq.write_table(urls, path)
     download = {"allowed_hosts": ["127.0.0.1"], "image_format": "webp", "timeout_s": 1, "retries": 1, "shard_size": 50}
-    return CorpusParameters(**{"url_list": str(path), "name": "flow", "download": download} | changes)
+    return {"url_list": str(path), "name": "flow", "download": download} | changes
 
 
 def _artifacts(kind: str) -> list[Any]:
@@ -98,7 +98,7 @@ def test_ingest_publishes_every_good_image_and_a_second_run_does_nothing(
     assert first.embedded.machine_s > 0
     assert _rows(home).num_rows == first.embedded.num_rows
 
-    second = ingest(_parameters(urls, tmp_path))
+    second = ingest(**_parameters(urls, tmp_path))
     assert second.download.num_fetched == 1, "what brought a timeout is tried again"
     assert (second.embedded.num_added, second.embedded.num_removed) == (0, 0)
     assert second.publication.version == first.publication.version
@@ -112,14 +112,14 @@ def test_ingest_publishes_every_good_image_and_a_second_run_does_nothing(
 def test_reindex_touches_only_what_changed(server: SampleServer, home: Path, tmp_path: Path) -> None:
     everything = server.url_list(limit=NUM_IMAGES)
     good = everything.filter(pc.invert(pc.match_substring(everything["url"], "/bad/")))
-    before = ingest(_parameters(good.slice(5), tmp_path))
+    before = ingest(**_parameters(good.slice(5), tmp_path))
     old = {row["url"]: row for row in _rows(home).to_pylist()}
 
     kept = good.slice(0, good.num_rows - 7)
     captions = kept["caption"].to_pylist()
     captions[20] = 'it\'s a "new" caption'
     changed = kept.set_column(kept.column_names.index("caption"), "caption", pa.array(captions))
-    after = reindex(_parameters(changed, tmp_path))
+    after = reindex(**_parameters(changed, tmp_path))
     new = {row["url"]: row for row in _rows(home).to_pylist()}
 
     assert after.download.num_fetched == 5 + 1
@@ -139,7 +139,7 @@ def test_what_was_taken_down_does_not_come_back(
     remove = ["index", "remove", "--name", "flow", "--yes", "--url", f"{server.url}/bad/twin-b.png"]
     result = CliRunner().invoke(app, remove)
     assert result.exit_code == 0, result.output
-    after = ingest(_parameters(urls, tmp_path))
+    after = ingest(**_parameters(urls, tmp_path))
     assert after.publication.published
     assert after.download.reasons["taken_down"] == 3
     assert after.download.num_fetched == 1, "what brought a timeout"
@@ -154,12 +154,12 @@ def test_a_version_that_fails_its_checks_is_not_published(
     good = urls.filter(pc.invert(pc.match_substring(urls["url"], "/bad/")))
     store = Store(str(home / "index"), "flow")
     with pytest.raises(UserError, match=rf"shrink from {before.embedded.num_rows} rows to 10; at most 50% may go"):
-        reindex(_parameters(good.slice(0, 10), tmp_path))
+        reindex(**_parameters(good.slice(0, 10), tmp_path))
     assert status(store).newest_version == before.publication.version, "a list that was cut short deletes nothing"
-    reindex(_parameters(good.slice(1), tmp_path))
+    reindex(**_parameters(good.slice(1), tmp_path))
     rollback(store)
     with pytest.raises(NotPublishedError, match=r"newer: .* was rolled back"):
-        reindex(_parameters(good.slice(1), tmp_path))
+        reindex(**_parameters(good.slice(1), tmp_path))
     assert status(store).published_version == before.publication.version
     assert _rows(home).num_rows == before.embedded.num_rows
 
@@ -169,6 +169,6 @@ def test_the_users_mistake_fails_at_once_without_a_traceback(
 ) -> None:
     (tmp_path / "urls.csv").write_text("address,words\nhttp://a.example/1.png,a cat\n")
     with pytest.raises(UserError, match="url"):
-        ingest(CorpusParameters(url_list=str(tmp_path / "urls.csv"), name="flow"))
+        ingest(url_list=str(tmp_path / "urls.csv"), name="flow")
     assert not any(record.exc_info for record in caplog.records)
     assert list((home / "index").glob("*.lance")) == []

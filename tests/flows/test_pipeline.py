@@ -9,7 +9,6 @@ import pytest
 from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 
-from flows.ingest import CorpusParameters
 from flows.pipeline import PipelineParameters, pipeline
 from imagerag.corpus.sample.server import SampleServer
 from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
@@ -32,11 +31,9 @@ NUM_IMAGES = 40
 def parameters(folder: Path, url_list: Path) -> PipelineParameters:
     base = str(write_sd(folder / "base"))
     return PipelineParameters(
-        corpus=CorpusParameters(
-            url_list=str(url_list),
-            name="flow",
-            download={"allowed_hosts": ["127.0.0.1"], "image_format": "webp", "timeout_s": 1, "retries": 1},
-        ),
+        url_list=str(url_list),
+        name="flow",
+        download={"allowed_hosts": ["127.0.0.1"], "image_format": "webp", "timeout_s": 1, "retries": 1},
         features=FeaturesConfig(base=base),
         data=SynthesizeConfig(base=base, teacher=base, held_out_share=0.2, num_inference_steps=2),
         training=FinetuneConfig(
@@ -64,8 +61,8 @@ def test_a_list_becomes_a_registered_model_and_a_second_run_does_nothing(
         good = urls.filter(pc.not_equal(urls["source"], pa.scalar("bad URLs")))
         pq.write_table(good, tmp_path / "urls.parquet")
         given = parameters(tmp_path, tmp_path / "urls.parquet")
-        first = pipeline(given)
-        second = pipeline(given)
+        first = pipeline(**dict(given))
+        second = pipeline(**dict(given))
     assert [stage.name for stage in first.stages] == ["ingest", "features", "finetune", "evaluate"]
     assert [stage.made for stage in first.stages] == [
         f"{NUM_IMAGES} fetched, {NUM_IMAGES} rows",
@@ -99,7 +96,7 @@ def test_a_list_becomes_a_registered_model_and_a_second_run_does_nothing(
 def test_features_of_another_base_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"features\.base is other and data\.base is tiny"):
         PipelineParameters(
-            corpus=CorpusParameters(url_list="list.csv"),
+            url_list="list.csv",
             features=FeaturesConfig.model_construct(base="other"),
             data=SynthesizeConfig(),
         )

@@ -1,14 +1,17 @@
-"""What Prefect shows of a run: its name, and what the library logs in it."""
+"""What Prefect shows of a run: its name, what the library logs in it, and which runs wait for each other."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.concurrency.sync import concurrency
 
 from flows import evaluate, features, finetune, ingest, pipeline, reindex
+from tasks.slots import COMPUTE_SLOTS, compute_slot, prepare_slots
 
 LOGGING = """
 import logging
@@ -37,7 +40,34 @@ def test_the_librarys_log_is_in_the_runs(prefect_api_url: str) -> None:
 
 
 def test_a_runs_name_says_what_it_works_on() -> None:
-    for module in (evaluate, features, finetune, ingest, reindex):
+    for module in (evaluate, features, finetune, ingest, pipeline, reindex):
         name = module.__name__.rpartition(".")[2]
-        assert getattr(module, name).flow_run_name == f"{name} {{parameters.name}}"
-    assert pipeline.pipeline.flow_run_name == "pipeline {parameters.corpus.name}"
+        assert getattr(module, name).flow_run_name == f"{name} {{name}}"
+
+
+@pytest.mark.engines
+@pytest.mark.usefixtures("prefect_api_url")
+def test_one_slot_is_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_taken() -> tuple[int, int]:
+        with get_client(sync_client=True) as client:
+            limit = client.read_global_concurrency_limit_by_name(COMPUTE_SLOTS)
+        return limit.active_slots, limit.limit
+
+    @flow
+    def holds_the_slot() -> None:
+        with compute_slot():
+            assert num_taken() == (1, 1)
+            with pytest.raises(TimeoutError), concurrency(COMPUTE_SLOTS, timeout_seconds=1):
+                pass
+
+    holds_the_slot()
+    assert num_taken() == (0, 1)
+    try:
+        with get_client(sync_client=True) as client:
+            monkeypatch.setenv("IMAGERAG_COMPUTE_SLOTS", "2")
+            assert prepare_slots(client).limit == 2
+            monkeypatch.delenv("IMAGERAG_COMPUTE_SLOTS")
+            assert prepare_slots(client).limit == 2, "what is set there stays"
+    finally:
+        with get_client(sync_client=True) as client:
+            client.delete_global_concurrency_limit_by_name(COMPUTE_SLOTS)

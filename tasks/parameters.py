@@ -1,0 +1,89 @@
+"""A flow's parameters: declared once, as a model, and given to Prefect one by one, so that its form is flat."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import Parameter, Signature, getfile
+from typing import Annotated, Any, TypeVar
+
+from prefect import Flow, flow
+from prefect.client.orchestration import get_client
+from prefect.utilities.hashing import file_hash
+from pydantic import Field, WithJsonSchema
+from pydantic.fields import FieldInfo
+from pydantic_core import MISSING
+
+from imagerag.config import Config, validated
+from imagerag.errors import UserError
+from tasks.policy import hide_user_tracebacks
+
+C = TypeVar("C", bound=Config)
+R = TypeVar("R")
+
+_WRAPPED, _VARIABLE = "__prefect_kind", "workspace_variable"
+
+
+def flow_of(model: type[C]) -> Callable[[Callable[[C], R]], Flow[..., R]]:
+    """Make a function of a model the Prefect flow of its name, which takes the model's fields as keywords.
+
+    Prefect knows of a flow what its function's signature says: here, all that the model says. The model alone checks
+    what a run is given, so that a mistake is one line that names the parameter, its rule and the value.
+    """
+
+    def decorate(function: Callable[[C], R]) -> Flow[..., R]:
+        name = function.__name__
+
+        @wraps(function)
+        def run(**values: Any) -> R:
+            hide_user_tracebacks()
+            given = {key: value for key, value in unwrapped(values).items() if value is not MISSING}
+            return function(validated(model, given))
+
+        run.__signature__ = _signature(model)  # type: ignore[attr-defined]
+        version = file_hash(getfile(function))
+        return flow(name=name, version=version, flow_run_name=f"{name} {{name}}", validate_parameters=False)(run)
+
+    return decorate
+
+
+def unwrapped(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters without what Prefect's UI puts around a value that was entered as JSON or is a variable.
+
+    Its server does so for a run that a person starts, and does not for one that a schedule starts.
+
+    Raises:
+        UserError: if such a value can't be read.
+    """
+    text = json.dumps(values, default=str)
+    if _WRAPPED not in text:
+        return dict(values)
+    from prefect.utilities.schema_tools.hydration import HydrationContext, HydrationError, hydrate
+
+    variables = _variables() if _VARIABLE in text else {}
+    context = HydrationContext(workspace_variables=variables, render_workspace_variables=True, raise_on_error=True)
+    try:
+        return hydrate(dict(values), context)
+    except HydrationError as error:
+        raise UserError(f"a parameter can't be read: {error}") from error
+
+
+def _variables() -> dict[str, Any]:
+    with get_client(sync_client=True) as client:
+        return {variable.name: variable.value for variable in client.read_variables()}
+
+
+def _signature(model: type[Config]) -> Signature:
+    """Return keyword parameters that make the form of a model: single values first, groups of them after those."""
+    shown = model.model_json_schema()["properties"]
+    parameters = [_parameter(name, field, shown[name]) for name, field in model.model_fields.items()]
+    return Signature(sorted(parameters, key=lambda each: "$ref" in shown[each.name]))
+
+
+def _parameter(name: str, field: FieldInfo, shown: dict[str, Any]) -> Parameter:
+    # Prefect labels a parameter by its name, unless the extra schema says otherwise.
+    extra = {"title": shown["title"]}
+    is_group = "$ref" in shown
+    kind = field.annotation if is_group else Annotated[Any, WithJsonSchema(shown)]
+    default = ... if field.is_required() else MISSING if field.default is None else field.default
+    described = Field(default=default, description=field.description, json_schema_extra=extra)
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=described)
