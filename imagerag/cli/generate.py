@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from imagerag.errors import UserError
+from imagerag.limits import check_guidance, check_seeds
 
 if TYPE_CHECKING:
     from imagerag.generation.batch import Generated
@@ -67,6 +68,8 @@ def generate(
 ) -> None:
     """Make pictures of prompts with a base model, which is shown what an index has of them."""
     wanted = read_prompts(prompts or [], prompt_file)
+    check_seeds(seed, seeds)
+    check_guidance(guidance)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder; {out} is a file")
     if name is None and (references or adapter or (fusion is not None and fusion is not FusionOption.NONE)):

@@ -19,11 +19,11 @@ from imagerag.generation.batch import generate
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.generation.sheet import to_png
 from imagerag.hspace.fusion import FusionName
+from imagerag.limits import check_seeds
 from imagerag.registry.model import PACKAGE
 from imagerag.registry.package import load
 
 MAX_IMAGES = 64
-_SEEDS = 2**63
 _REFERENCE = {"id": "string", "caption": "string", "url": "string", "source": "string", "licence": "string",
               "similarity": "double", "weight": "double"}  # fmt: skip
 
@@ -108,8 +108,7 @@ def make_rows(
     """
     if not 1 <= num_images <= MAX_IMAGES:
         raise UserError(f"num_images must be between 1 and {MAX_IMAGES}; got {num_images}")
-    if not 0 <= seed <= _SEEDS - num_images:
-        raise UserError(f"seeds are 0 to {_SEEDS - 1}; got {seed} and {num_images} images")
+    check_seeds(seed, num_images)
     made = generate(
         pipeline,
         prompts,
