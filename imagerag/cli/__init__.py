@@ -4,7 +4,9 @@ This package is the composition root: the only part of `imagerag` that may impor
 needs when it runs, so that `imagerag --help` answers at once.
 """
 
+import errno
 import gc
+import io
 import sys
 
 import typer
@@ -31,6 +33,9 @@ from imagerag.cli import (
 )
 from imagerag.errors import UserError
 from imagerag.plain import printable
+
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""What files can't be written for, and no program can mend."""
 
 app = typer.Typer(
     name="imagerag",
@@ -70,13 +75,24 @@ app.command()(doctor.doctor)
 
 
 def main() -> None:
-    """Run the command line; the user's mistakes end with one line and status 2."""
+    """Run the command line; the user's mistakes, and files that can't be written, end with one line and status 2."""
     # Imports make objects by the million, which all stay: by default a sixth of a command's start is spent on looking
     # for garbage among them.
     gc.set_threshold(100_000, 50, 100)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # for what the terminal's encoding has not
     settings.load_environment()
     try:
         app()
     except UserError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror}")
+
+
+def _fail(message: str) -> None:
+    print(printable(f"error: {message}"), file=sys.stderr)
+    sys.exit(2)
