@@ -1,7 +1,5 @@
 """`imagerag generate`: pictures of prompts."""
 
-import json
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,7 +80,7 @@ def generate(
         pipeline.use_index(Settings().index_uri, check_name(name))
     from tqdm import tqdm
 
-    from imagerag.generation.batch import file_name
+    from imagerag.generation.batch import file_name, labelled_png
     from imagerag.generation.batch import generate as generate_pictures
 
     out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +101,7 @@ def generate(
     about |= {"fusion": fusion, "w": w, "scale": scale}
     with tqdm(pictures, total=len(wanted) * seeds, unit=" pictures", disable=None) as bar:
         for number, picture in enumerate(bar):
-            _save(picture, about, out / file_name(number, picture))
+            (out / file_name(number, picture)).write_bytes(labelled_png(picture, about))
             if number < _MAX_ROWS_IN_SHEET * seeds:
                 made.append(picture)
     _save_sheet(made, seeds, out / "grid.png")
@@ -160,16 +158,6 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
     if any(not prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty")
     return prompts
-
-
-def _save(picture: "Generated", about: dict[str, object], path: Path) -> None:
-    """Write a picture with what made it as text in the file."""
-    from PIL.PngImagePlugin import PngInfo
-
-    text = PngInfo()
-    own = {"prompt": picture.prompt, "seed": picture.seed, "references": [asdict(row) for row in picture.references]}
-    text.add_text("imagerag", json.dumps(own | about))
-    picture.image.save(path, pnginfo=text)
 
 
 def _save_sheet(made: "list[Generated]", columns: int, path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_parameter_out_of_bounds_is_named_with_its_value(tmp_path: Path) -> No
 def test_an_odd_environment_works_or_is_told_of_in_a_sentence(
     tmp_path: Path, changes: dict[str, str | None], code: int, said: str
 ) -> None:
-    environment = os.environ | {"IMAGERAG_HOME": str(tmp_path / "Zuhause – für Bilder")} | changes
+    environment = os.environ | {"IMAGERAG_HOME": str(tmp_path / "Zuhause für Bilder")} | changes
     command = ["settings"] if code == 0 else ["ingest", "urls.csv"]
     result = subprocess.run(
         [sys.executable, "-m", "imagerag.cli", *command],
