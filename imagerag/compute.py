@@ -22,6 +22,8 @@ _LOCAL_ENV = {
     # Without this, Ray on Linux always listens on every interface, as for a cluster.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+_LONGEST_TMPDIR = 30
+"""Characters. A socket's path has 107 at most, and Ray adds its session's name, with times and a process id."""
 _WORKER_ENV = {
     # Otherwise albumentations, which img2dataset imports, checks for updates on the internet at every import.
     "NO_ALBUMENTATIONS_UPDATE": "1",
@@ -59,10 +61,17 @@ def start_ray(settings: Settings) -> None:
             logging_level="warning",
             log_to_driver=False,
             runtime_env=None if local else {"env_vars": _WORKER_ENV},
+            _temp_dir=_short_folder() if local else None,
         )
     # Ray's handler exits the process; the replaced one, Prefect's, marks a cancelled flow run as cancelled.
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _short_folder() -> str | None:
+    """Return where Ray's sockets are put, if `TMPDIR`, where Ray puts them, makes their path too long for Linux."""
+    too_long = len(os.environ.get("TMPDIR", "")) > _LONGEST_TMPDIR and "RAY_TMPDIR" not in os.environ
+    return "/tmp/ray" if too_long else None  # noqa: S108 - where Ray puts them itself if TMPDIR is not set
 
 
 def capacity(settings: Settings) -> tuple[int, int] | None:

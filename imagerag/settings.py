@@ -19,6 +19,7 @@ PREFIX = "IMAGERAG_"
 _NOT_SETTINGS = {"IMAGERAG_PROJECT"}  # internal: see `imagerag.services`
 _OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+\w*)?)")  # set by Kubernetes
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_PATTERN = re.compile(r"[*?[]")
 _RAY_ADDRESS = re.compile(r"auto|([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
 
@@ -26,7 +27,7 @@ def _storage(uri: str) -> str:
     """Return a folder as an absolute path and an S3 URI unchanged, both without a trailing slash."""
     parts = urlsplit(uri)
     if parts.scheme in ("", "file"):
-        return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+        return str(_folder(Path(uri.removeprefix("file://"))))
     if parts.scheme != "s3" or not parts.netloc:
         raise UserError(f"must be a folder or s3://bucket/folder, got {masked(uri)!r}")
     if "@" in parts.netloc or parts.query:
@@ -36,6 +37,16 @@ def _storage(uri: str) -> str:
     if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") and "AWS_ALLOW_HTTP" not in os.environ:
         raise UserError("would be accessed unencrypted through AWS_ENDPOINT_URL: use https, or set AWS_ALLOW_HTTP=true")
     return uri.rstrip("/")
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path = path.expanduser().absolute()
+    except RuntimeError as error:  # neither HOME nor the system's users say where `~` is
+        raise UserError(f"can't begin with ~ here, because it is not known whose home that is; got {path}") from error
+    if found := _PATTERN.search(str(path)):
+        raise UserError(f"must have no {found[0]} in its path, which means any file where files are listed; got {path}")
+    return path
 
 
 def _server(url: str) -> str:
@@ -117,7 +128,7 @@ class Settings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
-        home = home.expanduser().absolute()
+        home = _folder(home)
         if home.is_file():
             raise UserError(f"must be a folder; {home} is a file")
         return home
@@ -149,8 +160,17 @@ class Settings(BaseSettings):
         return self
 
     def make_home(self) -> Path:
-        """Create the home if it does not exist, accessible to its owner only, and return it."""
-        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Create the home if it does not exist, accessible to its owner only, and return it.
+
+        Raises:
+            UserError: if it can't be made.
+        """
+        try:
+            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the home {self.home} can't be made: {error.strerror}; IMAGERAG_HOME names another"
+            ) from error
         return self.home
 
     def training_of(self, name: str) -> str:

@@ -5,6 +5,15 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from imagerag.compute import _short_folder
+
+
+@pytest.mark.parametrize(("length", "expected"), [(4, None), (90, "/tmp/ray")])
+def test_rays_sockets_have_short_paths(length: int, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/" + (length - 1) * "t")
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    assert _short_folder() == expected
+
 
 @pytest.mark.engines
 @pytest.mark.usefixtures("ray_session")

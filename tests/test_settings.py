@@ -53,6 +53,9 @@ def test_the_environment_wins_over_the_file_and_what_is_empty_is_unset(
     ("variable", "value", "rule"),
     [
         ("HOME", __file__, "must be a folder"),
+        ("HOME", "/data/[old] pictures", "must have no [ in its path, which means any file where files are listed"),
+        ("INDEX_URI", "/data/what?", "must have no ? in its path"),
+        ("SHARDS_URI", "~nobody-of-this-name/shards", "can't begin with ~ here"),
         ("SHARDS_URI", "ftp://host/shards", "must be a folder or s3://bucket/folder, got 'ftp://host/shards'"),
         ("INDEX_URI", "s3:///index", "must be a folder or s3://bucket/folder"),
         ("TRAINING_URI", "s3://key:sesame@bucket/training", "must not hold credentials"),

@@ -4,7 +4,9 @@ This package is the composition root: the only part of `imagerag` that may impor
 needs when it runs, so that `imagerag --help` is fast.
 """
 
+import errno
 import gc
+import io
 import sys
 
 import typer
@@ -31,6 +33,9 @@ from imagerag.cli import (
 )
 from imagerag.errors import UserError
 from imagerag.plain import printable
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Reasons why a file can't be written that only the user can remove."""
 
 app = typer.Typer(
     name="imagerag",
@@ -70,13 +75,24 @@ app.command()(doctor.doctor)
 
 
 def main() -> None:
-    """Run the command line; a `UserError` is printed as one line, with exit status 2."""
+    """Run the command line; a `UserError` or a file that can't be written ends it with one line and exit status 2."""
     # Imports create millions of objects, all of which stay: with the default thresholds, garbage collection takes a
     # sixth of a command's startup.
     gc.set_threshold(100_000, 50, 100)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # characters that the terminal can't encode
     settings.load_environment()
     try:
         app()
     except UserError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror}")
+
+
+def _fail(message: str) -> None:
+    print(printable(f"error: {message}"), file=sys.stderr)
+    sys.exit(2)

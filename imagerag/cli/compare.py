@@ -8,6 +8,7 @@ import typer
 from imagerag.cli.generate import BaseOption, ScaleOption, check_scale, open_pipeline, read_prompts
 from imagerag.cli.names import NameOption, corpus_name
 from imagerag.errors import UserError
+from imagerag.limits import check_seeds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ def compare(
 ) -> None:
     """Make a page of pictures: the base model, slerp, the best w of slerp, the adapter if there is one, the teacher."""
     wanted = read_prompts(prompts or [], prompt_file)
+    check_seeds(seed)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder; {out} is a file")
     check_scale(scale, adapter)

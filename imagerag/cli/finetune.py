@@ -24,7 +24,7 @@ class RecipeOption(StrEnum):
 
 RecipeChoice = Annotated[
     RecipeOption,
-    typer.Option(help="Defaults for everything that is not given: minutes on a laptop, or the paper's values."),
+    typer.Option(help="Defaults for what is not given: minutes on a laptop, or the paper's values."),
 ]
 BaseOption = Annotated[
     str | None, typer.Option(help="Student model: a hub id and commit, or a diffusers folder. Default: `tiny`.")

@@ -1,7 +1,5 @@
 """`imagerag generate`: pictures of prompts."""
 
-import json
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from imagerag.errors import UserError
+from imagerag.limits import check_guidance, check_seeds
 
 if TYPE_CHECKING:
     from imagerag.generation.batch import Generated
@@ -67,6 +66,8 @@ def generate(
 ) -> None:
     """Make pictures of prompts with a base model, which is shown what an index has of them."""
     wanted = read_prompts(prompts or [], prompt_file)
+    check_seeds(seed, seeds)
+    check_guidance(guidance)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder; {out} is a file")
     if name is None and (references or adapter or (fusion is not None and fusion is not FusionOption.NONE)):
@@ -79,7 +80,7 @@ def generate(
         pipeline.use_index(Settings().index_uri, check_name(name))
     from tqdm import tqdm
 
-    from imagerag.generation.batch import file_name
+    from imagerag.generation.batch import file_name, labelled_png
     from imagerag.generation.batch import generate as generate_pictures
 
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def generate(
     about |= {"fusion": fusion, "w": w, "scale": scale}
     with tqdm(pictures, total=len(wanted) * seeds, unit=" pictures", disable=None) as bar:
         for number, picture in enumerate(bar):
-            _save(picture, about, out / file_name(number, picture))
+            (out / file_name(number, picture)).write_bytes(labelled_png(picture, about))
             if number < _MAX_ROWS_IN_SHEET * seeds:
                 made.append(picture)
     _save_sheet(made, seeds, out / "grid.png")
@@ -157,16 +158,6 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
     if any(not prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty")
     return prompts
-
-
-def _save(picture: "Generated", about: dict[str, object], path: Path) -> None:
-    """Write a picture with what made it as text in the file."""
-    from PIL.PngImagePlugin import PngInfo
-
-    text = PngInfo()
-    own = {"prompt": picture.prompt, "seed": picture.seed, "references": [asdict(row) for row in picture.references]}
-    text.add_text("imagerag", json.dumps(own | about))
-    picture.image.save(path, pnginfo=text)
 
 
 def _save_sheet(made: "list[Generated]", columns: int, path: Path) -> None:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from imagerag.config import Config
 from imagerag.errors import UserError
+from imagerag.limits import MAX_SEED
 from imagerag.workers import WorkersConfig
 
 WayName = Literal["base", "slerp", "best_slerp", "adapter", "random", "no_references", "champion", "teacher"]
@@ -73,7 +74,9 @@ class EvaluateConfig(WorkersConfig):
     teacher_guidance: float | None = Field(default=None, ge=0, description="Unset: the paper's 7.5, 3 for `tiny`.")
     files: MetricFiles = Field(default=MetricFiles(), description="Weights that metrics need.")
     batch_size: int = Field(default=16, ge=1, le=256, description="Pictures that a worker makes at a time.")
-    seed: int = Field(default=0, ge=0, description="Of the noise, the random references and the choice of prompts.")
+    seed: int = Field(
+        default=0, ge=0, le=MAX_SEED, description="Of the noise, the random references and the choice of prompts."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -8,11 +8,13 @@ from typing import Any
 import fsspec
 
 from imagerag.artifacts import Deployed, Finetuned, IndexVersion
+from imagerag.errors import UserError
 from imagerag.evaluation.compare import TEACHER_GUIDANCE
 from imagerag.evaluation.config import EvaluateConfig, WayName
 from imagerag.files import read_json
 from imagerag.generation.finetuned import ADAPTER, LORA
 from imagerag.generation.spec import PAPERS_W, resolve
+from imagerag.retrieval.store import Store
 
 _PAPERS_GUIDANCE = 7.5
 _NUM_REFERENCES = 4
@@ -69,6 +71,9 @@ def ways_of(
         teacher: its teacher.
         index: where references come from.
         champion: the present one, if there is one; it keeps its own index.
+
+    Raises:
+        UserError: if more references are asked for than an index has rows.
     """
     base: dict[str, Any] = {"base": finetuned.base, "base_digest": finetuned.base_digest}
     k = config.num_references
@@ -77,12 +82,12 @@ def ways_of(
         guidance = TEACHER_GUIDANCE.get(teacher, _PAPERS_GUIDANCE)
     w = resolve(finetuned.base).slerp_w if config.slerp_w is None else config.slerp_w
     slerp = Way(
-        name="slerp", title=f"slerp, w = {w}", fusion="slerp", num_references=k or 1, w=w, curve="slerp", index=index,
-        **base,
+        name="slerp", title=f"slerp, w = {w}", fusion="slerp", num_references=_number(k, 1, index), w=w, curve="slerp",
+        index=index, **base,
     )  # fmt: skip
     adapter = Way(
-        name="adapter", title="adapter", num_references=k or _NUM_REFERENCES, curve="adapter", index=index, **base,
-        **_trained(finetuned.uri),
+        name="adapter", title="adapter", num_references=_number(k, _NUM_REFERENCES, index), curve="adapter",
+        index=index, **base, **_trained(finetuned.uri),
     )  # fmt: skip
     made: dict[WayName, Way] = {
         "base": Way(name="base", title="base", **base),
@@ -96,7 +101,8 @@ def ways_of(
     if champion is not None:
         made["champion"] = replace(
             adapter, name="champion", title=f"champion, with its index's version {champion.index.version}",
-            index=champion.index, curve="", **_trained(champion.folder),
+            index=champion.index, num_references=_number(k, _NUM_REFERENCES, champion.index), curve="",
+            **_trained(champion.folder),
         )  # fmt: skip
     if "teacher" in config.ways:
         made["teacher"] = Way(
@@ -105,6 +111,14 @@ def ways_of(
         )  # fmt: skip
     columns = [made[name] for name in config.ways if name in made]
     return [*columns, *(point for point in _points(config, slerp, adapter) if point.key() not in _keys(columns))]
+
+
+def _number(asked: int | None, default: int, index: IndexVersion) -> int:
+    """Return how many references a prompt is shown; by default no more than there are rows."""
+    rows = int(Store(index.uri, index.name).dataset(index.version).count_rows())
+    if asked is not None and asked > rows:
+        raise UserError(f"num_references can't be more than the index has rows: {asked} of {rows} in {index.name!r}")
+    return min(default, rows) if asked is None else asked
 
 
 def _points(config: EvaluateConfig, slerp: Way, adapter: Way) -> Iterator[Way]:

@@ -60,9 +60,17 @@ def count_prompts(prompt: str | Sequence[str] | None, embeds: torch.Tensor | Non
     if prompt is not None and not prompts:
         raise UserError("at least one prompt is needed")
     for each in prompts:
-        if not isinstance(each, str):
-            raise UserError(f"a prompt is a text; got {each!r}")
+        _check_text(each)
     return len(prompts) if embeds is None else len(embeds)
+
+
+def _check_text(prompt: Any) -> None:
+    if not isinstance(prompt, str):
+        raise UserError(f"a prompt is a text; got {prompt!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # half of a pair, as JSON's \ud83d by itself, which no tokenizer takes
+        raise UserError(f"a prompt is text in Unicode; at character {error.start}, {prompt!r} is not") from None
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -74,7 +82,8 @@ def check_prompts(prompts: Sequence[str]) -> None:
     if not prompts:
         raise UserError("at least one prompt is needed")
     for prompt in prompts:
-        if not isinstance(prompt, str) or not prompt.strip():
+        _check_text(prompt)
+        if not prompt.strip():
             raise UserError(f"a prompt says what to make a picture of; got {prompt!r}")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise UserError(

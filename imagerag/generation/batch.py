@@ -1,8 +1,9 @@
 """Many pictures of many prompts, each known by its prompt and its seed."""
 
+import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.generation.references import Reference
+from imagerag.generation.sheet import to_png
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,27 @@ def generate(
     """
     wanted = list(product(prompts, seeds))
     for start in range(0, len(wanted), batch_size):
-        group = wanted[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for _, seed in group]
-        made = pipeline([prompt for prompt, _ in group], generator=generators, **arguments)
-        for (prompt, seed), image, references in zip(group, made.images, made.references, strict=True):
-            yield Generated(prompt, seed, image, references)
+        yield from make(pipeline, wanted[start : start + batch_size], arguments)
+
+
+def make(
+    pipeline: ImageRAGTurboPipeline, wanted: Sequence[tuple[str, int]], arguments: Mapping[str, Any]
+) -> list[Generated]:
+    """Return the pictures of some prompts and seeds, all made at a time."""
+    generators = [torch.Generator().manual_seed(seed) for _, seed in wanted]
+    if negative := arguments.get("negative_prompt"):  # diffusers wants one for each prompt
+        arguments = {**arguments, "negative_prompt": [negative] * len(wanted)}
+    made = pipeline([prompt for prompt, _ in wanted], generator=generators, **arguments)
+    return [
+        Generated(prompt, seed, image, references)
+        for (prompt, seed), image, references in zip(wanted, made.images, made.references, strict=True)
+    ]
+
+
+def labelled_png(generated: Generated, about: Mapping[str, Any]) -> bytes:
+    """Return the picture as a PNG file whose text `imagerag` says, as JSON, what it is of and what made it."""
+    own = {"prompt": generated.prompt, "seed": generated.seed, "references": list(map(asdict, generated.references))}
+    return to_png(generated.image, json.dumps({**own, **about}))
 
 
 def file_name(number: int, generated: Generated) -> str:

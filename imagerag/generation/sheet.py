@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 _GAP = 4
 _LABEL_HEIGHT = 18
@@ -29,10 +30,12 @@ def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     return canvas
 
 
-def to_png(image: Image.Image) -> bytes:
-    """Return a picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+def to_png(image: Image.Image, about: str | None = None) -> bytes:
+    """Return a picture as a PNG file, with a text `imagerag` about it if there is one."""
+    buffer, text = io.BytesIO(), PngInfo()
+    if about is not None:
+        text.add_text("imagerag", about)
+    image.save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()
 
 

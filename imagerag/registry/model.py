@@ -20,14 +20,14 @@ def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: 
     import pandas as pd
     from mlflow.pyfunc import save_model
 
-    from imagerag.registry.serving import SIGNATURE
+    from imagerag.registry.serving import MODEL_CONFIG, SIGNATURE
 
     save_model(
         model,
         python_model=str(Path(__file__).with_name("model_code.py")),
         artifacts={PACKAGE: str(folder)},
         signature=SIGNATURE,
-        model_config=dict.fromkeys(("device", "dtype")),
+        model_config=dict(MODEL_CONFIG),
         input_example=(pd.DataFrame({"prompt": ["a red dragon"]}), {"seed": 0, "num_images": 1}),
         pip_requirements=manifest.requirements,
     )

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from imagerag.config import Config
 from imagerag.errors import UserError
 from imagerag.generation.spec import check_spec
+from imagerag.limits import MAX_SEED
 from imagerag.workers import WorkersConfig
 
 RecipeName = Literal["tiny", "sd_turbo"]
@@ -83,7 +84,7 @@ class SynthesizeConfig(WorkersConfig):
         default=0.02, gt=0, lt=1, description="Of the captions, where there is no such file. The same ones every time."
     )
     batch_size: int = Field(default=32, ge=1, le=1_024, description="Rows that a worker encodes at a time.")
-    seed: int = Field(default=0, ge=0, description="Of the teacher's noise and choice of captions.")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Of the teacher's noise and choice of captions.")
 
     _check_models = field_validator("base", "teacher")(check_spec)
 
@@ -138,7 +139,7 @@ class FinetuneConfig(Config):
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="Of the averaged weights, which are what is kept.")
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints, each with a validation.")
     num_validated: int = Field(default=256, ge=1, description="Held-out rows of a validation, always the same.")
-    seed: int = Field(default=0, ge=0, description="Of the first weights, the batches and the noise.")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Of the first weights, the batches and the noise.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

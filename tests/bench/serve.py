@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from imagerag.registry.fetch import download, pull
 from imagerag.registry.promotion import promote
 from imagerag.registry.serving import ImageRAGTurboModel
 from imagerag.registry.versions import register
+from imagerag.registry.waiting import Waiting, WaitingConfig
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.tracking import start_run, tracking_uri
@@ -47,6 +49,7 @@ NUM_ROWS = 400
 REQUESTS: dict[Scale, int] = {"small": 10, "full": 60}
 REPETITIONS: dict[Scale, int] = {"small": 1, "full": 3}
 BATCHES = (4, 16)
+CLIENTS = 16
 _START_S = 120.0
 
 
@@ -59,6 +62,7 @@ def run(scale: Scale, folder: Path) -> list[Row]:
         *_warm(scale, settings, folder),
         *_sd(scale, folder),
         *_batches(settings, folder),
+        _clients(folder),
     ]
 
 
@@ -199,19 +203,39 @@ def _batches(settings: Settings, folder: Path) -> Iterator[Row]:
         )
 
 
+def _clients(folder: Path) -> Row:
+    """Requests for one picture each, by several clients at a time."""
+    loaded = package.load(folder / "model" / "artifacts" / "package")
+
+    def rate(model: ImageRAGTurboModel) -> float:
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            started = time.perf_counter()
+            list(clients.map(partial(_predict, model), range(4 * CLIENTS)))
+            return 4 * CLIENTS / (time.perf_counter() - started)
+
+    models = [_model_of(loaded, WaitingConfig(batch_size=size)) for size in (CLIENTS, 1)]
+    together, alone = alternate(3, *(partial(rate, model) for model in models))
+    return Row(
+        what=f"`tiny` with {NUM_REFERENCES} references, {CLIENTS} clients of pyfunc, `batch_size` {CLIENTS}",
+        unit="pictures/s",
+        ours=median(together),
+        peer=median(alone),
+        peer_name="one picture at a time",
+        at_least=3.0,
+    )
+
+
 def _identity(pipeline: Any) -> Any:
     from imagerag.generation.spec import BaseIdentity
 
     return BaseIdentity(id=pipeline.config.base_id, digest=pipeline.config.base_digest)
 
 
-def _model_of(pipeline: Any) -> ImageRAGTurboModel:
+def _model_of(pipeline: Any, config: WaitingConfig | None = None) -> ImageRAGTurboModel:
     """What MLflow calls, around a pipeline that is loaded already."""
-    import threading
-
     pipeline.set_progress_bar_config(disable=True)
     model = ImageRAGTurboModel()
-    model._pipeline, model._lock = pipeline, threading.Lock()
+    model._waiting = Waiting(pipeline, config)
     return model
 
 

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -81,6 +82,44 @@ def test_a_parameter_out_of_bounds_is_named_with_its_value(tmp_path: Path) -> No
     assert result.returncode == 2
     assert "download.retries: Input should be greater than or equal to 0; got -1" in result.stderr
     assert "publish.min_recal: Extra inputs are not permitted; got 0.9" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({"IMAGERAG_HOME": "/proc/home"}, 2, "error: the home /proc/home can't be made: No such file or directory"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, 0, "IMAGERAG_HOME"),
+        ({"HOME": None}, 0, "IMAGERAG_HOME"),
+    ],
+)
+def test_an_odd_environment_works_or_is_told_of_in_a_sentence(
+    tmp_path: Path, changes: dict[str, str | None], code: int, said: str
+) -> None:
+    environment = os.environ | {"IMAGERAG_HOME": str(tmp_path / "Zuhause für Bilder")} | changes
+    command = ["settings"] if code == 0 else ["ingest", "urls.csv"]
+    result = subprocess.run(
+        [sys.executable, "-m", "imagerag.cli", *command],
+        env={name: value for name, value in environment.items() if value is not None},
+        capture_output=True,
+        timeout=120,
+    )
+    output = (result.stdout + result.stderr).decode(errors="replace")
+    assert result.returncode == code, output
+    assert said in output
+    assert "Traceback" not in output
+
+
+def test_a_file_that_cant_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system", "/data/home/x")
+
+    monkeypatch.setattr("imagerag.cli.app", app)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capfd.readouterr().err == "error: /data/home/x: Read-only file system\n"
 
 
 def test_the_doctor_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:

@@ -8,15 +8,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -28,10 +32,23 @@ from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
 from imagerag.registry.serving import make_rows
 from imagerag.registry.versions import register
+from imagerag.registry.waiting import BusyError, Waiting, WaitingConfig
 from imagerag.training.tracking import tracking_uri
 from tests.registry.conftest import Home
 
 PROMPT, PARAMS = "a red dragon", {"seed": 7, "num_images": 2, "num_references": 2, "scale": 1.5}
+
+
+def rows_of(pipeline: ImageRAGTurboPipeline, prompts: list[Any], **params: Any) -> list[dict[str, Any]]:
+    return make_rows(Waiting(pipeline), prompts, **params)
+
+
+def opened(row: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(row["image"])))
+
+
+def pixels(rows: list[dict[str, Any]]) -> list[bytes]:
+    return [opened(row).tobytes() for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +57,24 @@ def pipeline(champion: Home, tmp_path_factory: pytest.TempPathFactory) -> ImageR
 
 
 def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPipeline) -> None:
-    rows = make_rows(pipeline, [PROMPT, "a castle"], seed=3, num_images=2, num_references=2)
+    rows = rows_of(pipeline, [PROMPT, "a castle"], seed=3, num_images=2, num_references=2)
     assert [row["seed"] for row in rows] == [3, 4, 3, 4]
     assert [row["references"][0]["caption"] for row in rows] == ["red dragon"] * 2 + ["castle"] * 2
-    assert Image.open(io.BytesIO(base64.b64decode(rows[0]["image"]))).size == (16, 16)
-    assert make_rows(pipeline, ["a castle"], seed=4, num_references=2) == rows[3:], "whatever else is asked for"
-    plain = make_rows(pipeline, [PROMPT], fusion="none")
-    assert make_rows(pipeline, [PROMPT], scale=0.0)[0]["image"] == plain[0]["image"]
-    assert make_rows(pipeline, [PROMPT], fusion="slerp", w=1.0)[0]["image"] == plain[0]["image"]
+    about = json.loads(opened(rows[0]).text["imagerag"])
+    assert (about["prompt"], about["seed"], about["references"]) == (PROMPT, 3, rows[0]["references"])
+    assert about["references"][0]["licence"] == "CC0-1.0"
+    assert (about["index"], len(about["digest"])) == ("images", 64)
+    assert opened(rows[0]).size == (16, 16)
+    assert rows_of(pipeline, ["a castle"], seed=4, num_references=2) == rows[3:], "whatever else is asked for"
+    plain = rows_of(pipeline, [PROMPT], fusion="none")
+    assert pixels(rows_of(pipeline, [PROMPT], scale=0.0)) == pixels(plain)
+    assert pixels(rows_of(pipeline, [PROMPT], fusion="slerp", w=1.0)) == pixels(plain)
     assert plain[0]["references"] == []
-    assert plain[0]["image"] != make_rows(pipeline, [PROMPT])[0]["image"]
+    assert pixels(plain) != pixels(rows_of(pipeline, [PROMPT]))
+    other = rows_of(
+        pipeline, [PROMPT], fusion="none", guidance_scale=4.0, negative_prompt="a castle", height=32, width=8
+    )
+    assert opened(other[0]).size == (8, 32)
 
 
 @pytest.mark.parametrize(
@@ -61,27 +86,128 @@ def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPip
         ({"seed": 2**63 - 1, "num_images": 2}, "seeds are 0 to"),
         ({"num_references": 65}, "num_references must be between 0 and 64; got 65"),
         ({"num_references": 9}, "num_references can't be more than the index has rows: 9 of 8"),
+        ({"num_images": 2, "seed": 2**63}, "seeds are 0 to 9223372036854775807; got 9223372036854775808"),
+        ({"guidance_scale": float("nan")}, "the guidance scale must be between 0 and 100; got nan"),
+        ({"height": 12}, "height is a multiple of 8 up to 2048 pixels; got 12"),
+        ({"height": 16}, "height and width are given together; got 16 and None"),
+        ({"width": 1_000_000}, "width is a multiple of 8 up to 2048 pixels; got 1000000"),
         ({"fusion": "mean"}, "fusion is one of adapter, slerp, none; got 'mean'"),
         ({"scale": 11}, "adapter_scale, of what the adapter adds, must be between 0 and 10; got 11"),
         ({"fusion": "slerp", "w": 1.1}, "between 0 and 1; got 1.1"),
-        ({"steps": 0}, "the number of steps must be between 1 and 1000; got 0"),
+        ({"num_inference_steps": 0}, "the number of steps must be between 1 and 1000; got 0"),
     ],
 )
 def test_parameters_are_checked(pipeline: ImageRAGTurboPipeline, params: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_rows(pipeline, [PROMPT], **params)
+        rows_of(pipeline, [PROMPT], **params)
+
+
+@pytest.fixture(scope="module")
+def loaded(champion: Home, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("loaded") / "model"
+    download(champion.settings, 1, folder)
+    return mlflow.pyfunc.load_model(str(folder), model_config={"max_images": 4})
+
+
+BAD = [
+    ([{"prompt": PROMPT}], {"seed": None}, "seed can't be null: leave it out"),
+    ([{"prompt": "a \ud83d dragon"}], {}, "a prompt is text in Unicode; at character 2"),
+    ([{"prompt": ""}], {}, "a prompt says what to make a picture of; got ''"),
+    ([{"prompt": None}], {}, "a prompt is a text; got None"),
+    ([{"prompt": PROMPT}] * 3, {"num_images": 2}, "a request is of at most 4 pictures; got 3 prompts, 2 of each"),
+    ([{"text": PROMPT}], {}, "prompt"),
+    ([{"prompt": PROMPT}], {"seed": "one"}, "seed"),
+]
+
+
+@pytest.mark.parametrize(("records", "params", "message"), BAD)
+def test_a_bad_request_is_answered_by_a_sentence(
+    loaded: Any, records: list[Any], params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(mlflow.MlflowException, match=message) as refused:
+        loaded.predict(records, params=params)
+    assert refused.value.get_http_status_code() == 400
+    assert "Traceback" not in str(refused.value)
+
+
+def test_prompts_come_as_a_frame_records_or_a_dict_of_lists(loaded: Any) -> None:
+    frame = pd.DataFrame({"prompt": [PROMPT, "a castle"]})
+    expected = loaded.predict(frame)
+    assert loaded.predict({"prompt": [PROMPT, "a castle"]}) == expected
+    assert loaded.predict([{"prompt": PROMPT}, {"prompt": "a castle"}]) == expected
+    assert loaded.predict(pd.DataFrame({"prompt": [PROMPT]})) == expected[:1]
+    with pytest.raises(mlflow.MlflowException, match="at least one prompt is needed") as refused:
+        loaded.predict(frame[:0])
+    assert refused.value.get_http_status_code() == 400
+
+
+class Slow:
+    """A pipeline that takes as long as its test wants, and writes down what it is given."""
+
+    def __init__(self, pipeline: ImageRAGTurboPipeline) -> None:
+        self.pipeline, self.batches, self.go = pipeline, list[list[str]](), threading.Event()
+        self.begun = threading.Semaphore(0)
+
+    def __call__(self, prompts: list[str], **arguments: Any) -> Any:
+        self.batches.append(prompts)
+        self.begun.release()
+        assert self.go.wait(60)
+        return self.pipeline(prompts, **arguments)
+
+
+def test_requests_that_wait_together_run_together(pipeline: ImageRAGTurboPipeline) -> None:
+    slow = Slow(pipeline)
+    waiting = Waiting(slow, WaitingConfig(batch_size=3))  # type: ignore[arg-type]
+    asked = [("a", {"num_references": 1})] + [(name, {"num_references": 2}) for name in "bcde"]
+    with ThreadPoolExecutor(6) as threads:
+        futures = [threads.submit(waiting.make, [("a", 0)], asked[0][1])]
+        assert slow.begun.acquire(timeout=60)
+        for number, (name, arguments) in enumerate(asked[1:], 1):
+            futures.append(threads.submit(waiting.make, [(name, number)], arguments))
+            while len(waiting._jobs) < number:
+                pass
+        bad = threads.submit(waiting.make, [("f" * 3_000, 0)], {"num_references": 2})
+        while len(waiting._jobs) < len(asked):
+            pass
+        slow.go.set()
+        made = [future.result() for future in futures]
+        with pytest.raises(UserError, match="at most 2,000 characters"):
+            bad.result()
+    assert slow.batches[:3] == [["a"], ["b", "c", "d"], ["e", "f" * 3_000]]
+    assert slow.batches[3:] == [["e"], ["f" * 3_000]], "one request's fault is not the others'"
+    for (each,), (name, arguments), seed in zip(made, asked, range(5), strict=True):
+        assert (each.prompt, each.seed) == (name, seed)
+        (alone,) = Waiting(pipeline).make([(name, seed)], arguments)
+        difference = np.abs(np.asarray(each.image, int) - np.asarray(alone.image, int))
+        assert difference.max() <= 1
+        assert [row.id for row in each.references] == [row.id for row in alone.references]
+
+
+def test_who_would_wait_for_too_long_is_told_so(pipeline: ImageRAGTurboPipeline) -> None:
+    slow = Slow(pipeline)
+    waiting = Waiting(slow, WaitingConfig(max_waiting=2, max_wait_s=0.05))  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(waiting.make, [("a", 0), ("b", 1)], {})
+        assert slow.begun.acquire(timeout=60)
+        with pytest.raises(BusyError, match="1 pictures wait already, of at most 2"):
+            waiting.make([("c", 0), ("d", 0)], {})
+        with pytest.raises(BusyError, match=r"no picture was begun in 0\.05 s"):
+            waiting.make([("c", 0)], {})
+        slow.go.set()
+        assert len(first.result()) == 2
+    assert slow.batches == [["a"], ["b"]], "nobody waits for c any more"
 
 
 def test_a_portable_model_needs_no_store(home: Home, tmp_path: Path) -> None:
     register(home.finetuned("first"), home.settings)
     register(home.finetuned("first"), home.settings, portable=True)
-    expected = make_rows(package.load(download(home.settings, 1, tmp_path / "model")), [PROMPT], **PARAMS)
+    expected = rows_of(package.load(download(home.settings, 1, tmp_path / "model")), [PROMPT], **PARAMS)
     shutil.rmtree(home.settings.index_uri)
-    assert make_rows(package.load(download(home.settings, 2, tmp_path / "other")), [PROMPT], **PARAMS) == expected
+    assert rows_of(package.load(download(home.settings, 2, tmp_path / "other")), [PROMPT], **PARAMS) == expected
     pull(home.settings, "2", tmp_path / "pulled")
     shutil.move(tmp_path / "pulled", tmp_path / "moved")
     pulled = ImageRAGTurboPipeline.from_pretrained(tmp_path / "moved")
-    assert make_rows(pulled, [PROMPT], **PARAMS) == expected
+    assert rows_of(pulled, [PROMPT], **PARAMS) == expected
     with pytest.raises(UserError, match="is not to be had: there is no such table"):
         pull(home.settings, "1", tmp_path / "more")
 
@@ -92,13 +218,15 @@ def test_a_version_states_its_dtype(home: Home, tmp_path: Path, monkeypatch: pyt
         register(home.finetuned("first"), home.settings)
     folder = download(home.settings, 1, tmp_path / "model")
     pull(home.settings, "1", tmp_path / "pulled")
-    served = mlflow.pyfunc.load_model(str(tmp_path / "model")).unwrap_python_model()._pipeline
+    served = mlflow.pyfunc.load_model(str(tmp_path / "model")).unwrap_python_model()._waiting.pipeline
     ways = [package.load(folder), served, ImageRAGTurboPipeline.from_pretrained(tmp_path / "pulled")]
     assert [each.unet.dtype for each in ways] == [torch.bfloat16] * 3
-    first, *others = (make_rows(each, [PROMPT], **PARAMS) for each in ways)
+    first, *others = (rows_of(each, [PROMPT], **PARAMS) for each in ways)
     assert others == [first, first]
     chosen = {"dtype": "fp32", "device": "cpu"}
-    served = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=chosen).unwrap_python_model()._pipeline
+    served = (
+        mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=chosen).unwrap_python_model()._waiting.pipeline
+    )
     assert served.unet.dtype == torch.float32
 
 
@@ -118,7 +246,7 @@ for seed in range(params["seed"], params["seed"] + params["num_images"]):
     chosen = {"num_references": params["num_references"], "adapter_scale": params["scale"]}
     made = pipeline(prompt, generator=generator, **chosen)
     made.images[0].save(buffer, "PNG")
-    images.append(base64.b64encode(buffer.getvalue()).decode())
+    images.append({"image": base64.b64encode(buffer.getvalue()).decode()})
 print(json.dumps(images))
 """
 
@@ -127,21 +255,27 @@ print(json.dumps(images))
 def test_all_ways_to_load_it_give_the_same_pictures(
     champion: Home, pipeline: ImageRAGTurboPipeline, tmp_path: Path
 ) -> None:
-    expected = json.loads(json.dumps(make_rows(pipeline, [PROMPT], **PARAMS)))
+    expected = json.loads(json.dumps(rows_of(pipeline, [PROMPT], **PARAMS)))
     pull(champion.settings, "champion", tmp_path / "pulled")
     assert (tmp_path / "pulled" / "README.md").is_file()
     asked = json.dumps([PROMPT, PARAMS])
     with served(champion, tmp_path) as url:  # which takes its time to start
         assert run(champion, tmp_path, OF_PYFUNC, asked) == expected
-        assert run(champion, tmp_path, OF_FOLDER, asked, str(tmp_path / "pulled")) == [row["image"] for row in expected]
+        assert pixels(run(champion, tmp_path, OF_FOLDER, asked, str(tmp_path / "pulled"))) == pixels(expected)
         await_server(url, tmp_path / "serve.log")
         request = {"dataframe_records": [{"prompt": PROMPT}], "params": PARAMS}
         assert post(url, request) == (200, {"predictions": expected})
-        status, answer = post(url, request | {"params": {"num_images": 0}})
-        assert status == 400
-        assert "num_images must be between 1 and 64; got 0" in answer["message"]
-        assert post(url, {"dataframe_records": [{"text": PROMPT}]})[0] == 400
-        assert post(url, request | {"params": {"seed": "one"}})[0] == 400
+        for records, params, message in BAD:
+            status, answer = post(url, {"dataframe_records": records, "params": params})
+            assert (status, "Traceback" in json.dumps(answer)) == (400, False), answer
+            assert message in answer["message"]
+        for bad in (
+            {"dataframe_records": []},
+            {"dataframe_split": {"columns": ["prompt"], "data": []}},
+            {"inputs": {}},
+        ):
+            assert post(url, bad)[0] == 400, bad
+        assert post(url, {"inputs": {"prompt": [PROMPT]}, "params": PARAMS}) == (200, {"predictions": expected})
 
 
 def environment(home: Home) -> dict[str, str]:
@@ -165,8 +299,9 @@ def served(home: Home, folder: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", "models:/imagerag-turbo@champion",
                "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    own = environment(home) | {"SERVING_MODEL_CONFIG": json.dumps({"max_images": 4})}
     with (folder / "serve.log").open("w") as log:
-        server = subprocess.Popen(command, cwd=folder, env=environment(home), stdout=log, stderr=log)
+        server = subprocess.Popen(command, cwd=folder, env=own, stdout=log, stderr=log)
     try:
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
@@ -179,7 +314,7 @@ def await_server(url: str, log: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(url.replace("/invocations", "/ping"), timeout=10):
+            with urllib.request.urlopen(url.replace("/invocations", "/health"), timeout=10):
                 return
         except urllib.error.URLError:
             time.sleep(0.3)
