@@ -1,8 +1,9 @@
 """Cached features: a column of the table that holds what a base model makes of each row, beside the row.
 
 One column belongs to one base model at one resolution, and to one way of fitting pictures into its square; its name and
-metadata tell them by a digest. A row without a value has not been computed yet. Because it is a column, takedown,
-rollback and publishing need no rules of their own. A version of the table has one column of a base model: how pictures
+metadata tell them by a digest. A row without a value has not been computed yet; a column of booleans says the same, as
+counting by the features themselves reads them all. Because they are columns, takedown, rollback and publishing need no
+rules of their own. A version of the table has one column of a base model: how pictures
 are fitted is said there and nowhere else, so whoever uses the index fits what it is given likewise.
 """
 
@@ -55,23 +56,42 @@ def _named(identity: FeatureIdentity) -> str:
     return f"{identity.base} (fit {identity.fit}, digest {identity.digest})"
 
 
+def lacking(schema: pa.Schema, identity: FeatureIdentity) -> str:
+    """Return the condition for rows without features, in a table that has the column.
+
+    Tables of before there was a column of booleans are asked by the features, which reads them.
+    """
+    return f"{identity.presence} IS NOT TRUE" if identity.presence in schema.names else f"{identity.column} IS NULL"
+
+
+def count_lacking(dataset: LanceDataset, identity: FeatureIdentity) -> int:
+    """Return how many rows of a table have no such features."""
+    if identity.column not in dataset.schema.names:
+        return int(dataset.count_rows())
+    return int(dataset.count_rows(lacking(dataset.schema, identity)))
+
+
 def prepare(store: Store, identity: FeatureIdentity, superseded: Collection[FeatureIdentity] = ()) -> int:
-    """Make sure that the table has the column, and return the newest version. Call it under `writer_lock`.
+    """Make sure that the table has the columns, and return the newest version. Call it under `writer_lock`.
 
     Args:
         superseded: features that the newest version has and loses; the versions before it keep them.
     """
     dataset = store.dataset()
     if superseded:  # first, so that there are never both, whenever this is killed
-        dataset.drop_columns([each.column for each in superseded])
+        own = {name for each in superseded for name in (each.column, each.presence)}
+        dataset.drop_columns([name for name in dataset.schema.names if name in own])
     if identity.column not in dataset.schema.names:
-        dataset.add_columns(pa.schema([identity.to_field()]))
+        dataset.add_columns(pa.schema([identity.to_field(), pa.field(identity.presence, pa.bool_())]))
+    elif identity.presence not in dataset.schema.names:
+        dataset.add_columns({identity.presence: f"{identity.column} IS NOT NULL"})
     return store.version
 
 
 def missing(dataset: LanceDataset, identity: FeatureIdentity) -> dict[int, int]:
     """Return how many rows have no features yet in each fragment where there are some."""
-    counts = {f.fragment_id: f.count_rows(f"{identity.column} IS NULL") for f in dataset.get_fragments()}
+    condition = lacking(dataset.schema, identity)
+    counts = {fragment.fragment_id: fragment.count_rows(condition) for fragment in dataset.get_fragments()}
     return {fragment: count for fragment, count in counts.items() if count}
 
 
@@ -85,16 +105,16 @@ def fill(
     Returns:
         What `commit` needs to adopt the file.
     """
-    part = store.dataset(version).get_fragment(fragment)
-    column, parts = identity.to_field(), []
-    rows = part.to_batches(
-        columns=["image", "caption"], filter=f"{identity.column} IS NULL", with_row_id=True, batch_size=batch_size
-    )
+    dataset = store.dataset(version)
+    part, parts = dataset.get_fragment(fragment), []
+    fields = [pa.field("_rowid", pa.uint64()), identity.to_field(), pa.field(identity.presence, pa.bool_())]
+    condition = lacking(dataset.schema, identity)
+    rows = part.to_batches(columns=["image", "caption"], filter=condition, with_row_id=True, batch_size=batch_size)
     for batch in rows:
         features = compute(batch["image"].to_pylist(), batch["caption"].to_pylist())
         assert features.shape == (len(batch), *identity.shape), (features.shape, identity)
         values = pa.FixedSizeListArray.from_arrays(features.ravel(), prod(identity.shape))
-        parts.append(pa.table([batch["_rowid"], values], schema=pa.schema([pa.field("_rowid", pa.uint64()), column])))
+        parts.append(pa.table([batch["_rowid"], values, pa.repeat(True, len(batch))], schema=pa.schema(fields)))
     metadata, modified = part.update_columns(pa.concat_tables(parts))
     return json.dumps({"fragment": metadata.to_json(), "modified": modified})
 

@@ -20,7 +20,7 @@ from imagerag.config import Config
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import is_blocked
-from imagerag.retrieval.features import cached_features
+from imagerag.retrieval.features import cached_features, count_lacking
 from imagerag.retrieval.pins import drop_resting
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, Fit
@@ -260,14 +260,12 @@ def _superseded(store: Store) -> list[int]:
 
 def _num_lacking(dataset: LanceDataset, features: Sequence[FeatureIdentity]) -> int:
     """Return how many features of these kinds rows lack."""
-    own = set(dataset.schema.names)
-    counts = [dataset.count_rows(f"{each.column} IS NULL" if each.column in own else None) for each in features]
-    return sum(counts)
+    return sum(count_lacking(dataset, each) for each in features)
 
 
 def _features_of(dataset: LanceDataset) -> Iterator[FeaturesEntry]:
     for each in cached_features(dataset.schema):
-        num_rows = dataset.count_rows(f"{each.column} IS NOT NULL")
+        num_rows = int(dataset.count_rows()) - count_lacking(dataset, each)
         yield FeaturesEntry(base=each.base, fit=each.fit, digest=each.digest, num_rows=num_rows)
 
 

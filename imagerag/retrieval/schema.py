@@ -54,6 +54,11 @@ class FeatureIdentity:
         """The column's name."""
         return f"{FEATURE_PREFIX}{self.digest[:_FEATURE_DIGITS]}"
 
+    @property
+    def presence(self) -> str:
+        """The name of a column of booleans beside it, true where a row has features: asking these reads no features."""
+        return f"has_{self.column}"
+
     def to_field(self) -> pa.Field:
         """Return the column."""
         return pa.field(

@@ -13,7 +13,7 @@ from lance.query import MatchQuery
 
 from imagerag.errors import UserError
 from imagerag.retrieval.ann import nearest, read_record
-from imagerag.retrieval.features import require_cached, to_features
+from imagerag.retrieval.features import count_lacking, require_cached, to_features
 from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, Features, encoder_of
@@ -240,7 +240,7 @@ class Retriever:
         """
         require_cached(self._schema, features)
         with self.reading():
-            return int(self.dataset.count_rows(f"{features.column} IS NULL"))
+            return count_lacking(self.dataset, features)
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Return these columns of some rows, known by their place in what `read` returns, in this order."""

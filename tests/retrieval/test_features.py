@@ -4,11 +4,13 @@ import json
 from dataclasses import asdict
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 
 from imagerag.errors import UserError
 from imagerag.retrieval import features
+from imagerag.retrieval.publish import status
 from imagerag.retrieval.schema import FEATURE_KEY, FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import CommitConflictError, Store, compact
@@ -135,6 +137,53 @@ def test_a_fragment_that_another_writer_changed_is_not_overwritten(store: Store,
     with pytest.raises(CommitConflictError):
         features.commit(store, filled, version)
     assert len(cached(store)) == 12
+
+
+LARGE = FeatureIdentity(base="base-a", digest="d" * 64, fit="auto", shape=(64, 8, 8))
+
+
+def fill_large(store: Store) -> int:
+    """Fill a column but for ten rows, and return its bytes."""
+    append(store, make_rows(0, 500))
+    with store.writer_lock():
+        version = features.prepare(store, LARGE)
+        zeros = np.zeros((500, *LARGE.shape), np.float16)
+        filled = features.fill(store, LARGE, version, 0, lambda images, captions: zeros[: len(images)], 500)
+        features.commit(store, filled, version)
+    append(store, make_rows(500, 510))
+    return zeros.nbytes
+
+
+def count_everywhere(store: Store) -> list[int]:
+    """Rows without features, as each who asks for them is told."""
+    (entry,) = status(store).features
+    retriever = Retriever(store.uri, store.name)
+    lacking = features.missing(store.dataset(), LARGE)
+    return [510 - entry.num_rows, retriever.count_without(LARGE), sum(lacking.values())]
+
+
+def test_counting_reads_no_features(store: Store) -> None:
+    num_bytes = fill_large(store)
+    index_and_publish(store)
+    before = psutil.Process().io_counters().read_chars
+    assert count_everywhere(store) == [10, 10, 10]
+    read = psutil.Process().io_counters().read_chars - before
+    assert read < num_bytes / 8, f"{read} bytes were read to count in {num_bytes}"
+
+
+def test_a_table_without_the_booleans_is_counted_and_gets_them(store: Store) -> None:
+    fill_large(store)
+    index_and_publish(store)
+    store.dataset().drop_columns([LARGE.presence])
+    index_and_publish(store)
+    assert count_everywhere(store) == [10, 10, 10]
+    with store.writer_lock():
+        version = features.prepare(store, LARGE)
+    assert LARGE.presence in store.dataset(version).schema.names
+    assert features.missing(store.dataset(version), LARGE) == {store.dataset().get_fragments()[0].fragment_id: 10}
+    with store.writer_lock():
+        assert features.prepare(store, LARGE, [LARGE]) > version
+    assert features.missing(store.dataset(), LARGE) == {store.dataset().get_fragments()[0].fragment_id: 510}
 
 
 def test_search_fetches_features(store: Store) -> None:
