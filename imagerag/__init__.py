@@ -6,7 +6,7 @@
 >>> pipeline("a red mug").images[0].size
 (64, 64)
 
-It is a pipeline of diffusers, which can be shown a picture, too:
+It is a diffusers pipeline, which also takes images as references:
 
 >>> from PIL import Image
 >>> mug = Image.new("RGB", (200, 300), "red")
@@ -14,8 +14,8 @@ It is a pipeline of diffusers, which can be shown a picture, too:
 >>> made.references[0][0].caption
 'a red mug'
 
-`pipeline.use_index(".imagerag/index", "catalogue")` has it find pictures itself, in an index that `imagerag ingest` and
-`imagerag features` made. What else is public is in `__all__`.
+`pipeline.use_index(".imagerag/index", "catalogue")` makes it retrieve references from an index that `imagerag
+ingest` and `imagerag features` made. The public names are in `__all__`.
 """
 
 from importlib import import_module
@@ -54,7 +54,7 @@ _torchvision.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public when it is first asked for: the command line has no use for most of it."""
+    """Import public names lazily, because the command line does not need most of them."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

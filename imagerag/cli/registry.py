@@ -50,7 +50,7 @@ def models(context: typer.Context) -> None:
 
 @models_app.command()
 def remove(
-    version: Annotated[int, typer.Argument(help="Of the registered model; `imagerag models` lists them.")],
+    version: Annotated[int, typer.Argument(help="Number of the version; `imagerag models` lists them.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """Remove a version without an alias: its files, and its pin on its index."""
@@ -67,7 +67,7 @@ def remove(
 
 
 def promote(
-    version: Annotated[int, typer.Argument(help="Of the registered model; `imagerag models` lists them.")],
+    version: Annotated[int, typer.Argument(help="Number of the version; `imagerag models` lists them.")],
     reason: ReasonOption,
 ) -> None:
     """Make a version of the registered model the champion."""

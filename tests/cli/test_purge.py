@@ -49,5 +49,5 @@ def test_what_is_not_ours_stays(home: Path, tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in home.iterdir()] == ["holiday.jpg"]
     assert (photos / "cat.jpg").exists()
     assert elsewhere.exists()
-    assert f"{elsewhere} is not in the home" in result.output
-    assert "what is not ours: holiday.jpg" in result.output
+    assert f"{elsewhere} is outside of the home" in result.output
+    assert "other files: holiday.jpg" in result.output
