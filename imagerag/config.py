@@ -45,10 +45,10 @@ C = TypeVar("C", bound=Config)
 
 
 def validated(model: type[C], values: Mapping[str, Any]) -> C:
-    """Return the configuration that `values` make.
+    """Return a `model` of `values`.
 
     Raises:
-        UserError: if one breaks its rule; the message names it, the rule and the value.
+        UserError: if a value is invalid; the message names the field, the rule and the value.
     """
     try:
         return model(**values)
@@ -57,7 +57,7 @@ def validated(model: type[C], values: Mapping[str, Any]) -> C:
 
 
 def _fault(error: "ErrorDetails") -> str:
-    """Say which parameter breaks which rule with which value."""
+    """Describe which parameter is invalid, why, and its value."""
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return str(cause)

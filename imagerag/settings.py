@@ -111,8 +111,8 @@ class Settings(BaseSettings):
     and `deploy` activate its schedule with them. Unset: the schedule is left as it is set in Prefect's UI."""
 
     compute_slots: Annotated[int, Field(ge=1)] | None = None
-    """How many trainings, evaluations and features jobs run at a time; others wait for their turn. It is a concurrency
-    limit in Prefect's UI, too; unset leaves it as it was set there, which is 1 at first."""
+    """Number of trainings, evaluations and features jobs that run at a time; further ones wait. It sets a concurrency
+    limit in Prefect. Unset: the limit is left as it is set in Prefect's UI, initially 1."""
 
     def __init__(self, **values: Any) -> None:
         for name, _, nearest in unknown_variables():

@@ -29,7 +29,7 @@ PACKAGES = (
     "open_clip_torch",
     "mlflow",
 )
-_MISFIT = ", built for CUDA beside a CPU build of torch: import imagerag before torchvision and diffusers"
+_MISFIT = ", built for CUDA, with a CPU build of torch: import imagerag before torchvision and diffusers"
 _OWN_PREFECT = "embedded: started for each run (`make up` starts a permanent one, with the UI)"
 _OWN_MLFLOW = "embedded: a database under the home (`make up` starts a server with the UI)"
 
