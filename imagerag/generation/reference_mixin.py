@@ -30,7 +30,7 @@ from imagerag.generation.options import FusionOptions, check_scale
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
 from imagerag.generation.saving import align, attach_beside, save_beside, unify
 from imagerag.generation.spec import BaseIdentity, identity_of_folder
-from imagerag.generation.text import TextConditioner
+from imagerag.generation.text import LCM_GUIDANCE, TextConditioner
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.features import encode_references
 from imagerag.hspace.fit import DEFAULT_FIT
@@ -39,9 +39,6 @@ from imagerag.hspace.lora import LORA_NAME, without_lora
 from imagerag.hspace.midblock import fusing, prepare
 from imagerag.locks import local_folder
 from imagerag.retrieval.schema import Embeds
-
-_LCM_GUIDANCE = 8.5
-"""LatentConsistencyModelPipeline's own."""
 
 
 @dataclass
@@ -279,7 +276,7 @@ class ReferenceMixin:
                 "compose and num_references are of a search, and references are given: no effect", stacklevel=5
             )
         if guidance_scale is None:
-            guidance_scale = 0.0 if self.unet.config.time_cond_proj_dim is None else _LCM_GUIDANCE
+            guidance_scale = 0.0 if self.unet.config.time_cond_proj_dim is None else LCM_GUIDANCE
         arguments |= {"prompt": prompt, "guidance_scale": guidance_scale}
 
         references = None
