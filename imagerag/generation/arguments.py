@@ -177,6 +177,15 @@ def check_weights(num_prompts: int, weights: Any) -> list[list[float]]:
     return lists
 
 
+def check_masks(num_prompts: int, masks: Any) -> list[list[Image.Image]]:
+    """Return masks of references as one list for each prompt.
+
+    Raises:
+        UserError: if they don't fit the prompts.
+    """
+    return _per_prompt("reference_masks", masks, Image.Image, num_prompts)
+
+
 def _per_prompt(name: str, values: Any, kind: Any, num_prompts: int) -> list[list[Any]]:
     """Return one list for each prompt of a value, a list of them for all prompts, or lists for each."""
     outer = in_list(values)

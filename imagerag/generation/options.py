@@ -2,14 +2,17 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from imagerag.errors import UserError
 from imagerag.generation.arguments import Given
-from imagerag.hspace.fusion import FusionName
+from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, MaskedFusion, SlerpFusion
 
 if TYPE_CHECKING:
+    import torch
+
     from imagerag.generation.reference_mixin import ReferenceMixin
+    from imagerag.hspace.adapter import HSpaceAdapter
 
 MAX_REFERENCES = 64
 MAX_SCALE = 10.0
@@ -25,6 +28,13 @@ def check_scale(what: str, scale: float) -> None:
     """
     if not 0 <= scale <= MAX_SCALE:
         raise UserError(f"{what} must be between 0 and {MAX_SCALE:g}; got {scale}")
+
+
+def warn_of_no_effect(why: str, **arguments: Any) -> None:
+    """Tell the pipeline's caller which arguments were given for nothing."""
+    names = [name for name, value in arguments.items() if value is not None and value is not False]
+    if names:
+        warnings.warn(f"{why}: {', '.join(names)} has no effect", stacklevel=6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,23 @@ class FusionOptions:
             adapter_scale=adapter_scale,
             threshold=config.similarity_threshold if threshold is None else threshold,
         )
+
+    def fuse(
+        self,
+        adapter: "HSpaceAdapter | None",
+        h_references: "torch.Tensor",
+        weights: "torch.Tensor",
+        masks: "torch.Tensor | None" = None,
+    ) -> Fusion:
+        """Return `F` of references (B, K, C, H, W) with lambda (B, K), within masks (B, K, H, W) if there are some."""
+        if masks is not None:
+            each = [slice(k, k + 1) for k in range(weights.shape[1])]
+            parts = tuple(self.fuse(adapter, h_references[:, own], weights[:, own]) for own in each)
+            return MaskedFusion(parts, masks)
+        if self.fusion == "adapter":
+            assert adapter is not None, "checked before"
+            return AdapterFusion(adapter, h_references, weights, self.adapter_scale)
+        return SlerpFusion(h_references, weights, self.w)
 
     def __post_init__(self) -> None:
         """Check the bounds."""

@@ -1,6 +1,5 @@
 """What a pipeline of diffusers is given to show its base model pictures of an index (paper, Sec. 3)."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from imagerag.errors import UserError
 from imagerag.generation.arguments import (
     Given,
     check_given,
+    check_masks,
     check_output_type,
     check_queries,
     check_sampling,
@@ -26,22 +26,19 @@ from imagerag.generation.arguments import (
     in_list,
 )
 from imagerag.generation.base import BaseModel
-from imagerag.generation.options import FusionOptions, check_scale
+from imagerag.generation.options import FusionOptions, check_scale, warn_of_no_effect
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
 from imagerag.generation.saving import align, attach_beside, save_beside, unify
 from imagerag.generation.spec import BaseIdentity, identity_of_folder
-from imagerag.generation.text import TextConditioner
+from imagerag.generation.text import LCM_GUIDANCE, TextConditioner
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.features import encode_references
 from imagerag.hspace.fit import DEFAULT_FIT
-from imagerag.hspace.fusion import AdapterFusion, Fusion, FusionName, SlerpFusion
+from imagerag.hspace.fusion import Fusion, FusionName
 from imagerag.hspace.lora import LORA_NAME, without_lora
 from imagerag.hspace.midblock import fusing, prepare
 from imagerag.locks import local_folder
 from imagerag.retrieval.schema import Embeds
-
-_LCM_GUIDANCE = 8.5
-"""LatentConsistencyModelPipeline's own."""
 
 
 @dataclass
@@ -119,9 +116,7 @@ class ReferenceMixin:
             arguments["dtype"] = getattr(torch, listed.get("weight_dtype") or "float32")
         kind: Any = cls._kind(two_text_encoders="text_encoder_2" in listed)
         folder = Path(name) if Path(name).is_dir() else Path(kind.download(name, **arguments))
-        pipeline: Self = super(ReferenceMixin, kind).from_pretrained(  # type: ignore[misc]
-            str(folder), **arguments
-        )
+        pipeline: Self = super(ReferenceMixin, kind).from_pretrained(str(folder), **arguments)  # type: ignore[misc]
         return pipeline
 
     @classmethod
@@ -223,6 +218,7 @@ class ReferenceMixin:
         reference_images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
         reference_captions: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
         reference_weights: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        reference_masks: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
         strict: bool = False,
         num_inference_steps: int = 1,
         guidance_scale: float | None = None,
@@ -252,6 +248,8 @@ class ReferenceMixin:
                 model's square as the index's are, and without an index as `fit_square` does it by `auto`.
             reference_captions: what they show; by default each prompt itself.
             reference_weights: what each reference's lambda is multiplied by, 0 to 10, likewise.
+            reference_masks: pictures that are white where each reference is used, likewise. The H-space is coarse (8x8
+                at 512² for SD), and the decoder blends its edges.
             strict: whether references without cached features are an error, rather than computed now with a warning.
             num_inference_steps: of the scheduler; 1 for a student.
             guidance_scale: of classifier-free guidance; 1 and less mean none, which costs half, and is the default. A
@@ -274,21 +272,30 @@ class ReferenceMixin:
         options = FusionOptions.of(
             self, given, fusion, num_references, w=w, adapter_scale=adapter_scale, threshold=similarity_threshold
         )
-        if given.any and (compose or num_references is not None):
-            warnings.warn(
-                "compose and num_references are of a search, and references are given: no effect", stacklevel=5
+        is_shown = options.fusion != "none" and bool(options.num_references or given.any)
+        if not is_shown:
+            warn_of_no_effect(
+                "no references are used",
+                reference_ids=reference_ids,
+                reference_images=reference_images,
+                reference_weights=reference_weights,
+                reference_masks=reference_masks,
             )
+        elif given.any:
+            warn_of_no_effect("references are given", compose=compose, num_references=num_references)
         if guidance_scale is None:
-            guidance_scale = 0.0 if self.unet.config.time_cond_proj_dim is None else _LCM_GUIDANCE
+            guidance_scale = 0.0 if self.unet.config.time_cond_proj_dim is None else LCM_GUIDANCE
         arguments |= {"prompt": prompt, "guidance_scale": guidance_scale}
 
         references = None
-        if options.fusion != "none" and (options.num_references or given.any):
+        if is_shown:
             queries = check_queries(size, prompt if query is None else query, given)
             sentences, arguments = self._encode_once(arguments, self_queried=query is None)
             found = self._find_references(queries, sentences, given, options.num_references, compose, strict)
             if reference_weights is not None:
                 found = found.times(check_weights(size, reference_weights))
+            if reference_masks is not None:
+                found = found.within(check_masks(size, reference_masks))
             references = found.repeat_interleave(num_images_per_prompt)
         fuse = None if references is None else self._fusion(references, options)
 
@@ -339,10 +346,8 @@ class ReferenceMixin:
         device = self._execution_device
         h_references = references.features.to(device, self.unet.dtype)
         weights = references.gated(options.threshold).to(device)  # lambda
-        if options.fusion == "adapter":
-            assert self.adapter is not None, "checked before"
-            return AdapterFusion(self.adapter, h_references, weights, options.adapter_scale)
-        return SlerpFusion(h_references, weights, options.w)
+        masks = None if references.masks is None else references.masks.to(device)
+        return options.fuse(self.adapter, h_references, weights, masks)
 
     def _find_references(
         self, queries: list[str], sentences: Embeds | None, given: Given, k: int, compose: bool, strict: bool

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from PIL.Image import Resampling
 
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError, VersionGoneError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from imagerag.retrieval.search import Neighbour
 
 _MOST_OF_ONE_CAPTION = 2
+_MASK_SIDE = 64
+"""Of a mask; an H-space is not as fine."""
 _OVERFETCH = 2
 """Rows that are fetched for each wanted one, so that there are others than those of one caption."""
 
@@ -63,6 +66,8 @@ class References:
     """(B, K); -1 where there is none."""
     factors: torch.Tensor | None = None
     """Of lambda (B, K), by the caller's choice."""
+    masks: torch.Tensor | None = None
+    """Where in the picture each is used (B, K, H, W), 0 to 1, by the caller's choice."""
 
     @classmethod
     def of(cls, rows: "Sequence[Sequence[Neighbour]]", h: Sequence[Sequence[torch.Tensor]]) -> "References":
@@ -83,6 +88,7 @@ class References:
             self.features.repeat_interleave(times, dim=0),
             self.similarities.repeat_interleave(times, dim=0),
             None if self.factors is None else self.factors.repeat_interleave(times, dim=0),
+            None if self.masks is None else self.masks.repeat_interleave(times, dim=0),
         )
 
     def times(self, weights: Sequence[Sequence[float]]) -> "References":
@@ -97,6 +103,21 @@ class References:
                 raise UserError(f"each reference has one weight; got {len(own)} weights for {len(rows)} references")
             factors[number, : len(own)] = torch.tensor(own)
         return replace(self, factors=factors)
+
+    def within(self, masks: "Sequence[Sequence[Image.Image]]") -> "References":
+        """Return them with a mask for each, stretched over the whole picture: white where it is used, black where not.
+
+        Raises:
+            UserError: if a prompt has not as many masks as references.
+        """
+        grids = torch.zeros(*self.similarities.shape, _MASK_SIDE, _MASK_SIDE)
+        for number, (own, rows) in enumerate(zip(masks, self.rows, strict=True)):
+            if len(own) != len(rows):
+                raise UserError(f"each reference has one mask; got {len(own)} masks for {len(rows)} references")
+            for position, mask in enumerate(own):
+                grid = mask.convert("L").resize((_MASK_SIDE, _MASK_SIDE), Resampling.BOX)
+                grids[number, position] = torch.from_numpy(np.asarray(grid, np.float32) / 255)
+        return replace(self, masks=grids)
 
     def gated(self, threshold: float) -> torch.Tensor:
         """Return lambda (B, K)."""

@@ -10,6 +10,9 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LCM_GUIDANCE = 8.5
+"""LatentConsistencyModelPipeline's own."""
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -104,17 +107,25 @@ def unet_arguments(unet: UNet2DConditionModel, condition: Condition, *, side: in
     """
     arguments: dict[str, Any] = {"encoder_hidden_states": condition.embeds}
     if condition.pooled is not None:
-        sizes = torch.tensor([side, side, 0, 0, side, side]).to(condition.embeds)
-        time_ids = sizes.expand(len(condition.embeds), -1)
-        arguments["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": time_ids}
-    if (dim := unet.config.time_cond_proj_dim) is not None:
-        arguments["timestep_cond"] = _embed_guidance(0.0, dim).to(condition.embeds)
+        arguments["added_cond_kwargs"] = added_conditions(condition.pooled, side)
+    if (guidance := embed_guidance(unet, 0.0)) is not None:
+        arguments["timestep_cond"] = guidance.to(condition.embeds)
     return arguments
 
 
-def _embed_guidance(guidance_scale: float, dim: int) -> torch.Tensor:
+def added_conditions(pooled: torch.Tensor, side: int) -> dict[str, torch.Tensor]:
+    """Return what SDXL is told beside the text: a feature of each prompt (B, D), and that the picture is a square."""
+    sizes = torch.tensor([side, side, 0, 0, side, side]).to(pooled)
+    return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+
+
+def embed_guidance(unet: UNet2DConditionModel, guidance_scale: float) -> torch.Tensor | None:
+    """Return the `timestep_cond` (1, D) of a UNet that was distilled with guidance, and None for any other."""
     from diffusers.models.embeddings import get_timestep_embedding
 
+    dim = unet.config.time_cond_proj_dim
+    if dim is None:
+        return None
     scaled = torch.tensor([1000.0 * (guidance_scale - 1)])
     embedded: torch.Tensor = get_timestep_embedding(scaled, dim, flip_sin_to_cos=False, downscale_freq_shift=1)
     return embedded

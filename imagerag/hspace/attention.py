@@ -1,5 +1,7 @@
 """The adapter's attention as diffusers knows attention, so that its backends and anyone's processors work with it."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -39,6 +41,8 @@ class HSpaceAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
     _default_processor_cls = HSpaceAttnProcessor
     _available_processors = [HSpaceAttnProcessor]  # noqa: RUF012 - as in diffusers
     _supports_qkv_fusion = False
+    processor: Callable[..., torch.Tensor]
+    set_processor: Callable[..., None]
 
     def __init__(self, heads: int) -> None:
         super().__init__()

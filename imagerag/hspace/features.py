@@ -54,7 +54,7 @@ def encode_references(
         fit: how pictures of any shape are fitted into the base model's square; see `fit_square`.
         device: what computes, where weights are offloaded to another one.
     """
-    arguments = unet_arguments(unet, conditioner.encode(captions, device), side=_side(vae, unet))
+    arguments = unet_arguments(unet, conditioner.encode(captions, device), side=side_of(vae, unet))
     return encode(unet, encode_latents(vae, unet, images, fit, device), 0, **arguments)
 
 
@@ -67,7 +67,7 @@ def encode_latents(
     device: torch.device | None = None,
 ) -> torch.Tensor:
     """Return the clean latents `z_0` (N, C, H, W) of `images`, fitted into the base model's square."""
-    side = _side(vae, unet)
+    side = side_of(vae, unet)
     pixels = torch.from_numpy(np.stack([_pixels(image, side, fit) for image in images])).to(device or vae.device)
     with in_its_range(vae):
         latents: torch.Tensor = retrieve_latents(vae.encode(pixels.to(vae.dtype)), sample_mode="argmax")
@@ -109,7 +109,7 @@ def open_images(images: Sequence[bytes]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(image)) for image in images]
 
 
-def _side(vae: AutoencoderKL | AutoencoderTiny, unet: UNet2DConditionModel) -> int:
+def side_of(vae: AutoencoderKL | AutoencoderTiny, unet: UNet2DConditionModel) -> int:
     """Return the base model's resolution in pixels."""
     side: int = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     return side

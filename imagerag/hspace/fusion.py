@@ -76,6 +76,34 @@ class SlerpFusion:
         return self.weights / self.weights.sum(1, keepdim=True).clamp(min=smallest)
 
 
+@dataclass(frozen=True)
+class MaskedFusion:
+    """`h = h_target + sum_k M_k (F_k(h_target) - h_target)`: each reference in its own place of the picture.
+
+    Beyond the paper, as IP-Adapter's masks are. F_k is the fusion of reference k alone; where masks overlap, they share
+    the place.
+    """
+
+    parts: tuple[Fusion, ...]
+    """F_k, K of them."""
+    masks: torch.Tensor
+    """(B, K, H, W), 0 to 1, of any height and width."""
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """How much of each reference is used where its mask is 1."""
+        return torch.cat([part.shares for part in self.parts], dim=1)
+
+    def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
+        """Return the fused features."""
+        masks = torch.nn.functional.interpolate(self.masks, h_target.shape[-2:], mode="area")
+        masks = (masks / masks.sum(1, keepdim=True).clamp(min=1)).to(h_target.dtype)
+        fused = h_target
+        for k, part in enumerate(self.parts):
+            fused = fused + masks[:, k : k + 1] * (part(h_target) - h_target)
+        return fused
+
+
 def _fitted(h_references: torch.Tensor, h_target: torch.Tensor) -> torch.Tensor:
     """Return references (B, K, C, H, W) with the device, dtype and, resampled, the height and width of the target."""
     references = h_references.to(h_target)

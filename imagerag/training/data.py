@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import numpy as np
@@ -18,7 +18,8 @@ from lance import LanceDataset
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.base import BaseModel
-from imagerag.hspace.features import identity_in
+from imagerag.generation.text import added_conditions
+from imagerag.hspace.features import identity_in, side_of
 from imagerag.retrieval.features import require_cached
 from imagerag.retrieval.schema import Embeds, Features
 from imagerag.retrieval.search import Retriever
@@ -46,17 +47,21 @@ class RagBatch:
     """`h_retr` (B, K, C, H, W)."""
     similarities: torch.Tensor
     """(B, K); -1 where there is no reference."""
+    added: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What a UNet of SDXL is told beside the text, `text_embeds` (B, D) and `time_ids` (B, 6). Others: nothing."""
 
     def to(self, device: torch.device) -> "RagBatch":
         """Return the batch on `device`, without waiting for the copy."""
-        return RagBatch(*(each.to(device, non_blocking=True) for each in self._tensors()))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "RagBatch":
         """Return the batch in memory from which a GPU can copy by itself."""
-        return RagBatch(*(each.pin_memory() for each in self._tensors()))
+        return self._each(torch.Tensor.pin_memory)
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [getattr(self, name) for name in self.__dataclass_fields__]
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RagBatch":
+        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "added"}
+        added = {name: change(own) for name, own in self.added.items()}
+        return RagBatch(**{name: change(own) for name, own in tensors.items()}, added=added)
 
 
 class Column:
@@ -100,6 +105,7 @@ class RagData:
         self._index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
         index, dim = self._index.dataset, self._index.encoder.dim
         features = identity_in(index.schema, base.identity, base.unet.config)
+        self._side = side_of(base.vae, base.unet)
         require_cached(index.schema, features)
         self._features = Column(index, features.column, features.shape)
         self._embeds = Column(index, "text_embed", (dim,))
@@ -135,7 +141,7 @@ class RagData:
         with self._index.reading():
             h, embeds = self._read_index(chosen)
             own = self._prompt_embeds.read(examples)
-            latents, text = self._read_latents(examples)
+            latents, text, *pooled = self._read_latents(examples)
         similarities = torch.from_numpy(np.einsum("bkd,bd->bk", embeds, own))
         noise = rng.standard_normal(latents.shape, np.float32)
         return RagBatch(
@@ -144,6 +150,7 @@ class RagData:
             text=text,
             h_references=torch.from_numpy(h.astype(np.float32)),
             similarities=torch.where(present, similarities, -1.0),
+            added=added_conditions(pooled[0], self._side) if pooled else {},
         )
 
     def check(self) -> None:
@@ -213,13 +220,13 @@ class RagData:
             found.append(filled)
         return found[0], found[1]
 
-    def _read_latents(self, examples: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read_latents(self, examples: Ints) -> list[torch.Tensor]:
         tables, rows = self._place[examples].T
         parts = [(table, tables == number) for number, table in enumerate(self._latents) if (tables == number).any()]
         order = np.argsort(np.concatenate([np.flatnonzero(mine) for _, mine in parts]))
         read = [table.read(rows[mine]) for table, mine in parts]
-        latents, text = (np.concatenate(each)[order].astype(np.float32) for each in zip(*read, strict=True))
-        return torch.from_numpy(latents), torch.from_numpy(text)
+        columns = (np.concatenate(each)[order].astype(np.float32) for each in zip(*read, strict=True))
+        return [torch.from_numpy(column) for column in columns]
 
     def _places(self, ids: list[str]) -> Ints:
         """Return for each example its latents' table and its row there (N, 2)."""
@@ -242,12 +249,12 @@ class _Latents:
 
     def __init__(self, dataset: LanceDataset) -> None:
         self.ids: list[str] = dataset.to_table(columns=["id"])["id"].to_pylist()
-        self._columns = [Column(dataset, name, shape_of(dataset.schema.field(name))) for name in ("latents", "text")]
+        names = [name for name in ("latents", "text", "pooled") if name in dataset.schema.names]
+        self._columns = [Column(dataset, name, shape_of(dataset.schema.field(name))) for name in names]
 
-    def read(self, rows: Ints) -> tuple[Arrays, Arrays]:
-        """Return the latents (N, C, H, W) and text features (N, L, D) of rows (N,)."""
-        latents, text = (column.read(rows) for column in self._columns)
-        return latents, text
+    def read(self, rows: Ints) -> list[Arrays]:
+        """Return the latents (N, C, H, W), text features (N, L, D), and of SDXL pooled ones (N, P), of rows (N,)."""
+        return [column.read(rows) for column in self._columns]
 
 
 def micro_batches(data: RagData, config: FinetuneConfig, step: int) -> list[Ints]:

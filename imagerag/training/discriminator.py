@@ -5,7 +5,7 @@ teacher as small as the embedded one tell little about how sharp a picture is, a
 `LatentDiscriminator` is a convolutional network of its own that learns from scratch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -61,7 +61,12 @@ class TeacherDiscriminator(nn.Module):
         self.heads = nn.ModuleList(Head(c, teacher.config.cross_attention_dim) for c in (*channels, channels[-1]))
 
     def forward(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: torch.Tensor,
+        added: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Return logits (B, N), N positions over all depths: high where latents look real.
 
@@ -70,15 +75,22 @@ class TeacherDiscriminator(nn.Module):
             noise: of the same shape; `latents` are noised with it.
             timesteps: (B,).
             text: features (B, L, D).
+            added: what a teacher of SDXL is told beside them, its `added_cond_kwargs`.
         """
         noised = self._diffusion.add_noise(latents, noise, timesteps)
         pooled = text.mean(1)
-        features = self._features(noised, timesteps, text)
+        features = self._features(noised, timesteps, text, added)
         return torch.cat([head(each, pooled) for head, each in zip(self.heads, features, strict=True)], dim=1)
 
-    def _features(self, noised: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> Iterable[torch.Tensor]:
+    def _features(
+        self,
+        noised: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: torch.Tensor,
+        added: Mapping[str, torch.Tensor] | None,
+    ) -> Iterable[torch.Tensor]:
         teacher = self._teacher[0]
-        encoded = encode(teacher, noised, timesteps, text)
+        encoded = encode(teacher, noised, timesteps, text, added_cond_kwargs=added)
         # A block's last output before its downsampler, so the deepest at every resolution.
         skips, last = list(encoded.skips[1:]), len(teacher.down_blocks) - 1
         for index, block in enumerate(teacher.down_blocks):
@@ -108,7 +120,12 @@ class LatentDiscriminator(nn.Module):
         self.text = spectral_norm(nn.Linear(text_dim, inner))
 
     def forward(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: torch.Tensor,
+        added: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Return logits (B, H * W / 16): see `TeacherDiscriminator`."""
         noised = self._diffusion.add_noise(latents, noise, timesteps)

@@ -25,6 +25,8 @@ from imagerag.training.config import SynthesizeConfig
 
 MAX_REFERENCES = 16
 """Kept of each example."""
+_SHARED = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+"""By student and teacher, of their UNets. A teacher made for larger pictures is run at the student's size."""
 _VERSION = 1
 """Of what is computed: another one makes other tables."""
 
@@ -61,16 +63,11 @@ class Examples:
                 held out leaves nothing to learn from or to validate on.
         """
         student, teacher = (read_json(files.parts["unet"].files[0]) for files in (self.base, self.teacher))
-        if "text_encoder_2" in self.base.parts or student.get("time_cond_proj_dim"):
-            raise UserError(
-                "a student that is fine-tuned has one text encoder and is not told of guidance (SD 1 and 2); "
-                f"{self.config.base} is not like that"
-            )
-        for name in ("in_channels", "sample_size", "cross_attention_dim"):
-            if student[name] != teacher[name]:
+        for name in _SHARED:
+            if student.get(name) != teacher.get(name):
                 raise UserError(
-                    f"student and teacher share latents and text features: {name} is {student[name]} in "
-                    f"{self.config.base} and {teacher[name]} in {self.config.teacher}"
+                    f"student and teacher share latents and text features: {name} is {student.get(name)} in "
+                    f"{self.config.base} and {teacher.get(name)} in {self.config.teacher}"
                 )
         lacking = self.retriever.count_without(self.features)
         if lacking:
@@ -182,7 +179,11 @@ class Examples:
         unet = read_json(self.base.parts["unet"].files[0])
         text = (_text_length(self.base), unet["cross_attention_dim"])
         latents = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
-        return [pa.field("prompt", pa.string()), array_field("latents", latents), array_field("text", text)]
+        columns = [pa.field("prompt", pa.string()), array_field("latents", latents), array_field("text", text)]
+        if "text_encoder_2" in self.base.parts:
+            pooled = read_json(self.base.parts["text_encoder_2"].files[0])["projection_dim"]
+            columns.append(array_field("pooled", (pooled,)))
+        return columns
 
 
 def read_lines(path: str) -> list[str]:

@@ -156,10 +156,12 @@ class Finetuning:
                 fake = self._learners[0](batch)
             if judged:
                 with self._autocast():
-                    loss, terms = self._ladd.of_discriminator(fake, batch.latents, batch.text, random)
+                    loss, terms = self._ladd.of_discriminator(fake, batch.latents, batch.text, random, batch.added)
                 (loss / parts).backward()
             with self._autocast():
-                loss, of_generator = self._ladd.of_generator(fake, batch.latents, batch.text, random, weights)
+                loss, of_generator = self._ladd.of_generator(
+                    fake, batch.latents, batch.text, random, weights, batch.added
+                )
             (loss / parts).backward()
         return terms | of_generator
 
@@ -260,7 +262,7 @@ class Finetuning:
             random = torch.Generator(self._device).manual_seed(number)
             with self._autocast():
                 fake = self.generator(batch)
-                _, terms = self._ladd.of_generator(fake, batch.latents, batch.text, random, weights)
+                _, terms = self._ladd.of_generator(fake, batch.latents, batch.text, random, weights, batch.added)
             sums = {name: sums.get(name, 0.0) + term * len(part) / len(examples) for name, term in terms.items()}
         return sums, batch.latents, fake
 

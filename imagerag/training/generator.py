@@ -15,6 +15,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 
+from imagerag.generation.text import LCM_GUIDANCE, embed_guidance
 from imagerag.hspace.adapter import HSpaceAdapter, gate
 from imagerag.hspace.lora import LORA_NAME, save_lora
 from imagerag.hspace.split import decode, encode
@@ -51,7 +52,15 @@ class Generator(nn.Module):
         last = torch.full((len(batch.noise),), self.diffusion.last, device=batch.noise.device)
         with torch.no_grad():
             noised = self.diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)  # z_T
-            target = encode(self.unet, noised, last, batch.text)
+            guidance = embed_guidance(self.unet, LCM_GUIDANCE)  # as the pipeline tells it
+            target = encode(
+                self.unet,
+                noised,
+                last,
+                batch.text,
+                timestep_cond=None if guidance is None else guidance.to(batch.text),
+                added_cond_kwargs=batch.added,
+            )
         h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0), scale).sample
         prediction = decode(self.unet, replace(target, h=h))
         # Where a UNet predicts noise, what it implies is some fifteen times as large as its error.

@@ -1,5 +1,7 @@
 """Latent adversarial distillation, its losses in plain torch (LADD, arXiv 2403.12015; paper, Sec. 3.4)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
@@ -9,6 +11,8 @@ from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import discriminator_loss, generator_loss
 from imagerag.training.perceptual import Perceptual
 
+Added = Mapping[str, torch.Tensor]
+"""What a teacher of SDXL is told beside the text, its `added_cond_kwargs`."""
 Terms = dict[str, torch.Tensor]
 """Losses before their weights and what else is of interest, without a graph and still on the device."""
 
@@ -40,12 +44,18 @@ class Ladd:
         self._max_timestep = max_timestep or diffusion.num_timesteps
 
     def of_discriminator(
-        self, fake: torch.Tensor, real: torch.Tensor, text: torch.Tensor, generator: torch.Generator
+        self,
+        fake: torch.Tensor,
+        real: torch.Tensor,
+        text: torch.Tensor,
+        generator: torch.Generator,
+        added: Added | None = None,
     ) -> tuple[torch.Tensor, Terms]:
         """Return the discriminator's loss on latents (B, C, H, W), both noised alike, and its accuracy."""
         noise, timesteps = self._noising(fake, generator)
         twice = [torch.cat([each, each]) for each in (noise, timesteps, text)]
-        of_real, of_fake = self._learner(torch.cat([real, fake.detach()]), *twice).chunk(2)
+        added = {name: torch.cat([each, each]) for name, each in (added or {}).items()}
+        of_real, of_fake = self._learner(torch.cat([real, fake.detach()]), *twice, added).chunk(2)
         loss = discriminator_loss(of_real, of_fake)
         accuracy = ((of_real > 0).float().mean() + (of_fake < 0).float().mean()) / 2
         return loss, {"discriminator": loss.detach(), "accuracy": accuracy}
@@ -57,6 +67,7 @@ class Ladd:
         text: torch.Tensor,
         generator: torch.Generator,
         weights: LossWeights,
+        added: Added | None = None,
     ) -> tuple[torch.Tensor, Terms]:
         """Return the generator's loss and its terms.
 
@@ -67,7 +78,7 @@ class Ladd:
         if weights.adversarial:
             noise, timesteps = self._noising(fake, generator)
             self.discriminator.requires_grad_(False)
-            terms["adversarial"] = generator_loss(self.discriminator(fake, noise, timesteps, text))
+            terms["adversarial"] = generator_loss(self.discriminator(fake, noise, timesteps, text, added))
             self.discriminator.requires_grad_(True)
         if weights.distillation:
             terms["distillation"] = F.smooth_l1_loss(fake, real)

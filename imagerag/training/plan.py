@@ -173,6 +173,7 @@ def _measure(
             text=torch.empty(size, *text),
             h_references=torch.empty(size, k, *examples.features.shape),
             similarities=torch.empty(size, k),
+            added=_added(examples, size),
         )
         ladd = Ladd(discriminator, generator.diffusion)
         weights = config.losses.model_copy(update={"perceptual": 0.0})
@@ -182,8 +183,8 @@ def _measure(
                 fake = generator(batch)
             random = torch.Generator("cpu")
             if config.losses.adversarial:
-                ladd.of_discriminator(fake, batch.latents, batch.text, random)[0].backward()
-            ladd.of_generator(fake, batch.latents, batch.text, random, weights)[0].backward()
+                ladd.of_discriminator(fake, batch.latents, batch.text, random, batch.added)[0].backward()
+            ladd.of_generator(fake, batch.latents, batch.text, random, weights, batch.added)[0].backward()
     return counter.get_total_flops() / size, sum(saved.values()) / 2 / size  # in bfloat16 rather than float32
 
 
@@ -194,8 +195,20 @@ def _forward_flop(unet: Any, examples: Examples) -> float:
 
     latents, text = (_shape(examples.real_table.schema.field(name)) for name in ("latents", "text"))
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(torch.empty(1, *latents), torch.zeros(1), torch.empty(1, *text))
+        unet(torch.empty(1, *latents), torch.zeros(1), torch.empty(1, *text), added_cond_kwargs=_added(examples, 1))
     return float(counter.get_total_flops())
+
+
+def _added(examples: Examples, size: int) -> dict[str, "torch.Tensor"]:
+    """Return `added` of a batch."""
+    import torch
+
+    from imagerag.generation.text import added_conditions
+
+    schema = examples.real_table.schema
+    if "pooled" not in schema.names:
+        return {}
+    return added_conditions(torch.empty(size, *_shape(schema.field("pooled"))), side=0)
 
 
 @contextmanager

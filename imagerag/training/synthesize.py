@@ -224,10 +224,12 @@ class TeacherWorker(_Worker):
         super().__init__(**common)
         from imagerag.generation.base import load_base
         from imagerag.generation.pipeline import ImageRAGTurboPipeline
+        from imagerag.hspace.features import side_of
 
         self._pipeline = ImageRAGTurboPipeline.from_base(load_base(config.teacher, device, dtype))
         self._pipeline.set_progress_bar_config(disable=True)
-        self._conditioner = load_base(base, device, dtype).conditioner
+        student = load_base(base, device, dtype)
+        self._conditioner, self._side = student.conditioner, side_of(student.vae, student.unet)
         self._config = config
 
     def _make(self, rows: pa.Table) -> pa.Table:
@@ -237,6 +239,8 @@ class TeacherWorker(_Worker):
         seeds = [config.seed + number for number in rows["number"].to_pylist()]
         made = self._pipeline(
             rows["prompt"].to_pylist(),
+            height=self._side,
+            width=self._side,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -306,6 +310,10 @@ def _to_rows(
     from imagerag.hspace.features import to_cache
 
     unique = prompts.combine_chunks().dictionary_encode()
-    text = conditioner.encode(unique.dictionary.to_pylist()).embeds[unique.indices.to_numpy().copy()]
-    columns = {"latents": to_column(to_cache(latents)), "text": to_column(to_cache(text))}
+    condition = conditioner.encode(unique.dictionary.to_pylist())
+    made = {"latents": latents}
+    for name, own in (("text", condition.embeds), ("pooled", condition.pooled)):
+        if own is not None:
+            made[name] = own[unique.indices.to_numpy().copy()]
+    columns = {name: to_column(to_cache(each)) for name, each in made.items()}
     return pa.table({"id": ids, "prompt": prompts, **columns})

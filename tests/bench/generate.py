@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from imagerag.embedding.spec import resolve
@@ -78,8 +79,29 @@ def _step(scale: Scale, folder: Path) -> list[Row]:
             peer=median(base),
             peer_name=f"the same without references, diffusers {version('diffusers')}",
             at_most=1.02,
-        )
+        ),
+        graphs(pipeline),
     ]
+
+
+def graphs(pipeline: ImageRAGTurboPipeline) -> Row:
+    """How many graphs a step with references runs where the UNet is compiled as a whole. None would mean that it isn't.
+
+    Args:
+        pipeline: with an index; its UNet is a compiled one afterwards.
+    """
+    torch.compiler.reset()
+    counter = CompileCounter()
+    pipeline.unet = torch.compile(pipeline.unet, backend=counter, fullgraph=True)
+    pipeline("a slice of watermelon", num_references=NUM_REFERENCES, fusion="adapter", output_type="latent")
+    return Row(
+        what=f"a step with {NUM_REFERENCES} references by torch.compile of the whole UNet: graphs that it runs",
+        unit="",
+        ours=counter.frame_count,
+        peer=1,
+        peer_name="a UNet without a break",
+        at_least=1,
+    )
 
 
 def _fetch(scale: Scale, folder: Path) -> list[Row]:

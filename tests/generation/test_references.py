@@ -186,6 +186,37 @@ def test_references_have_weights(pipe: ImageRAGTurboPipeline, plain: ImageRAGTur
     assert [each.weight / each.similarity for each in references] == pytest.approx([2.0, 0.5])
 
 
+@pytest.mark.parametrize("fusion", ["slerp", "adapter"])
+def test_references_have_masks(pipe: ImageRAGTurboPipeline, fusion: str) -> None:
+    """Their H-space is 4 by 4, and each half of the picture is here as if its reference were the only one."""
+    seen: list[torch.Tensor] = []
+    up_block = pipe.unet.up_blocks[0]
+    hook = up_block.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["hidden_states"]), with_kwargs=True
+    )
+
+    def fused(**arguments: Any) -> torch.Tensor:
+        latents(pipe, **{"fusion": fusion, "w": 0.1 if fusion == "slerp" else None} | arguments)
+        return seen[-1]
+
+    left, right = (Image.new("L", (100, 60)) for _ in range(2))
+    left.paste(255, (0, 0, 50, 60))
+    right.paste(255, (50, 0, 100, 60))
+    white, black = Image.new("L", (9, 9), 255), Image.new("1", (9, 9))
+    ids = [row.id for row in call(pipe, "a red dragon", num_references=2).references[0]]
+    one, other, none = fused(reference_ids=ids[:1]), fused(reference_ids=ids[1:]), fused(num_references=0)
+    halves = fused(reference_ids=ids, reference_masks=[left, right])
+    assert torch.allclose(halves[..., :2], one[..., :2], atol=1e-5)
+    assert torch.allclose(halves[..., 2:], other[..., 2:], atol=1e-5)
+    assert not torch.allclose(one, other, atol=1e-3)
+    assert torch.equal(fused(reference_ids=ids, reference_masks=[black, black]), none)
+    shared = fused(reference_ids=ids, reference_masks=[white, white])
+    assert torch.allclose(shared, (one + other) / 2, atol=1e-5)
+    hook.remove()
+    made = call(pipe, "a red dragon", reference_ids=ids, reference_masks=[left, right], num_images_per_prompt=2)
+    assert [len(own) for own in made.references] == [2, 2]
+
+
 def test_the_scale_of_references_is_set_for_all_calls(pipe: ImageRAGTurboPipeline) -> None:
     own, bold = latents(pipe), latents(pipe, adapter_scale=2.0)
     pipe.set_reference_scale(2.0)
@@ -221,7 +252,15 @@ def test_other_heights_and_widths_have_references_too(pipe: ImageRAGTurboPipelin
             {"fusion": "none", "adapter_scale": 2.0},
             "adapter_scale is of fusion 'adapter'; with 'none' it has no effect",
         ),
-        ({"reference_images": Image.new("RGB", (16, 16)), "compose": True}, "references are given: no effect"),
+        (
+            {"reference_images": Image.new("RGB", (16, 16)), "compose": True},
+            "references are given: compose has no effect",
+        ),
+        ({"fusion": "none", "reference_weights": 2.0}, "no references are used: reference_weights has no effect"),
+        (
+            {"num_references": 0, "reference_masks": Image.new("L", (9, 9))},
+            "no references are used: reference_masks has no effect",
+        ),
     ],
 )
 def test_arguments_without_effect_warn(pipe: ImageRAGTurboPipeline, arguments: dict[str, Any], message: str) -> None:
