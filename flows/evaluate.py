@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from imagerag.config import Config
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.registry.champion import present_champion
-from imagerag.settings import Settings, check_name
+from imagerag.settings import DEFAULT_NAME, Settings, check_name
 from imagerag.training.job import newest_finetuned, read_finetuned
 from tasks.evaluate import evaluate_adapter, pass_gate, register_model
 from tasks.parameters import flow_of
@@ -19,7 +19,7 @@ from tasks.slots import compute_slot
 class EvaluateParameters(Config):
     """What to measure, and what to reach."""
 
-    name: str = Field(default="images", description="The corpus, with a published index.")
+    name: str = Field(default=DEFAULT_NAME, description="The corpus, with a published index.")
     adapter: str | None = Field(
         default=None, description="A folder that a training left; unset: that of the corpus's last training."
     )

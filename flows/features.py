@@ -7,7 +7,7 @@ from imagerag.config import Config
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.retrieval.index import IndexConfig
 from imagerag.retrieval.publish import PublishConfig
-from imagerag.settings import check_name
+from imagerag.settings import DEFAULT_NAME, check_name
 from tasks.features import make_features
 from tasks.index import index_rows
 from tasks.parameters import flow_of
@@ -20,7 +20,7 @@ from tasks.slots import compute_slot
 class FeaturesParameters(Config):
     """Which index to make features for, and how."""
 
-    name: str = Field(default="images", description="The corpus.")
+    name: str = Field(default=DEFAULT_NAME, description="The corpus.")
     features: FeaturesConfig = Field(default=FeaturesConfig(), description="How features are made.")
     index: IndexConfig = Field(default=IndexConfig(), description="How the index is built.")
     publish: PublishConfig = Field(default=PublishConfig(), description="What a version must pass to be published.")

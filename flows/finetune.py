@@ -3,7 +3,7 @@
 from pydantic import Field, field_validator
 
 from imagerag.config import Config
-from imagerag.settings import check_name
+from imagerag.settings import DEFAULT_NAME, check_name
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
 from imagerag.training.plan import Plan
@@ -17,7 +17,7 @@ from tasks.slots import compute_slot
 class FinetuneParameters(Config):
     """What to learn from, and how; unset values are of the recipe `tiny`."""
 
-    name: str = Field(default="images", description="The corpus, which needs features of the base model.")
+    name: str = Field(default=DEFAULT_NAME, description="The corpus, which needs features of the base model.")
     data: SynthesizeConfig = Field(default=config.tiny().data, description="What is learnt from.")
     training: FinetuneConfig = Field(default=config.tiny().training, description="How it is learnt.")
     workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="On which machines.")

@@ -14,7 +14,7 @@ from imagerag.errors import UserError
 from imagerag.retrieval.index import IndexConfig
 from imagerag.retrieval.publish import PublishConfig, published_rows
 from imagerag.retrieval.store import Store
-from imagerag.settings import Settings, check_name
+from imagerag.settings import DEFAULT_NAME, Settings, check_name
 from tasks.download import download_images
 from tasks.embed import embed_images
 from tasks.index import index_rows
@@ -33,7 +33,7 @@ class CorpusParameters(Config):
         "jsonl, or URLs alone as txt; or a dataset with its images, as parquet, webdataset tars or a Lance table. A "
         "list is a file, also packed (.gz, .zst), or a folder or a glob of them.",
     )
-    name: str = Field(default="images", description="Names the corpus: its shards folder and its table.")
+    name: str = Field(default=DEFAULT_NAME, description="Names the corpus: its shards folder and its table.")
     captions: str | None = Field(
         default=None,
         description="Of a folder's images: a table of file names and captions, as parquet, csv, tsv, json or jsonl. "

@@ -126,6 +126,19 @@ def prefect_server(settings: Settings) -> Iterator[str]:
         _stop(service)
 
 
+def prefect_api(settings: Settings) -> str | None:
+    """Return the API's URL of a Prefect server that runs: of the settings', else of `up`'s."""
+    server = find(settings.home, PREFECT)
+    return settings.prefect_api_url or (f"{server.url}/api" if server else None)
+
+
+def mlflow_link(settings: Settings, page: str) -> str | None:
+    """Return the address of a page of MLflow's UI, if there is a server: of the settings', else of `up`'s."""
+    server = find(settings.home, MLFLOW)
+    url = settings.mlflow_tracking_uri or (server.url if server else None)
+    return f"{url}/#/{page}" if url else None
+
+
 def find(home: Path, name: str) -> Service | None:
     """Return the running service `name` of this home, if there is one."""
     try:

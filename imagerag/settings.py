@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSou
 from imagerag.errors import UserError
 
 PREFIX = "IMAGERAG_"
+DEFAULT_NAME = "images"
+"""Name of a corpus where none is given."""
 _NOT_SETTINGS = {"IMAGERAG_PROJECT"}  # internal: see `imagerag.services`
 _OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+\w*)?)")  # set by Kubernetes
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")

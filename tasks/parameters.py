@@ -15,6 +15,7 @@ from pydantic_core import MISSING
 
 from imagerag.config import Config, validated
 from imagerag.errors import UserError
+from tasks.dashboard import write_dashboard
 from tasks.policy import hide_user_tracebacks
 
 C = TypeVar("C", bound=Config)
@@ -40,8 +41,14 @@ def flow_of(model: type[C]) -> Callable[[Callable[[C], R]], Flow[..., R]]:
             return function(validated(model, given))
 
         run.__signature__ = _signature(model)  # type: ignore[attr-defined]
-        version = file_hash(getfile(function))
-        return flow(name=name, version=version, flow_run_name=f"{name} {{name}}", validate_parameters=False)(run)
+        return flow(
+            name=name,
+            version=file_hash(getfile(function)),
+            flow_run_name=f"{name} {{name}}",
+            validate_parameters=False,
+            on_completion=[write_dashboard],
+            on_failure=[write_dashboard],
+        )(run)
 
     return decorate
 

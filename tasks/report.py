@@ -25,6 +25,9 @@ from imagerag.training.config import describe_accuracy
 from imagerag.training.plan import Plan
 from tasks.cost import Measured, cost
 
+FAILURES = "failures"
+"""The kind of the artifact that has the failed rows of a corpus by reason."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusReport:
@@ -57,7 +60,7 @@ class CorpusReport:
 
     def markdown(self) -> str:
         """The report as a page."""
-        lines = [f"# {self.name}", "", _table({row["figure"]: row["value"] for row in self.rows()})]
+        lines = [f"# {self.name}", "", table({row["figure"]: row["value"] for row in self.rows()})]
         lines += ["", "## Checks before publishing", "", "| check | result | seen |", "|---|---|---|"]
         checks = self.publication.checks
         lines += [f"| {check.name} | {'pass' if check.passed else '**fail**'} | {check.detail} |" for check in checks]
@@ -80,7 +83,7 @@ def write_report(report: CorpusReport) -> None:
             {"reason": reason, "rows": count, "first": "\n".join(report.download.examples.get(reason, ()))}
             for reason, count in _by_count(report.download.reasons)
         ],
-        key=_key("failures", report.name),
+        key=artifact_key(FAILURES, report.name),
         description=f"Failed rows of {report.name} by reason",
     )
 
@@ -103,7 +106,7 @@ class FeaturesReport:
             f"{_rate(cached.num_added, cached.duration_s)}",
             "published": _version(self.publication.version),
         }
-        return f"# {self.name}: features\n\n{_table(figures)}"
+        return f"# {self.name}: features\n\n{table(figures)}"
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -136,7 +139,7 @@ class FinetuneReport:
         }
         if finetuned.discriminator_accuracy is not None:
             figures["discriminator"] = describe_accuracy(finetuned.discriminator_accuracy)
-        return f"# {self.name}: fine-tuning\n\n{_table(figures)}"
+        return f"# {self.name}: fine-tuning\n\n{table(figures)}"
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -227,15 +230,17 @@ def _refreshed(download: Download) -> dict[str, str]:
 
 def _write(kind: str, name: str, description: str, markdown: str, stages: Sequence[Measured]) -> None:
     """Leave a page as a markdown artifact, with what the running flow cost at its end."""
-    page = f"{markdown}\n\n## Cost\n\n{_table(cost(stages))}\n"
-    create_markdown_artifact(page, key=_key(kind, name), description=description)
+    page = f"{markdown}\n\n## Cost\n\n{table(cost(stages))}\n"
+    create_markdown_artifact(page, key=artifact_key(kind, name), description=description)
 
 
-def _key(kind: str, name: str) -> str:
+def artifact_key(kind: str, name: str) -> str:
+    """Return the key of what is reported of a corpus."""
     return f"{kind}-{name.replace('_', '-')}"
 
 
-def _table(figures: Mapping[str, str]) -> str:
+def table(figures: Mapping[str, str]) -> str:
+    """Return figures with their values as a table in markdown."""
     rows = (f"| {figure} | {value} |" for figure, value in figures.items())
     return "\n".join(["| what | figure |", "|---|---|", *rows])
 

@@ -28,6 +28,7 @@ from imagerag.cli import (
     search,
     services,
     settings,
+    status,
     submit,
     tiny,
 )
@@ -55,6 +56,7 @@ app.command()(features.features)
 app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(evaluate.pipeline)
+app.command()(status.status)
 app.command()(search.search)
 app.command()(generate.generate)
 app.command()(compare.compare)

@@ -167,7 +167,7 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
     from imagerag.registry.versions import MODEL_NAME
     from imagerag.retrieval.page import write_whole
     from imagerag.retrieval.search import Retriever
-    from imagerag.services import MLFLOW, PREFECT, find
+    from imagerag.services import PREFECT, find, mlflow_link
 
     results = read_results(done["evaluation"])
     links = {"images of held-out concepts in every way, with their references": f"{done['evaluation']}/{PAGE}"}
@@ -176,12 +176,11 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
         links["the run in Prefect"] = f"{server.url}/runs/flow-run/{done['flow_run']}"
     else:
         notes.insert(0, f"The run in Prefect: `make up`, and at its address /runs/flow-run/{done['flow_run']}.")
-    place = f"/#/models/{MODEL_NAME}/versions/{done['version']}"
-    mlflow = find(settings.home, MLFLOW)
-    if address := settings.mlflow_tracking_uri or (mlflow.url if mlflow else None):
-        links["the model in MLflow"] = f"{address}{place}"
+    place = f"models/{MODEL_NAME}/versions/{done['version']}"
+    if link := mlflow_link(settings, place):
+        links["the model in MLflow"] = link
     else:
-        notes.insert(0, f"The model in MLflow: `make up`, and at its address {place}.")
+        notes.insert(0, f"The model in MLflow: `make up`, and at its address /#/{place}.")
     tables = [("The model on held-out concepts", list(results.rows()))]
     if growth.before is not None and growth.after is not None:
         head = ["", f"recognised among {growth.before.num}"]

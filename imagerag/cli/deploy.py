@@ -29,16 +29,13 @@ def deploy() -> None:
     import asyncio
 
     import flows
-    from imagerag.services import PREFECT, deployments_file, find, prefect_environment
+    from imagerag.services import deployments_file, prefect_api, prefect_environment
     from imagerag.settings import Settings
 
     settings = Settings()
-    api_url = settings.prefect_api_url
+    api_url = prefect_api(settings)
     if api_url is None:
-        server = find(settings.home, PREFECT)
-        if server is None:
-            raise UserError(f"no Prefect server runs for {settings.home}: `imagerag up` starts one")
-        api_url = f"{server.url}/api"
+        raise UserError(f"no Prefect server runs for {settings.home}: `imagerag up` starts one")
     assert flows.__file__ is not None
     project = Path(flows.__file__).parent.parent
     path = deployments_file(project)

@@ -6,8 +6,6 @@ import typer
 
 from imagerag.errors import UserError
 
-DEFAULT = "images"
-
 NameOption = Annotated[str | None, typer.Option(help="Name of the corpus. Default: the only one, or `images`.")]
 
 
@@ -18,11 +16,11 @@ def corpus_name(name: str | None) -> str:
         UserError: if `name` is invalid, or there are several corpora and none is named `images`.
     """
     from imagerag.retrieval.store import list_stores
-    from imagerag.settings import Settings, check_name
+    from imagerag.settings import DEFAULT_NAME, Settings, check_name
 
     if name is not None:
         return check_name(name)
     names = [store.name for store in list_stores(Settings().index_uri)]
-    if len(names) > 1 and DEFAULT not in names:
+    if len(names) > 1 and DEFAULT_NAME not in names:
         raise UserError(f"there are several corpora; choose one by --name: {', '.join(names)}")
-    return names[0] if len(names) == 1 else DEFAULT
+    return names[0] if len(names) == 1 else DEFAULT_NAME

@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefe
 CAPTIONS = {"a.png": "a red mug", "b/c.png": "a blue cup", "b/d.png": "a green bowl"}
 
 
-def _pages() -> list[str]:
+def _pages(key: str = "corpus-folder") -> list[str]:
     with get_client(sync_client=True) as client:
-        return [artifact.data for artifact in client.read_artifacts() if artifact.key == "corpus-folder"]
+        return [artifact.data for artifact in client.read_artifacts() if artifact.key == key]
 
 
 def test_a_folder_is_published_with_its_captions_and_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +47,10 @@ def test_a_folder_is_published_with_its_captions_and_followed(tmp_path: Path, mo
     assert "| machine-seconds | " in cost
     assert "| images | 3 fetched, 3 embedded |" in cost
     assert f"| bytes of images stored | {first.download.num_bytes:,} |" in cost
+
+    (at_a_glance,) = _pages("status-folder")
+    assert ", 3 rows, since " in at_a_glance
+    assert "| Completed |" in at_a_glance.partition("[ingest folder]")[2]
 
     (folder / "b" / "d.png").unlink()
     captions.write_text("file,caption\na.png,a red mug\nb/c.png,a blue cup\n")
