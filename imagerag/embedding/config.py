@@ -1,4 +1,4 @@
-"""How an embedding job uses its machines."""
+"""Configuration of the embedding job."""
 
 from pydantic import Field
 
@@ -6,11 +6,9 @@ from imagerag.workers import WorkersConfig
 
 
 class EmbedConfig(WorkersConfig):
-    """What is not set adapts to the machines that Ray knows."""
+    """How a corpus is embedded. Unset values adapt to Ray's machines."""
 
-    batch_size: int = Field(
-        default=256, ge=1, le=16_384, description="Images that a worker embeds and writes at a time."
-    )
+    batch_size: int = Field(default=256, ge=1, le=16_384, description="Images per batch on a worker, and per write.")
     commit_every_s: float = Field(
-        default=60.0, ge=0, description="Seconds of work that a killed job loses at most, beside what is in flight."
+        default=60.0, ge=0, description="Seconds between commits; a killed job loses its uncommitted work."
     )

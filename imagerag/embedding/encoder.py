@@ -1,4 +1,4 @@
-"""The CLIP encoder: images and texts to vectors of one space, the same way for the index and for a query."""
+"""The CLIP encoder: embeds images and texts into one space, identically for the index and for queries."""
 
 import io
 import os
@@ -24,16 +24,17 @@ T = TypeVar("T")
 Embeddings = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 _MAX_ASPECT = 16
-"""Of a longer image only the middle is used, because resizing its short side would make the long one huge."""
+"""Maximum aspect ratio; longer images are centre-cropped, because resizing the short side would make the long one huge.
+"""
 
 
 class UndecodableImageError(ValueError):
-    """Bytes that are no image, or not a whole one."""
+    """An image is corrupt or truncated."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(index, reason)
         self.index = index
-        """Position of the image in the list that was to be encoded."""
+        """Position of the image in the input list."""
         self.reason = reason
 
     def __str__(self) -> str:
@@ -41,10 +42,10 @@ class UndecodableImageError(ValueError):
 
 
 class Encoder:
-    """An open_clip model with its preprocessing and tokenizer; `load_encoder` makes one.
+    """An open_clip model with its preprocessing and tokenizer, created by `load_encoder`.
 
-    Embeddings are L2-normalised. An input has the same embedding alone and in a batch up to 1e-5 a value in fp32 and
-    1e-2 in half precision, because matrix products are summed in another order.
+    Embeddings are L2-normalised. They depend on the batch by up to 1e-5 per value in fp32 and 1e-2 in half precision,
+    because of the order of summation in matrix products.
     """
 
     def __init__(
@@ -65,24 +66,24 @@ class Encoder:
         self._model = model.eval().requires_grad_(False).to(self.device)
         self._tokenizer = tokenizer
         transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
-        # The first steps work on one Pillow image, the last two (to tensor, normalise) are cheaper for a whole batch.
+        # The last two steps (to tensor, normalise) are cheaper for a whole batch than per image.
         *self._resize, _, self._normalize = transform.transforms
         self._batch_size = 32 if self.device.type == "cpu" else 256
         self._decoders = ThreadPoolExecutor(os.cpu_count())
 
     def encode_images(self, images: Sequence[Image.Image | bytes]) -> Embeddings:
-        """Return embeddings (N, D) of images, or of image files' bytes.
+        """Return embeddings (N, D) of images or encoded images.
 
-        The next images are decoded while the device is busy with the ones before them.
+        Decoding in threads overlaps with the computation of earlier batches.
 
         Raises:
-            UndecodableImageError: if one is broken or truncated.
+            UndecodableImageError: if an image is corrupt or truncated.
         """
         pixels = self._decoders.map(self._preprocess, range(len(images)), images)
         return self._encode(self._encode_pixels, _batched(pixels, self._batch_size))
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
-        """Return embeddings (N, D). What exceeds the model's context length is cut off."""
+        """Return embeddings (N, D) of texts, truncated to the model's context length."""
         return self._encode(self._encode_strings, _batched(texts, self._batch_size))
 
     def _encode(self, encode: Callable[[list[T]], "torch.Tensor"], batches: Iterator[list[T]]) -> Embeddings:
@@ -108,7 +109,7 @@ class Encoder:
         return features
 
     def _preprocess(self, index: int, image: Image.Image | bytes) -> np.ndarray:
-        """Return the pixels (H, W, 3), bytes, that the model sees of one image."""
+        """Return the resized and cropped pixels of one image as bytes (H, W, 3)."""
         try:
             opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
             pixels = to_rgb(opened)
@@ -125,11 +126,11 @@ def load_encoder(spec: str, device: str | None = None, dtype: Dtype | None = Non
     Args:
         spec: `tiny`, an open_clip name and pretrained tag (`ViT-B-32/laion2b_s34b_b79k`), a hub id and full commit
             (`hf-hub:org/name@<40 hexadecimal digits>`), or a folder in open_clip's `local-dir` format.
-        device: a torch device; by default the GPU where there is one.
-        dtype: what matrix products are computed in; by default fp32 on the CPU and fp16 elsewhere.
+        device: a torch device; by default the GPU, if there is one.
+        dtype: dtype of matrix products (autocast); by default fp32 on CPUs and fp16 elsewhere.
 
     Raises:
-        UserError: if there is no such encoder, or its weights are not safetensors.
+        UserError: if the encoder does not exist, or its weights are not safetensors.
     """
     import open_clip
     import torch
@@ -146,7 +147,7 @@ def load_encoder(spec: str, device: str | None = None, dtype: Dtype | None = Non
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` as people see it, RGB, and of a very long one the middle."""
+    """Return `image` upright in sRGB, centre-cropped to an aspect ratio of at most 16."""
     image = upright_srgb(image)
     width, height = (min(side, _MAX_ASPECT * min(image.size)) for side in image.size)
     if (width, height) == image.size:

@@ -1,8 +1,8 @@
-"""Bring a table to what a corpus wants: embed and add what is missing, remove what is wanted no more.
+"""The embedding job: synchronises a table with a corpus by embedding missing rows and deleting stale ones.
 
-Ray Data streams the shards through workers that hold an encoder each. A worker writes its rows to files that belong to
-no version of the table yet and returns their description; the driver commits these every minute. So no image passes
-through the driver, a job that dies loses a minute, and the next one computes what is missing and goes on.
+Ray Data streams the shards to workers, each with an encoder. A worker writes its rows to uncommitted fragments and
+returns their metadata; the driver commits them every minute (`commit_every_s`). So no images pass through the driver, a
+killed job loses about a minute of work, and the next one resumes.
 """
 
 import logging
@@ -35,16 +35,16 @@ from imagerag.settings import Settings
 from imagerag.workers import Dtype, plan_workers, resources_of, watched
 
 _COMPARED = ["id", "url", "source", "licence"]
-"""A row of the table is as the corpus wants it if these are."""
+"""Columns that identify an up-to-date row; a row that differs in one of them is replaced."""
 _IMAGE_SUFFIXES = {".jpg", ".png", ".webp"}
 _BLOCK_ROWS = 64
 _BLOCK_BYTES = 16 * 2**20
 _IN_FLIGHT_BYTES = 128 * 2**20
-"""Images that wait for an encoder: what bounds memory, however many there are."""
+"""Limit of queued images per worker, which bounds memory."""
 
 
 class CorruptShardError(RuntimeError):
-    """A shard doesn't hold what it should."""
+    """An image is missing from its shard or can't be decoded."""
 
 
 def embed(
@@ -57,27 +57,31 @@ def embed(
     on_progress: OnProgress = silent,
     max_shrink: float = MAX_SHRINK,
 ) -> Embedded:
-    """Make the table of `store` hold exactly the rows that the corpus in `shards_uri` wants.
+    """Synchronise the table of `store` with the corpus in `shards_uri`, so that it holds exactly the corpus's rows.
 
-    Two URLs with the same image and caption are one row, the first one's. A row whose URL, source or licence changed
-    is removed and added again. Where nothing is missing, neither Ray nor the model is started.
+    Idempotent: if no rows are missing, neither Ray nor the model is started. URLs with the same image and caption are
+    one row, with the first URL. A row whose URL, source or licence changed is deleted and added again.
 
     Args:
-        encoder: see `load_encoder`.
-        on_progress: is told of added rows.
-        max_shrink: the largest share by which the table may shrink. Rows that are deleted lose their features, and a
-            list that was cut short must not cost them.
+        shards_uri: URI of the corpus.
+        store: the table; created if it does not exist.
+        encoder: `tiny`, an open_clip name and pretrained tag, a hub id and full commit, or a folder.
+        config: batch size, commit interval and workers.
+        settings: Ray's address and other settings.
+        on_progress: progress callback, called with added rows.
+        max_shrink: largest share of rows that may be deleted. Deleted rows lose their cached features, and a truncated
+            list must not cause that.
 
     Raises:
-        UserError: if there is no such encoder, the table holds another encoder's rows, it would shrink too much, or
-            there are fewer GPUs or cores than `config` asks for.
-        CorruptShardError: if an image that the corpus has can't be read from its shard.
-        StalledError: if the workers hang. Calling again goes on where they stopped.
+        UserError: if the encoder does not exist, the table holds another encoder's rows, it would shrink too much, or
+            there are fewer GPUs or cores than `config` requests.
+        CorruptShardError: if an image of the corpus can't be read from its shard.
+        StalledError: if the workers hang. Calling again resumes.
     """
     started = time.perf_counter()
     identity = resolve(encoder).identity
     with store.writer_lock():
-        images = wanted_images(shards_uri)  # now, as another job may have changed it while this one waited
+        images = wanted_images(shards_uri)  # under the lock, as another job may have changed it
         wanted = unique_rows(images)
         store.open_or_create(identity)
         missing, stale = compare(wanted, store.dataset().to_table(columns=_COMPARED))
@@ -90,7 +94,7 @@ def embed(
             try:
                 machine_s = _commit_all(batches, missing.num_rows, store, config, on_progress)
             except BaseException:
-                # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
+                # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
                 stop_ray()
                 raise
         return Embedded(
@@ -109,9 +113,9 @@ def embed(
 
 
 def unique_rows(images: pa.Table) -> pa.Table:
-    """Return `images` with their `id`, and only the first of those that are the same image and caption.
+    """Add the column `id` to `images`, and keep the first row of each id (image and caption).
 
-    What is not known of the source or licence is empty.
+    Null sources and licences become empty strings.
     """
     rows = images.append_column("id", row_ids(images["sha256"], images["caption"]))
     for name in ("source", "licence"):
@@ -121,7 +125,7 @@ def unique_rows(images: pa.Table) -> pa.Table:
 
 
 def compare(wanted: pa.Table, present: pa.Table) -> tuple[pa.Table, pa.Array]:
-    """Return the rows of `wanted` that are not in `present` as they should be, and the ids of `present` to remove."""
+    """Return the rows of `wanted` that are missing or outdated in `present`, and the ids of `present` to delete."""
     missing = _numbered(wanted).join(present, _COMPARED, join_type="left anti")["row"]
     stale = present.join(wanted.select(_COMPARED), _COMPARED, join_type="left anti")["id"]
     return wanted.take(missing.sort()), stale.combine_chunks()
@@ -132,10 +136,10 @@ def _numbered(rows: pa.Table) -> pa.Table:
 
 
 def read_images(rows: pa.Table, shards_uri: str) -> Iterator[pa.Table]:
-    """Yield `rows`, which are of one shard, in the shard's order and with their `image`, the file's bytes.
+    """Yield blocks of `rows`, all of one shard, in the shard's order and with the column `image` (encoded bytes).
 
     Raises:
-        CorruptShardError: if a row's image is not there.
+        CorruptShardError: if an image is missing from the shard.
     """
     (shard,) = rows["shard"].unique().to_pylist()
     path = shard_path(shards_uri, shard)
@@ -162,7 +166,7 @@ def read_images(rows: pa.Table, shards_uri: str) -> Iterator[pa.Table]:
 
 
 class Worker:
-    """Holds an encoder in a process of its own, embeds rows and writes them."""
+    """Ray actor that holds an encoder, embeds rows and writes them as fragments."""
 
     def __init__(
         self,
@@ -177,7 +181,7 @@ class Worker:
         import torch
 
         started = time.perf_counter()
-        torch.set_num_threads(num_threads)  # Ray starts workers with one
+        torch.set_num_threads(num_threads)  # Ray sets 1
         self._encoder = load_encoder(identity.id, device, dtype)
         if self._encoder.identity.digest != identity.digest:
             raise UserError(
@@ -189,7 +193,7 @@ class Worker:
         self._unreported_s = time.perf_counter() - started
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return one row: the JSON of the `fragments` written, `num_rows` and `machine_s`."""
+        """Embed and write `rows`; return one row with the `fragments` as JSON, `num_rows` and `machine_s`."""
         started = time.perf_counter()
         captions = rows["caption"].combine_chunks().dictionary_encode()
         text_embeds = self._encoder.encode_texts(captions.dictionary.to_pylist())[captions.indices.to_numpy()]
@@ -214,11 +218,11 @@ class Worker:
 def _embedded_batches(
     missing: pa.Table, shards_uri: str, store: Store, identity: EncoderIdentity, config: EmbedConfig
 ) -> Iterator[dict[str, Any]]:
-    """Yield what `Worker` returns, batch by batch."""
+    """Yield the results of `Worker` per batch."""
     import ray
     from ray.data import ActorPoolStrategy, ExecutionResources, TaskPoolStrategy
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan and every finished execution
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every plan and execution
 
     device, num_workers, num_threads = plan_workers(ray.nodes(), config)
     dataset = ray.data.from_arrow([missing.filter(pc.equal(missing["shard"], s)) for s in missing["shard"].unique()])
@@ -233,8 +237,8 @@ def _embedded_batches(
         fn_kwargs={"shards_uri": shards_uri},
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=0,  # next to none, and the workers may have them all
-        # One reader is far ahead of an encoder on CPU cores, and is a process of 150 MB.
+        num_cpus=0,  # readers need little CPU, and the workers may reserve all cores
+        # One reader outpaces an encoder on CPU cores, and each is a process of 150 MB.
         compute=TaskPoolStrategy(size=num_workers if device == "cpu" else 2 * num_workers),
     )
     batches = images.map_batches(
@@ -262,7 +266,7 @@ def _commit_all(
     config: EmbedConfig,
     on_progress: OnProgress,
 ) -> float:
-    """Commit everything that the workers write, and return their machine-seconds."""
+    """Commit the workers' fragments every `commit_every_s`, and return their machine-seconds."""
     version, num_done, machine_s = store.version, 0, 0.0
     fragments: list[str] = []
     last_commit = time.monotonic()

@@ -1,4 +1,4 @@
-"""How an encoder is named, and the files on this machine that the name stands for."""
+"""Encoder specs and their resolution to local files."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ TINY = "tiny"
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = "open_clip_model.safetensors"
 _FILES = ("*.json", "*.txt", "*.model", _WEIGHTS)
-"""What open_clip reads of a folder: configuration, tokenizer and weights."""
+"""Files that open_clip reads from a folder: configuration, tokenizer and weights."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB = re.compile(r"hf-hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 _PRETRAINED = re.compile(r"(?P<name>[\w.-]+)/(?P<tag>[\w.-]+)")
@@ -27,19 +27,19 @@ _FORMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFiles:
-    """What an encoder is made of. Nothing of it is loaded yet."""
+    """The files of an encoder, not loaded yet."""
 
     identity: EncoderIdentity
     folder: Path
     text_tower: Path | None = None
-    """Weights of the text tower alone, in Hugging Face's format, if they are a file of their own."""
+    """Weights of the text tower in Hugging Face's format, if they are in a separate file."""
 
 
 def check_spec(spec: str) -> str:
-    """Return `spec` if it has one of the forms that name an encoder. Reads no weights and no network.
+    """Return `spec` if it has a valid form, without reading weights or accessing the network.
 
     Raises:
-        UserError: if it has not.
+        UserError: if the form is invalid.
     """
     if spec.startswith("hf-hub:"):
         if not _HUB.fullmatch(spec):
@@ -53,10 +53,10 @@ def check_spec(spec: str) -> str:
 
 
 def resolve(spec: str) -> EncoderFiles:
-    """Return the files of the encoder `spec`, after downloading them if they are on the hub and not cached.
+    """Return the files of the encoder `spec`; files on the hub are downloaded unless they are cached.
 
     Raises:
-        UserError: if there is no such encoder, or it has no safetensors weights.
+        UserError: if the encoder does not exist, or has no safetensors weights.
     """
     check_spec(spec)
     text_tower = None
@@ -68,7 +68,7 @@ def resolve(spec: str) -> EncoderFiles:
         _check_folder(folder)
         files = _select(folder)
     config = json.loads((folder / _CONFIG).read_text())
-    name = str(folder) if _is_folder(spec) else spec  # workers may start in another folder
+    name = str(folder) if _is_folder(spec) else spec  # workers may have another working directory
     identity = EncoderIdentity(id=name, digest=_digest(files), dim=config["model_cfg"]["embed_dim"])
     return EncoderFiles(identity=identity, folder=folder, text_tower=text_tower)
 

@@ -1,1 +1,1 @@
-"""What is measured of generated pictures, by networks that had no part in making or retrieving them."""
+"""Evaluation of generated pictures, by networks that are independent of generation and retrieval."""

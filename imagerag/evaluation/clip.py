@@ -1,4 +1,4 @@
-"""Metrics by networks that have to be at hand as files: CLIP score, CMMD, aesthetics and FID. Nothing is fetched."""
+"""Metrics whose networks the user provides as files: CLIP score, CMMD, aesthetics and FID. Nothing is downloaded."""
 
 import tempfile
 from collections.abc import Sequence
@@ -23,13 +23,17 @@ _MMD_SCALE = 1000.0
 
 
 class Clip:
-    """A CLIP of transformers' format, which is an evaluator alone."""
+    """A CLIP model in transformers' format, used for evaluation only."""
 
     def __init__(self, folder: str, encoder_id: str) -> None:
-        """Load it. Args: encoder_id: the index's encoder, which must be another one.
+        """Load the model.
+
+        Args:
+            folder: a transformers folder with safetensors weights.
+            encoder_id: the index's encoder, which must not be the evaluator.
 
         Raises:
-            UserError: if the folder holds no CLIP in safetensors, or the one that retrieves.
+            UserError: if the folder holds no CLIP in safetensors, or is the index's encoder.
         """
         from transformers import CLIPModel, CLIPProcessor
 
@@ -41,8 +45,8 @@ class Clip:
         self._last: tuple[Sequence[Image.Image], Floats] | None = None
 
     def images(self, pictures: Sequence[Image.Image]) -> Floats:
-        """Return embeddings (N, D) of length one."""
-        # Several metrics ask for the same pictures, one after the other.
+        """Return L2-normalised image embeddings (N, D)."""
+        # Several metrics need the embeddings of the same pictures in turn.
         if self._last is None or self._last[0] is not pictures:
             self._last = pictures, self._embed(pictures)
         return self._last[1]
@@ -58,13 +62,13 @@ class Clip:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Floats:
-        """Return embeddings (N, D) of length one."""
+        """Return L2-normalised text embeddings (N, D)."""
         tokens = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
         return _normalized(self._model.text_projection(self._model.text_model(**tokens).pooler_output))
 
 
 class ClipScore:
-    """The cosine of picture and prompt by CLIP (arXiv 2104.08718, without its factor of 2.5)."""
+    """Cosine similarity of the CLIP embeddings of picture and prompt (arXiv 2104.08718, without its factor of 2.5)."""
 
     name: MetricName = "clip_score"
     title = "CLIP score"
@@ -74,13 +78,13 @@ class ClipScore:
         self._clip, self._texts = clip, clip.texts(prompts)
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return a cosine for each picture."""
+        """Return the cosine similarity of each picture (N,)."""
         scores: Floats = (self._clip.images(pictures.made.images) * self._texts[pictures.numbers]).sum(1)
         return scores
 
 
 class Cmmd:
-    """Distance of CLIP's embeddings, as a whole, from those of the index's pictures (CMMD, arXiv 2401.09603)."""
+    """Maximum mean discrepancy between CLIP embeddings of generated and real pictures (CMMD, arXiv 2401.09603)."""
 
     name: MetricName = "cmmd"
     title = "CMMD"
@@ -91,7 +95,7 @@ class Cmmd:
         self._spread = _spread(check_enough(self._real, "the index"))
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return one number, unbiased, with a Gaussian kernel of width 10, times 1,000, as in the paper."""
+        """Return the unbiased MMD² with a Gaussian kernel of sigma 10, times 1,000, as in the paper."""
         own = check_enough(self._clip.images(pictures.made.images), "each way")
         return distance_of(pictures, own, self._distance)
 
@@ -100,29 +104,33 @@ class Cmmd:
 
 
 class Aesthetics:
-    """LAION's aesthetic predictor: a head on CLIP's embeddings, whose layers follow each other without activations."""
+    """LAION's aesthetic predictor: linear layers without activations on CLIP embeddings."""
 
     name: MetricName = "aesthetics"
     title = "aesthetics"
     larger_is_better = True
 
     def __init__(self, clip: Clip, path: str) -> None:
-        """Raises UserError if the file holds no such head."""
+        """Load the head.
+
+        Raises:
+            UserError: if the file does not hold linear layers that end in one value.
+        """
         weights = load_tensors(path)
         names = sorted((name for name in weights if name.endswith("weight")), key=_layer_of)
         layers = [(weights[name], weights.get(f"{name.removesuffix('weight')}bias")) for name in names]
         if not layers or any(w.ndim != 2 or b is None for w, b in layers) or len(layers[-1][0]) != 1:
-            raise UserError(f"files.aesthetic_head has to hold linear layers down to one value; {path} does not")
+            raise UserError(f"files.aesthetic_head must hold linear layers down to one value; {path} does not")
         self._clip = clip
         self._layers = [(w.float().numpy(), b.float().numpy()) for w, b in layers if b is not None]
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return a score for each picture, 1 to 10."""
+        """Return the aesthetic score of each picture (N,), 1 to 10."""
         values = self._clip.images(pictures.made.images)
         if values.shape[1] != self._layers[0][0].shape[1]:
             raise UserError(
-                f"files.aesthetic_head takes embeddings of {self._layers[0][0].shape[1]}; files.clip has them of "
-                f"{values.shape[1]}"
+                f"files.aesthetic_head takes embeddings of dimension {self._layers[0][0].shape[1]}; files.clip has "
+                f"dimension {values.shape[1]}"
             )
         for weight, bias in self._layers:
             values = values @ weight.T + bias
@@ -131,17 +139,21 @@ class Aesthetics:
 
 
 class Fid:
-    """Fréchet distance of Inception's features, by torch-fidelity's network, from those of the index's pictures."""
+    """Fréchet Inception distance between generated pictures and the index's, with torch-fidelity's InceptionV3."""
 
     name: MetricName = "fid"
     title = "FID"
     larger_is_better = False
 
     def __init__(self, path: str, real: Real) -> None:
-        """Raises UserError if the file can't be read, or holds anything but tensors."""
+        """Load the network and compute the features of the real pictures.
+
+        Raises:
+            UserError: if the file can't be read as tensors, or they are not InceptionV3's.
+        """
         from torch_fidelity.utils import create_feature_extractor
 
-        # torch-fidelity unpickles whatever the file holds; what it is given here was read as tensors alone.
+        # torch-fidelity unpickles its weights file, so it receives a copy that was loaded with weights_only.
         with tempfile.NamedTemporaryFile(suffix=".pth") as safe:
             torch.save(load_tensors(path), safe.name)
             try:
@@ -149,18 +161,18 @@ class Fid:
                     "inception-v3-compat", ["2048"], cuda=False, verbose=False, feature_extractor_weights_path=safe.name
                 )
             except RuntimeError as error:
-                raise UserError(f"files.inception has to hold torch-fidelity's InceptionV3; {path}: {error}") from error
+                raise UserError(f"files.inception must hold torch-fidelity's InceptionV3; {path}: {error}") from error
         self._real = check_enough(self._features(real.images), "the index")
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return one number."""
+        """Return the FID with its interval."""
         own = check_enough(self._features(pictures.made.images), "each way")
         return distance_of(pictures, own, partial(frechet, other=self._real))
 
     @torch.inference_mode()
     def _features(self, images: Sequence[Image.Image]) -> Floats:
         parts = [np.empty((0, 2048), np.float64)]
-        for image in images:  # which may differ in size; the network brings each to its own
+        for image in images:  # one at a time, as sizes may differ; the network resizes each to its input size
             pixels = torch.from_numpy(np.asarray(to_rgb(image)).copy()).permute(2, 0, 1)[None]
             parts.append(self._network(pixels)[0].double().numpy())
         return np.concatenate(parts)
@@ -171,7 +183,7 @@ def _layer_of(name: str) -> tuple[int, ...]:
 
 
 def _spread(values: Floats) -> float:
-    """Return the mean kernel of different values."""
+    """Return the mean kernel value over pairs of different embeddings."""
     kernel = _kernel(values, values)
     return float((kernel.sum() - len(kernel)) / (len(kernel) * (len(kernel) - 1)))
 

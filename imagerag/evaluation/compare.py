@@ -1,4 +1,4 @@
-"""What references do for a prompt: the same noise with and without them, side by side (paper, Sec. 3.2 and Fig. 5)."""
+"""Side-by-side comparison of one prompt with and without references, from the same noise (paper, Sec. 3.2, Fig. 5)."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -20,28 +20,28 @@ _PAPERS_GUIDANCE = 7.5
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One picture of a prompt."""
+    """One picture of a prompt, made in one way."""
 
     title: str
     image: Image.Image
     score: float
-    """By `Scorer`; NaN where it was not asked."""
+    """`Scorer`'s score; NaN if the picture was not scored."""
     seconds: float
-    """Of the whole call that made it, retrieval included. The oracle's is that of all its tries."""
+    """Duration of the whole pipeline call, including retrieval; for the oracle, the sum over all values of w."""
     references: tuple[Reference, ...]
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One prompt, made in every way from the same noise."""
+    """The pictures of one prompt, made in every way from the same noise."""
 
     prompt: str
     cells: tuple[Cell, ...]
 
 
 class Comparer:
-    """Makes comparisons with one base model and one index."""
+    """Compares base model, slerp, adapter and teacher on one index."""
 
     def __init__(
         self,
@@ -52,20 +52,20 @@ class Comparer:
         seed: int,
         scale: float | None = None,
     ) -> None:
-        """Take what pictures are made with.
+        """Initialise the comparer.
 
         Args:
-            pipeline: with an index.
-            teacher: the multi-step model.
-            scorer: of the pictures.
-            seed: of the noise.
-            scale: of the adapter; by default its own.
+            pipeline: the student's pipeline, with an index.
+            teacher: the multi-step model's pipeline; None leaves its column out.
+            scorer: scores the pictures.
+            seed: seed of the initial noise, the same for all pictures.
+            scale: adapter scale; None uses the adapter's default.
         """
         self._pipeline, self._teacher, self._scorer, self._seed, self._scale = pipeline, teacher, scorer, seed, scale
 
     def compare(self, prompts: Sequence[str]) -> Iterator[Comparison]:
-        """Yield a comparison of each prompt."""
-        self._call(self._pipeline, prompts[0])  # what is loaded by the first call is not a picture's time
+        """Yield one comparison per prompt."""
+        self._call(self._pipeline, prompts[0])  # warm-up, so that lazy loading is not timed
         for prompt in prompts:
             yield Comparison(prompt=prompt, cells=tuple(self._cells(prompt)))
 
@@ -89,7 +89,7 @@ class Comparer:
             )
 
     def _oracle(self, prompt: str) -> Cell:
-        """Choose w by the score of what it makes, which nobody can know before: a bound, not a method."""
+        """Choose w by the score of the resulting picture: an upper bound, not a usable method."""
         tries = [self._cell("", self._pipeline, prompt, fusion="slerp", w=w) for w in ORACLE_WS]
         best = max(range(len(tries)), key=lambda index: tries[index].score)
         return Cell(

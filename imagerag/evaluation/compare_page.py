@@ -1,4 +1,4 @@
-"""Comparisons as a page, a picture and numbers."""
+"""Comparisons as an HTML page, an image grid and JSON."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ _MAX_ROWS_IN_SHEET = 64
 
 
 def write_comparison(folder: Path, comparisons: Sequence[Comparison], retriever: Retriever, *, title: str) -> None:
-    """Write `index.html`, which needs nothing else, `grid.png` and `scores.json`."""
+    """Write `index.html` (self-contained), `grid.png` and `scores.json` to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "index.html", render_comparisons("compare.html", comparisons, retriever, title=title))
     titles = " | ".join(cell.title for cell in comparisons[0].cells)
@@ -28,7 +28,7 @@ def write_comparison(folder: Path, comparisons: Sequence[Comparison], retriever:
 
 
 def render_comparisons(template: str, comparisons: Sequence[Comparison], retriever: Retriever, **values: object) -> str:
-    """Return the page that a template makes of comparisons, with the references' pictures in it."""
+    """Render a template of this package with comparisons and embedded thumbnails of their references."""
     used = {reference.id for each in comparisons for cell in each.cells for reference in cell.references}
     images = {row.id: row.image for row in retriever.fetch(sorted(used), images=True)} if used else {}
     filters: dict[str, Callable[..., object]] = {

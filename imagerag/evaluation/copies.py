@@ -1,4 +1,4 @@
-"""Is a picture a copy of what it was shown, and were the prompts' pictures learnt from?"""
+"""Copies of references in generated pictures, and leakage of evaluation prompts into the training set."""
 
 import numpy as np
 from PIL import Image
@@ -18,12 +18,17 @@ from imagerag.table import Table
 _QUANTILE = 0.999
 _THUMBNAIL = 32
 _NEAR_DUPLICATE = 4.0
-"""Mean difference of thumbnails' values, of 255. The sample corpus has faces below it that differ in their mouths."""
+"""Mean absolute difference of thumbnails (0 to 255) below which two pictures count as near duplicates. In the sample
+corpus, some faces that differ only in their mouths are below it."""
 _BLOCK_ROWS = 1024
 
 
 def measure_copies(pictures: Pictures, threshold: float | None) -> Copies | None:
-    """Compare each picture with what it was shown, where the index's pictures of the prompts are among it."""
+    """Measure the similarity of pictures to their references, for references among the prompts' real pictures.
+
+    Returns:
+        None without a threshold, or if no picture has such a reference.
+    """
     if threshold is None:
         return None
     real, shown = _centred(pictures.real.features, pictures.real.features), pictures.shown
@@ -45,7 +50,7 @@ def measure_copies(pictures: Pictures, threshold: float | None) -> Copies | None
 
 
 def threshold_of(real: Real) -> float | None:
-    """Return the similarity above which two different pictures hardly ever are, if there are two to tell by."""
+    """Return the 99.9 % quantile of similarities between different real pictures, or None with fewer than two."""
     if len(real.ids) < 2:
         return None
     features = _centred(real.features, real.features)
@@ -55,7 +60,7 @@ def threshold_of(real: Real) -> float | None:
 
 
 def measure_leakage(retriever: Retriever, prompts: tuple[str, ...], training_set: TrainingSet) -> Leakage:
-    """Compare the evaluation's prompts and pictures with what the adapter learnt from."""
+    """Count prompts and real pictures of the evaluation that were also used in training."""
     examples = Table.at(training_set.references_uri).open().to_table(columns=["id", "prompt", "is_held_out"])
     learnt_rows = examples.filter(np.logical_not(examples["is_held_out"].to_numpy()))
     learnt = {prompt.strip() for prompt in learnt_rows["prompt"].to_pylist()}
@@ -74,7 +79,7 @@ def measure_leakage(retriever: Retriever, prompts: tuple[str, ...], training_set
 
 
 def _count_near(retriever: Retriever, own: Ints, learnt: Ints, embeds: Embeds) -> int:
-    """Compare each picture with the learnt one that the retriever takes for the most similar."""
+    """Count pictures whose thumbnail nearly equals that of the most similar training picture by embedding."""
     if len(own) == 0 or len(learnt) == 0:
         return 0
     parts = np.split(embeds[own], range(_BLOCK_ROWS, len(own), _BLOCK_ROWS))

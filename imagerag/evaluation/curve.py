@@ -1,4 +1,4 @@
-"""Curves of two measures against each other, as SVG: what is gained, and what it costs."""
+"""SVG plots of one measure against another, such as recognition against copies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One setting, and what was measured with it."""
+    """The measurements of one setting."""
 
     label: str
     x: float
@@ -20,7 +20,7 @@ class Point:
 
 
 def to_svg(curves: Mapping[str, Sequence[Point]], *, x_title: str, y_title: str) -> str:
-    """Return a picture of named curves, whose points are joined in their order and labelled."""
+    """Return an SVG plot of curves by name, with labelled points connected in the given order."""
     points = [point for curve in curves.values() for point in curve]
     most_x, most_y = (max([*values, 1e-6]) * 1.1 for values in ([p.x for p in points], [p.y for p in points]))
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM

@@ -1,4 +1,4 @@
-"""How far generated pictures are from real ones as a whole: Fréchet and kernel distance of their features."""
+"""Fréchet and kernel distances between the features of generated and real pictures."""
 
 from dataclasses import dataclass
 
@@ -14,18 +14,18 @@ _SUBSET_SIZE = 100
 
 @dataclass(frozen=True)
 class Distances:
-    """Of two sets of pictures; smaller is nearer."""
+    """Distances between two sets of pictures; smaller is better."""
 
     frechet: float
-    """Depends on the number of pictures: compare only sets of one size (arXiv 1706.08500)."""
+    """Fréchet distance (arXiv 1706.08500). It is biased by the number of pictures: compare only sets of equal size."""
     kernel: float
-    """Unbiased; times 1,000 (arXiv 1801.01401)."""
+    """Unbiased kernel distance, times 1,000 (arXiv 1801.01401)."""
     kernel_deviation: float
-    """Over random subsets."""
+    """Standard deviation of the kernel distance over random subsets, times 1,000."""
 
 
 def measure_distances(generated: Features, real: Features) -> Distances:
-    """Compare features (N, D) and (M, D), each of at least 100 pictures."""
+    """Return the distances between features (N, D) and (M, D), each of at least 100 pictures."""
     one, other = (torch.from_numpy(each).double() for each in (generated, real))
     kernel = kid_features_to_metric(
         one, other, kid_subsets=_SUBSETS, kid_subset_size=_SUBSET_SIZE, verbose=False, rng_seed=0
@@ -35,11 +35,11 @@ def measure_distances(generated: Features, real: Features) -> Distances:
 
 
 def frechet(one: Features, other: Features) -> float:
-    """Return the Fréchet distance of the normal distributions that fit features (N, D) and (M, D).
+    """Return the Fréchet distance between Gaussians fitted to features (N, D) and (M, D).
 
-    What torch-fidelity computes, by another way: where covariances are `A^T A` and `B^T B`, the trace of the root of
-    their product is the sum of the singular values of `A B^T`. For some hundred pictures that takes milliseconds, where
-    the root of a matrix (D, D) takes seconds, and `jackknifed` asks for it twenty times.
+    The result equals torch-fidelity's. With covariances `A^T A` and `B^T B`, the trace of the square root of their
+    product is the sum of the singular values of `A B^T`. For a few hundred pictures this takes milliseconds, a matrix
+    square root (D, D) takes seconds, and `jackknifed` calls this function up to 21 times.
     """
     means: list[np.ndarray] = []
     roots: list[np.ndarray] = []

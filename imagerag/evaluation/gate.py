@@ -1,4 +1,4 @@
-"""The gate: whether a candidate may become champion, and why."""
+"""The gate: decides whether a candidate becomes champion, with reasons."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from imagerag.evaluation.results import Results, WayResults
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """One rule, and what was seen."""
+    """One rule and its outcome."""
 
     rule: str
     passed: bool
@@ -21,13 +21,13 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What the gate says, and why."""
+    """The gate's decision with its reasons."""
 
     passed: bool
     reasons: tuple[Reason, ...]
 
     def markdown(self) -> str:
-        """Return the decision as a page."""
+        """Return the decision as Markdown."""
         outcome = "**The candidate passes.**" if self.passed else "**The candidate does not pass.**"
         lines = [outcome, "", "| rule | | seen |", "|---|---|---|"]
         return "\n".join(
@@ -36,7 +36,7 @@ class Decision:
         )
 
     def summary(self) -> str:
-        """Return it in one line."""
+        """Return the failed rules in one line, or all rules if none failed."""
         failed = [each for each in self.reasons if not each.passed]
         return "; ".join(f"{each.rule}: {each.seen}" for each in failed or self.reasons)
 
@@ -49,21 +49,20 @@ def decide(
     is_index_update: bool = False,
     rolled_back: str = "",
 ) -> Decision:
-    """Compare the candidate with what needs no training, and with the model in use, if there is one.
+    """Compare the candidate with the untrained baselines and with the champion, if there is one.
 
-    New weights have to be better than the base model and than the champion with its own index, and must not lose to
-    slerp, which needs no training. The champion's own weights on a newer index are asked only whether the new index
-    does them no harm: they are in use.
+    New weights must beat the base model and the champion on its own index, and must be no worse than slerp, which needs
+    no training. The champion's own weights on a newer index must only be no worse than on their pinned index.
 
     Args:
-        results: of the evaluation.
-        config: what has to be reached.
-        has_champion: whether there is a champion, with which the candidate has to be compared.
+        results: results of the evaluation.
+        config: thresholds of the gate.
+        has_champion: whether there is a champion; the candidate fails if the evaluation did not compare the two.
         is_index_update: whether the candidate has the champion's weights.
-        rolled_back: who rolled the candidate's weights back and why, if somebody did.
+        rolled_back: who rolled these weights back, and why; empty if nobody did.
 
     Raises:
-        UserError: if the gate's metric was not measured, or of fewer than two prompts.
+        UserError: if the gate's metric was not measured, or for fewer than two prompts.
     """
     candidate, base, champion = results.candidate, results.base_model, results.way("champion")
     if config.metric not in results.metrics:
@@ -80,20 +79,20 @@ def decide(
         if champion is not None:
             reasons.append(_beats(results, config, candidate, champion))
         elif has_champion:
-            reasons.append(Reason(rule="better than the champion", passed=False, seen="the two were not compared"))
+            reasons.append(Reason(rule="better than the champion", passed=False, seen="the evaluation has no champion"))
     for name in results.metrics:
         if name != config.metric:
             reasons.append(_loses_little(results, name, candidate, base, config.max_loss))
     reasons.append(_is_fast(candidate, config.max_slowdown))
     reasons.append(
         Reason(
-            rule="no prompt was learnt from",
+            rule="no prompt is in the training set",
             passed=results.leakage.num_prompts_learnt == 0,
-            seen=f"{results.leakage.num_prompts_learnt} were",
+            seen=f"{results.leakage.num_prompts_learnt} are",
         )
     )
     if rolled_back:
-        reasons.append(Reason(rule="what a person rolled back, only a person promotes", passed=False, seen=rolled_back))
+        reasons.append(Reason(rule="rolled-back weights need a manual promotion", passed=False, seen=rolled_back))
     return Decision(passed=all(each.passed for each in reasons), reasons=tuple(reasons))
 
 
@@ -102,7 +101,7 @@ def _beats(results: Results, config: GateConfig, candidate: WayResults, other: W
     return Reason(
         rule=f"{results.metrics[config.metric].title}: better than the {other.title}",
         passed=gain.low > 0,
-        seen=f"paired gain {gain} over {gain.num} prompts; the interval has to lie above 0",
+        seen=f"paired gain {gain} over {gain.num} prompts; the interval must lie above 0",
     )
 
 
@@ -116,13 +115,13 @@ def _no_worse(results: Results, config: GateConfig, candidate: WayResults, other
 
 
 def _gain(results: Results, config: GateConfig, candidate: WayResults, other: WayResults) -> Estimate:
-    """Return by how much the candidate is better, prompt by prompt."""
+    """Return the mean paired difference over prompts; positive if the candidate is better."""
     about = results.metrics[config.metric]
     own, others = (way.scores[config.metric].values for way in (candidate, other))
     gains = (own - others) * (1 if about.larger_is_better else -1)
     known = gains[~np.isnan(gains)]
     if len(known) < 2:
-        raise UserError(f"the gate needs two prompts of which {config.metric} was measured; there are {len(known)}")
+        raise UserError(f"the gate needs two prompts for which {config.metric} was measured; there are {len(known)}")
     return estimate(known)
 
 
@@ -146,5 +145,5 @@ def _is_fast(candidate: WayResults, most: float) -> Reason:
     return Reason(
         rule=f"latency: at most {most} times the base's",
         passed=slowdown <= most,
-        seen=f"{slowdown:.2f} times, the median of pairs that were made in turn",
+        seen=f"{slowdown:.2f} times, the median over pairs of pictures",
     )

@@ -1,4 +1,4 @@
-"""What new rows of an index change, without any training: the same model and noise before and after."""
+"""Effect of new index rows without training: pictures from the same model and noise, before and after."""
 
 import math
 import time
@@ -18,16 +18,24 @@ from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 @dataclass(frozen=True)
 class Growth:
-    """Pictures of prompts that an index had no rows for, and then has."""
+    """Pictures of prompts before and after rows for them were added to the index."""
 
     comparisons: tuple[Comparison, ...]
     before: Estimate | None
-    """Share of pictures whose prompt is recognised among all of them; None where the prompts are too few to tell."""
+    """Share of pictures recognised (`Recognised`) before; None with too few prompts."""
     after: Estimate | None
+    """Share of pictures recognised after; None with too few prompts."""
 
 
 def measure_growth(pipeline: ImageRAGTurboPipeline, uri: str, name: str, prompts: Sequence[str]) -> Growth:
-    """Make pictures with the index version that a pipeline has, then with the published one, which it is left with."""
+    """Make pictures with the pipeline's index version, switch it to the published version, and make them again.
+
+    Args:
+        pipeline: keeps the published version afterwards.
+        uri: URI of the index.
+        name: table of the index.
+        prompts: one picture is made per prompt and version.
+    """
     before, seconds_before = _make(pipeline, "before", prompts)
     pipeline.use_index(uri, name)
     after, seconds_after = _make(pipeline, "after", prompts)

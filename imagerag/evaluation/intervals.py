@@ -1,4 +1,4 @@
-"""Means with what is known of their error."""
+"""Means and other statistics with 95 % confidence intervals."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ _PARTS = 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or another figure of all values together, and its 95 % interval."""
+    """A mean, or another statistic, with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -20,30 +20,32 @@ class Estimate:
     num: int
 
     def __str__(self) -> str:
-        """Write the digits that the interval justifies: two of half its width, at most five decimals."""
+        """Format with the precision that the interval justifies: two digits of its half-width, at most 5 decimals."""
         half = (self.high - self.low) / 2
         digits = min(5, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 3
         return f"{self.mean:,.{digits}f} [{self.low:,.{digits}f}, {self.high:,.{digits}f}]"
 
 
 def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
-    """Return the mean of independent `values`, which are at least two, with its bootstrap interval."""
+    """Return the mean of at least two independent `values` (N,) with its bootstrap interval."""
     data = np.asarray(values, float)
     if np.ptp(data) == 0:
         return Estimate(float(data[0]), float(data[0]), float(data[0]), len(data))
-    from scipy.stats import bootstrap  # takes a second, which flows that measure nothing need not pay
+    from scipy.stats import bootstrap  # takes a second to import
 
     interval = bootstrap((data,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
     return Estimate(float(data.mean()), float(interval.low), float(interval.high), len(data))
 
 
 def jackknifed(statistic: Callable[[np.ndarray], float], values: np.ndarray, groups: npt.NDArray[np.int64]) -> Estimate:
-    """Return a statistic of all `values` (N, ...) together, with its interval by leaving out a twentieth at a time.
+    """Return a statistic of `values` (N, ...) with its interval by the grouped jackknife, with at most 20 parts.
 
-    A bootstrap would draw some values twice, and by that alone move two distributions apart.
+    A bootstrap would not do for distances between distributions: values that are drawn twice increase them.
 
     Args:
-        groups: of each value (N,), of at least two. Values of one group depend on each other, and stay together.
+        statistic: maps values (M, ...) to a number.
+        values: one per picture.
+        groups: group of each value (N,), at least two groups. Dependent values share a group and are left out together.
     """
     from scipy.stats import t
 

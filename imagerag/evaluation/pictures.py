@@ -1,7 +1,7 @@
-"""Pictures of the prompts in every way, made on Ray, each once: what is there is not made again.
+"""Generation of the evaluation's pictures on Ray, cached in one table per way.
 
-A way's pictures are in a table whose key is what they depend on. So another candidate costs only its own pictures, and
-an evaluation that was stopped goes on.
+A table's key covers everything that its pictures depend on. So another candidate costs only its own pictures, and a
+stopped evaluation resumes.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 VERSION = 4
-"""Of how pictures are made: another one makes other tables."""
+"""Version of the generation code; a change makes new tables."""
 _ROWS_OF_A_TASK = 64
 _COLUMNS = (
     pa.field("prompt", pa.string()),
@@ -51,17 +51,17 @@ _RESULT = pa.schema(
     {"way": pa.string(), "fragments": pa.list_(pa.string()), "num_rows": pa.int64(), "latencies": pa.string()}
 )
 _TIMING = "timing"
-"""In the place of a way: the part of a job in which all ways are timed."""
+"""Stands for a way in the batch that measures the latency of all ways."""
 _PARTS = ("text", "retrieval", "denoising", "decoding")
 _TIMED_PROMPTS = 8
 _FEWEST_TIMED = 3
 _TIMED_S = 4.0
-"""For each way and the base model, after which no further pair begins."""
+"""Time budget per way; no further pair starts after it."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """The pictures of one way, in the order of the prompts, some of each."""
+    """The pictures of one way in the order of the prompts, `images_per_prompt` of each."""
 
     way: Way
     images: list[Image.Image]
@@ -69,10 +69,17 @@ class Made:
 
 
 class PictureJob:
-    """The pictures of some prompts in some ways, and how long one takes."""
+    """Makes the pictures of all prompts in all ways, and measures latencies."""
 
     def __init__(self, prompts: Sequence[str], ways: Sequence[Way], config: EvaluateConfig, folder: str) -> None:
-        """Args: folder: of the tables."""
+        """Initialise the job.
+
+        Args:
+            prompts: the evaluation's prompts.
+            ways: the ways to make each prompt's pictures.
+            config: pictures per prompt, seed and workers.
+            folder: URI of the folder with the tables of pictures.
+        """
         self.ways, self.images_per_prompt = ways, config.images_per_prompt
         self._config = config
         key = {"version": VERSION, "device": config.device, "dtype": config.dtype}
@@ -84,7 +91,7 @@ class PictureJob:
         self._wanted = pa.table({"id": list(map(_row_id, repeated, seeds)), "prompt": repeated, "seed": seeds})
 
     def run(self, settings: Settings, on_progress: OnProgress) -> dict[str, Latency]:
-        """Make the pictures that are missing, and return how long one takes in each way."""
+        """Make the missing pictures, and return the latency of each way."""
         versions = {name: int(table.open().version) for name, table in self._tables.items()}
         missing = {way.name: self._missing(self._tables[way.name]) for way in self.ways}
         for name, rows in missing.items():
@@ -117,7 +124,7 @@ class PictureJob:
         return Made(way, opened, self.references(way))
 
     def references(self, way: Way) -> list[tuple[Reference, ...]]:
-        """Return what each of a way's pictures was shown."""
+        """Return the references of each of a way's pictures."""
         return [tuple(Reference(**each) for each in json.loads(text)) for text in self._column(way, "references")]
 
     def _column(self, way: Way, name: str) -> list[Any]:
@@ -137,13 +144,13 @@ class PictureJob:
             with closing(watched(partial(mapped, parts, Worker, arguments, config), config.stall_timeout_s)) as results:
                 yield from results
         except BaseException:
-            # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
+            # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
             stop_ray()
             raise
 
 
 class Worker:
-    """Holds pipelines in a process of its own, each loaded when it is first needed; makes pictures and writes them."""
+    """Ray actor that makes pictures and writes them as fragments; pipelines are loaded on first use."""
 
     def __init__(
         self,
@@ -162,10 +169,10 @@ class Worker:
         self._tables, self._config, self._device, self._dtype = tables, config, device, dtype
         self._pipelines: dict[tuple[str, str | None, IndexVersion | None], TimedPipeline] = {}
         self._ids: np.ndarray | None = None
-        """Of the index's rows, where random ones are asked for."""
+        """Ids of all rows of the index, read once for random references."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return one row: the `way`, the JSON of the `fragments` written and `num_rows`, or the JSON of `latencies`."""
+        """Return one row: the `way`, the written `fragments` as JSON and `num_rows`, or the `latencies` as JSON."""
         name, size = rows["way"][0].as_py(), self._config.batch_size
         fragments, latencies = [], ""
         if name == _TIMING:
@@ -185,13 +192,13 @@ class Worker:
         return rows.drop_columns(["way"]).append_column("image", images).append_column("references", [references])
 
     def _time_all(self, prompts: list[str]) -> dict[str, dict[str, float]]:
-        """Return the `Latency` of each column, and of slerp, which takes the same time with any w."""
+        """Return the `Latency` of each column; `best_slerp` has slerp's, as w does not change the time."""
         slerp = next(way for way in self._ways.values() if way.curve == "slerp")
         timed = {way.name: way for way in self._ways.values() if way.is_column} | {"best_slerp": slerp}
         return {name: self._time_pairs(way, prompts) for name, way in timed.items()}
 
     def _time_pairs(self, way: Way, prompts: list[str]) -> dict[str, float]:
-        """Time a way and the base model in turn. Both of a pair share what else the machine does; the next may not."""
+        """Time a way and the base model in alternation, so that both of a pair see the same load on the machine."""
         pairs: list[list[list[float]]] = []
         started = time.perf_counter()
         for number, prompt in enumerate([prompts[0], *prompts]):
@@ -200,12 +207,12 @@ class Worker:
             pairs.append(timed if number % 2 else timed[::-1])
             if number >= _FEWEST_TIMED and time.perf_counter() - started > _TIMED_S:
                 break
-        measured = np.array(pairs[1:])  # the first pair loads what the others have
+        measured = np.array(pairs[1:])  # the first pair is a warm-up
         latency = dict(zip((*_PARTS, "total"), (1000 * np.median(measured[:, 1], axis=0)).tolist(), strict=True))
         return latency | {"slowdown": float(np.median(measured[:, 1, -1] / measured[:, 0, -1]))}
 
     def _time(self, way: Way, prompt: str, seed: int) -> list[float]:
-        """Return the seconds of a picture's parts, then of all."""
+        """Return the seconds of one picture by part (`_PARTS`), then in total."""
         pipeline = self._pipeline(way)
         arguments = self._arguments(way, [prompt], pipeline)
         pipeline.seconds.clear()
@@ -216,7 +223,7 @@ class Worker:
         return [total - sum(parts), *parts, total]
 
     def _pipeline(self, way: Way) -> "TimedPipeline":
-        # A way without references shares the pipeline of one that has some.
+        # A way without references shares the pipeline of a way with the same model and an index.
         indexes = (each.index for each in self._ways.values() if (each.base, each.adapter) == (way.base, way.adapter))
         index = way.index or next((index for index in indexes if index is not None), None)
         known = (way.base, way.adapter, index)
@@ -267,7 +274,7 @@ def _generator(seed: int) -> "torch.Generator":
 
 
 def _seed_of(prompt: str, number: int, seed: int) -> int:
-    """Return the same seed for a prompt whatever other prompts there are."""
+    """Return a seed that depends on the prompt, its picture's number and `seed`, but not on other prompts."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{number}\0{prompt}".encode()).digest()[:4])
 
 

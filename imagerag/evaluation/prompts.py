@@ -1,4 +1,4 @@
-"""What pictures are made of: prompts of a file, or the captions that a training held out."""
+"""The evaluation's prompts: from a file, or the captions held out of the training."""
 
 import logging
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts, each with its category, or with an empty one."""
+    """Prompts with their categories, which may be empty."""
 
     texts: tuple[str, ...]
     categories: tuple[str, ...]
 
 
 def read_prompts(config: EvaluateConfig, training_set: TrainingSet) -> Prompts:
-    """Return the prompts of an evaluation, in an order that does not depend on their number.
+    """Return the prompts of an evaluation in shuffled order; fewer prompts are a prefix of more.
 
     Raises:
-        UserError: if a file can't be read or has fewer than two prompts, or one is not fit for the pipeline.
+        UserError: if the file can't be read, there are fewer than two prompts, or the pipeline does not accept one.
     """
     listed = _of_file(config.prompts) if config.prompts is not None else _held_out(training_set)
     if len(listed) < 2:
         raise UserError(
-            f"an evaluation needs at least two prompts; {config.prompts or 'what the training held out'} has "
-            f"{len(listed)}"
+            f"an evaluation needs at least two prompts; {config.prompts or 'the held-out part of the training set'} "
+            f"has {len(listed)}"
         )
     texts = sorted(listed)
     chosen = np.random.default_rng(config.seed).permutation(len(texts))[: config.num_prompts]
@@ -46,7 +46,7 @@ def _of_file(path: str) -> dict[str, str]:
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts have to be a readable text file; {path}: {error}") from error
+        raise UserError(f"prompts must be a readable text file; {path}: {error}") from error
     pairs = (line.partition("\t") for line in lines if line.strip())
     return {prompt.strip(): category.strip() for prompt, _, category in pairs}
 
@@ -58,7 +58,7 @@ def _held_out(training_set: TrainingSet) -> dict[str, str]:
     too_long = {prompt for prompt in prompts if len(prompt) > MAX_PROMPT_CHARACTERS}
     if too_long:
         logger.warning(
-            "%d of %d held-out captions are left out: a prompt has at most %d characters",
+            "%d of %d held-out captions are skipped: a prompt has at most %d characters",
             len(too_long), len(prompts), MAX_PROMPT_CHARACTERS,
         )  # fmt: skip
     return dict.fromkeys(prompts - too_long, "")

@@ -1,8 +1,9 @@
-"""Does a picture show what its prompt names? Judged by features that were trained on other pictures (`features`).
+"""Judges of whether a picture shows its prompt, on image features that are independent of all trained models.
 
-Two judges. The first knows no words: of 100 concepts, that one is recognised whose real drawings are the nearest. So
-it can judge concepts that nothing was trained on. The second is a CLIP score: a linear map from the features into the
-space of sentences, fitted to real drawings of concepts that are not held out, apart from the retriever's image tower.
+`Judge` is a nearest-neighbour classifier: among 100 concepts, a picture is assigned to the one with the nearest real
+drawing. It uses no text, so it also judges concepts that nothing was trained on. `ClipJudge` computes a CLIP score: a
+linear map from image features to sentence embeddings, fitted on real drawings, independent of the retriever's image
+tower.
 """
 
 from collections.abc import Sequence
@@ -23,17 +24,18 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Judge:
-    """Real drawings, as features."""
+    """Nearest-neighbour classifier on the features of real drawings."""
 
     features: Features
-    """(N, D), centred and of length one."""
+    """Centred and L2-normalised features of the drawings (N, D)."""
     concepts: Ints
-    """(N,)."""
+    """Concepts of the drawings (N,)."""
     centre: Floats
+    """Mean feature (D,), subtracted before normalisation."""
 
     @classmethod
     def of(cls, features: Features, concepts: Ints) -> "Judge":
-        """Make a judge of real drawings' features (N, D) and concepts (N,)."""
+        """Return a judge for features (N, D) and concepts (N,) of real drawings."""
         centre = features.mean(0)
         return cls(_normalized(features - centre), concepts, centre)
 
@@ -45,15 +47,18 @@ class Judge:
         ignored: Ints | None = None,
         num_names: int = NUM_NAMES,
     ) -> npt.NDArray[np.bool_]:
-        """Return for each picture (B,) whether its concept is the nearest of `num_names`, see `is_nearest`.
+        """Return for each picture (B,) whether its concept is the nearest of `num_names` concepts.
+
+        The picture's own concept competes with `num_names - 1` concepts, drawn at random from the candidates. The
+        similarity of a concept is that of its nearest drawing.
 
         Args:
-            features: of the pictures (B, D).
-            concepts: what they should show (B,).
-            candidates: concepts that the others are drawn from.
-            ignored: drawings of the judge's own that do not count for a picture (B, K), -1 for none: itself, where it
-                is a real one, or what it may be a copy of.
-            num_names: of which one is right.
+            features: features of the pictures (B, D).
+            concepts: true concepts of the pictures (B,), all of them among the candidates.
+            candidates: concepts from which the competitors are drawn.
+            ignored: drawings to ignore for each picture (B, K), padded with -1: the picture itself, if it is real, or
+                its references.
+            num_names: number of competing concepts, including the true one.
         """
         similarities = _normalized(features - self.centre) @ self.features.T
         if ignored is not None:
@@ -65,13 +70,14 @@ class Judge:
 def is_nearest(
     similarities: Floats, drawn: Ints, concepts: Ints, candidates: Sequence[int] | Ints, num_names: int
 ) -> npt.NDArray[np.bool_]:
-    """Return for each picture (B,) whether a drawing of its own concept is nearer than any of `num_names - 1` others.
+    """Return for each picture (B,) whether the nearest drawing among `num_names` concepts has its own concept.
 
     Args:
-        similarities: of pictures to drawings (B, N).
-        drawn: what the drawings show (N,).
-        concepts: what the pictures should show (B,), all of them among the candidates.
-        candidates: concepts that the others are drawn from, for each picture anew.
+        similarities: similarities of pictures and drawings (B, N).
+        drawn: concepts of the drawings (N,).
+        concepts: true concepts of the pictures (B,), all of them among the candidates.
+        candidates: concepts from which `num_names - 1` competitors are drawn, separately for each picture.
+        num_names: number of competing concepts, including the true one.
     """
     pool = np.unique(candidates)
     best = np.stack([similarities[:, drawn == concept].max(1) for concept in pool], 1)
@@ -85,7 +91,7 @@ def is_nearest(
 
 @dataclass(frozen=True)
 class ClipJudge:
-    """A linear map from pictures' features to sentences' features."""
+    """A linear map from image features to sentence embeddings."""
 
     centre: Floats
     scale: Floats
@@ -93,7 +99,7 @@ class ClipJudge:
 
     @classmethod
     def fit(cls, features: Features, sentences: Floats, ridge: float = _RIDGE) -> "ClipJudge":
-        """Fit by ridge regression: features (N, D) of real drawings to features (N, E) of their names."""
+        """Fit by ridge regression from features (N, D) of real drawings to embeddings (N, E) of their names."""
         centre, scale = features.mean(0), features.std(0) + 1e-6
         inputs = (features - centre) / scale
         gram = inputs.T @ inputs + ridge * np.eye(inputs.shape[1], dtype=np.float32)
@@ -101,7 +107,7 @@ class ClipJudge:
         return cls(centre, scale, weights.astype(np.float32))
 
     def scores(self, features: Features, sentences: Floats) -> Floats:
-        """Return the cosine (B,) of pictures (B, D) and their prompts (B, E)."""
+        """Return the cosine similarities (B,) of picture features (B, D) and prompt embeddings (B, E)."""
         mapped = _normalized(((features - self.centre) / self.scale) @ self.weights)
         scores: Floats = (mapped * _normalized(sentences)).sum(1)
         return scores

@@ -1,4 +1,4 @@
-"""What an evaluation found: numbers for programs, one table for people."""
+"""Results of an evaluation, as JSON, flat metrics for MLflow, and Markdown tables."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,58 +12,58 @@ from imagerag.evaluation.intervals import Estimate
 from imagerag.files import read_json
 
 PAGE, TABLE, GRID, RESULTS = "index.html", "table.md", "grid.png", "results.json"
-"""What an evaluation's folder holds."""
+"""Files in an evaluation's folder."""
 JUDGES: tuple[MetricName, MetricName] = ("recognised", "recognised_second")
 _SETTING = {"slerp": "w =", "adapter": "scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Median milliseconds of one picture at a time, on a worker with nothing else to do."""
+    """Median latency in milliseconds of single pictures on an otherwise idle worker."""
 
     text: float
-    """And all that is none of the others."""
+    """Text encoding, and everything outside of the other parts."""
     retrieval: float
     denoising: float
     decoding: float
     total: float
     slowdown: float
-    """Of a picture over the base model's that was made just before or after it: the median of such pairs' ratios."""
+    """Median ratio to the base model's latency, over pairs of pictures that were made one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """How near pictures are to what they were shown, by EfficientNet's features."""
+    """Similarity of pictures to their references, in EfficientNet features."""
 
     similarity: float
-    """Mean over pictures of the cosine with the nearest reference."""
+    """Cosine similarity to the nearest reference, averaged over pictures."""
     threshold: float
-    """What 999 of 1,000 pairs of different real pictures do not reach."""
+    """The 99.9 % quantile of similarities between different real pictures."""
     share: float
-    """Of pictures above it: close to a copy."""
+    """Share of pictures above the threshold, which count as copies."""
     by_picture: tuple[float | None, ...]
-    """The similarity of each; None for pictures that were shown nothing of the prompts' pictures."""
+    """Similarity of each picture; None if none of its references is a real picture of a prompt."""
 
     def label(self, picture: int) -> str:
-        """Return what people have to know of a picture that copies; nothing of others."""
+        """Return a label for a copy, with its similarity; an empty string for other pictures."""
         similarity = self.by_picture[picture]
         return f"copy: similarity {similarity:.2f}" if similarity is not None and similarity > self.threshold else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leakage:
-    """What of the evaluation was seen before."""
+    """Overlap of the evaluation with the index and the training set."""
 
     num_prompts_in_index: int
-    """Prompts that are captions of the index, from which they may retrieve."""
+    """Prompts that are captions of the index."""
     num_prompts_learnt: int
-    """Prompts that an adapter's training learnt from; more than none makes all figures worthless."""
+    """Prompts that are captions of training rows. Any of them invalidates the evaluation."""
     num_images: int
-    """Pictures in the index of the prompts."""
+    """Real pictures of the prompts in the index."""
     num_images_learnt: int
-    """Of these, such as were learnt from under another caption: the same file."""
+    """Real pictures that are also training rows, under another caption (same SHA-256)."""
     num_near_duplicates: int
-    """Of these, such as have a near duplicate among what was learnt from: nearly the same thumbnail."""
+    """Real pictures with a near duplicate among the training rows (nearly equal thumbnails)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,34 +72,34 @@ class Score:
 
     estimate: Estimate
     by_prompt: tuple[float | None, ...] | None = None
-    """Of each prompt, where it can be measured picture by picture; None for prompts that could not."""
+    """Value of each prompt (None if it was not measured); None for metrics of all pictures together."""
 
     @property
     def values(self) -> np.ndarray:
-        """`by_prompt` as an array (P,), NaN for None."""
+        """`by_prompt` as an array (P,), with NaN for None."""
         return np.array([np.nan if value is None else value for value in self.by_prompt or ()], float)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """What retrieval did for one way."""
+    """Retrieval statistics of one way."""
 
     hit_rate: float
-    """Share of pictures that were shown a row with the prompt as its caption."""
+    """Share of pictures with a reference whose caption is the prompt."""
     similarity: float
-    """Mean cosine of prompts and captions of what was shown."""
+    """Mean cosine similarity of prompts and captions of references."""
     gated: float
-    """Share of what was shown that the gate kept without effect."""
+    """Share of references with weight 0, under the similarity gate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WayResults:
-    """All about one way."""
+    """All results of one way."""
 
     name: str
     title: str
     function_evaluations: int
-    """How often the UNet runs for a picture (NFE); with guidance, twice a step counts once, as in the paper."""
+    """Denoising steps per picture (NFE). As in the paper, guidance does not count twice."""
     num_pictures: int
     scores: Mapping[MetricName, Score]
     latency: Latency | None = None
@@ -108,25 +108,25 @@ class WayResults:
 
     @property
     def disputed(self) -> np.ndarray:
-        """Return of which prompts (P,) the judges see different shares recognised, where both were asked."""
+        """Whether the two judges disagree on each prompt (P,); False where one of them did not measure it."""
         first, second = (self.scores[name].values for name in JUDGES)
         return np.asarray((first != second) & ~np.isnan(first) & ~np.isnan(second))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """What one setting of slerp's w or the adapter's scale gives, and how much of it is copied."""
+    """Recognition and copies for one value of slerp's w or the adapter's scale."""
 
     curve: str
     setting: float
     scores: Mapping[MetricName, Estimate]
-    """By the judges."""
+    """Recognition scores by judge (`JUDGES`)."""
     copies: Copies | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricAbout:
-    """What people have to know of a metric."""
+    """Title and direction of a metric."""
 
     title: str
     larger_is_better: bool
@@ -134,7 +134,7 @@ class MetricAbout:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that an evaluation found."""
+    """All results of an evaluation."""
 
     base: str
     adapter: str
@@ -147,7 +147,7 @@ class Results:
     leakage: Leakage
     points: tuple[CurvePoint, ...] = ()
     not_measured: Mapping[str, str] = field(default_factory=dict)
-    """Metrics, and what they lack."""
+    """The missing input of each metric that was not measured."""
 
     def way(self, name: str) -> WayResults | None:
         """Return the results of a way, if it was measured."""
@@ -155,27 +155,27 @@ class Results:
 
     @property
     def candidate(self) -> WayResults:
-        """Of the adapter, which every evaluation measures."""
+        """Results of the adapter, which every evaluation measures."""
         return next(way for way in self.ways if way.name == "adapter")
 
     @property
     def best_slerp(self) -> WayResults:
-        """Of the best that needs no training, which is measured wherever the gate's metric is."""
+        """Results of slerp with cross-validated w, available whenever the gate's metric was measured."""
         return next(way for way in self.ways if way.name == "best_slerp")
 
     @property
     def base_model(self) -> WayResults:
-        """Of the bare base model, likewise."""
+        """Results of the base model, which every evaluation measures."""
         return next(way for way in self.ways if way.name == "base")
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes."""
+        """Return a JSON-serialisable dictionary for `from_json`."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Results":
-        """Return what `to_json` was called on."""
+        """Restore results from the output of `to_json`."""
         own = dict(values)
         own["metrics"] = {name: MetricAbout(**each) for name, each in own["metrics"].items()}
         own["leakage"] = Leakage(**own["leakage"])
@@ -185,7 +185,7 @@ class Results:
         return cls(**own)
 
     def flat(self) -> dict[str, float]:
-        """Return the numbers for MLflow: `adapter/recognised` and so on."""
+        """Return the metrics for MLflow by `way/metric`, such as `adapter/recognised`."""
         flat: dict[str, float] = {}
         for way in self.ways:
             flat |= {f"{way.name}/{metric}": score.estimate.mean for metric, score in way.scores.items()}
@@ -196,9 +196,9 @@ class Results:
         return flat
 
     def rows(self) -> Iterator[list[str]]:
-        """Yield the table, line by line, its head first."""
+        """Yield the rows of the main table, header first."""
         titles = [about.title + (" ↑" if about.larger_is_better else " ↓") for about in self.metrics.values()]
-        split = "of it text and the rest + retrieval + denoising + decoding"
+        split = "of which text and other + retrieval + denoising + decoding"
         judged = all(name in self.metrics for name in JUDGES)
         yield ["", "NFE", *titles, *(["judges disagree"] if judged else []), "copies", "ms per image", split]
         for way in self.ways:
@@ -208,9 +208,9 @@ class Results:
             yield [way.title, str(way.function_evaluations), *cells, *_milliseconds(way.latency)]
 
     def point_rows(self) -> Iterator[list[str]]:
-        """Yield what the settings of slerp and the adapter give, and how much of it is copied, its head first."""
+        """Yield recognition and copies by setting of slerp and the adapter, header first."""
         judges = [name for name in JUDGES if name in self.metrics]
-        yield ["", *(self.metrics[name].title for name in judges), "similarity to what was shown", "copies"]
+        yield ["", *(self.metrics[name].title for name in judges), "similarity to the nearest reference", "copies"]
         for point in self.points:
             cells = [str(point.scores[name]) for name in judges]
             copies = point.copies
@@ -218,7 +218,7 @@ class Results:
             yield [f"{point.curve}, {_SETTING[point.curve]} {point.setting}", *cells]
 
     def slices(self) -> Iterator[list[str]]:
-        """Yield the adapter's paired gain over the base model by category, its head first."""
+        """Yield the means of base model and adapter by category of prompts, header first."""
         base, adapter = self.base_model, self.candidate
         names = [name for name in self.metrics if adapter.scores[name].by_prompt is not None]
         if len(set(self.categories)) < 2 or not names:
@@ -230,14 +230,14 @@ class Results:
             yield [category or "(none)", str(own.sum()), *(f"{_mean(b)} → {_mean(a)}" for b, a in pairs)]
 
     def retrieval_rows(self) -> Iterator[list[str]]:
-        """Yield what retrieval did, its head first."""
-        yield ["", "prompt's own caption among the references", "similarity", "share under the gate"]
+        """Yield the retrieval statistics of each way, header first."""
+        yield ["", "hit rate (a reference's caption is the prompt)", "similarity", "share under the gate"]
         for way in self.ways:
             if (did := way.retrieval) is not None:
                 yield [way.title, f"{did.hit_rate:.3f}", f"{did.similarity:.3f}", f"{did.gated:.3f}"]
 
     def notes(self) -> list[str]:
-        """Return what has to be said beside the tables."""
+        """Return the notes below the tables: missing metrics, leakage, and how copies and latencies are measured."""
         seen = self.leakage
         return [
             *(
@@ -245,24 +245,24 @@ class Results:
                 if self.not_measured
                 else []
             ),
-            f"Of {len(self.prompts)} prompts, {seen.num_prompts_in_index} are captions of the index, and "
-            f"{seen.num_prompts_learnt} were learnt from. Of the index's {seen.num_images} pictures of them, "
-            f"{seen.num_images_learnt} were learnt from under another caption, and {seen.num_near_duplicates} have a "
-            "near duplicate among what was learnt.",
-            "What any way was shown of a prompt's pictures is left out for all ways, when a picture is recognised. "
-            "Copies: the share of pictures that are nearer to what they were shown than 999 of 1,000 pairs of "
-            f"different real pictures are to each other. Times are medians of one picture at a time on {self.machine}.",
+            f"Of {len(self.prompts)} prompts, {seen.num_prompts_in_index} are captions in the index, and "
+            f"{seen.num_prompts_learnt} are in the training set. Of their {seen.num_images} pictures in the index, "
+            f"{seen.num_images_learnt} are in the training set under another caption, and {seen.num_near_duplicates} "
+            "have a near duplicate in it.",
+            "Recognition ignores the references of all ways, so that copying one is not rewarded. Copies: share of "
+            "pictures that are more similar to their nearest reference than 999 of 1,000 pairs of different real "
+            f"pictures are to each other. Latencies are medians over single pictures, on {self.machine}.",
         ]
 
     def markdown(self) -> str:
-        """Return the whole as a page."""
+        """Return all tables and notes as Markdown."""
         parts = (self.rows(), self.point_rows(), self.retrieval_rows(), self.slices())
         tables = [table for rows in parts if (table := _table(rows))]
         return "\n".join("\n".join(part) + "\n" for part in (*tables, *([note] for note in self.notes())))
 
 
 def read_results(folder: str) -> Results:
-    """Return what an evaluation found. Args: folder: of `Evaluated`."""
+    """Read the results of an evaluation from its folder (`Evaluated.uri`)."""
     found = read_json(f"{folder}/{RESULTS}")
     assert found is not None, folder
     return Results.from_json(found["results"])

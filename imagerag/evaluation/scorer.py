@@ -1,8 +1,8 @@
-"""How well a picture shows a text, by an image network that had no part in making or retrieving pictures.
+"""Text-image similarity from an image network that is independent of generation and retrieval.
 
-EfficientNet-Lite0's features are mapped to the space of the index's text embeddings by a linear map, which is fitted to
-the index's own pictures and captions. So it needs no weights from a hub and suits any corpus; it ranks pictures of one
-corpus, and its scores can't be compared with another's, nor with published CLIP scores.
+A linear map, fitted to the index's pictures and captions, projects EfficientNet-Lite0 features into the index's text
+embedding space. It needs no weights from a hub and works for any corpus. Scores rank pictures within one corpus; they
+are comparable neither across corpora nor with published CLIP scores.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
 
 NUM_ROWS = 2000
-"""That it is fitted to."""
+"""Maximum number of rows to fit to."""
 _RIDGE = 3000.0
-"""Of 100 to 30,000, the best at telling the captions of 1,000 other drawings of the sample corpus from wrong ones (AUC
+"""Best value from 100 to 30,000 at telling right from wrong captions of 1,000 other drawings of the sample corpus (AUC
 0.94)."""
 
 
 class Scorer:
-    """Fitted to one index; `Scorer.of` does it."""
+    """Text-image similarity fitted to one index."""
 
     def __init__(self, judge: ClipJudge) -> None:
         self._judge = judge
@@ -39,7 +39,7 @@ class Scorer:
 
     @classmethod
     def of(cls, retriever: Retriever, cache: Path) -> "Scorer":
-        """Fit to a sample of the index's rows, always the same, or read from a file what was fitted before."""
+        """Fit to a fixed sample of the index's rows, or load an earlier fit from the file `cache`."""
         if not cache.exists():
             fitted = cls.fit(*retriever.sample(NUM_ROWS))._judge
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +50,10 @@ class Scorer:
             return cls(ClipJudge(**arrays))
 
     def scores(self, pictures: Sequence[Image.Image], embeds: Embeds) -> list[float]:
-        """Return the cosine of each picture and its text's embedding (N, D), -1 to 1."""
+        """Return the cosine similarity of each picture and its text embedding (N, D), -1 to 1."""
         scores: list[float] = self.scores_of(features_of(pictures), embeds).tolist()
         return scores
 
     def scores_of(self, features: Features, embeds: Embeds) -> Floats:
-        """Return the same of pictures whose features (N, 1280) are known."""
+        """Return the cosine similarities (N,) of picture features (N, 1280) and text embeddings (N, D), -1 to 1."""
         return self._judge.scores(features, embeds)

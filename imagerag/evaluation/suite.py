@@ -1,4 +1,4 @@
-"""All metrics of an evaluation: those that can be measured, and of the others what they lack."""
+"""All metrics of an evaluation, and why some were not measured."""
 
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
@@ -27,17 +27,17 @@ from imagerag.retrieval.search import Retriever
 
 
 class Suite:
-    """Loaded once for an evaluation.
+    """The metrics of an evaluation, loaded once.
 
     Attributes:
-        not_measured: metrics, and what they lack.
+        not_measured: the missing input of each metric that was not measured.
     """
 
     def __init__(self, config: EvaluateConfig, prompts: Prompts, real: Real, retriever: Retriever) -> None:
-        """Load what there is.
+        """Load the available metrics.
 
         Raises:
-            UserError: if a given file is not what it should be.
+            UserError: if a given file is invalid.
         """
         self._num_prompts = len(prompts.texts)
         self._metrics: list[Metric] = []
@@ -53,13 +53,20 @@ class Suite:
 
     @property
     def about(self) -> dict[MetricName, MetricAbout]:
-        """What was measured."""
+        """Title and direction of each measured metric."""
         return {
             each.name: MetricAbout(title=each.title, larger_is_better=each.larger_is_better) for each in self._metrics
         }
 
     def measure(self, pictures: Pictures, only: Collection[MetricName] | None = None) -> dict[MetricName, Score]:
-        """Measure one way, by all metrics or some; a metric that can't be measured of it is measured of none."""
+        """Measure the pictures of one way.
+
+        A metric that can't be measured for one way is dropped for all.
+
+        Args:
+            pictures: pictures of one way.
+            only: metrics to measure; None measures all.
+        """
         scores = {}
         for metric in [each for each in self._metrics if only is None or each.name in only]:
             try:

@@ -1,4 +1,4 @@
-"""TIFA: does a picture answer the questions that its prompt raises (arXiv 2303.11897)?"""
+"""TIFA: faithfulness of a picture to its prompt by visual question answering (arXiv 2303.11897)."""
 
 import json
 from collections import defaultdict
@@ -17,7 +17,7 @@ _FIELDS = ("caption", "question", "choices", "answer")
 
 
 class Tifa:
-    """The share of a prompt's questions that a visual question answering model answers as they should be."""
+    """Share of a prompt's questions that a visual question answering model answers correctly."""
 
     name: MetricName = "tifa"
     title = "TIFA"
@@ -27,12 +27,12 @@ class Tifa:
         """Read the questions and load the model.
 
         Args:
-            questions: TIFA's published format: a list of objects with caption, question, choices and answer.
-            model: a transformers folder of a model that classifies answers (ViLT).
-            prompts: what pictures are made of.
+            questions: a file in TIFA's published format: a list of objects with caption, question, choices and answer.
+            model: transformers folder of a model that classifies answers (ViLT).
+            prompts: the evaluation's prompts.
 
         Raises:
-            UserError: if a file is not what it should be.
+            UserError: if a file is invalid.
             NotMeasuredError: if there are no questions about any prompt.
         """
         self._questions = _read(questions)
@@ -47,7 +47,7 @@ class Tifa:
         self._answers = {label.lower(): number for number, label in self._model.config.id2label.items()}
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return the share for each picture; NaN where there are no questions about its prompt."""
+        """Return the share of correct answers for each picture (N,); NaN without questions about its prompt."""
         return np.array(
             [
                 np.mean([self._is_right(image, each) for each in self._questions[prompt]])
@@ -58,7 +58,7 @@ class Tifa:
         )
 
     def _is_right(self, image: Any, question: dict[str, Any]) -> bool:
-        """Whether the right one of the choices is the model's preferred one; of unknown ones none is."""
+        """Return whether the model prefers the right choice, among the choices in its vocabulary."""
         import torch
 
         known = [choice for choice in question["choices"] if choice.lower() in self._answers]
@@ -75,9 +75,9 @@ def _read(path: str) -> dict[str, list[dict[str, Any]]]:
     try:
         listed = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"files.tifa_questions has to be a readable JSON file; {path}: {error}") from error
+        raise UserError(f"files.tifa_questions must be a readable JSON file; {path}: {error}") from error
     if not isinstance(listed, list) or not all(isinstance(each, dict) and set(_FIELDS) <= set(each) for each in listed):
-        raise UserError(f"files.tifa_questions has to be a list of objects with {', '.join(_FIELDS)}; {path} is not")
+        raise UserError(f"files.tifa_questions must be a list of objects with {', '.join(_FIELDS)}; {path} is not")
     questions: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for each in listed:
         questions[each["caption"].strip()].append(each)

@@ -1,4 +1,4 @@
-"""A pipeline with a stopwatch: how long its parts take."""
+"""Latency of a pipeline by part."""
 
 import time
 from collections import defaultdict
@@ -10,11 +10,11 @@ from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 
 class TimedPipeline:
-    """Adds up the seconds of a pipeline's parts; what is left of a call is text encoding, next to all of it.
+    """Wraps a pipeline and accumulates the seconds of its parts; the rest of a call is almost entirely text encoding.
 
     Attributes:
-        pipeline: what is called. It is timed from now on.
-        seconds: of `retrieval`, `denoising` and `decoding` since they were cleared.
+        pipeline: the wrapped pipeline; its hooks stay.
+        seconds: seconds of `retrieval`, `denoising` and `decoding`, accumulated until the caller clears them.
     """
 
     def __init__(self, pipeline: ImageRAGTurboPipeline) -> None:
@@ -26,7 +26,7 @@ class TimedPipeline:
         find = pipeline._find_references
 
         def find_references(*arguments: Any) -> Any:
-            # It runs the UNet where features are missing, and so is told of last.
+            # Where cached features are missing, retrieval runs the UNet: that time is not denoising.
             before = dict(self.seconds)
             self._start("retrieval")
             found = find(*arguments)
@@ -37,7 +37,7 @@ class TimedPipeline:
         pipeline._find_references = find_references  # type: ignore[assignment, method-assign]
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Make pictures, as the pipeline does."""
+        """Call the pipeline."""
         return self.pipeline(*arguments, **named)
 
     def _start(self, part: str) -> None:

@@ -1,4 +1,4 @@
-"""The ways to make pictures that an evaluation compares, and what the pictures of each depend on."""
+"""The ways of making pictures that an evaluation compares, and the inputs of each."""
 
 import hashlib
 from collections.abc import Iterator
@@ -32,28 +32,28 @@ class Way:
     fusion: str = "none"
     num_references: int = 0
     index: IndexVersion | None = None
-    """Where references come from."""
+    """The index version that references come from."""
     is_random: bool = False
-    """Whether references are any rows of the index, rather than those that a search finds."""
+    """Whether references are random rows of the index instead of retrieved ones."""
     w: float = PAPERS_W
     adapter_scale: float = 1.0
     steps: int = 1
     guidance: float = 0.0
     adapter: str | None = None
-    """The folder of what was trained."""
+    """URI of the folder with the trained adapter and LoRA."""
     adapter_digest: str | None = None
     is_column: bool = True
-    """Whether it has all measures, rather than those of a curve alone."""
+    """Whether this way has a column with all metrics; otherwise it is only a point of its curve."""
     curve: str = ""
-    """That it is a point of: `slerp`, by w, or `adapter`, by scale."""
+    """The curve that this way is a point of: `slerp` over w, `adapter` over scale, or none."""
 
     @property
     def setting(self) -> float:
-        """What differs along the curve."""
+        """The value on the curve: w or the adapter's scale."""
         return self.w if self.curve == "slerp" else self.adapter_scale
 
     def key(self) -> dict[str, Any]:
-        """Return all that its pictures depend on, beside prompt and seed."""
+        """Return everything that the pictures depend on apart from prompt and seed."""
         own = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_KEY}
         return own | ({"index": self.index.key} if self.index is not None else {})
 
@@ -61,19 +61,19 @@ class Way:
 def ways_of(
     config: EvaluateConfig, finetuned: Finetuned, teacher: str, index: IndexVersion, champion: Deployed | None
 ) -> list[Way]:
-    """Return the ways that are asked for, then the points of curves that are none of them.
+    """Return the configured ways, then the curve points that are not among them.
 
-    What `best_slerp` is of, which takes its pictures from slerp's curve, `best_slerp` in `job` says.
+    `best_slerp` is not included: it is composed later from the pictures of slerp's curve.
 
     Args:
-        config: which.
+        config: the configured ways and their parameters.
         finetuned: the candidate.
-        teacher: its teacher.
-        index: where references come from.
-        champion: the present one, if there is one; it keeps its own index.
+        teacher: spec of the candidate's teacher.
+        index: the index version that references come from.
+        champion: the current champion, if there is one; it keeps its own index version.
 
     Raises:
-        UserError: if more references are asked for than an index has rows.
+        UserError: if `config.num_references` exceeds the index's rows.
     """
     base: dict[str, Any] = {"base": finetuned.base, "base_digest": finetuned.base_digest}
     k = config.num_references
@@ -114,7 +114,11 @@ def ways_of(
 
 
 def _number(asked: int | None, default: int, index: IndexVersion) -> int:
-    """Return how many references a prompt is shown; by default no more than there are rows."""
+    """Return the number of references per picture; the default is limited to the index's rows.
+
+    Raises:
+        UserError: if `asked` exceeds the index's rows.
+    """
     rows = int(Store(index.uri, index.name).dataset(index.version).count_rows())
     if asked is not None and asked > rows:
         raise UserError(f"num_references can't be more than the index has rows: {asked} of {rows} in {index.name!r}")
@@ -134,7 +138,7 @@ def _keys(ways: list[Way]) -> list[dict[str, Any]]:
 
 
 def _trained(folder: str) -> dict[str, Any]:
-    """Return what a way has of an adapter, which is used as it is deployed: at its own scale."""
+    """Return the fields of a way that uses the adapter in `folder` at its default scale, as when deployed."""
     config = read_json(f"{folder}/{ADAPTER}/config.json") or {}
     return {
         "fusion": "adapter",

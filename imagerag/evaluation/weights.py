@@ -1,4 +1,4 @@
-"""Files that metrics are given: read as tensors alone, and known by what they hold."""
+"""Weights files of metrics: safe loading (tensors only) and content digests."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def digests_of(files: MetricFiles) -> dict[str, str]:
-    """Return a digest of each given file or folder, by its field.
+    """Return the digest of each given file or folder by its field.
 
     Raises:
-        UserError: if one is not there.
+        UserError: if one does not exist.
     """
     return {f"files.{field}": _digest(field, place) for field, place in files.model_dump(exclude_none=True).items()}
 
@@ -23,28 +23,32 @@ def digests_of(files: MetricFiles) -> dict[str, str]:
 def _digest(field: str, place: str) -> str:
     path = Path(place).expanduser()
     if not path.exists():
-        raise UserError(f"files.{field} has to be a file or folder on this machine; there is no {place}")
+        raise UserError(f"files.{field} must be a file or folder on this machine; {place} does not exist")
     paths = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
     return digest_of({each.relative_to(path).as_posix(): each for each in paths})
 
 
 def transformers_folder(field: str, folder: str) -> Path:
-    """Return the path of a model's folder.
+    """Return the path of a transformers folder.
+
+    Args:
+        field: the field of `MetricFiles`, for the error.
+        folder: the folder as the user gave it.
 
     Raises:
-        UserError: if it holds no model of transformers' in safetensors.
+        UserError: if the folder has no config.json or no safetensors.
     """
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-        raise UserError(f"files.{field} has to be a transformers folder with safetensors; {folder} is not")
+        raise UserError(f"files.{field} must be a transformers folder with safetensors; {folder} is not")
     return path
 
 
 def load_tensors(path: str) -> dict[str, "torch.Tensor"]:
-    """Read a file of tensors, and refuse everything else.
+    """Load a safetensors or PyTorch file, with tensors only.
 
     Raises:
-        UserError: if the file holds anything else or can't be read.
+        UserError: if the file can't be read or holds other objects.
     """
     from pickle import UnpicklingError
 
@@ -57,5 +61,5 @@ def load_tensors(path: str) -> dict[str, "torch.Tensor"]:
     except (OSError, RuntimeError, UnpicklingError, ValueError) as error:
         raise UserError(f"{path} can't be read as a file of tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{path} has to hold tensors by their names; it holds a {type(loaded).__name__}")
+        raise UserError(f"{path} must hold tensors by name; it holds a {type(loaded).__name__}")
     return {name: each for name, each in loaded.items() if isinstance(each, torch.Tensor)}

@@ -1,1 +1,1 @@
-"""The deepest features of the denoiser: what a reference picture is turned into and where it is fused."""
+"""The H-space, the denoiser's deepest features: encoding of references and their fusion."""

@@ -1,4 +1,4 @@
-"""The adapter's attention as diffusers knows attention, so that its backends and anyone's processors work with it."""
+"""The adapter's attention as a diffusers attention module, which supports attention backends and custom processors."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class HSpaceAttnProcessor:
-    """`softmax(Q K^T / sqrt(d)) V` by the backend that `set_attention_backend` chose; by default torch's own."""
+    """Computes `softmax(Q K^T / sqrt(d)) V` with the backend of `set_attention_backend`, torch's SDPA by default."""
 
     _attention_backend = None
     _parallel_config = None
@@ -22,7 +22,15 @@ class HSpaceAttnProcessor:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return what each target position gathers (B, L, D)."""
+        """Return the attention output (B, L, D).
+
+        Args:
+            attn: the attention module.
+            query: queries of the target's positions (B, L, D).
+            key: keys of all references' positions (B, K * L, D).
+            value: values of all references' positions, weighted by lambda (B, K * L, D).
+            attention_mask: True for valid positions, broadcastable to (B, heads, L, K * L).
+        """
         query, key, value = (tokens.unflatten(2, (attn.heads, -1)) for tokens in (query, key, value))
         attended: torch.Tensor = dispatch_attention_fn(
             query,
@@ -36,7 +44,7 @@ class HSpaceAttnProcessor:
 
 
 class HSpaceAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
-    """Holds the processor. Projections, and so all weights, are the adapter's own."""
+    """Holds the attention processor. It has no weights: the adapter owns the projections."""
 
     _default_processor_cls = HSpaceAttnProcessor
     _available_processors = [HSpaceAttnProcessor]  # noqa: RUF012 - as in diffusers
@@ -56,13 +64,13 @@ class HSpaceAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return what each target position gathers (B, L, D).
+        """Return the attention output (B, L, D).
 
         Args:
-            query: of the target's positions (B, L, D).
-            key: of all references' positions (B, K * L, D).
-            value: likewise, weighted by lambda.
-            attention_mask: True where a position is there, broadcast to (B, heads, L, K * L).
+            query: queries of the target's positions (B, L, D).
+            key: keys of all references' positions (B, K * L, D).
+            value: values of all references' positions, weighted by lambda (B, K * L, D).
+            attention_mask: True for valid positions, broadcastable to (B, heads, L, K * L).
         """
         attended: torch.Tensor = self.processor(self, query, key, value, attention_mask)
         return attended

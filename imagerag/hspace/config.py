@@ -1,4 +1,4 @@
-"""How cached features are made."""
+"""Configuration of the cached-features job."""
 
 from pydantic import Field, field_validator
 
@@ -8,18 +8,18 @@ from imagerag.workers import WorkersConfig
 
 
 class FeaturesConfig(WorkersConfig):
-    """What is not set adapts to the machines that Ray knows."""
+    """How features are computed and cached. Unset values adapt to Ray's machines."""
 
     base: str = Field(
         default="tiny",
-        description="The base model: `tiny`, a hub id and commit (`org/name@<commit>`), or a diffusers folder.",
+        description="Base model: `tiny`, a hub id and commit (`org/name@<commit>`), or a diffusers folder.",
     )
     fit: Fit | None = Field(
         default=None,
-        description="How a picture that is no square is shown to the base model: `crop`, its middle square; `pad`, all "
-        "of it on the colour of its border; `auto`, padded where its border is transparent or of one colour. Another "
-        "one than before encodes all rows anew. Unset: as the index's features are, `auto` where it has none.",
+        description="How pictures are made square: `crop` to the centre; `pad` with the border's colour; `auto` pads "
+        "pictures with a transparent or single-colour border, and crops others. A change re-encodes all rows. Unset: "
+        "the fit of the index's features, or `auto` if it has none.",
     )
-    batch_size: int = Field(default=32, ge=1, le=1_024, description="Pictures that a worker encodes at a time.")
+    batch_size: int = Field(default=32, ge=1, le=1_024, description="Pictures per batch on a worker.")
 
     _check_base = field_validator("base")(check_spec)

@@ -1,4 +1,4 @@
-"""The retrieval branch: a reference picture and its caption to `h_retr` (paper, Sec. 3.1)."""
+"""The retrieval branch: computes `h_retr` from a reference picture and its caption (paper, Sec. 3.1)."""
 
 import hashlib
 import io
@@ -21,11 +21,17 @@ from imagerag.hspace.midblock import encode
 from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 
 _VERSION = 2
-"""Of what `encode_references` does: another one makes other features."""
+"""Version of `encode_references`; a change gives features a new digest."""
 
 
 def feature_identity(identity: BaseIdentity, unet_config: Mapping[str, Any], fit: Fit) -> FeatureIdentity:
-    """Return what tells this base model's features, at its own resolution and of pictures so fitted, from others."""
+    """Return the identity of a base model's features: digest, shape and fit, at the model's native resolution.
+
+    Args:
+        identity: id and digest of the base model.
+        unet_config: configuration of its UNet.
+        fit: how pictures are made square.
+    """
     side, channels = unet_config["sample_size"], unet_config["block_out_channels"]
     digest = hashlib.sha256(f"{_VERSION}\0{identity.digest}\0{side}\0{fit}".encode()).hexdigest()
     deepest = -(-side // 2 ** (len(channels) - 1))
@@ -33,7 +39,16 @@ def feature_identity(identity: BaseIdentity, unet_config: Mapping[str, Any], fit
 
 
 def identity_in(schema: pa.Schema, identity: BaseIdentity, unet_config: Mapping[str, Any]) -> FeatureIdentity:
-    """Return which features of this base model an index's table has, or, where it has none, which it would get."""
+    """Return the identity of this base model's features in an index.
+
+    Args:
+        schema: schema of the index's table.
+        identity: id and digest of the base model.
+        unet_config: configuration of its UNet.
+
+    Returns:
+        The features that the table has, or those with the default fit if it has none.
+    """
     own = {fit: feature_identity(identity, unet_config, fit) for fit in FITS}
     return next((each for each in own.values() if each.column in schema.names), own[DEFAULT_FIT])
 
@@ -51,8 +66,13 @@ def encode_references(
     """Return `h_retr` (N, C, H, W): the UNet encoder's output for the clean latents of `images` at t = 0.
 
     Args:
-        fit: how pictures of any shape are fitted into the base model's square; see `fit_square`.
-        device: what computes, where weights are offloaded to another one.
+        vae: the base model's autoencoder.
+        unet: the base model's UNet.
+        conditioner: the base model's text encoder.
+        images: pictures of any shape (N).
+        captions: their captions (N).
+        fit: how pictures are made square: cropped, padded, or automatically one of the two.
+        device: the execution device, if weights are offloaded to another one.
     """
     arguments = unet_arguments(unet, conditioner.encode(captions, device), side=side_of(vae, unet))
     return encode(unet, encode_latents(vae, unet, images, fit, device), 0, **arguments)
@@ -66,7 +86,7 @@ def encode_latents(
     fit: Fit,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Return the clean latents `z_0` (N, C, H, W) of `images`, fitted into the base model's square."""
+    """Return the clean latents `z_0` (N, C, H, W) of `images`, made square by `fit`."""
     side = side_of(vae, unet)
     pixels = torch.from_numpy(np.stack([_pixels(image, side, fit) for image in images])).to(device or vae.device)
     with in_its_range(vae):
@@ -77,7 +97,7 @@ def encode_latents(
 
 @contextmanager
 def in_its_range(vae: AutoencoderKL | AutoencoderTiny) -> Iterator[None]:
-    """Have a VAE whose activations exceed float16's range (SDXL's) in float32, as diffusers does, and put it back."""
+    """Run a VAE whose activations overflow float16 (SDXL's) in float32 within the context, as diffusers does."""
     dtype = vae.dtype
     upcast = dtype == torch.float16 and vae.config.force_upcast
     if upcast:
@@ -90,31 +110,31 @@ def in_its_range(vae: AutoencoderKL | AutoencoderTiny) -> Iterator[None]:
 
 
 def to_cache(h: torch.Tensor) -> Features:
-    """Return features as they are cached, float16 on the host.
+    """Convert features (N, C, H, W) to the cached format: float16 NumPy arrays.
 
     Raises:
-        UserError: if one of them is no number, or beyond float16's range.
+        UserError: if a value is not finite in float16.
     """
     cached: Features = h.to("cpu", torch.float16).numpy()
     if not np.isfinite(cached).all():
         raise UserError(
             "the base model's features hold a NaN, an infinity or a number beyond 65,504, and can't be cached: "
-            "its weights are damaged, or it needs dtype fp32"
+            "its weights are damaged, or it requires dtype fp32"
         )
     return cached
 
 
 def open_images(images: Sequence[bytes]) -> list[Image.Image]:
-    """Return encoded images as pictures."""
+    """Open encoded images with Pillow."""
     return [Image.open(io.BytesIO(image)) for image in images]
 
 
 def side_of(vae: AutoencoderKL | AutoencoderTiny, unet: UNet2DConditionModel) -> int:
-    """Return the base model's resolution in pixels."""
+    """Return the base model's native resolution in pixels."""
     side: int = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     return side
 
 
 def _pixels(image: Image.Image, side: int, fit: Fit) -> np.ndarray:
-    """Return the picture in its square (3, side, side), -1 to 1."""
+    """Return the square picture as an array (3, side, side), -1 to 1."""
     return (np.asarray(fit_square(image, side, fit), np.float32) / 127.5 - 1).transpose(2, 0, 1)

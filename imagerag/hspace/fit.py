@@ -1,4 +1,4 @@
-"""How a picture of any shape becomes the square that a base model sees. Knows nothing of models."""
+"""Fitting of pictures of any shape into squares, by cropping or padding. Independent of models."""
 
 from typing import get_args
 
@@ -13,24 +13,27 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 DEFAULT_FIT: Fit = "auto"
 
 _TOLERANCE = 24
-"""Of 255: JPEG's noise beside an edge, and a studio's light that is not quite even."""
+"""Colour tolerance (0 to 255) for JPEG noise and uneven studio lighting."""
 _PLAIN_SHARE = 2 / 3
-"""Of the border that has one colour: what is shown may touch it."""
+"""Minimum share of border pixels near one colour; the subject may touch the border."""
 _TRANSPARENT_SHARE = 0.1
-"""Of the border of a cut-out: one that was trimmed touches all four sides, while a screenshot has round corners."""
+"""Minimum share of transparent border pixels. Trimmed cutouts touch all four sides; rounded corners of screenshots must
+not count."""
 
 Pixels = npt.NDArray[np.uint8]
 
 
 def fit_square(image: Image.Image, side: int, fit: Fit) -> Image.Image:
-    """Return a picture as RGB in a square of `side` pixels, upright, on white where it is transparent.
+    """Return a picture as an upright RGB square of `side` pixels, with white for transparency.
 
-    A square picture is the same by every `fit`.
+    `fit` makes no difference for square pictures.
 
     Args:
-        fit: `crop` keeps the middle square. `pad` keeps all of the picture, and fills the square with the colour of its
-            border, or with white where that is transparent. `auto` pads a picture whose border is transparent or of
-            one colour, which shows one thing as a whole, and crops any other.
+        image: a picture of any shape.
+        side: side of the square in pixels.
+        fit: `crop` keeps the centre square. `pad` keeps the whole picture and fills the square with its border's
+            colour, or white if the border is transparent. `auto` pads pictures with a transparent or single-colour
+            border, which show a whole object, and crops all others.
     """
     picture = to_rgb(image)
     if fit != "crop" and picture.width != picture.height:
@@ -43,7 +46,7 @@ def fit_square(image: Image.Image, side: int, fit: Fit) -> Image.Image:
 
 
 def _background(image: Image.Image, picture: Image.Image) -> Pixels | None:
-    """Return the colour (3,) that surrounds what `image` shows, if it has one; `picture` is the same as RGB."""
+    """Return the background colour (3,) of `image`, whose RGB version is `picture`; None without a plain border."""
     if image.has_transparency_data:
         alpha = _border(np.asarray(image.convert("RGBA").getchannel("A")))
         if (alpha < 128).mean() >= _TRANSPARENT_SHARE:
@@ -55,13 +58,13 @@ def _background(image: Image.Image, picture: Image.Image) -> Pixels | None:
 
 
 def _border(pixels: Pixels) -> Pixels:
-    """Return the pixels (N, ...) of the four sides of a picture (H, W, ...)."""
+    """Return the border pixels (N, ...) of a picture (H, W, ...)."""
     sides: Pixels = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     return sides
 
 
 def _usual(colours: Pixels) -> Pixels:
-    """Return the colour (3,) that most of the colours (N, 3) are near, where there is one."""
+    """Return the median colour (3,) of colours (N, 3)."""
     usual: Pixels = np.median(colours, axis=0).astype(np.uint8)
     return usual
 

@@ -1,4 +1,4 @@
-"""How references are fused into the target's H-space: two ways, and none."""
+"""Fusion of references into the target's H-space features: by the adapter or by slerp."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -12,15 +12,15 @@ FusionName = Literal["adapter", "slerp", "none"]
 
 
 class Fusion(Protocol):
-    """What a step does with `h_target` (B, C, H, W)."""
+    """Fuses references into `h_target`, once per denoising step."""
 
     @property
     def shares(self) -> torch.Tensor:
-        """How much of each reference is used (B, K)."""
+        """The weight of each reference (B, K)."""
         ...
 
     def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
-        """Return `h`, of the same shape."""
+        """Return the fused features `h` for `h_target` (B, C, H, W)."""
         ...
 
 
@@ -30,18 +30,18 @@ class AdapterFusion:
 
     adapter: HSpaceAdapter
     h_references: torch.Tensor
-    """(B, K, C, H, W)."""
+    """Features of the references (B, K, C, H, W)."""
     weights: torch.Tensor
-    """Lambda (B, K)."""
+    """Lambda of each reference (B, K)."""
     scale: float
 
     @property
     def shares(self) -> torch.Tensor:
-        """Lambda, and 0 where nothing is added."""
+        """The weight of each reference (B, K): lambda, or 0 if the scale is 0."""
         return self.weights if self.scale else torch.zeros_like(self.weights)
 
     def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
-        """Return the fused features."""
+        """Return the fused features `h` for `h_target` (B, C, H, W)."""
         references = _fitted(self.h_references, h_target)
         fused: torch.Tensor = self.adapter(h_target, references, self.weights, self.scale).sample
         return fused
@@ -51,8 +51,8 @@ class AdapterFusion:
 class SlerpFusion:
     """`h = slerp(h_target, h_reference; w)` (paper, Sec. 3.2).
 
-    Beyond the paper: of several references, `h_reference` is the mean, weighted by lambda. A target without any stays
-    as it is, bit for bit.
+    Beyond the paper: with several references, `h_reference` is their mean, weighted by lambda. Targets without a
+    reference are returned unchanged, bit for bit.
     """
 
     h_references: torch.Tensor
@@ -61,11 +61,11 @@ class SlerpFusion:
 
     @property
     def shares(self) -> torch.Tensor:
-        """The part of `1 - w` that is each reference's."""
+        """The weight of each reference (B, K); they sum to `1 - w`."""
         return (1 - self.w) * self._parts
 
     def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
-        """Return the fused features."""
+        """Return the fused features `h` for `h_target` (B, C, H, W)."""
         parts = self._parts[:, :, None, None, None].to(h_target.dtype)
         fused = slerp(h_target, (parts * _fitted(self.h_references, h_target)).sum(1), self.w)
         return torch.where((self.weights > 0).any(1).view(-1, 1, 1, 1), fused, h_target)
@@ -105,7 +105,7 @@ class MaskedFusion:
 
 
 def _fitted(h_references: torch.Tensor, h_target: torch.Tensor) -> torch.Tensor:
-    """Return references (B, K, C, H, W) with the device, dtype and, resampled, the height and width of the target."""
+    """Move references (B, K, C, H, W) to the target's device and dtype, and resample them to its height and width."""
     references = h_references.to(h_target)
     if references.shape[-2:] == h_target.shape[-2:]:
         return references

@@ -1,8 +1,8 @@
-"""The cached-features job: `h_retr` of every row of a table that has none for a base model yet.
+"""The cached-features job: computes `h_retr` for all rows of a table that lack it for a base model.
 
-Ray Data hands fragments of the table to workers that hold a base model each. A worker writes a fragment's features to a
-file that belongs to no version yet; the driver commits it as soon as it is there. So no feature passes through the
-driver, a job that dies loses what its workers had in hand, and the next one computes what is missing.
+Ray Data distributes the table's fragments to workers, each with a base model. A worker writes a fragment's features to
+an uncommitted file, and the driver commits it at once. So no features pass through the driver, a killed job loses only
+the fragments in progress, and the next job computes what is missing.
 """
 
 import time
@@ -29,18 +29,21 @@ from imagerag.workers import Dtype, mapped, watched
 def cache_features(
     store: Store, config: FeaturesConfig, settings: Settings, on_progress: OnProgress = silent
 ) -> CachedFeatures:
-    """Give every row of the newest version its features for `config.base`.
+    """Compute the missing features of all rows of the latest version for `config.base`.
 
-    Rows that have them are left alone. Where none is missing, neither Ray nor the model is started. Features that were
-    made by another fit than `config.fit` are replaced.
+    Idempotent: if no features are missing, neither Ray nor the model is started. Features with another fit than
+    `config.fit` are replaced.
 
     Args:
-        on_progress: is told of rows.
+        store: the table.
+        config: base model, fit and workers.
+        settings: Ray's address and other settings.
+        on_progress: progress callback, called with encoded rows.
 
     Raises:
-        UserError: if there is no such table or base model, its features can't be cached, or there are fewer GPUs or
-            cores than `config` asks for.
-        StalledError: if the workers hang. Calling again goes on where they stopped.
+        UserError: if the table or base model does not exist, its features can't be cached, or there are fewer GPUs or
+            cores than `config` requests.
+        StalledError: if the workers hang. Calling again resumes.
     """
     started = time.perf_counter()
     files = resolve(config.base)
@@ -57,7 +60,7 @@ def cache_features(
             try:
                 machine_s = _commit_all(batches, num_missing, store, version, config, on_progress)
             except BaseException:
-                # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
+                # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
                 stop_ray()
                 raise
         return CachedFeatures(
@@ -75,7 +78,7 @@ def cache_features(
 
 
 def identities_of(files: BaseFiles) -> dict[Fit, FeatureIdentity]:
-    """Return which features a base model makes by each fit, without loading it."""
+    """Return the identity of a base model's features for each fit, without loading the model."""
     from imagerag.hspace.features import feature_identity
     from imagerag.hspace.fit import FITS
 
@@ -84,16 +87,24 @@ def identities_of(files: BaseFiles) -> dict[Fit, FeatureIdentity]:
 
 
 def identity_of(files: BaseFiles, schema: pa.Schema) -> FeatureIdentity:
-    """Return `identity_in` an index of a base model that is not loaded."""
+    """Return the identity of a base model's features in an index, without loading the model.
+
+    Args:
+        files: files of the base model.
+        schema: schema of the index's table.
+
+    Returns:
+        The features that the table has, or those with the default fit if it has none.
+    """
     from imagerag.hspace.features import identity_in
 
     return identity_in(schema, files.identity, read_json(files.parts["unet"].files[0]))
 
 
 def _choose(files: BaseFiles, fit: Fit | None, schema: pa.Schema) -> tuple[FeatureIdentity, list[FeatureIdentity]]:
-    """Return which features to make, and those in the table whose place they take.
+    """Return the features to compute, and the features in the table that they replace.
 
-    These are of the same base model by another fit, or of what had its name before.
+    These have the same base model and another fit, or the same base model name and another digest.
     """
     of_each = identities_of(files)
     chosen = identity_of(files, schema) if fit is None else of_each[fit]
@@ -103,7 +114,7 @@ def _choose(files: BaseFiles, fit: Fit | None, schema: pa.Schema) -> tuple[Featu
 
 
 class Worker:
-    """Holds a base model in a process of its own, and fills fragments."""
+    """Ray actor that holds a base model and computes the features of fragments."""
 
     def __init__(
         self,
@@ -122,7 +133,7 @@ class Worker:
         from imagerag.hspace.features import feature_identity
 
         started = time.perf_counter()
-        torch.set_num_threads(num_threads)  # Ray starts workers with one
+        torch.set_num_threads(num_threads)  # Ray sets 1
         self._base = load_base(identity.base, device, dtype)
         own = feature_identity(self._base.identity, self._base.unet.config, identity.fit)
         if own.digest != identity.digest:
@@ -134,7 +145,7 @@ class Worker:
         self._unreported_s = time.perf_counter() - started
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return, for the one `fragment`, what was `filled`, its `num_rows` and the `machine_s` that it took."""
+        """Fill one `fragment`; return the `filled` fragment, its `num_rows` and the `machine_s` spent."""
         started = time.perf_counter()
         (fragment,) = batch["fragment"].to_pylist()
         filled = features.fill(self._store, self._identity, self._version, fragment, self._compute, self._batch_size)
@@ -158,7 +169,7 @@ def _commit_all(
     config: FeaturesConfig,
     on_progress: OnProgress,
 ) -> float:
-    """Commit every fragment that the workers fill, and return their machine-seconds."""
+    """Commit each filled fragment as it arrives, and return the workers' machine-seconds."""
     num_done, machine_s = 0, 0.0
     with closing(watched(batches, config.stall_timeout_s)) as results:
         for result in results:

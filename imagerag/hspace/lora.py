@@ -1,4 +1,4 @@
-"""LoRA on the UNet's decoder, which is trained together with an adapter and used together with it."""
+"""LoRA on the UNet decoder, trained and used together with an adapter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Attach the LoRA that a fine-tuning wrote."""
+    """Attach the LoRA weights in `folder`, written by a fine-tuning, to `unet`."""
     unet.load_lora_adapter(
         folder,
         weight_name=WEIGHTS_NAME,
@@ -25,12 +25,12 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Write the LoRA as `load_lora` reads it."""
+    """Write the LoRA weights of `unet` in diffusers' format, for `load_lora`."""
     unet.save_lora_adapter(folder, adapter_name=LORA_NAME, weight_name=WEIGHTS_NAME)
 
 
 def copy_without_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Return the UNet as it was before a LoRA was attached. It shares the weights with `unet`."""
+    """Return a copy of the UNet without its LoRA; the copy shares its weights with `unet`."""
     weights = {name.replace(".base_layer.", "."): weight for name, weight in unet.state_dict().items()}
     with torch.device("meta"):
         copy: UNet2DConditionModel = UNet2DConditionModel.from_config(unet.config)
@@ -40,7 +40,7 @@ def copy_without_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 @contextmanager
 def without_lora(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Have a UNet as it was before a fine-tuning, for the block; what else is attached to it stays."""
+    """Disable a fine-tuning's LoRA within the context; other adapters stay active."""
     layers = []
     if LORA_NAME in getattr(unet, "peft_config", {}):
         from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,8 +1,8 @@
-"""A UNet's H-space inside its own forward: references are fused there, or it is taken out (paper, Sec. 3.1).
+"""Access to a UNet's H-space during its own forward pass, for fusion or extraction (paper, Sec. 3.1).
 
-The UNet is run as everybody runs it, so that offloading, `torch.compile`, LoRA and others' hooks work. One forward hook
-on its mid block, which stays there, gives the mid block's output to what the current context names, and leaves it alone
-where it names nothing. A context is a `contextvars` one: each thread has its own, and they nest.
+The UNet's forward is called as usual, so offloading, `torch.compile`, LoRA and other hooks work. One permanent forward
+hook on the mid block passes its output to the function that the current context sets, or leaves it unchanged if none is
+set. The context is a `ContextVar`: each thread has its own, and contexts nest.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _current: ContextVar[Callable[[torch.Tensor], torch.Tensor] | None] = ContextVar
 
 
 class _EncodedError(Exception):
-    """Ends a forward after the mid block."""
+    """Stops a forward pass after the mid block, carrying its output."""
 
     def __init__(self, h: torch.Tensor) -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class _EncodedError(Exception):
 
 
 def prepare(unet: UNet2DConditionModel) -> None:
-    """Put the hook on a UNet's mid block, where it is not there yet. By itself it changes nothing.
+    """Register the hook on a UNet's mid block. Idempotent; the hook alone changes nothing.
 
-    `torch.compile` sees only hooks that are there when it traces.
+    `torch.compile` only sees hooks that are registered before it traces.
     """
     if _hook not in unet.mid_block._forward_hooks.values():
         unet.mid_block.register_forward_hook(_hook)
@@ -38,15 +38,15 @@ def prepare(unet: UNet2DConditionModel) -> None:
 
 @contextmanager
 def fusing(unet: UNet2DConditionModel, fusion: Fusion | None, size: int) -> Iterator[None]:
-    """Have `fusion` change `h` in every forward of the UNet in this context; None has it changed by nothing.
+    """Apply `fusion` to `h` in every forward pass of the UNet within the context.
 
     Args:
-        unet: a prepared one.
-        fusion: of the references.
-        size: B, its pictures. Of a larger batch they are the last: guidance puts what has no text before them.
+        unet: the UNet.
+        fusion: fusion of the references; None leaves `h` unchanged.
+        size: number of pictures B. With guidance, the batch is larger, and the last B rows are the conditional ones.
 
     Raises:
-        UserError: if no forward asked the hook.
+        UserError: if no forward pass called the hook.
     """
     num_forwards = 0
 
@@ -61,28 +61,28 @@ def fusing(unet: UNet2DConditionModel, fusion: Fusion | None, size: int) -> Iter
         yield
     if fusion is not None and not num_forwards:
         raise UserError(
-            "the UNet ran without its references: torch.compile traced it, or one like it, before it was this "
-            "pipeline's. Call torch.compiler.reset() first, and where both are in use have "
+            "the UNet ran without its references: torch.compile traced it, or one like it, before this pipeline "
+            "registered its hook. Call torch.compiler.reset() first; if both are in use, set "
             "torch._dynamo.config.skip_nnmodule_hook_guards = False"
         )
 
 
 def encode(unet: UNet2DConditionModel, sample: torch.Tensor, timestep: int, **arguments: Any) -> torch.Tensor:
-    """Return the mid block's output (B, C, H, W), without running what comes after it.
+    """Return the mid block's output (B, C, H, W) without running the decoder.
 
     Args:
-        unet: any UNet; it is run eagerly, as cached features were made.
+        unet: the UNet; it runs eagerly, because cached features were computed eagerly.
         sample: latents (B, C, H, W).
-        timestep: of all of them.
-        arguments: of the UNet's own forward.
+        timestep: timestep of all latents.
+        arguments: further arguments of the UNet's forward.
 
     Raises:
-        UserError: if it has an IP-Adapter.
+        UserError: if the UNet has an IP-Adapter.
     """
     if unet.config.encoder_hid_dim_type is not None:
         raise UserError(
-            "reference pictures are encoded by the base model alone, and its UNet has an IP-Adapter: take it off by "
-            "unload_ip_adapter, or use an index, whose features are encoded before"
+            "reference pictures are encoded by the base model alone, but its UNet has an IP-Adapter: call "
+            "unload_ip_adapter first, or use an index, whose features are cached"
         )
     prepare(unet)
     try:
@@ -122,9 +122,9 @@ def _change(h: torch.Tensor) -> torch.Tensor | None:
 
 @torch.library.custom_op("imagerag::change_h", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _change_in_graph(h: torch.Tensor) -> torch.Tensor:
-    """As one opaque step of a compiled graph, so that it is whole, and the context is read whenever it runs."""
+    """Apply the context's change as an opaque operator: no graph break, and the context is read at run time."""
     changed = _change(h)
-    return h.clone() if changed is None or changed is h else changed  # an operator returns no argument of its own
+    return h.clone() if changed is None or changed is h else changed  # operators must not return their inputs
 
 
 @_change_in_graph.register_fake

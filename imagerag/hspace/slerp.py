@@ -3,26 +3,26 @@
 import torch
 
 _PARALLEL = 1e-4
-"""Below this sine of the angle, the quotients of sines are no numbers to rely on."""
+"""Minimum sine of the angle; below it, the quotients of sines are numerically unstable."""
 
 
 def slerp(h_target: torch.Tensor, h_reference: torch.Tensor, w: float) -> torch.Tensor:
     """Return `sin((1-w) omega)/sin(omega) h_reference + sin(w omega)/sin(omega) h_target`, omega the angle of both.
 
-    Where the angle is 0 or pi, so that there is no one way from one to the other, interpolate linearly.
+    If the angle is close to 0 or pi, interpolate linearly.
 
     Args:
-        h_target: (B, C, H, W).
-        h_reference: of the same shape.
-        w: 0 to 1; 1 is the target itself, bit for bit.
+        h_target: features of the target (B, C, H, W).
+        h_reference: features of the reference (B, C, H, W).
+        w: weight of the target, 0 to 1; 1 returns the target, bit for bit.
 
     Raises:
-        ValueError: if `w` is not in 0 to 1, or the shapes differ.
+        ValueError: if `w` is not between 0 and 1, or the shapes differ.
     """
     if not 0 <= w <= 1:
         raise ValueError(f"the weight of the target in slerp must be between 0 and 1; got {w}")
     if h_target.shape != h_reference.shape:
-        raise ValueError(f"slerp needs two of one shape; got {tuple(h_target.shape)} and {tuple(h_reference.shape)}")
+        raise ValueError(f"slerp needs equal shapes; got {tuple(h_target.shape)} and {tuple(h_reference.shape)}")
     if w == 1:
         return h_target
     target, reference = h_target.float().flatten(1), h_reference.float().flatten(1)

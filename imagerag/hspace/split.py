@@ -1,6 +1,7 @@
-"""The two halves of a diffusers UNet, split after the mid block, whose output is the H-space (paper, Sec. 3.1).
+"""A diffusers UNet split into encoder and decoder after the mid block, whose output is the H-space (paper, Sec. 3.1).
 
-Training runs the first without gradients. Pictures and features are made by the UNet's own forward, see `midblock`.
+Used by training, which runs the encoder without gradients. Inference and cached features use the UNet's own forward
+(`midblock`).
 """
 
 from collections.abc import Mapping
@@ -12,18 +13,18 @@ from diffusers import UNet2DConditionModel
 
 @dataclass(frozen=True)
 class EncoderOutput:
-    """What the first half hands to the second; `dataclasses.replace` changes it on the way."""
+    """Output of the encoder and input of the decoder."""
 
     h: torch.Tensor
-    """The mid block's output (B, C, H, W)."""
+    """Output of the mid block (B, C, H, W)."""
     skips: tuple[torch.Tensor, ...]
-    """The skip connections, outermost first."""
+    """Skip connections, outermost first."""
     temb: torch.Tensor
-    """The embedding (B, D) of the timestep and of all conditions beside the text."""
+    """Embedding (B, D) of the timestep and of all conditions except the text."""
     text: torch.Tensor
-    """The text features (B, L, D) as the blocks see them."""
+    """Text features (B, L, D) for cross-attention."""
     pass_sizes: bool
-    """Whether the sample's sides are no multiple of the UNet's downscaling, so that sizes have to be told."""
+    """Whether the decoder needs explicit upsampling sizes: the sample's sides are not multiples of the downscaling."""
 
 
 def encode(
@@ -35,12 +36,15 @@ def encode(
     timestep_cond: torch.Tensor | None = None,
     added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
 ) -> EncoderOutput:
-    """Run `conv_in`, the embeddings, `down_blocks` and `mid_block`. Arguments as of the UNet's own forward.
+    """Run `conv_in`, the embeddings, `down_blocks` and `mid_block`.
 
     Args:
+        unet: the UNet.
         sample: latents (B, C, H, W).
-        timestep: one for all, or one for each (B,).
+        timestep: one timestep for all latents, or one each (B,).
         encoder_hidden_states: text features (B, L, D).
+        timestep_cond: as for the UNet's forward.
+        added_cond_kwargs: as for the UNet's forward.
     """
     if unet.config.center_input_sample:
         sample = 2 * sample - 1.0
@@ -66,7 +70,7 @@ def encode(
 
 
 def decode(unet: UNet2DConditionModel, encoded: EncoderOutput) -> torch.Tensor:
-    """Run `up_blocks` and the output layers: the UNet's prediction (B, C, H, W)."""
+    """Run `up_blocks` and the output layers, and return the UNet's prediction (B, C, H, W)."""
     h, skips = encoded.h, encoded.skips
     for index, block in enumerate(unet.up_blocks):
         num_skips = len(block.resnets)

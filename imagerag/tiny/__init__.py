@@ -1,15 +1,15 @@
 """The embedded base model: a small one-step student and its multi-step teacher, trained from the sample corpus.
 
-`train.py` is the recipe that made the shipped weights. Nothing outside this package knows how they were trained.
+`train.py` is the recipe of the shipped weights. No code outside this package depends on how they were trained.
 """
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "weights"
-"""`vae`, `unet`, `teacher` and `scheduler` in diffusers' format; the text encoder is another package's."""
+"""`vae`, `unet`, `teacher` and `scheduler` in diffusers' format; the text encoder comes with another package."""
 MANIFEST_NAME = "manifest.json"
 TEXT_LENGTH = 32
-"""Tokens that the UNets are conditioned on."""
+"""Length of the text conditioning in tokens."""
 SLERP_W = 0.2
-"""The student's default weight in slerp, from what `imagerag.tiny.adapters` measures: its decoder reads pictures out of
-`h`, and with the paper's 0.8 draws next to nothing of a reference."""
+"""Default slerp weight of the student, as measured by `imagerag.tiny.adapters`. With the paper's 0.8, almost nothing of
+a reference is visible in the student's pictures."""

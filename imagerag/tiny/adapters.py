@@ -1,15 +1,13 @@
-"""How much adapters of the embedded base model help on concepts that nothing was trained on.
+"""Benchmark of adapters of the embedded base model on held-out concepts.
 
 python -m imagerag.tiny.adapters adapter=FOLDER,FOLDER lora=FOLDER,FOLDER
 
-Each held-out concept is drawn in three styles, in one step each, with references in other styles than the drawing that
-it is compared with. Adapters are compared with what needs no training: slerp, at fixed weights and at the one that is
-the best on other concepts, of which the base model has seen as little. Folders of one name are trainings with different
-seeds.
+Each held-out concept is generated in three styles, in one step each, with references in other styles than the target
+drawing. The baselines need no training: slerp at fixed weights, and at the weight that is best on other concepts that
+the base model was not trained on. The folders of one name are trainings with different seeds.
 
-Then copies: how near pictures are to what they were shown, by the adapter's scale and slerp's w, with references in
-other styles and with the very drawing among them. Adapters that were trained with other shares of rows shown
-themselves are other names.
+A second table shows the similarity of pictures to their references by adapter scale and slerp weight, with references
+in other styles, and with the target drawing among them.
 """
 
 import argparse
@@ -52,18 +50,18 @@ Model = tuple[BaseModel, HSpaceAdapter | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """Pictures of the examples, and what they were made with."""
+    """Generated pictures of the examples with their references."""
 
     title: str
     made: list[torch.Tensor]
-    """Latents (N, C, H, W), of each seed."""
+    """Generated latents (N, C, H, W) for each seed."""
     shown: list[Ints] | None
-    """Drawings (N, K), likewise."""
+    """References for each seed, as numbers of drawings (N, K), padded with -1; None without references."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CopyPoint:
-    """One setting of a way, for the curves of copies."""
+    """One point on a curve of recognition against copies."""
 
     curve: str
     setting: str
@@ -72,17 +70,17 @@ class CopyPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that was measured."""
+    """All measurements of the benchmark."""
 
     rows: tuple[Row, ...]
     best_w: float
-    """Of slerp, on other concepts than those of `rows`."""
+    """Best slerp weight on other concepts than those of `rows`."""
     gains: dict[str, Estimate]
-    """Of each adapter with four references over slerp with `best_w`: recognised, paired by concept."""
+    """Paired difference in recognition by concept: each adapter with four references minus slerp with `best_w`."""
     copies: tuple[CopyPoint, ...] = field(default=())
 
     def markdown(self) -> str:
-        """Return it as tables."""
+        """Return the report as Markdown tables."""
         lines = [_ROW_HEAD, _line_under(_ROW_HEAD)]
         for row in self.rows:
             cells = [row.title, row.recognised, ", ".join(f"{value:.3f}" for value in row.by_seed)]
@@ -97,7 +95,7 @@ class Report:
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines += ["", f"The best w of slerp on other concepts: {self.best_w}."]
         lines += [
-            f"Recognised, {name} with 4 references less slerp with that w, paired by concept: {gain}."
+            f"Recognised, {name} with 4 references minus slerp with that w, paired by concept: {gain}."
             for name, gain in self.gains.items()
         ]
         lines += ["", _COPY_HEAD, _line_under(_COPY_HEAD)]
@@ -108,7 +106,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def curves(self) -> str:
-        """Return copies and recognition as an SVG."""
+        """Return the curves of recognition against copies as SVG."""
         curves: dict[str, list[Point]] = {}
         for each in self.copies:
             assert each.row.copies is not None, each
@@ -118,10 +116,10 @@ class Report:
 
 
 _ROW_HEAD = (
-    "| | recognised among 100 | by training | recognised, second judge | they disagree | identified | latent error "
-    "| sharpness | similarity to what was shown | copies |"
+    "| | recognised among 100 | by seed | recognised, second judge | judges disagree | identified | latent error "
+    "| sharpness | similarity to the nearest reference | copies |"
 )
-_COPY_HEAD = "| | setting | recognised | second judge | similarity to what was shown | copies |"
+_COPY_HEAD = "| | setting | recognised | second judge | similarity to the nearest reference | copies |"
 
 
 def one_step(
@@ -132,7 +130,15 @@ def one_step(
     w: float | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Return clean latents by the adapter, by default at its own scale, by slerp with one reference, or by neither."""
+    """Generate clean latents (B, C, H, W) in one step.
+
+    Args:
+        base: the base model.
+        adapter: fuses the references; None uses slerp or no fusion.
+        batch: noise, text features and references.
+        w: slerp weight, with the first reference; None without an adapter means no fusion.
+        scale: adapter scale; None uses the adapter's default.
+    """
     diffusion = Diffusion(base.scheduler)
     last = torch.full((len(batch.noise),), diffusion.last)
     noised = diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)
@@ -148,7 +154,7 @@ def one_step(
 
 
 class Maker:
-    """Makes the pictures of a measurer's examples."""
+    """Generates the pictures of a measurer's examples."""
 
     def __init__(self, measurer: Measurer, base: BaseModel) -> None:
         self._measurer, self._base = measurer, base
@@ -163,15 +169,15 @@ class Maker:
         scale: float | None = None,
         with_itself: bool = False,
     ) -> Way:
-        """Return pictures by a model for each seed.
+        """Generate pictures with one model per seed.
 
         Args:
-            title: of the way.
-            models: one for each seed.
-            choice: the references.
-            w: of slerp.
-            scale: of the adapter; by default its own.
-            with_itself: whether the very drawing is the first reference, before the others.
+            title: title of the way.
+            models: one model per seed.
+            choice: which references to use.
+            w: slerp weight.
+            scale: adapter scale; None uses the adapter's default.
+            with_itself: whether to insert the target drawing as the first reference.
         """
         made, shown = [], []
         for seed, model in enumerate(models):
@@ -187,7 +193,7 @@ class Maker:
         )
 
     def references(self, data: RagData) -> Way:
-        """Return the first references themselves, through the autoencoder: as good as a copy can be."""
+        """Return the first references themselves, encoded by the autoencoder: the score of a perfect copy."""
         images, rows = data.images(), data.choose(self._measurer.examples, ONE, np.random.default_rng(0))[:, 0]
         parts = np.array_split(rows, -(-len(rows) // 64))
         vae, unet = self._base.vae, self._base.unet
@@ -199,7 +205,7 @@ class Maker:
         )
 
     def teacher(self) -> Way:
-        """Return what the teacher makes without references."""
+        """Generate pictures with the teacher, without references."""
         pipeline = ImageRAGTurboPipeline.from_base(load_base("tiny-teacher", "cpu"))
         pipeline.set_progress_bar_config(disable=True)
         prompts, made = list(self._measurer.prompts), []
@@ -222,9 +228,9 @@ class Maker:
 
 
 def choose_w(data: RagData, judges: Judges, base: BaseModel) -> float:
-    """Return the w with which slerp is recognised most often on concepts that neither the base model nor a judge knows.
+    """Return the w with which the first judge recognises most of slerp's pictures, on the adapters' training concepts.
 
-    These are concepts that adapters learn from; slerp learns nothing.
+    Neither the base model nor the first judge was trained on them, and slerp needs no training.
     """
     measurer = Measurer.of_split(data, judges, _VALIDATION_SPLIT, per_concept=1)
     maker = Maker(measurer, base)
@@ -233,7 +239,12 @@ def choose_w(data: RagData, judges: Judges, base: BaseModel) -> float:
 
 
 def make_report(adapters: dict[str, list[Path]], out: Path) -> Report:
-    """Measure everything, and write `adapters.json`, `adapters.md`, `copies.svg` and grids to `out`."""
+    """Run the benchmark, and write `adapters.json`, `adapters.md`, `copies.svg` and image grids to `out`.
+
+    Args:
+        adapters: folders of trainings with different seeds, by name.
+        out: output folder.
+    """
     base = load_base("tiny", "cpu")
     first = json.loads((next(iter(adapters.values()))[0] / MANIFEST).read_text())
     data = RagData(TrainingSet(**first["training_set"]), base)
@@ -319,8 +330,10 @@ def _line_under(head: str) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Measure adapters of the embedded base model on held-out concepts.")
-    parser.add_argument("adapters", nargs="+", metavar="NAME=FOLDER,FOLDER", help="what `imagerag finetune` wrote")
-    parser.add_argument("--out", type=Path, default=Path("adapters"), help="%(default)s")
+    parser.add_argument(
+        "adapters", nargs="+", metavar="NAME=FOLDER,FOLDER", help="output folders of `imagerag finetune`, one per seed"
+    )
+    parser.add_argument("--out", type=Path, default=Path("adapters"), help="output folder (default: %(default)s)")
     arguments = parser.parse_args()
     pairs = (each.split("=", 1) for each in arguments.adapters)
     adapters = {name: [Path(folder) for folder in folders.split(",")] for name, folders in pairs}

@@ -1,7 +1,7 @@
-"""Pictures of anything, to learn to read: drawings and clip art, moved, recoloured, textured, on all kinds of ground.
+"""Augmented unlabelled pictures: drawings and clip art with random transforms, colours, textures and backgrounds.
 
-What a picture shows has no name here. The autoencoder and the reading out of the H-space need none, and must not be
-limited to what emoji look like, because a user's own images are photographs as well.
+The autoencoder and the reconstruction from the H-space need no captions. They must generalise beyond emoji, because
+users' images include photographs.
 """
 
 import hashlib
@@ -21,34 +21,34 @@ from imagerag.errors import UserError
 
 _SIDE = 64
 _KEPT_SIDE = 80
-"""Of clip art in memory, so that it can be enlarged a little."""
+"""Side of clip art in memory, larger than `_SIDE` for augmentation by scaling."""
 _NEAR_WHITE = 250
 _MOST_ALIKE = 0.98
-"""Clip art of one brightness, or none, teaches nothing: shares of what is opaque."""
+"""Clip art is skipped if this share of its opaque pixels, or more, has the same brightness."""
 _WHITE_GROUND, _PLAIN_GROUND = 0.6, 0.2
-"""Shares of grounds; the others are textures."""
+"""Shares of white and single-colour backgrounds; the others are textures."""
 _TEXTURED, _OVERLAID = 0.3, 0.15
-"""Shares of pictures that are given a texture, and that another one is laid over."""
+"""Shares of pictures with a texture, and with another picture as an overlay."""
 
 
 @dataclass(frozen=True)
 class Cutouts:
-    """Pictures without their ground."""
+    """Pictures with transparent backgrounds."""
 
     pixels: torch.Tensor
-    """Bytes (N, 4, H, W): RGB and how opaque."""
+    """RGBA bytes (N, 4, H, W)."""
     digest: str
-    """SHA-256 of them."""
+    """SHA-256 of the pixels."""
 
     @classmethod
     def of_drawings(cls, pixels: torch.Tensor) -> "Cutouts":
-        """Return drawings on white, bytes (N, 3, H, W), without the white around them."""
+        """Return drawings on white, bytes (N, 3, H, W), with the surrounding white made transparent."""
         opaque = torch.stack([_opaque(picture) for picture in pixels])
         return cls._of(torch.cat([pixels, opaque[:, None]], dim=1))
 
     @classmethod
     def of_files(cls, folders: Sequence[Path]) -> "Cutouts":
-        """Return the PNG files under `folders`, each as a whole, in a square.
+        """Return all PNG files under `folders`, each fitted into a square.
 
         Raises:
             UserError: if there are none.
@@ -65,7 +65,7 @@ class Cutouts:
 
 
 def _opaque(picture: torch.Tensor) -> torch.Tensor:
-    """Return bytes (H, W): 0 where white reaches the border of a picture (3, H, W)."""
+    """Return the alpha channel, bytes (H, W), of a picture (3, H, W): 0 in white regions that touch the border."""
     regions, _ = ndimage.label((picture >= _NEAR_WHITE).all(0).numpy())
     border = np.unique(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]))
     ground = np.isin(regions, border[border > 0])
@@ -73,7 +73,7 @@ def _opaque(picture: torch.Tensor) -> torch.Tensor:
 
 
 def _squares(paths: Sequence[Path]) -> Iterator[torch.Tensor]:
-    """Yield bytes (4, H, W) of each file that shows something."""
+    """Yield each file as RGBA bytes (4, H, W); skip blank ones."""
     for path in tqdm(paths, desc="reading", unit=" pictures", disable=None):
         try:
             with Image.open(path) as image:
@@ -90,7 +90,7 @@ def _squares(paths: Sequence[Path]) -> Iterator[torch.Tensor]:
 
 
 def vary(cutouts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return pictures (B, 3, 64, 64), -1 to 1, of cut-outs, bytes (B, 4, H, W)."""
+    """Return augmented pictures (B, 3, 64, 64), -1 to 1, of cutouts, RGBA bytes (B, 4, H, W)."""
     size = len(cutouts)
     opaque = cutouts[:, 3:].float() / 255
     colours = _recoloured(cutouts[:, :3].float() / 255, generator)
@@ -107,7 +107,7 @@ def vary(cutouts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _recoloured(colours: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Mix the channels of half of the pictures (B, 3, H, W) at random; grey stays grey."""
+    """Mix the colour channels of a random half of the pictures (B, 3, H, W); grey stays grey."""
     size = len(colours)
     mixed = torch.eye(3) + 0.5 * torch.randn(size, 3, 3, generator=generator)
     mixed = mixed / mixed.sum(2, keepdim=True).clamp(min=0.5)
@@ -117,7 +117,7 @@ def _recoloured(colours: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 
 def _moved(layer: torch.Tensor, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
-    """Turn, flip, scale and shift layers (B, 4, H, W), whose colours are multiplied by how opaque they are."""
+    """Rotate, flip, scale and shift layers (B, 4, H, W) with premultiplied alpha."""
     size = len(layer)
     turned, wild, grown, longer, across, down, flipped = torch.randn(7, size, generator=generator)
     angle = torch.where(wild > 1, math.pi * turned, 0.2 * turned)
@@ -133,7 +133,7 @@ def _moved(layer: torch.Tensor, generator: torch.Generator, scale: float = 1.0) 
 
 
 def _grounds(textures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return what lies behind pictures: white, one colour, or `textures` (B, 3, H, W)."""
+    """Return random backgrounds (B, 3, H, W): white, one colour, or `textures` (B, 3, H, W)."""
     drawn = _rand(len(textures), generator)
     plain = torch.rand(len(textures), 3, 1, 1, generator=generator)
     grounds = torch.where(drawn < _WHITE_GROUND + _PLAIN_GROUND, plain, textures)
@@ -141,7 +141,7 @@ def _grounds(textures: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def _textures(size: int, generator: torch.Generator) -> torch.Tensor:
-    """Return coloured noise (B, 3, 64, 64), 0 to 1, whose power falls with its frequency as in photographs."""
+    """Return coloured noise (B, 3, 64, 64), 0 to 1, with a falling power spectrum as in photographs."""
     textures = torch.rand(size, 3, 1, 1, generator=generator).repeat(1, 1, _SIDE, _SIDE)
     strength = 0.3 * torch.rand(size, 1, 1, 1, generator=generator)
     for side in (2, 4, 8, 16, 32):

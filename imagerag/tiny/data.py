@@ -1,4 +1,4 @@
-"""What the embedded base model learns from: the drawings of one split as pixels, and their prompts as text features."""
+"""Training data of the embedded base model: drawings as pixels, and their prompts as text features."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ _ENCODED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Pictures:
-    """Drawings, in the order in which they were given."""
+    """Decoded drawings with concept and style."""
 
     pixels: torch.Tensor
-    """(N, 3, 64, 64), bytes."""
+    """RGB bytes (N, 3, 64, 64)."""
     concepts: torch.Tensor
-    """(N,), an index into `codepoints`."""
+    """Indices (N,) into `codepoints`."""
     styles: torch.Tensor
-    """(N,), an index into `imagerag.corpus.sample.STYLES`."""
+    """Indices (N,) into `imagerag.corpus.sample.STYLES`."""
     codepoints: tuple[str, ...]
 
     @classmethod
     def of(cls, drawings: Sequence[Drawing]) -> "Pictures":
-        """Decode `drawings`."""
+        """Decode `drawings`, keeping their order."""
         codepoints = tuple(dict.fromkeys(drawing.concept.codepoint for drawing in drawings))
         numbers = {codepoint: number for number, codepoint in enumerate(codepoints)}
         styles = {style.name: number for number, style in enumerate(STYLES)}
@@ -41,14 +41,14 @@ class Pictures:
 
 
 def prompts_of(concept: Concept) -> tuple[str, ...]:
-    """Return what a person may call `concept`: its name alone, in a phrase, and with a keyword."""
+    """Return prompts for `concept`: its name alone, in a phrase, and with a keyword."""
     name = concept.name
     with_keyword = [f"{name}, {keyword}" for keyword in concept.keywords if keyword not in name][:_KEYWORD_PROMPTS]
     return (name, f"a {name}", f"a picture of a {name}", *with_keyword)
 
 
 class Prompts:
-    """The text features of every prompt of every concept, computed once, and of the empty prompt."""
+    """Precomputed text features of all prompts of all concepts, and of the empty prompt."""
 
     def __init__(self, concepts: Sequence[Concept], conditioner: TextConditioner) -> None:
         texts = [prompts_of(concept) for concept in concepts]
@@ -58,7 +58,7 @@ class Prompts:
             for start in range(0, len(listed), _ENCODED_AT_ONCE)
         ]
         self.empty = features[0][0].float()
-        """(L, D)."""
+        """Text features of the empty prompt (L, D)."""
         self._of_concept: dict[int, list[int]] = defaultdict(list)
         self._features = torch.cat(features)
         position = 1
@@ -67,14 +67,16 @@ class Prompts:
             position += len(group)
 
     def names(self, concepts: torch.Tensor) -> torch.Tensor:
-        """Return the features (B, L, D) of the names of concepts (B,)."""
+        """Return the text features (B, L, D) of the names of `concepts` (B,)."""
         return self._features[[self._of_concept[int(c)][0] for c in concepts]].float()
 
     def draw(self, concepts: torch.Tensor, rng: np.random.Generator, drop: float = 0.0) -> torch.Tensor:
-        """Return the features (B, L, D) of a random prompt for each, the name as likely as all others together.
+        """Return the text features (B, L, D) of a random prompt per concept.
 
         Args:
-            drop: share of prompts that are made empty, for classifier-free guidance.
+            concepts: concepts (B,).
+            rng: draws the prompts: the bare name with probability 1/2, otherwise one of the other prompts.
+            drop: share of prompts that are replaced by the empty prompt, for classifier-free guidance.
         """
         chosen = []
         for concept in concepts:

@@ -1,4 +1,4 @@
-"""Whether the H-space of the embedded base model carries the picture, which fusion in it rests on."""
+"""Measures of how much picture information the H-space of the embedded base model carries, as fusion requires."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,21 +18,25 @@ from imagerag.training.diffusion import Diffusion
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Of one UNet."""
+    """H-space measures of one UNet."""
 
     rebuilding: Estimate
-    """Mean squared error of latents that are rebuilt from their `h` at t = 0 alone; theirs have a variance of one."""
+    """Mean squared error of latents (variance 1) reconstructed from their `h` at t = 0 alone."""
     zeroing: float
-    """How much of the one-step output's variance changes when `h` is zero."""
+    """Mean squared change of the one-step output when `h` is zero, relative to the output's variance."""
     shuffling: float
-    """How much changes when every row gets another row's `h`. More than all, where each is another picture."""
+    """The same when `h` is exchanged within the batch; about 2 for independent pictures."""
 
 
 def read(base: BaseModel, images: Sequence[Image.Image], captions: Sequence[str]) -> Estimate:
-    """Return how well pictures are shown that are given as their own references: PSNR in dB.
+    """Return the PSNR in dB of pictures reconstructed with themselves as references.
 
-    Nothing but their `h` is used, as by slerp with w = 0. The prompt is the caption, and all of a picture is fitted
-    into the base model's square.
+    Fusion is slerp with w = 0, so only their `h` is used. The prompt is the caption.
+
+    Args:
+        base: the base model.
+        images: pictures of any shape; they are padded to squares.
+        captions: their captions.
     """
     pipeline = ImageRAGTurboPipeline.from_base(base)
     pipeline.set_progress_bar_config(disable=True)
@@ -50,7 +54,7 @@ def read(base: BaseModel, images: Sequence[Image.Image], captions: Sequence[str]
 
 @torch.inference_mode()
 def measure(unet: UNet2DConditionModel, latents: torch.Tensor, text: torch.Tensor) -> Measures:
-    """Measure with latents (N, C, H, W) of drawings and the text features (N, L, D) of their names."""
+    """Measure a UNet on latents (N, C, H, W) of drawings and text features (N, L, D) of their names."""
     diffusion = Diffusion(build_scheduler())
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
 

@@ -1,4 +1,4 @@
-"""The drawings as latents, and which of a concept's drawings belongs to which noise."""
+"""Latents of the drawings, and the coupling of noise and drawings for one-step training."""
 
 from dataclasses import dataclass
 
@@ -9,28 +9,29 @@ from imagerag.tiny.data import Pictures
 
 @dataclass(frozen=True)
 class Latents:
-    """Drawings behind the autoencoder."""
+    """Latents of drawings with concept and style."""
 
     values: torch.Tensor
-    """(N, 4, 16, 16)."""
+    """Latents (N, 4, 16, 16)."""
     concepts: torch.Tensor
-    """(N,)."""
+    """Concept of each drawing (N,)."""
     of_style: torch.Tensor
-    """(concepts, styles): a concept's drawing in a style, -1 where it has none."""
+    """Drawing by concept and style (concepts, styles); -1 if there is none."""
 
     @classmethod
     def of(cls, values: torch.Tensor, pictures: Pictures) -> "Latents":
-        """Pair `values` with what is known of their pictures."""
+        """Combine latents (N, 4, 16, 16) with the concepts and styles of their pictures."""
         of_style = torch.full((len(pictures.codepoints), int(pictures.styles.max()) + 1), -1)
         of_style[pictures.concepts, pictures.styles] = torch.arange(len(values))
         return cls(values=values, concepts=pictures.concepts, of_style=of_style)
 
     def chosen_by(self, noise: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
-        """Return for each noise (B, 4, 16, 16) which drawing (B,) of its concept (B,) it is to become in one step.
+        """Return the target drawing (B,) for each noise (B, 4, 16, 16) and its concept (B,).
 
-        A concept has a drawing in each style. Were noise and drawing independent, the best answer of one step would be
-        the blurred mean of all. So the noise chooses: each style has a direction among the means of the noise's
-        channels, all equally likely. A coupling of noise and data, as in arXiv 2304.14772, that a network can see.
+        A concept has several drawings, one per style. With independent noise and drawings, the best one-step prediction
+        is the blurred mean of all. So noise and data are coupled (arXiv 2304.14772), in a way that a network can
+        detect: the noise's channel mean of largest magnitude, with its sign, selects the style. All styles are equally
+        likely.
         """
         half = (self.of_style.shape[1] + 1) // 2
         means = noise.mean((2, 3))[:, :half]

@@ -1,8 +1,7 @@
-"""What pictures of the sample corpus's concepts are worth: the measures of `imagerag.tiny.adapters`.
+"""Metrics of `imagerag.tiny.adapters` on concepts of the sample corpus.
 
-All ways to make pictures are judged by the same drawings. What the way with the most references was shown does not
-count for any of them, so that a copy is worth no more than what it shows, and a way that is shown more does not lose by
-that.
+All ways of making pictures are judged by the same drawings. The references of the way with the most references are
+ignored for all ways, so that copying a reference is not rewarded and ways with more references are not penalised.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,61 +30,68 @@ _COPY_QUANTILE = 0.999
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to make pictures. Means over concepts, with 95 % intervals."""
+    """Metrics of one way of making pictures: means over concepts with 95 % confidence intervals."""
 
     title: str
     recognised: Estimate
-    """Share whose concept is the nearest of 100."""
+    """Share of pictures whose concept is the nearest of 100, by the first judge."""
     recognised_second: Estimate
-    """The same by the second judge."""
+    """Share of pictures whose concept is the nearest of 100, by the second judge."""
     disagreement: float
     """Share of pictures that one judge recognises and the other does not."""
     identified: Estimate
-    """Share whose latents are nearer to a drawing of their own concept than to any other, in its style."""
+    """Share of pictures whose nearest target latents have the same concept."""
     latent_error: Estimate
-    """Mean squared difference to the drawing's latents, whose variance is one."""
+    """Mean squared error against the target drawing's latents (variance 1)."""
     sharpness: Estimate
-    """Energy of the gradients over that of drawings."""
+    """Gradient energy of the latents relative to that of drawings."""
     nearest: Estimate | None
-    """Similarity to the nearest of the drawings that were shown, by the first judge's features."""
+    """Similarity to the nearest reference in the first judge's features."""
     copies: Estimate | None
-    """Share that is nearer to it than 999 of 1,000 pairs of different drawings are to each other."""
+    """Share of pictures whose `nearest` exceeds that of 999 of 1,000 pairs of different drawings."""
     by_seed: tuple[float, ...]
-    """Share recognised, training by training."""
+    """Share recognised by training seed."""
     by_concept: tuple[float, ...]
-    """Share recognised of each concept, for paired differences."""
+    """Share recognised by concept, for paired differences."""
     disputed: tuple[int, ...]
     """Pictures of the first seed that one judge recognises and the other does not."""
 
 
 class Judges:
-    """Drawings of the sample corpus, as the two judges see them."""
+    """The two judges, fitted on the drawings of the sample corpus."""
 
     def __init__(self, drawings: Sequence[Drawing]) -> None:
         pictures = Pictures.of(drawings)
         self.concepts: Ints = pictures.concepts.numpy()
-        """Of each drawing."""
+        """Concept of each drawing (N,)."""
         self.place_of = {drawing.image: place for place, drawing in enumerate(drawings)}
         self.number_of = dict(zip((d.concept.name for d in drawings), self.concepts.tolist(), strict=True))
-        """Of a concept, by its name."""
+        """Concept by name."""
         self.split_of = dict(zip(self.concepts.tolist(), (d.concept.split for d in drawings), strict=True))
         self._first = load_feature_network()
         real = [to_input(pictures.pixels, "cpu")]
         self._judges = [Judge.of(features, self.concepts) for features in self.features(real)]
 
     def features(self, pictures: Sequence[torch.Tensor]) -> list[Floats]:
-        """Return what each judge sees of pictures that come in batches (B, 3, H, W), -1 to 1."""
+        """Return each judge's features (N, D) of batches of pictures (B, 3, H, W), -1 to 1."""
         return [self._first(pictures), contrastive_features(pictures)]
 
     def recognised(self, features: list[Floats], concepts: Ints, candidates: Ints, left_out: Ints) -> list[Floats]:
-        """Return each judge's verdicts, as `Judge.recognised`."""
+        """Return each judge's verdicts, 1 or 0 for each picture (N,).
+
+        Args:
+            features: each judge's features of the pictures (N, D).
+            concepts: true concepts of the pictures (N,).
+            candidates: concepts from which the competitors are drawn.
+            left_out: drawings to ignore for each picture (N, K), padded with -1.
+        """
         return [
             judge.recognised(own, concepts, candidates, left_out).astype(float)
             for judge, own in zip(self._judges, features, strict=True)
         ]
 
     def nearest(self, features: list[Floats], shown: Ints) -> Floats:
-        """Return the first judge's similarity of pictures to the nearest of the drawings (N, K) that were shown."""
+        """Return the similarity (N,) to the nearest of the references `shown` (N, K), by the first judge's features."""
         judge = self._judges[0]
         centred = features[0] - judge.centre
         unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
@@ -93,30 +99,36 @@ class Judges:
         return np.asarray(np.where(shown >= 0, similarities, -1).max(1))
 
     def copy_threshold(self, concepts: Ints) -> float:
-        """Return the similarity that 999 of 1,000 pairs of different drawings of some concepts do not reach."""
+        """Return the 99.9 % quantile of similarities between different drawings of `concepts`."""
         features = self._judges[0].features[np.isin(self.concepts, concepts)]
         similarities = (features @ features.T)[np.triu_indices(len(features), 1)]
         return float(np.quantile(similarities[similarities < 1 - 1e-4], _COPY_QUANTILE))
 
 
 class Measurer:
-    """Measures ways to make pictures of the same examples."""
+    """Measures ways of making pictures on a fixed set of examples."""
 
     def __init__(self, data: RagData, judges: Judges, examples: Ints) -> None:
-        """Args: examples: of `data`, whose captions are concepts of the sample corpus."""
+        """Initialise the measurer.
+
+        Args:
+            data: the training set.
+            judges: the judges.
+            examples: examples of `data` (N,), whose captions are concepts of the sample corpus.
+        """
         self._data, self._judges, self.examples = data, judges, examples
         self.prompts = [data.prompts[example] for example in examples]
         self._concepts = np.array([judges.number_of[prompt] for prompt in self.prompts])
         self._candidates = np.unique(self._concepts)
         self._threshold = judges.copy_threshold(self._candidates)
         self._places = np.array([judges.place_of.get(image, -1) for image in data.images()] + [-1])
-        """Of the index's rows among the judges' drawings."""
+        """Drawing of each row of the index; -1 for none, also in the last position, which padding selects."""
         self._left_out = self.shown(RIGHT, 0)
-        """(N, 4), for all ways."""
+        """Drawings to ignore for each example (N, 4), the same for all ways."""
 
     @classmethod
     def of_split(cls, data: RagData, judges: Judges, split: str, per_concept: int = _STYLES_OF_A_CONCEPT) -> "Measurer":
-        """Return one of so many examples of each concept of a split, drawn in different styles."""
+        """Return a measurer of `per_concept` examples for each concept of a split, in different styles."""
         rows = np.concatenate([data.learnt, data.held_out])
         concepts = np.array([judges.number_of.get(data.prompts[row], -1) for row in rows])
         own = np.array([judges.split_of.get(concept) == split for concept in concepts.tolist()])
@@ -125,14 +137,14 @@ class Measurer:
         return cls(data, judges, np.sort(rows[np.concatenate(chosen)]))
 
     def batches(self, choice: ReferenceChoice, seed: int) -> Iterator[RagBatch]:
-        """Yield the examples with references; the noise of a seed is the same for all ways."""
+        """Yield batches of the examples with references; all ways use the same noise for a seed."""
         for number, part in enumerate(self._parts()):
             batch = self._data.read(part, choice, np.random.default_rng([seed, number]))
             noise = np.random.default_rng([seed, number, 1]).standard_normal(tuple(batch.latents.shape), np.float32)
             yield replace(batch, noise=torch.from_numpy(noise))
 
     def shown(self, choice: ReferenceChoice, seed: int) -> Ints:
-        """Return which drawings (N, K) the examples are shown; -1 for none."""
+        """Return the references of the examples as numbers of drawings (N, K), padded with -1."""
         rows = [
             self._data.choose(part, choice, np.random.default_rng([seed, number]))
             for number, part in enumerate(self._parts())
@@ -141,17 +153,20 @@ class Measurer:
         return places
 
     def own(self) -> Ints:
-        """Return the examples' own drawings (N, 1)."""
+        """Return the target drawings of the examples (N, 1)."""
         places: Ints = self._places[self._data.own(self.examples)][:, None]
         return places
 
     def measure(
         self, title: str, made: Sequence[torch.Tensor], base: BaseModel, shown: Sequence[Ints] | None = None
     ) -> Row:
-        """Measure latents (N, C, H, W) of the examples, of each seed.
+        """Measure the pictures of one way.
 
         Args:
-            shown: which drawings (N, K) the pictures of each seed were made with.
+            title: title of the way.
+            made: generated latents (N, C, H, W) for each seed.
+            base: the base model, whose autoencoder decodes them.
+            shown: references for each seed, as numbers of drawings (N, K), padded with -1; None without references.
         """
         real = torch.cat([batch.latents for batch in self.batches(NONE, 0)])
         per_seed = []
@@ -189,7 +204,7 @@ class Measurer:
 
 
 def pixels(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
-    """Return pictures (N, 3, H, W), -1 to 1, of latents."""
+    """Decode latents (N, C, h, w) to pictures (N, 3, H, W), -1 to 1."""
     with torch.inference_mode():
         decoded: torch.Tensor = base.vae.decode(latents / base.vae.config.scaling_factor).sample.clamp(-1, 1)
     return decoded

@@ -1,6 +1,6 @@
-"""Sixth part: a small network that tells what latents show, whose features the perceptual loss compares.
+"""Fifth phase: the network of the perceptual loss on latents.
 
-It learns to find a drawing's name among those of its batch, from drawings of the `base` concepts only.
+It is trained contrastively to match drawings with their names, on the `base` concepts only.
 """
 
 from typing import Any
@@ -20,12 +20,20 @@ _NOISE = 0.1
 
 
 class PerceptualPhase:
-    """Trains a `LatentNetwork` by contrast of drawings and names."""
+    """Contrastive training of a `LatentNetwork` on drawings and names."""
 
     name = "perceptual"
 
     def __init__(self, latents: Latents, names: torch.Tensor, *, steps: int, seed: int, device: torch.device) -> None:
-        """Args: names: sentence features of the concepts (concepts, D), of length one."""
+        """Initialise the network and its optimizer.
+
+        Args:
+            latents: latents of the drawings.
+            names: L2-normalised text embeddings of the concepts' names (concepts, D).
+            steps: training steps.
+            seed: seed of weights and batches.
+            device: device of the training.
+        """
         torch.manual_seed(seed)
         self.steps = steps
         self.recipe = {"steps": steps, "seed": seed, "learning_rate": LEARNING_RATE, "batch_size": _BATCH_SIZE}
@@ -35,11 +43,11 @@ class PerceptualPhase:
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._optimizer, LEARNING_RATE, total_steps=steps)
 
     def state(self) -> dict[str, Any]:
-        """See `imagerag.training.loop.Phase`."""
+        """Return the objects to checkpoint by name."""
         return {"network": self.network, "optimizer": self._optimizer, "schedule": self._schedule}
 
     def step(self, index: int) -> dict[str, float]:
-        """See `imagerag.training.loop.Phase`."""
+        """Train on batch `index`, and return the losses."""
         rng = np.random.default_rng([self._seed, index])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         concepts = rng.permutation(len(self._latents.of_style))[:_BATCH_SIZE]
@@ -59,7 +67,7 @@ class PerceptualPhase:
         return {"contrast": float(loss.detach()), "found": float(found)}
 
     def grid(self) -> Image.Image:
-        """Return how far drawings of the first concepts are from each other, as grey: dark where they are near."""
+        """Return the distances between drawings of the first 64 concepts as a grey image; dark means similar."""
         with torch.inference_mode():
             first = self._latents.of_style[:64, 0].clamp(min=0)
             seen = self.network(self._latents.values[first].to(self._device)).cpu()

@@ -1,4 +1,4 @@
-"""Pictures to look at."""
+"""Image grids for the training log."""
 
 import torch
 from PIL import Image
@@ -7,7 +7,7 @@ _GAP = 2
 
 
 def grid(pixels: torch.Tensor, columns: int) -> Image.Image:
-    """Return pictures (N, 3, H, W), -1 to 1, beside and under each other."""
+    """Return a grid of pictures (N, 3, H, W), -1 to 1, with the given number of columns."""
     from torchvision.utils import make_grid
 
     sheet = make_grid(pixels.float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=columns, padding=_GAP, pad_value=0.8)

@@ -1,8 +1,8 @@
-"""Third phase: what the text says, learnt in the H-space, where a picture is 3,072 numbers and a step costs little.
+"""Third phase: text conditioning of the mid block, trained in the H-space, where a picture has 3,072 values.
 
-Everything but the mid block stands still. So what goes into it is computed once, for every drawing at t = 0 and for a
-pool of noises at T, and so is what should come out: the `h` of the drawing, which the decoder can read already. From
-noise and text the mid block is to make the `h` of the drawing that belongs to them; from a drawing, what it made then.
+Only the mid block is trained. Its inputs are cached for every drawing at t = 0 and for a pool of noises at T, and so
+are the targets: the `h` of the drawings, which the decoder already reads. From noise and text, the mid block predicts
+the `h` of the coupled drawing; from a drawing, it reproduces its former output.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ _CACHED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class _MidBlock:
-    """What goes into the mid block and what comes out, row by row."""
+    """Cached inputs and outputs of the mid block, one row per picture."""
 
     inputs: torch.Tensor
     temb: torch.Tensor
@@ -73,11 +73,11 @@ class PriorPhase:
         )
 
     def state(self) -> dict[str, Any]:
-        """See `imagerag.training.loop.Phase`."""
+        """Return the objects to checkpoint by name."""
         return {"mid_block": self.unet.mid_block, "optimizer": self._optimizer, "schedule": self._schedule}
 
     def step(self, index: int) -> dict[str, float]:
-        """See `imagerag.training.loop.Phase`."""
+        """Train on batch `index`, and return the losses."""
         rng = np.random.default_rng([self._seed, index])
         drawings = torch.from_numpy(rng.integers(len(self._latents.values), size=_BATCH_SIZE))
         noises = torch.from_numpy(rng.integers(_NUM_NOISES, size=_BATCH_SIZE - _DRAWINGS_IN_BATCH))
@@ -87,7 +87,7 @@ class PriorPhase:
         own = drawings[:_DRAWINGS_IN_BATCH]
         inputs = torch.cat([self._of_drawings.inputs[own], self._of_noises.inputs[noises]]).to(self._device)
         temb = torch.cat([self._of_drawings.temb[own], self._of_noises.temb[noises]]).to(self._device)
-        # Contiguous: the first norm's backward crashes on channels-last features that need no gradient (torch 2.13).
+        # Contiguous, because GroupNorm's backward crashes on channels-last inputs without gradients (torch 2.13, CPU).
         h = self.unet.mid_block(inputs.contiguous(), temb, encoder_hidden_states=text)
         target = self._of_drawings.h[drawings]
         errors = F.mse_loss(
@@ -102,7 +102,7 @@ class PriorPhase:
 
     @torch.inference_mode()
     def grid(self) -> Image.Image:
-        """Return drawings, what is rebuilt from their `h`, and one step from three noises each."""
+        """Return rows of drawings, their reconstructions from `h`, and one-step samples from three noises each."""
         latents, noise, text = shown(self._latents, self._prompts, self._device)
         rows = [latents, rebuild_from_h(self.unet, self._diffusion, latents, text)]
         rows += [sample(self.unet, noise.roll(shift, 0), text, text, steps=1) for shift in range(3)]
@@ -110,7 +110,7 @@ class PriorPhase:
 
     @torch.no_grad()
     def _cache(self, latents: torch.Tensor, timestep: int, text: torch.Tensor) -> _MidBlock:
-        """Return what goes into the mid block and comes out of it, of latents (N, C, H, W) and text (N, L, D)."""
+        """Return inputs and outputs of the mid block for latents (N, C, H, W) and text features (N, L, D)."""
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         hook = self.unet.mid_block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
         outputs = []

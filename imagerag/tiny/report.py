@@ -1,6 +1,6 @@
-"""What the embedded base model can do, in numbers and pictures: `imagerag tiny report`.
+"""Evaluation of the embedded base model: `imagerag tiny report`.
 
-Everything is measured on concepts of two splits: `base`, which it was trained on, and `held_out`, which nothing was.
+All metrics are reported for two splits of concepts: `base`, the training split, and `held_out`.
 """
 
 import io
@@ -41,7 +41,7 @@ _SHEET_COLUMNS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """How pictures are made."""
+    """A model and its sampling parameters."""
 
     title: str
     base: str
@@ -57,7 +57,7 @@ MODELS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model on the concepts of one split."""
+    """Metrics of one model on the concepts of one split."""
 
     model: str
     split: str
@@ -70,16 +70,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All numbers."""
+    """All metrics of the report."""
 
     psnr_db: Estimate
     hspace: hspace.Measures
     read_db: dict[str, Estimate]
-    """PSNR of pictures that are read out of their own `h` alone."""
+    """PSNR of pictures reconstructed from their own `h` alone, by set of pictures."""
     rows: tuple[Row, ...]
 
     def markdown(self) -> str:
-        """Return the numbers as tables."""
+        """Return the report as Markdown."""
         lines = [
             "| pictures by | concepts | recognised among 100 | identified among 96 | CLIP score | FD | KID x 1000 "
             "| pictures/s |",
@@ -110,14 +110,15 @@ class Report:
 
 
 def make_report(folder: Path, num_prompts: int = 498, photos: Path | None = None) -> Report:
-    """Measure everything, write `report.json`, `report.md` and grids to `folder`, and return the numbers.
+    """Measure the models, and write `report.json`, `report.md` and image grids to `folder`.
 
     Args:
-        num_prompts: pictures of each model and split; the concepts of a split take turns.
-        photos: a folder of other pictures, whose files are named by what they show, to be read out of their `h`.
+        folder: output folder.
+        num_prompts: pictures per model and split, over the concepts of the split in turn.
+        photos: folder of further pictures to reconstruct from their `h`; their file names are their captions.
 
     Raises:
-        UserError: if there are none in it.
+        UserError: if `photos` has no pictures.
     """
     others = {} if photos is None else {f"pictures in {photos.name}": named_pictures(photos)}
     for model in MODELS:
@@ -146,7 +147,7 @@ def make_report(folder: Path, num_prompts: int = 498, photos: Path | None = None
 
 
 class _Measurer:
-    """Holds what all measurements share."""
+    """Shared state of the measurements: drawings, networks and judges."""
 
     def __init__(self, num_prompts: int) -> None:
         self._num_prompts = num_prompts
@@ -163,7 +164,7 @@ class _Measurer:
         self._bases: dict[str, BaseModel] = {}
 
     def real(self, split: str) -> Row:
-        """Return what the measures say of real drawings: the most that can be reached."""
+        """Measure real drawings, as an upper bound."""
         own = np.flatnonzero([drawing.concept.split == split for drawing in self._drawings])
         some = np.random.default_rng(0).permutation(own)
         concepts = self._judge.concepts[some]
@@ -180,7 +181,7 @@ class _Measurer:
         )
 
     def generated(self, model: Model, split: str, on_picture: Callable[[], object]) -> tuple[Row, list[Generated]]:
-        """Return what the measures say of a model's pictures, and the pictures."""
+        """Generate and measure a model's pictures, and return both."""
         concepts = np.resize(np.random.default_rng(0).permutation(self._of(split)), self._num_prompts)
         names = [self._concepts[concept].name for concept in concepts]
         pipeline = ImageRAGTurboPipeline.from_base(self.base(model.base))
@@ -206,7 +207,7 @@ class _Measurer:
         return row, made
 
     def psnr(self) -> Estimate:
-        """Return how well the autoencoder rebuilds held-out drawings, in dB."""
+        """Return the autoencoder's PSNR on held-out drawings in dB."""
         vae = self.base("tiny").vae
         held_out = torch.tensor([drawing.concept.split == "held_out" for drawing in self._drawings])
         values: list[float] = []
@@ -218,7 +219,7 @@ class _Measurer:
         return estimate(values)
 
     def hspace(self) -> hspace.Measures:
-        """Return what the student's H-space carries, on held-out drawings."""
+        """Return the measures of the student's H-space on held-out drawings."""
         base = self.base("tiny")
         chosen = [index for index, drawing in enumerate(self._drawings) if drawing.concept.split == "held_out"]
         latents = encode_all(base.vae, self._pictures.pixels[chosen], _CPU)
@@ -226,7 +227,7 @@ class _Measurer:
         return hspace.measure(base.unet, latents, text)
 
     def held_out(self) -> dict[str, Image.Image]:
-        """Return a drawing of each held-out concept by its name, the styles in turn."""
+        """Return one drawing per held-out concept in a random style, by the concept's name."""
         pictures: dict[str, Image.Image] = {}
         own = [drawing for drawing in self._drawings if drawing.concept.split == "held_out"]
         for number in np.random.default_rng(0).permutation(len(own)):
@@ -234,7 +235,7 @@ class _Measurer:
         return pictures
 
     def base(self, spec: str) -> BaseModel:
-        """Return a base model, which is loaded once."""
+        """Return a cached base model."""
         if spec not in self._bases:
             self._bases[spec] = load_base(spec, "cpu")
         return self._bases[spec]
@@ -244,7 +245,7 @@ class _Measurer:
 
 
 def named_pictures(folder: Path) -> dict[str, Image.Image]:
-    """Return the pictures in a folder by their files' names.
+    """Return the jpg, png and webp files in a folder by their names, with spaces for hyphens.
 
     Raises:
         UserError: if there are none.
@@ -258,7 +259,7 @@ def named_pictures(folder: Path) -> dict[str, Image.Image]:
 def identified(
     vae: AutoencoderKL, made: Sequence[Generated], concepts: Sequence[Concept], drawings: Sequence[Drawing]
 ) -> Estimate:
-    """Return how often a picture's latent is nearer to a drawing of its concept than to any of 95 other concepts."""
+    """Return the share of pictures whose latents are nearer to their own concept's than to 95 other concepts'."""
     pictures = Pictures.of(drawings)
     numbers = {codepoint: number for number, codepoint in enumerate(pictures.codepoints)}
     wanted = np.array([numbers[concept.codepoint] for concept in concepts])

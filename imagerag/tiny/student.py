@@ -1,9 +1,9 @@
-"""Fifth phase: the one-step student, by latent adversarial distillation, and what reads references for fusion.
+"""Sixth phase: the one-step student, trained by latent adversarial distillation and reconstruction from the H-space.
 
-Some rows of a batch are made of noise and text in one step: to hit the drawing that belongs to them as well as one step
-can, which alone would leave it blurred, to look the same to a perceptual network, and to please a discriminator. Most
-rows go on teaching encoder and decoder to read pictures out of the H-space (see `teacher`), and pictures of anything:
-how much of a reference can be shown at all is decided here.
+A part of each batch is generated in one step from noise and text, with the losses of `Ladd`: regression to the coupled
+drawing, a perceptual loss and an adversarial loss. Most rows train encoder and decoder to reconstruct pictures from
+their `h` at t = 0 alone, including unlabelled pictures (`anything`): this limits how much of a reference fusion can
+transfer.
 """
 
 from typing import Any
@@ -34,16 +34,16 @@ WEIGHTS = LossWeights(adversarial=0.3, distillation=1.0, perceptual=1.0)
 READING_WEIGHT = 10.0
 _PERCEPTUAL_READING = 0.05
 _MAX_TIMESTEP = 300
-"""Of what the discriminator sees: under more noise, sharp and blurred latents look alike."""
+"""Exclusive upper bound of the discriminator's timesteps: with more noise, sharp and blurred latents look alike."""
 _HEADS_BETAS = (0.0, 0.99)
 _SHARES = (0.125, 0.25, 0.25)
-"""Of a batch: drawings as they are, drawings varied and other pictures varied, all to be read. The rest is made."""
+"""Shares of reconstruction rows: drawings, augmented drawings and augmented other pictures. The rest is generated."""
 _EMPTY_PROMPTS = 0.25
-"""Share of what is read without its name or another."""
+"""Share of reconstructed rows with the empty prompt."""
 
 
 class StudentPhase:
-    """Learns to make in one step what the discriminator takes for a drawing of the concept."""
+    """Training of the one-step student."""
 
     name = "student"
 
@@ -62,11 +62,20 @@ class StudentPhase:
         seed: int,
         device: torch.device,
     ) -> None:
-        """Args:
-        student: what it starts as; it is changed in place.
-        perceptual: what tells whether two latents show the same.
-        drawings: those of `latents`, cut out.
-        others: pictures of anything, cut out.
+        """Initialise the discriminator, the optimizers and the EMA.
+
+        Args:
+            student: UNet with the initial weights; trained in place.
+            perceptual: distance of the perceptual loss.
+            drawings: the drawings of `latents` as cutouts.
+            others: other pictures as cutouts, without captions.
+            latents: latents of the drawings.
+            prompts: text features of the prompts.
+            vae: the autoencoder.
+            steps: training steps.
+            batch_size: rows per step.
+            seed: seed of weights and batches.
+            device: device of the training.
         """
         torch.manual_seed(seed)
         self.steps = steps
@@ -96,7 +105,7 @@ class StudentPhase:
         )
 
     def state(self) -> dict[str, Any]:
-        """See `imagerag.training.loop.Phase`."""
+        """Return the objects to checkpoint by name."""
         return {
             "unet": self.unet,
             "ema": self.ema,
@@ -107,7 +116,7 @@ class StudentPhase:
         }
 
     def step(self, index: int) -> dict[str, float]:
-        """See `imagerag.training.loop.Phase`."""
+        """Train on batch `index`, and return the losses."""
         rng = np.random.default_rng([self._seed, index])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         batch, text = self._draw(rng, generator)
@@ -130,7 +139,7 @@ class StudentPhase:
         return {name: float(term) for name, term in (terms | of_generator | {"reading": reading.detach()}).items()}
 
     def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Batch, torch.Tensor]:
-        """Return a batch and its text features (B, L, D)."""
+        """Return a random batch and its text features (B, L, D)."""
         plain, varied, others = (round(share * self._batch_size) for share in _SHARES)
         chosen = torch.from_numpy(rng.integers(len(self._latents.values), size=self._batch_size - others))
         cutouts = [self._drawings.pixels[chosen[plain : plain + varied]]]
@@ -146,7 +155,7 @@ class StudentPhase:
         concepts = self._latents.concepts[chosen]
         chosen[made] = self._latents.chosen_by(batch.noise[made], concepts[made])
         batch.latents[made] = self._latents.values[chosen[made]]
-        # What has no name is given any, so that reading does not lean on text.
+        # Unlabelled pictures get random prompts, so that reconstruction does not depend on text.
         others_text = self._prompts.draw(
             self._latents.concepts[rng.integers(len(self._latents.values), size=others)], rng, drop=_EMPTY_PROMPTS
         )
@@ -154,7 +163,7 @@ class StudentPhase:
         return batch, torch.cat([read_text, others_text, self._prompts.draw(concepts[made], rng)])
 
     def _judge(self, fake: torch.Tensor, real: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> Terms:
-        """Have the discriminator learn, and return its loss."""
+        """Update the discriminator, and return its loss and accuracy."""
         loss, terms = self._ladd.of_discriminator(fake, real, text, generator)
         self._heads_optimizer.zero_grad()
         loss.backward()
@@ -163,7 +172,7 @@ class StudentPhase:
 
     @torch.inference_mode()
     def grid(self) -> Image.Image:
-        """Return drawings, what is rebuilt from their `h`, and one step from three noises each."""
+        """Return rows of drawings, their reconstructions from `h`, and one-step samples from three noises each."""
         unet = self.ema.module.eval()
         latents, noise, text = shown(self._latents, self._prompts, self._device)
         rows = [latents, rebuild_from_h(unet, self._diffusion, latents, text)]

@@ -1,12 +1,11 @@
-"""Second and fourth phase: the multi-step teacher, whose mid block alone sees the text and learns to carry the picture.
+"""Second and fourth phase: v-prediction training of a UNet whose mid block alone attends to the text.
 
-Three kinds of rows make a batch. Some teach the decoder to read pictures out of the H-space: a drawing goes through the
-encoder almost clean, and only its `h` is handed to the decoder, which works with the timestep T and with skip
-connections that are zero or of pure noise. So what the mid block says at t = 0 (a reference picture) and at t = T (a
-picture to be made) is one language, which is what fusion in the H-space rests on (paper, Sec. 3.1). Some are pure
-noise, because one step from there is all that the student will take. The rest are noised to a random timestep, as ever.
-The second phase has a quarter, a quarter and half of them; the fourth, whose model is sampled in many steps, reads
-nothing.
+A batch has three kinds of rows. Reconstruction rows train the decoder to read pictures from the H-space: the encoder
+sees an almost clean drawing, and the decoder gets only its `h`, with timestep T and with skip connections that are zero
+or from pure noise. So `h` has the same meaning at t = 0 (a reference) and at t = T (a generated picture), which fusion
+in the H-space requires (paper, Sec. 3.1). Rows of pure noise train the student's one step. The remaining rows are
+noised to random timesteps, as usual. The second phase uses a quarter, a quarter and a half; the fourth, which trains
+the multi-step teacher, has no reconstruction rows.
 """
 
 from dataclasses import dataclass, replace
@@ -27,14 +26,14 @@ from imagerag.training.diffusion import Diffusion
 EMA_DECAY = 0.998
 _EMPTY_PROMPTS = 0.1
 _ALMOST_CLEAN = 30
-"""Timesteps below it show the picture nearly as it is."""
+"""Exclusive upper bound of the timesteps of reconstruction rows: the picture is almost noise-free."""
 _DROPPED_SKIPS = 0.15
-"""Share of rows that are read without any skip connections."""
+"""Share of reconstruction rows with zero skip connections."""
 _GRID_STEPS = (1, 25)
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Return a UNet of random weights: 7.3M parameters, H-space 192x4x4."""
+    """Return a UNet with random weights: 7.3M parameters, H-space 192x4x4."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -52,7 +51,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> EulerDiscreteScheduler:
-    """Return the scheduler of teacher and student: Stable Diffusion's betas, but T is pure noise (arXiv 2305.08891)."""
+    """Return the scheduler: Stable Diffusion's betas, rescaled to zero terminal SNR (arXiv 2305.08891)."""
     return EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -64,7 +63,7 @@ def build_scheduler() -> EulerDiscreteScheduler:
 
 
 class TeacherPhase:
-    """Learns v-prediction on the latents of one split."""
+    """v-prediction training on the latents of drawings."""
 
     def __init__(
         self,
@@ -81,7 +80,21 @@ class TeacherPhase:
         seed: int,
         device: torch.device,
     ) -> None:
-        """`reads` says whether there are rows that are read out of the H-space."""
+        """Initialise the optimizer and the EMA.
+
+        Args:
+            name: name of the phase.
+            unet: UNet with the initial weights; trained in place.
+            latents: latents of the drawings.
+            prompts: text features of the prompts.
+            vae: the autoencoder, for the image grids.
+            steps: training steps.
+            learning_rate: peak learning rate.
+            reads: whether a quarter of each batch is reconstruction rows.
+            batch_size: rows per step.
+            seed: seed of the batches.
+            device: device of the training.
+        """
         self.name, self.steps = name, steps
         self.recipe = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "batch_size": batch_size}
         self.recipe |= {"ema_decay": EMA_DECAY, "empty_prompts": _EMPTY_PROMPTS, "reads": reads}
@@ -97,11 +110,11 @@ class TeacherPhase:
         )
 
     def state(self) -> dict[str, Any]:
-        """See `imagerag.training.loop.Phase`."""
+        """Return the objects to checkpoint by name."""
         return {"unet": self.unet, "ema": self.ema, "optimizer": self._optimizer, "schedule": self._schedule}
 
     def step(self, index: int) -> dict[str, float]:
-        """See `imagerag.training.loop.Phase`."""
+        """Train on batch `index`, and return the losses by kind of row."""
         rng = np.random.default_rng([self._seed, index])
         batch, concepts = draw(self._latents, self._batch_size, rng, self._diffusion, num_read=self._num_read)
         text = self._prompts.draw(concepts, rng, drop=_EMPTY_PROMPTS).to(self._device)
@@ -120,7 +133,7 @@ class TeacherPhase:
 
     @torch.inference_mode()
     def grid(self) -> Image.Image:
-        """Return drawings; what is rebuilt from their `h`; one step; and 25 steps, of the same prompts."""
+        """Return rows of drawings, their reconstructions from `h`, and samples of 1 and 25 steps for their prompts."""
         unet = self.ema.module.eval()
         latents, noise, text = shown(self._latents, self._prompts, self._device)
         empty = self._prompts.empty.to(self._device).expand(len(text), -1, -1)
@@ -131,16 +144,20 @@ class TeacherPhase:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to be read out of `h` first, then pure noise, and the rest noised to any timestep."""
+    """Reconstruction rows first, then rows of pure noise, then rows at random timesteps."""
 
     latents: torch.Tensor
-    """What to make (B, 4, 16, 16)."""
+    """Target latents (B, 4, 16, 16)."""
     noise: torch.Tensor
+    """Noise (B, 4, 16, 16)."""
     timesteps: torch.Tensor
+    """Timesteps of the encoder's input (B,)."""
     keep: torch.Tensor
-    """Whether a row's decoder sees skip connections (B,)."""
+    """Whether the decoder gets skip connections (B,)."""
     num_read: int
+    """Number of reconstruction rows."""
     num_last: int
+    """Number of rows of pure noise."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`."""
@@ -156,7 +173,7 @@ class Batch:
 def draw(
     latents: Latents, size: int, rng: np.random.Generator, diffusion: Diffusion, *, num_read: int
 ) -> tuple[Batch, torch.Tensor]:
-    """Return a random batch with a quarter of pure noise, and the concepts (B,) of its rows."""
+    """Return a random batch, of which a quarter is pure noise, and the concepts (B,) of its rows."""
     num_last = size // 4
     chosen = torch.from_numpy(rng.integers(len(latents.values), size=size))
     batch = compose(latents.values[chosen], num_read, num_last, rng, diffusion)
@@ -168,11 +185,11 @@ def draw(
 def compose(
     latents: torch.Tensor, num_read: int, num_last: int, rng: np.random.Generator, diffusion: Diffusion
 ) -> Batch:
-    """Return a batch of latents (B, 4, 16, 16) with noise and timesteps that suit its three parts."""
+    """Return a batch of latents (B, 4, 16, 16) with noise, timesteps and skips for its three kinds of rows."""
     size = len(latents)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     timesteps = torch.from_numpy(rng.integers(diffusion.num_timesteps, size=size))
-    # Half of what is read is clean, as references are.
+    # Half of the reconstruction rows are at t = 0, like references.
     timesteps[:num_read] = torch.from_numpy(rng.integers(-_ALMOST_CLEAN, _ALMOST_CLEAN, size=num_read).clip(min=0))
     timesteps[num_read : num_read + num_last] = diffusion.last
     return Batch(
@@ -188,7 +205,7 @@ def compose(
 def predict(
     unet: UNet2DConditionModel, diffusion: Diffusion, batch: Batch, text: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the target and the prediction (B, 4, 16, 16) of a batch."""
+    """Return target and prediction of v (B, 4, 16, 16) for a batch."""
     target = diffusion.velocity(batch.latents, batch.noise, batch.timesteps)
     target[: batch.num_read] = -batch.latents[: batch.num_read]  # v at T
     noised = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
@@ -197,7 +214,7 @@ def predict(
 
 
 def _lend(encoded: EncoderOutput, batch: Batch) -> EncoderOutput:
-    """Give the rows that are read the skips and the timestep of rows of pure noise, or zero skips."""
+    """Replace skips and timestep of reconstruction rows by those of pure-noise rows, or the skips by zeros."""
     if not batch.num_read:
         return encoded
     lenders = torch.arange(batch.num_read) % batch.num_last + batch.num_read
@@ -210,7 +227,7 @@ def _lend(encoded: EncoderOutput, batch: Batch) -> EncoderOutput:
 def rebuild_from_h(
     unet: UNet2DConditionModel, diffusion: Diffusion, latents: torch.Tensor, text: torch.Tensor
 ) -> torch.Tensor:
-    """Return the latents (B, 4, 16, 16) that the decoder makes of nothing but the `h` of `latents` at t = 0."""
+    """Reconstruct latents (B, 4, 16, 16) from their `h` at t = 0 alone, with zero skip connections."""
     encoded = encode(unet, latents, 0, text)
     at_last = encode(unet, torch.zeros_like(latents), diffusion.last, text)
     skips = tuple(torch.zeros_like(skip) for skip in encoded.skips)
@@ -218,7 +235,7 @@ def rebuild_from_h(
 
 
 def shown(latents: Latents, prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return latents, noise and text features of 16 drawings for a grid."""
+    """Return latents, noise and text features of 16 drawings for an image grid."""
     noise = torch.randn(16, *latents.values.shape[1:], generator=torch.Generator().manual_seed(0))
     concepts = torch.arange(0, len(latents.of_style), len(latents.of_style) // 16)[:16]
     values = latents.values[latents.chosen_by(noise, concepts)]
@@ -234,7 +251,16 @@ def sample(
     steps: int,
     guidance: float = 3.0,
 ) -> torch.Tensor:
-    """Return latents (B, 4, 16, 16) made of `noise`; guidance is used where there is more than one step."""
+    """Sample latents (B, 4, 16, 16) from `noise`, with classifier-free guidance if `steps` is more than 1.
+
+    Args:
+        unet: the UNet.
+        noise: initial noise (B, 4, 16, 16).
+        text: text features (B, L, D).
+        empty: text features of the empty prompt (B, L, D).
+        steps: number of denoising steps.
+        guidance: guidance scale.
+    """
     scheduler = build_scheduler()
     scheduler.set_timesteps(steps, device=noise.device)
     latents: torch.Tensor = noise * scheduler.init_noise_sigma

@@ -1,12 +1,13 @@
 """Train the embedded base model: python -m imagerag.tiny.train --help.
 
-Six phases follow each other, on the `base` concepts of the sample corpus: the autoencoder; a UNet whose decoder reads
-pictures out of the H-space; the text's part in it; the teacher; the network of the perceptual loss, which fine-tuning
-has as well; and the student, which reads the pictures of anything in `--pictures` too. A stopped run goes on where it
-was. `--start` takes the autoencoder, the perceptual network and first weights of teacher and student from a folder, and
-what else the student's training ended with where its checkpoint is still there. Losses and pictures go to MLflow.
+The training has six phases, on the `base` concepts of the sample corpus: the autoencoder; a UNet whose decoder
+reconstructs pictures from the H-space; its text conditioning; the teacher; the network of the perceptual loss, which
+fine-tuning uses too; and the student, which is also trained to reconstruct the pictures in `--pictures`. A stopped run
+resumes. `--start` takes the autoencoder, the perceptual network and the initial weights of teacher and student from a
+folder, and the student's optimizers, EMA and discriminator from its checkpoint, if it was kept. Losses and image grids
+are logged to MLflow.
 
-The pictures of anything are clip art in the public domain: Debian's package `openclipart-png`.
+The shipped weights used public-domain clip art as `--pictures`: Debian's package `openclipart-png`.
 """
 
 import argparse
@@ -43,28 +44,28 @@ from imagerag.training.tracking import Tracker, tracked
 _SPLIT = "base"
 _PARTS = ("vae", "teacher", "perceptual", "unet")
 _KEPT = ("vae", "perceptual")
-"""Parts that a training with first weights does not change."""
+"""Parts that a training with `--start` copies unchanged."""
 _SHOWN_SPLIT = "held_out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What makes the weights, beside the corpus and the constants of each phase."""
+    """Hyperparameters of the training, apart from the constants of each phase."""
 
     seed: int = 0
     vae_steps: int = 2400
     hspace_steps: int = 2100
     prior_steps: int = 2400
     teacher_steps: int = 1500
-    """0 leaves the teacher as it starts."""
+    """0 keeps the teacher's initial weights."""
     student_steps: int = 2500
     perceptual_steps: int = 1200
     batch_size: int = 64
-    """Of all but the autoencoder, the text's part and the perceptual network."""
+    """Batch size of the UNet phases `hspace`, `teacher` and `student`; the others have constants."""
 
 
 class Training:
-    """The phases, and what they hand on to each other through the output folder."""
+    """Runs the phases, which exchange their results through the output folder."""
 
     def __init__(
         self,
@@ -75,10 +76,15 @@ class Training:
         tracker: Tracker,
         start: Path | None = None,
     ) -> None:
-        """Args:
-        drawings: what the model can make.
-        anything: folders of pictures that it learns to read besides.
-        start: weights to start from, rather than random ones.
+        """Decode the drawings and choose the device.
+
+        Args:
+            recipe: the hyperparameters.
+            drawings: drawings to train on.
+            anything: folders of unlabelled pictures for the student's reconstruction rows.
+            folder: output folder.
+            tracker: receives losses and image grids.
+            start: folder of initial weights; None starts from random weights.
         """
         self._recipe, self._folder, self._tracker, self._start = recipe, folder, tracker, start
         self._drawings, self._anything = drawings, anything
@@ -86,7 +92,7 @@ class Training:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(self) -> None:
-        """Do what is not done yet.
+        """Run the phases that are not finished yet.
 
         Raises:
             UserError: if the folder holds weights of another recipe.
@@ -110,7 +116,7 @@ class Training:
         build_scheduler().save_pretrained(self._folder / "scheduler")
 
     def _finished(self, part: str, kind: type[ModelMixin], train: Callable[[], ModelMixin]) -> Any:
-        """Return a part as it is shipped, in float16, after training it where it is not done."""
+        """Train a part and save it in float16, unless it exists already; return it as it is loaded, in float32."""
         folder = self._folder / part
         if not folder.exists():
             partial = folder.with_suffix(".partial")
@@ -168,12 +174,12 @@ class Training:
 
     @property
     def _checkpoint(self) -> Path | None:
-        """That of the student that this one starts as, if it was kept."""
+        """The student's checkpoint in the folder `--start`, or None."""
         path = self._start / f"{StudentPhase.name}{CHECKPOINT_SUFFIX}" if self._start is not None else None
         return path if path is not None and path.exists() else None
 
     def _started(self, part: str) -> UNet2DConditionModel | None:
-        """Return the first weights of a UNet, if there are some."""
+        """Return a UNet with the initial weights of `--start`, or None."""
         if self._start is None:
             return None
         unet: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(
@@ -196,7 +202,7 @@ class Training:
         run(phase, self._folder, self._tracker)
 
     def _claim(self) -> None:
-        """Say in the manifest what is made here, before anything is."""
+        """Write the manifest, or check that an existing one has the same recipe."""
         path = self._folder / tiny.MANIFEST_NAME
         if path.exists():
             found = json.loads(path.read_text())["recipe"]
@@ -214,7 +220,7 @@ class Training:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
 
     def _described(self) -> dict[str, Any]:
-        """Return what makes the weights: the recipe, and the digests of first weights."""
+        """Return the recipe for the manifest, with the digests of the initial weights."""
         recipe = asdict(self._recipe)
         if self._start is None:
             return recipe
@@ -226,7 +232,7 @@ class Training:
 
 
 def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    config = {name: value for name, value in unet.config.items() if name != "_name_or_path"}  # of this machine
+    config = {name: value for name, value in unet.config.items() if name != "_name_or_path"}  # a path on this machine
     copy = UNet2DConditionModel.from_config(config)
     copy.load_state_dict(unet.state_dict())
     return copy
@@ -235,13 +241,17 @@ def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the embedded base model on the sample corpus.")
-    parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders of PNG pictures of anything")
-    parser.add_argument("--start", type=Path, help="a folder of weights that the training goes on from")
-    parser.add_argument("--out", type=Path, default=tiny.FOLDER, help="where weights and manifest go: %(default)s")
-    parser.add_argument("--home", type=Path, default=Path(".imagerag"), help="where MLflow's store is: %(default)s")
+    parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders of unlabelled PNG pictures")
+    parser.add_argument("--start", type=Path, help="folder of initial weights")
+    parser.add_argument(
+        "--out", type=Path, default=tiny.FOLDER, help="output folder of weights and manifest (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--home", type=Path, default=Path(".imagerag"), help="home with MLflow's store (default: %(default)s)"
+    )
     for field in fields(Recipe):
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default, help="%(default)s")
+        parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
     arguments = vars(parser.parse_args())
     folder, home, start = (arguments.pop(name) for name in ("out", "home", "start"))
     anything = arguments.pop("pictures")

@@ -1,4 +1,4 @@
-"""First phase: the autoencoder, 64x64 pixels to 16x16x4 latents of mean zero and deviation one in every channel."""
+"""First phase: the autoencoder, 64x64 pixels to 16x16x4 latents with mean 0 and deviation 1 per channel."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _KL_WEIGHT = 1e-4
 
 
 def build_vae() -> AutoencoderKL:
-    """Return an autoencoder of random weights: 0.65M parameters."""
+    """Return an autoencoder with random weights: 0.65M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -33,12 +33,20 @@ def build_vae() -> AutoencoderKL:
 
 
 class VaePhase:
-    """Learns to rebuild the drawings: L1, MSE and the error of gradients, with a weak KL term."""
+    """Training of the autoencoder on drawings with L1, MSE and gradient losses, and a weak KL term."""
 
     name = "vae"
 
     def __init__(self, pictures: Pictures, shown: Pictures, *, steps: int, seed: int, device: torch.device) -> None:
-        """`shown` are drawings of no training, for the grids."""
+        """Initialise the autoencoder and its optimizer.
+
+        Args:
+            pictures: drawings to train on.
+            shown: held-out drawings for the image grids.
+            steps: training steps.
+            seed: seed of weights and batches.
+            device: device of the training.
+        """
         torch.manual_seed(seed)
         self.steps = steps
         self.recipe = {"steps": steps, "seed": seed, "learning_rate": LEARNING_RATE, "batch_size": _BATCH_SIZE}
@@ -51,13 +59,13 @@ class VaePhase:
         )
 
     def state(self) -> dict[str, Any]:
-        """See `imagerag.training.loop.Phase`."""
+        """Return the objects to checkpoint by name."""
         return {"vae": self.vae, "optimizer": self._optimizer, "schedule": self._schedule}
 
     def step(self, index: int) -> dict[str, float]:
-        """See `imagerag.training.loop.Phase`."""
+        """Train on batch `index`, and return the losses."""
         generator = torch.Generator().manual_seed(self._seed * 10**9 + index)
-        torch.manual_seed(self._seed * 10**9 + index)  # of the latents' noise
+        torch.manual_seed(self._seed * 10**9 + index)  # seeds the sampling of latents
         chosen = torch.randint(len(self._pictures.pixels), (_BATCH_SIZE,), generator=generator)
         pixels = self._pictures.pixels[chosen]
         mirrored = torch.rand(_BATCH_SIZE, 1, 1, 1, generator=generator) < 0.5
@@ -77,7 +85,7 @@ class VaePhase:
 
     @torch.inference_mode()
     def grid(self) -> Image.Image:
-        """Return drawings beside what is rebuilt of them."""
+        """Return held-out drawings next to their reconstructions."""
         self.vae.eval()
         pixels = to_input(self._shown.pixels[:32], self._device)
         rebuilt = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample
@@ -86,21 +94,21 @@ class VaePhase:
 
 
 def to_input(pixels: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Return bytes (B, 3, H, W) as the autoencoder's input, -1 to 1."""
+    """Convert RGB bytes (B, 3, H, W) to the autoencoder's input (B, 3, H, W), -1 to 1."""
     return (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
 def encode_all(vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the latents (N, 4, H / 4, W / 4) of bytes (N, 3, H, W)."""
+    """Return the latents (N, 4, H / 4, W / 4) of RGB bytes (N, 3, H, W)."""
     parts = [vae.encode(to_input(part, device)).latent_dist.mode().cpu() for part in pixels.split(64)]
     return torch.cat(parts).clone()
 
 
 def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
-    """Change the 1x1 convolutions around the latents so that `latents`' channels get mean zero and deviation one.
+    """Fold the normalisation of `latents` (N, C, H, W) into the 1x1 convolutions around the latents.
 
-    So every user of the autoencoder sees normal latents and a scaling factor of 1, and need not know of it.
+    The latents then have mean 0 and deviation 1 per channel, and the autoencoder has a scaling factor of 1.
     """
     mean = latents.mean((0, 2, 3)).to(vae.device)
     deviation = latents.std((0, 2, 3)).to(vae.device)

@@ -1,6 +1,6 @@
-"""How an adapter is fine-tuned: every value that a run can be given, checked when it is built.
+"""Fine-tuning configuration, validated on construction.
 
-Two recipes: `tiny`, for the embedded base model on a laptop, and `sd_turbo`, the paper's (Sec. 4.1).
+Two recipes: `tiny` for the embedded base model on a laptop, and `sd_turbo`, the paper's (Sec. 4.1).
 """
 
 from typing import Literal, Self
@@ -15,173 +15,201 @@ from imagerag.workers import WorkersConfig
 
 RecipeName = Literal["tiny", "sd_turbo"]
 _CHANCE = 0.55
-"""Half of what a discriminator says is right by chance."""
+"""Discriminator accuracy below this counts as chance (0.5)."""
 
 
 class LossWeights(Config):
-    """Weights of the generator's losses; zero switches one off (paper, Sec. 3.4)."""
+    """Weights of the generator's losses; 0 disables a loss (paper, Sec. 3.4)."""
 
-    adversarial: float = Field(default=1.0, ge=0, description="Hinge loss of the discriminator's judgement.")
-    distillation: float = Field(default=2.5, ge=0, description="Smooth L1 to the clean latents; alpha in the paper.")
-    perceptual: float = Field(default=1.0, ge=0, description="Distance of a latent network's features; beta.")
+    adversarial: float = Field(default=1.0, ge=0, description="Weight of the adversarial hinge loss.")
+    distillation: float = Field(
+        default=2.5, ge=0, description="Weight of the smooth L1 loss on clean latents (alpha in the paper)."
+    )
+    perceptual: float = Field(
+        default=1.0, ge=0, description="Weight of the perceptual loss in latent space (beta in the paper)."
+    )
 
 
 class ReferenceChoice(Config):
-    """Which references a training row is shown; the rows that are left see their nearest neighbours.
+    """Which references a training row receives: four shares of rows, and nearest neighbours for the rest.
 
-    A row that is shown itself teaches to show what a reference shows. Without such rows the target's style is told by
-    nothing, and the best answer is a timid one. A neighbour is never another row of the same picture.
+    A row that is its own reference teaches the adapter to reproduce the reference. Without such rows, nothing
+    determines the target's style, and the adapter learns a weak average. Neighbours with the row's own image are
+    excluded.
     """
 
-    number: int = Field(default=4, ge=0, le=16, description="References of a row; 0 trains LoRA alone, as a control.")
+    number: int = Field(default=4, ge=0, le=16, description="References per row; 0 trains LoRA alone, as a control.")
     own: float = Field(
         default=0.65,
         ge=0,
         le=1,
-        description="Share of rows shown themselves and nothing else, as IP-Adapter is trained.",
+        description="Share of rows whose only reference is the row itself, as in IP-Adapter's training.",
     )
     own_among: float = Field(
-        default=0.1, ge=0, le=1, description="Share of rows shown themselves among their neighbours, so that the "
-        "adapter learns to choose."
-    )  # fmt: skip
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of rows with themselves and neighbours as references, so that the adapter learns to select.",
+    )
     none: float = Field(
-        default=0.1, ge=0, le=1, description="Share of rows shown nothing, so that the model works without an index."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of rows without references, so that the model also works without an index.",
     )
     random: float = Field(
-        default=0.1, ge=0, le=1, description="Share of rows shown anything, so that a poor retrieval is distrusted."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of rows with random references, so that the model is robust to poor retrieval.",
     )
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
         if self.own + self.own_among + self.none + self.random > 1 + 1e-9:
-            raise UserError(f"the shares of rows shown themselves, none and random add up to 1 at most, got {self}")
+            raise UserError(f"own + own_among + none + random must not exceed 1, got {self}")
         return self
 
     @classmethod
     def found(cls, number: int) -> Self:
-        """Return the choice of what a search finds, for every row."""
+        """Return a choice that gives every row its `number` nearest neighbours."""
         return cls(number=number, own=0.0, own_among=0.0, none=0.0, random=0.0)
 
 
 class SynthesizeConfig(WorkersConfig):
-    """How what a training learns from is made: clean latents, text features and references."""
+    """How the training set is made: clean latents, text features and references."""
 
-    base: str = Field(default="tiny", description="The student: `tiny`, `org/name@<commit>`, or a diffusers folder.")
-    teacher: str = Field(default="tiny-teacher", description="The multi-step model, likewise.")
+    base: str = Field(default="tiny", description="Student: `tiny`, `org/name@<commit>`, or a diffusers folder.")
+    teacher: str = Field(
+        default="tiny-teacher",
+        description="Multi-step teacher: `tiny-teacher`, `org/name@<commit>`, or a diffusers folder.",
+    )
     num_teacher_latents: int = Field(
-        default=0, ge=0, description="Pictures that the teacher makes of prompts, to learn from beside the real ones."
+        default=0, ge=0, description="Latents to sample from the teacher, in addition to the latents of real images."
     )
     prompts: str | None = Field(
-        default=None, description="A text file with the teacher's prompts, one on each line; unset: the captions."
+        default=None, description="Text file with the teacher's prompts, one per line; unset: the captions."
     )
-    guidance_scale: float = Field(default=7.5, ge=0, description="Of the teacher.")
-    num_inference_steps: int = Field(default=25, ge=1, le=1000, description="Of the teacher.")
+    guidance_scale: float = Field(default=7.5, ge=0, description="Guidance scale of the teacher.")
+    num_inference_steps: int = Field(default=25, ge=1, le=1000, description="Denoising steps of the teacher.")
     held_out: str | None = Field(
         default=None,
-        description="A text file with captions that nothing is learnt from; what is learnt is validated on them.",
+        description="Text file with captions to hold out, one per line: used for validation, never for training.",
     )
     held_out_share: float = Field(
-        default=0.02, gt=0, lt=1, description="Of the captions, where there is no such file. The same ones every time."
+        default=0.02,
+        gt=0,
+        lt=1,
+        description="Share of captions to hold out if `held_out` is unset, chosen by their hashes.",
     )
-    batch_size: int = Field(default=32, ge=1, le=1_024, description="Rows that a worker encodes at a time.")
-    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Of the teacher's noise and choice of captions.")
+    batch_size: int = Field(default=32, ge=1, le=1_024, description="Rows per batch on a worker.")
+    seed: int = Field(
+        default=0, ge=0, le=MAX_SEED, description="Seed of the teacher's noise and of the order of its prompts."
+    )
 
     _check_models = field_validator("base", "teacher")(check_spec)
 
 
 class FinetuneConfig(Config):
-    """How an adapter and LoRA on the UNet's decoder are trained."""
+    """How the adapter and the LoRA on the UNet decoder are trained."""
 
-    references: ReferenceChoice = Field(default=ReferenceChoice(), description="What rows are shown.")
-    losses: LossWeights = Field(default=LossWeights(), description="Weights of the losses.")
+    references: ReferenceChoice = Field(default=ReferenceChoice(), description="References of the training rows.")
+    losses: LossWeights = Field(default=LossWeights(), description="Loss weights.")
     perceptual_network: str = Field(
         default="elatentlpips:sd21",
-        description="`tiny`, a folder of a latent network, or `elatentlpips:` and one of sd15, sd21, sdxl.",
+        description="Network of the perceptual loss: `tiny`, a folder with a latent network, or `elatentlpips:` "
+        "followed by sd15, sd21 or sdxl.",
     )
     discriminator: Literal["teacher", "latents"] = Field(
         default="teacher",
-        description="Who judges: heads on the frozen teacher's features, as in the paper, or a small network that "
-        "learns from the noised latents alone, for a teacher whose features tell too little.",
+        description="`teacher`: trainable heads on the frozen teacher's features, as in the paper. `latents`: a small "
+        "network on the noised latents, for teachers whose features are not informative enough.",
     )
     adversarial_share: float = Field(
-        default=1.0, ge=0, le=1, description="Of all steps, the last ones, that have the adversarial loss."
+        default=1.0, ge=0, le=1, description="Share of final steps that use the adversarial loss."
     )
     max_timestep: int | None = Field(
-        default=None, ge=1, description="The discriminator sees latents noised to less; unset: to any timestep."
+        default=None,
+        ge=1,
+        description="Upper bound (exclusive) of the timesteps of the discriminator's inputs; unset: all timesteps.",
     )
     adapter_inner_dim: int | None = Field(
-        default=None, ge=8, description="Of the adapter's attention; unset: twice the H-space's channels."
+        default=None, ge=8, description="Inner dimension of the adapter's attention; unset: twice the H-space channels."
     )
     gate_start: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of the references in the H-space where training starts; 0 starts at the base model.",
+        description="Initial share of the references in the H-space; 0 starts from the base model.",
     )
-    lora_rank: int = Field(default=32, ge=0, description="Of LoRA on the UNet's decoder; 0 trains the adapter alone.")
-    steps: int = Field(default=20_000, ge=1, description="Updates of the generator.")
-    batch_size: int = Field(default=2_048, ge=1, description="Rows of one update, over all workers.")
+    lora_rank: int = Field(
+        default=32, ge=0, description="Rank of the LoRA on the UNet decoder; 0 trains the adapter alone."
+    )
+    steps: int = Field(default=20_000, ge=1, description="Optimizer steps of the generator.")
+    batch_size: int = Field(default=2_048, ge=1, description="Rows per optimizer step, over all workers.")
     micro_batch_size: int = Field(
-        default=32, ge=1, description="Rows that a worker runs at a time; what is left of the batch is accumulated."
+        default=32, ge=1, description="Rows per forward pass of a worker; gradients are accumulated up to the batch."
     )
-    learning_rate: float = Field(default=1e-5, gt=0, description="Of adapter and LoRA, at its highest.")
-    heads_learning_rate: float = Field(default=1e-5, gt=0, description="Of the discriminator's heads.")
-    warmup_steps: int = Field(
-        default=500, ge=0, description="Steps in which the rate rises; then it falls by a cosine."
-    )
-    weight_decay: float = Field(default=1e-2, ge=0, description="Of AdamW, for adapter and LoRA.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are cut to it.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate of the adapter and LoRA.")
+    heads_learning_rate: float = Field(default=1e-5, gt=0, description="Learning rate of the discriminator.")
+    warmup_steps: int = Field(default=500, ge=0, description="Linear warm-up steps before cosine decay.")
+    weight_decay: float = Field(default=1e-2, ge=0, description="AdamW weight decay of the adapter and LoRA.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Maximum gradient norm; larger gradients are clipped.")
     max_skipped: int = Field(
         default=10,
         ge=1,
-        description="A step whose gradient is not finite is skipped; so many in a row end the training.",
+        description="Steps with non-finite gradients are skipped; this many in a row end the training with an error.",
     )
-    ema_decay: float = Field(default=0.999, ge=0, lt=1, description="Of the averaged weights, which are what is kept.")
-    checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints, each with a validation.")
-    num_validated: int = Field(default=256, ge=1, description="Held-out rows of a validation, always the same.")
-    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Of the first weights, the batches and the noise.")
+    ema_decay: float = Field(
+        default=0.999, ge=0, lt=1, description="Decay of the EMA of the weights; the EMA weights are exported."
+    )
+    checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints; each one is validated.")
+    num_validated: int = Field(default=256, ge=1, description="Held-out rows per validation, always the same ones.")
+    seed: int = Field(
+        default=0, ge=0, le=MAX_SEED, description="Seed of the initial weights, the batches and the noise."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.batch_size % self.micro_batch_size:
             raise UserError(
-                f"batch_size is a multiple of micro_batch_size, got {self.batch_size} and {self.micro_batch_size}"
+                f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and {self.micro_batch_size}"
             )
         if self.references.number == 0 and self.lora_rank == 0:
             raise UserError("with no references and a lora_rank of 0 there is nothing to train")
         losses = self.losses
         if losses.adversarial * self.adversarial_share == losses.distillation == losses.perceptual == 0:
-            raise UserError("all losses are switched off: there is nothing to train for")
+            raise UserError("all loss weights are 0: there is nothing to train for")
         return self
 
 
 class TrainWorkersConfig(WorkersConfig):
-    """The machines of a training. How many there are changes nothing but the order of sums."""
+    """Ray Train workers. Their number only changes the order of summation."""
 
     dtype: Literal["fp32", "bf16"] | None = Field(
         default=None,
-        description="Of autocast; unset: bf16 on GPUs, fp32 on CPUs. On a CPU with AVX512-BF16, bf16 takes a fifth "
-        "less time.",
+        description="Autocast dtype; unset: bf16 on GPUs, fp32 on CPUs. On CPUs with AVX512-BF16, bf16 is about 20 % "
+        "faster.",
     )
-    max_failures: int = Field(default=3, ge=0, description="Workers may die so often before the training fails.")
+    max_failures: int = Field(default=3, ge=0, description="Worker failures to recover from before the training fails.")
 
 
 def describe_accuracy(accuracy: float) -> str:
-    """Say how often a discriminator was right in the last steps of a training, and whether it was of use."""
+    """Describe the discriminator's accuracy at the end of a training, and whether it is above chance."""
     if accuracy < _CHANCE:
-        return f"accuracy {accuracy:.2f}, which is chance: the adversarial loss taught nothing"
+        return f"accuracy {accuracy:.2f}, which is chance: the adversarial loss had no effect"
     return f"accuracy {accuracy:.2f}"
 
 
 class Recipe(Config):
-    """All that one fine-tuning is."""
+    """Training set and training of one fine-tuning."""
 
     data: SynthesizeConfig
     training: FinetuneConfig
 
 
 def tiny() -> Recipe:
-    """Return what suits the embedded base model, in minutes on two cores."""
+    """Return the recipe for the embedded base model: minutes on two cores."""
     return Recipe(
         data=SynthesizeConfig(guidance_scale=3.0),
         training=FinetuneConfig(
@@ -203,7 +231,7 @@ def tiny() -> Recipe:
 
 
 def sd_turbo(base: str, teacher: str) -> Recipe:
-    """Return the paper's: 20,000 steps of 2,048 rows at 512², half a million real pictures and 3 million synthetic."""
+    """Return the paper's recipe: 20,000 steps of 2,048 rows at 512², 0.5M real and 3M synthetic pairs (Sec. 4.1)."""
     return Recipe(
         data=SynthesizeConfig(base=base, teacher=teacher, num_teacher_latents=3_000_000, num_inference_steps=50),
         training=FinetuneConfig(),

@@ -1,17 +1,17 @@
-"""The diffusion process behind a scheduler, as training needs it: differentiable and for any timestep."""
+"""The diffusion process of a scheduler for training: differentiable, at any timestep."""
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
 
 class Diffusion:
-    """Variance-preserving noising z_t = alpha_t z_0 + sigma_t eps, and its inverse for each kind of prediction."""
+    """Variance-preserving diffusion z_t = alpha_t z_0 + sigma_t eps, and the conversion of predictions to z_0."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
-        """Take betas and the kind of prediction from `scheduler`'s configuration.
+        """Read the betas and the prediction type from `scheduler`'s configuration.
 
         Raises:
-            ValueError: if its UNet predicts neither epsilon, nor v, nor the sample.
+            ValueError: if the prediction type is not epsilon, v_prediction or sample.
         """
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.prediction_type: str = self.scheduler.config.prediction_type
@@ -25,7 +25,7 @@ class Diffusion:
         return self.num_timesteps - 1
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return z_t (B, C, H, W) of z_0 = `latents`, one timestep (B,) each."""
+        """Return z_t (B, C, H, W) for z_0 = `latents` and `noise` (B, C, H, W) at `timesteps` (B,)."""
         noised: torch.Tensor = self.scheduler.add_noise(latents, noise, timesteps)
         return noised
 
@@ -35,7 +35,7 @@ class Diffusion:
         return velocity
 
     def to_clean(self, prediction: torch.Tensor, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the z_0 that the UNet's `prediction` at z_t = `noised` implies."""
+        """Return z_0 (B, C, H, W) from the UNet's `prediction` at z_t = `noised` and `timesteps` (B,)."""
         if self.prediction_type == "sample":
             return prediction
         product = self.scheduler.alphas_cumprod.to(prediction.device)[timesteps].view(-1, 1, 1, 1)

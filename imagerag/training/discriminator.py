@@ -1,8 +1,8 @@
-"""The discriminators of latent adversarial distillation: who tells generated latents from real ones.
+"""Discriminators for latent adversarial distillation.
 
-`TeacherDiscriminator` is LADD's (arXiv 2403.12015): heads on the features of a frozen teacher. The features of a
-teacher as small as the embedded one tell little about how sharp a picture is, and heads on them stay near chance;
-`LatentDiscriminator` is a convolutional network of its own that learns from scratch.
+`TeacherDiscriminator` is LADD's (arXiv 2403.12015): trainable heads on the features of a frozen teacher. The features
+of the small embedded teacher contain little about sharpness, and heads on them stay near chance. For such teachers,
+`LatentDiscriminator` is a convolutional network that is trained from scratch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,19 +18,19 @@ from imagerag.training.diffusion import Diffusion
 
 _WIDTH = 64
 _CHANNELS = (96, 128, 192)
-"""Of `LatentDiscriminator` at the latents' resolution, a half and a quarter of it."""
+"""Channels of `LatentDiscriminator` at full, half and quarter resolution of the latents."""
 _GAIN = 2.0
-"""Of its layers. With 1, a spectral norm of 1 leaves a fiftieth of the signal after five layers, and with it of the
-gradient; with 2, half."""
+"""Gain of the layers of `LatentDiscriminator`. Under spectral normalisation, a gain of 1 reduces signal and gradient to
+a fiftieth over five layers; a gain of 2 halves them."""
 
 
 class Head(nn.Module):
-    """Judges one depth's features at every position, given the text."""
+    """Text-conditioned discriminator head on the features of one depth, with one logit per position."""
 
     def __init__(self, channels: int, text_dim: int) -> None:
         super().__init__()
-        # It starts with a convolution: GroupNorm's backward crashes on channels-last features that need no gradient
-        # (torch 2.13 on the CPU).
+        # Starts with a convolution, because GroupNorm's backward crashes on channels-last inputs without gradients
+        # (torch 2.13, CPU).
         self.features = nn.Sequential(
             spectral_norm(nn.Conv2d(channels, _WIDTH, 3, padding=1)),
             nn.GroupNorm(8, _WIDTH),
@@ -42,7 +42,7 @@ class Head(nn.Module):
         self.text = spectral_norm(nn.Linear(text_dim, _WIDTH))
 
     def forward(self, features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, H * W) of features (B, C, H, W) and pooled text (B, D)."""
+        """Return logits (B, H * W) for features (B, C, H, W) and pooled text features (B, D)."""
         features = self.features(features)
         agreement = (features * self.text(text)[:, :, None, None]).mean(1, keepdim=True)
         logits: torch.Tensor = self.realness(features) + agreement
@@ -50,11 +50,11 @@ class Head(nn.Module):
 
 
 class TeacherDiscriminator(nn.Module):
-    """Heads that learn, on the features of a teacher that does not."""
+    """Trainable heads on a frozen teacher's features: the deepest of each resolution, and the mid block's."""
 
     def __init__(self, teacher: UNet2DConditionModel, diffusion: Diffusion) -> None:
         super().__init__()
-        # In a list, so that it is neither among the parameters nor in the state.
+        # In a list, so that the teacher is not registered as a submodule (no parameters, no state).
         self._teacher = [teacher.eval().requires_grad_(False)]
         self._diffusion = diffusion
         channels: Sequence[int] = teacher.config.block_out_channels
@@ -68,14 +68,14 @@ class TeacherDiscriminator(nn.Module):
         text: torch.Tensor,
         added: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return logits (B, N), N positions over all depths: high where latents look real.
+        """Return logits (B, N) over the positions of all depths; high logits mean real.
 
         Args:
-            latents: z_0 (B, C, H, W).
-            noise: of the same shape; `latents` are noised with it.
-            timesteps: (B,).
-            text: features (B, L, D).
-            added: what a teacher of SDXL is told beside them, its `added_cond_kwargs`.
+            latents: clean latents z_0 (B, C, H, W).
+            noise: noise added to the latents (B, C, H, W).
+            timesteps: timesteps of the noised latents (B,).
+            text: text features (B, L, D).
+            added: SDXL's `added_cond_kwargs`; None for other teachers.
         """
         noised = self._diffusion.add_noise(latents, noise, timesteps)
         pooled = text.mean(1)
@@ -91,7 +91,7 @@ class TeacherDiscriminator(nn.Module):
     ) -> Iterable[torch.Tensor]:
         teacher = self._teacher[0]
         encoded = encode(teacher, noised, timesteps, text, added_cond_kwargs=added)
-        # A block's last output before its downsampler, so the deepest at every resolution.
+        # The last output of each block before its downsampler: the deepest features at each resolution.
         skips, last = list(encoded.skips[1:]), len(teacher.down_blocks) - 1
         for index, block in enumerate(teacher.down_blocks):
             outputs, skips = skips[: len(block.resnets)], skips[len(block.resnets) + (index < last) :]
@@ -100,7 +100,7 @@ class TeacherDiscriminator(nn.Module):
 
 
 class LatentDiscriminator(nn.Module):
-    """A convolutional network on noised latents, with the timestep as a channel and a projection of the text."""
+    """Convolutional discriminator on noised latents, with the timestep as a channel and a text projection."""
 
     def __init__(self, latent_channels: int, text_dim: int, diffusion: Diffusion) -> None:
         super().__init__()
@@ -127,7 +127,15 @@ class LatentDiscriminator(nn.Module):
         text: torch.Tensor,
         added: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return logits (B, H * W / 16): see `TeacherDiscriminator`."""
+        """Return logits (B, H * W / 16), one per output position; high logits mean real.
+
+        Args:
+            latents: clean latents z_0 (B, C, H, W).
+            noise: noise added to the latents (B, C, H, W).
+            timesteps: timesteps of the noised latents (B,).
+            text: text features (B, L, D).
+            added: not used; the same arguments as `TeacherDiscriminator`.
+        """
         noised = self._diffusion.add_noise(latents, noise, timesteps)
         time = (timesteps / self._diffusion.num_timesteps).to(noised.dtype).view(-1, 1, 1, 1)
         features = torch.cat([noised, time.expand(-1, 1, *noised.shape[2:])], dim=1)
@@ -141,17 +149,17 @@ class LatentDiscriminator(nn.Module):
 def build_discriminator(
     kind: Literal["teacher", "latents"], teacher: UNet2DConditionModel, diffusion: Diffusion
 ) -> TeacherDiscriminator | LatentDiscriminator:
-    """Return a new discriminator for the latents and the text features of `teacher`."""
+    """Return an untrained discriminator for the latents and text features of `teacher`."""
     if kind == "teacher":
         return TeacherDiscriminator(teacher, diffusion)
     return LatentDiscriminator(teacher.config.in_channels, teacher.config.cross_attention_dim, diffusion)
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Hinge loss of the discriminator's logits (arXiv 1705.02894)."""
+    """Return the discriminator's hinge loss from its logits on real and fake latents (arXiv 1705.02894)."""
     return nn.functional.relu(1 - real).mean() + nn.functional.relu(1 + fake).mean()
 
 
 def generator_loss(fake: torch.Tensor) -> torch.Tensor:
-    """Hinge loss of the generator."""
+    """Return the generator's hinge loss from the discriminator's logits on fake latents."""
     return -fake.mean()

@@ -1,4 +1,4 @@
-"""Fine-tuning in plain torch: what one worker does with a batch, and what it keeps (paper, Sec. 3.4)."""
+"""The training step of one worker in plain torch: losses, optimizers, EMA, validation and state (paper, Sec. 3.4)."""
 
 import math
 import time
@@ -36,20 +36,20 @@ _SHOWINGS: tuple[tuple[str, str, dict[str, float]], ...] = (
     ("with random references", "_random", {"random": 1.0}),
     ("without", "_none", {"none": 1.0}),
 )
-"""What validation looks at, the suffix of its losses, and which shares of rows are shown what."""
+"""Validation settings: title, suffix of the metric names, and the shares of `ReferenceChoice` to set."""
 _ACCURACY_DECAY = 0.95
 
 Wrap = Callable[[nn.Module], nn.Module]
 
 
 class Finetuning:
-    """An adapter and LoRA in training, on one worker.
+    """Training of an adapter and LoRA on one worker.
 
     Attributes:
-        done: updates so far.
-        accuracy: the discriminator's, averaged over the last steps; 0.5 is chance, and NaN that there is none.
-        skipped: how many of the updates were skipped because a gradient was not finite.
-        suspects: examples of the last step, where that was skipped: those whose loss was not finite, else all.
+        done: completed steps, including skipped ones.
+        accuracy: moving average of the discriminator's accuracy; 0.5 is chance, NaN before its first update.
+        skipped: number of steps skipped because of non-finite gradients.
+        suspects: if the last step was skipped, its examples with non-finite losses, or all if there are none.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class Finetuning:
         dtype: torch.dtype = torch.float32,
         wrap: Wrap = lambda module: module,
     ) -> None:
-        """Prepare a training from its start.
+        """Initialise the models, optimizers and schedules.
 
         Args:
-            base: the student; its UNet is given LoRA.
+            base: the student; LoRA is attached to its UNet.
             teacher: the multi-step model's UNet, on the same device.
-            perceptual: the network of the perceptual loss, where that has a weight.
-            config: what to do.
-            dtype: what is computed in; what learns is float32 always.
-            wrap: makes a module that averages its gradients over workers.
+            perceptual: network of the perceptual loss; required if the loss has a weight.
+            config: training configuration.
+            dtype: autocast dtype; trainable parameters are always float32.
+            wrap: wraps a module so that its gradients are averaged over workers (DDP).
         """
         torch.manual_seed(config.seed)
         self.config, self.done, self.accuracy = config, 0, float("nan")
@@ -111,11 +111,14 @@ class Finetuning:
         self._ema = EMAModel(self._learning.values(), decay=config.ema_decay, foreach=True)
 
     def step(self, micro_batches: Sequence[Callable[[], Loaded]]) -> dict[str, float]:
-        """Learn from one batch, this worker's micro-batches of it, and return losses, norms and seconds.
+        """Train on this worker's micro-batches of one batch, and return losses, gradient norms and seconds.
 
-        With several micro-batches, gradients are accumulated; generator and discriminator are updated together, each
-        by what the other was before. Where a gradient is not finite, nothing is updated, on no worker: batches are the
-        same each time, and who stopped here would never get further.
+        Gradients are accumulated over micro-batches; generator and discriminator are updated simultaneously at the end
+        of the step. A step with non-finite gradients is skipped on all workers rather than fatal: batches are
+        deterministic, so a restarted training would fail at the same step again.
+
+        Args:
+            micro_batches: loads the micro-batches, one call each.
 
         Raises:
             FloatingPointError: if `max_skipped` steps in a row were skipped.
@@ -131,7 +134,7 @@ class Finetuning:
             terms = self._accumulate(loaded, len(micro_batches), is_last=number == len(micro_batches) - 1)
             parts.append((loaded, terms))
             sums = {name: sums.get(name, 0.0) + term / len(micro_batches) for name, term in terms.items()}
-        # Read at once: each reading waits for the device.
+        # All at once: each read synchronises with the device.
         values = {name: float(value) for name, value in (sums | self._update(parts)).items()}
         if "accuracy" in values and not len(self.suspects):
             before = 0.5 if math.isnan(self.accuracy) else self.accuracy
@@ -145,7 +148,7 @@ class Finetuning:
         }
 
     def _accumulate(self, loaded: Loaded, parts: int, *, is_last: bool) -> Terms:
-        """Add the gradients of one micro-batch, which is one of `parts`."""
+        """Accumulate the gradients of one of `parts` micro-batches, and return its losses."""
         batch, config = loaded.batch, self.config
         random = torch.Generator(self._device).manual_seed(_seed(config.seed, self.done, loaded.number))
         judged = self._judged and self.done >= self._adversarial_from
@@ -166,7 +169,10 @@ class Finetuning:
         return terms | of_generator
 
     def _update(self, parts: Sequence[tuple[Loaded, Terms]]) -> Terms:
-        """Update everything by its gradients, unless one is not finite, and return their norms."""
+        """Clip the gradients and step optimizers, schedule and EMA; return the gradient norms.
+
+        With a non-finite norm, only the schedule steps.
+        """
         norm = nn.utils.clip_grad_norm_(self._learning.values(), self.config.max_grad_norm)
         norms = {"grad_norm": norm}
         judged = any(parameter.grad is not None for parameter in self._heads)
@@ -179,7 +185,7 @@ class Finetuning:
         if self._skipped_in_a_row >= min(self.config.max_skipped, self.config.steps):
             raise FloatingPointError(
                 f"step {self.done}: {broken[0]} is {float(norms[broken[0]])}, and {self._skipped_in_a_row} steps in a "
-                f"row were like that, with {self.config}"
+                f"row were skipped, with {self.config}"
             )
         if not broken:
             self._optimizer.step()
@@ -191,7 +197,7 @@ class Finetuning:
         return norms
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next steps depend on, beside configuration and data; randomness follows from `done`."""
+        """Return the state to resume from; random numbers are derived from `done` and the seed."""
         return {
             "done": self.done,
             "accuracy": self.accuracy,
@@ -205,7 +211,7 @@ class Finetuning:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called."""
+        """Resume from a `state_dict`."""
         with torch.no_grad():
             for name, parameter in self._learning.items():
                 parameter.copy_(state["learning"][name])
@@ -219,12 +225,12 @@ class Finetuning:
         self.skipped, self._skipped_in_a_row = state["skipped"]
 
     def validate(self, data: RagData) -> tuple[dict[str, float], Image.Image]:
-        """Measure the averaged weights on held-out examples, with noise that is always the same.
+        """Validate the EMA weights on held-out examples with fixed noise.
 
         Returns:
-            The losses with the references that a search finds, with random ones and with none; `score`, what the best
-            checkpoint has the least of; after the last step `default_scale`, which the adapter is exported with; and a
-            picture.
+            The metrics and an image grid. The metrics are the losses with retrieved references, with random references
+            (suffix `_random`) and without references (`_none`); `score`, which is lowest for the best checkpoint; and
+            after the last step `default_scale`, the scale stored with the adapter.
         """
         config = self.config
         step = max(1, len(data.held_out) // config.num_validated)
@@ -253,7 +259,7 @@ class Finetuning:
     def _measure(
         self, data: RagData, examples: Ints, choice: ReferenceChoice
     ) -> tuple[Terms, torch.Tensor, torch.Tensor]:
-        """Return the mean losses on examples, and the first of them, real and made."""
+        """Return the mean losses on `examples`, and the real and generated latents of the first micro-batch."""
         parts = np.array_split(examples, -(-len(examples) // self.config.micro_batch_size))
         weights = LossWeights(adversarial=0.0, distillation=1.0, perceptual=float(self.config.losses.perceptual > 0))
         sums: Terms = {}
@@ -267,7 +273,7 @@ class Finetuning:
         return sums, batch.latents, fake
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as diffusers loads them: the adapter, and LoRA if there is some."""
+        """Write the EMA weights of the adapter, and of LoRA if it is used, in diffusers' format."""
         with self.averaged():
             self.generator.adapter.save_pretrained(folder / ADAPTER)
             if self.config.lora_rank:
@@ -275,7 +281,7 @@ class Finetuning:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Have the averaged weights in place of those in training."""
+        """Use the EMA weights within the context, in evaluation mode."""
         self._ema.store(self._learning.values())
         self._ema.copy_to(self._learning.values())
         self.generator.eval()
@@ -298,7 +304,7 @@ class Finetuning:
 
 @contextmanager
 def _without_sync(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Leave the averaging of gradients over workers to the last micro-batch."""
+    """Disable DDP's gradient averaging; the last micro-batch averages the accumulated gradients."""
     with ExitStack() as stack:
         for module in modules:
             if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -307,7 +313,7 @@ def _without_sync(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _suspects(parts: Sequence[tuple[Loaded, Terms]]) -> Ints:
-    """Return the examples of micro-batches whose losses are not finite; of all if all are."""
+    """Return the examples of micro-batches with non-finite losses, or all examples if all losses are finite."""
     bad = [loaded.examples for loaded, terms in parts if not all(value.isfinite().all() for value in terms.values())]
     return np.concatenate(bad or [loaded.examples for loaded, _ in parts])
 

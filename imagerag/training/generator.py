@@ -1,7 +1,7 @@
-"""The one-step generator with references, as it is trained (paper, Sec. 3.3 and 3.4): what learns, and its step.
+"""The trainable one-step generator with references (paper, Sec. 3.3 and 3.4).
 
-Only the adapter and LoRA on the UNet's decoder learn. The encoder, most of the UNet, runs without a graph, and the
-references' features come from the cache.
+Only the adapter and the LoRA on the UNet decoder are trainable. The UNet encoder runs without gradients, and the
+features of the references come from the cache.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _DECODER_LAYERS = r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_sh
 
 
 class Generator(nn.Module):
-    """A student with its adapter; `forward` makes clean latents of noise in one step."""
+    """The student with its adapter; `forward` generates clean latents from noise in one step."""
 
     def __init__(
         self,
@@ -37,7 +37,15 @@ class Generator(nn.Module):
         lora_rank: int,
         learn_adapter: bool = True,
     ) -> None:
-        """Attach LoRA, in float32, to `unet`, which is frozen otherwise. A rank of 0 attaches none."""
+        """Freeze `unet` and attach a float32 LoRA to its decoder.
+
+        Args:
+            unet: the student's UNet, changed in place.
+            adapter: the H-space adapter.
+            diffusion: the student's diffusion process.
+            lora_rank: rank of the LoRA; 0 attaches none.
+            learn_adapter: whether the adapter is trainable.
+        """
         super().__init__()
         self.unet = unet.eval().requires_grad_(False)
         self.adapter = adapter.train().requires_grad_(learn_adapter)
@@ -48,7 +56,7 @@ class Generator(nn.Module):
             cast_training_params(self.unet, torch.float32)
 
     def forward(self, batch: RagBatch, scale: float = 1.0) -> torch.Tensor:
-        """Return `z_hat_0` (B, C, H, W), with `scale` of what the adapter adds."""
+        """Return the predicted clean latents `z_hat_0` (B, C, H, W), with the adapter's output scaled by `scale`."""
         last = torch.full((len(batch.noise),), self.diffusion.last, device=batch.noise.device)
         with torch.no_grad():
             noised = self.diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)  # z_T
@@ -63,19 +71,19 @@ class Generator(nn.Module):
             )
         h = self.adapter(target.h, batch.h_references, gate(batch.similarities, 0.0), scale).sample
         prediction = decode(self.unet, replace(target, h=h))
-        # Where a UNet predicts noise, what it implies is some fifteen times as large as its error.
+        # In float32: with epsilon prediction, the conversion to z_0 amplifies errors about 15 times.
         return self.diffusion.to_clean(prediction.float(), noised, last)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of what learns; the UNet stays as it is used."""
+        """Set the training mode of the adapter; the UNet stays in evaluation mode."""
         super().train(mode)
         self.unet.eval()
         return self
 
     def save_lora(self, folder: Path) -> None:
-        """Write LoRA as `load_lora` reads it."""
+        """Write the LoRA weights in diffusers' format, for `load_lora`."""
         save_lora(self.unet, folder)
 
     def learning(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what learns, by name."""
+        """Yield the trainable parameters with their names."""
         return ((name, each) for name, each in self.named_parameters() if each.requires_grad)

@@ -1,11 +1,11 @@
-"""Fine-tuning on Ray Train: any number of workers, CPU or GPU, that may die at any moment.
+"""Fault-tolerant fine-tuning on Ray Train with any number of CPU or GPU workers.
 
-The name of a training follows from its configuration and its inputs. So the same call goes on with a training that was
-stopped, and returns at once what was finished. Batches depend on nothing but their number and the seed, hence neither a
-restart nor another number of workers changes what is learnt from.
+The name of a training is a digest of its configuration and inputs. So the same call resumes a stopped training and
+returns a finished one at once. A batch depends only on its number and the seed, so neither a restart nor the number of
+workers changes the training data.
 
-What is kept are the averaged weights of the last step. The validation's losses favour blur, which the adversarial loss
-is there to take away, so their best step is kept as a checkpoint beside it and chosen by a person, if at all.
+The result is the EMA weights of the last step. Validation losses favour blur, which the adversarial loss counteracts,
+so the step with the best score is only kept as a checkpoint, for manual selection.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from imagerag.workers import StalledError, plan_workers
 EXPERIMENT = "finetune"
 _POLL_S = 1.0
 _VERSION = 4
-"""Of what a step does: another one is another training."""
+"""Version of the training code; a change gives every training a new name."""
 
 
 def finetune(
@@ -50,20 +50,22 @@ def finetune(
     *,
     group: str | None = None,
 ) -> Finetuned:
-    """Train an adapter, or go on with training it, and return where it is.
+    """Train an adapter, resuming from the last checkpoint, and return a reference to it.
+
+    Idempotent: a finished training is returned at once.
 
     Args:
-        training_set: what is learnt from.
-        config: how.
-        workers: on which machines.
-        settings: where everything is.
-        on_progress: is told of steps.
-        group: the MLflow run under which this one's is nested, for ablations.
+        training_set: examples and references to train on.
+        config: training configuration.
+        workers: number, device and dtype of the workers.
+        settings: locations of trainings and MLflow.
+        on_progress: progress callback, called with steps.
+        group: name of a parent MLflow run, for ablations.
 
     Raises:
-        UserError: if a loss needs a network that is not there, or workers do not divide the batch.
-        FloatingPointError: if `config.max_skipped` steps in a row had gradients that are not finite.
-        StalledError: if no step ends for too long. Calling again goes on from the last checkpoint.
+        UserError: if the network of the perceptual loss is missing, or the workers do not divide the batch.
+        FloatingPointError: if `config.max_skipped` steps in a row had non-finite gradients.
+        StalledError: if no step ends for `workers.stall_timeout_s`. Calling again resumes from the last checkpoint.
     """
     from imagerag.training.perceptual import check_perceptual
 
@@ -83,7 +85,7 @@ def finetune(
                 run_id = _tracked_run(run_path, key, training_set, config, settings, group)
                 result = _fit(key, run_id, training_set, config, workers, settings, on_progress)
             except BaseException:
-                # Workers that nobody waits for any more keep the cores that the next try needs.
+                # Abandoned workers keep the cores that a retry needs.
                 stop_ray()
                 raise
             accuracy = float(result.metrics[ACCURACY])
@@ -111,16 +113,20 @@ def finetune(
 
 
 def read_finetuned(folder: str) -> Finetuned:
-    """Return what a training left in a folder, wherever that is now.
+    """Read a finished training from its folder, which may have been moved.
 
     Raises:
-        UserError: if there is nothing of the kind.
+        UserError: if the folder holds no finished training.
     """
     return replace(Finetuned(**_read_manifest(folder)["finetuned"]), uri=folder, is_new=False)
 
 
 def training_set_of(finetuned: Finetuned) -> TrainingSet:
-    """Return what an adapter was trained on, wherever that is now; errors as of `read_finetuned`."""
+    """Return the training set of an adapter, with URIs adjusted if the home was moved.
+
+    Raises:
+        UserError: if the folder of `finetuned` holds no finished training.
+    """
     manifest = _read_manifest(finetuned.uri)
     made = TrainingSet(**manifest["training_set"])
     former, now = (uri.rsplit("/", 2)[0] for uri in (manifest["finetuned"]["uri"], finetuned.uri))
@@ -144,10 +150,10 @@ def _read_manifest(folder: str) -> dict[str, Any]:
 
 
 def newest_finetuned(settings: Settings, name: str) -> Finetuned:
-    """Return what the last finished training on a corpus left.
+    """Return the most recently finished training on a corpus.
 
     Raises:
-        UserError: if none was finished.
+        UserError: if there is none.
     """
     filesystem, folder = fsspec.url_to_fs(f"{settings.training_of(name)}/finetuned")
     manifests = filesystem.glob(f"{folder}/*/{MANIFEST}")
@@ -158,7 +164,7 @@ def newest_finetuned(settings: Settings, name: str) -> Finetuned:
 
 
 def key_of(training_set: TrainingSet, config: FinetuneConfig) -> str:
-    """Return the name of the training: a digest of all that its result depends on."""
+    """Return the name of a training: a digest of everything that its result depends on."""
     inputs: dict[str, Any] = {
         "version": _VERSION,
         "base": training_set.base_digest,
@@ -187,7 +193,7 @@ def _fit(
     settings: Settings,
     on_progress: OnProgress,
 ) -> Any:
-    """Train to the end, and return Ray's result."""
+    """Run the Ray Train job to its end, and return its result."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -196,10 +202,10 @@ def _fit(
     parts = config.batch_size // config.micro_batch_size
     if parts % num_workers:
         raise UserError(
-            f"every worker runs as many micro-batches: batch_size / micro_batch_size is {parts}, which is no multiple "
-            f"of {num_workers} workers"
+            "batch_size / micro_batch_size must be a multiple of the number of workers, got "
+            f"{parts} micro-batches and {num_workers} workers"
         )
-    # Beside the driver, as Ray Train's controller is: another machine may be lost.
+    # On the driver's node, like Ray Train's controller: other nodes may be lost.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
     task = Task(
@@ -222,7 +228,7 @@ def _fit(
             name=key,
             storage_path=f"{settings.training_of(training_set.index_name)}/runs",
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            # The newest is always kept beside the best.
+            # Ray also keeps the latest checkpoint.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
             ),
@@ -242,7 +248,7 @@ def _tracked_run(
     settings: Settings,
     group: str | None,
 ) -> str:
-    """Return the MLflow run of a training, which outlives a stop."""
+    """Return the id of the training's MLflow run, the same one after a restart."""
     parameters = _flat(config.model_dump()) | {"base": training_set.base, "teacher": training_set.teacher}
     tags = {name: str(value) for name, value in asdict(training_set).items() if "digest" in name or "uri" in name}
     tags["index_version"] = str(training_set.index_version)
@@ -250,7 +256,7 @@ def _tracked_run(
 
 
 def _publish(checkpoint: Any, finetuned: Finetuned, about: dict[str, Any]) -> None:
-    """Copy what was trained to where it is looked for; its manifest comes last."""
+    """Copy the exported weights from the checkpoint to the final folder, the manifest last."""
     check_locks()
     filesystem, folder = fsspec.url_to_fs(finetuned.uri)
     with checkpoint.as_directory() as trained:
@@ -270,7 +276,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _watch(trainer: Any, board: Any, config: FinetuneConfig, timeout_s: float, on_progress: OnProgress) -> Any:
-    """Run the trainer in a thread of its own, report its progress, and return its result."""
+    """Run the trainer in a separate thread, report progress, and return its result.
+
+    Raises:
+        StalledError: if no step ends for `timeout_s`.
+    """
     import ray
 
     outcome: dict[str, Any] = {}
@@ -294,7 +304,7 @@ def _watch(trainer: Any, board: Any, config: FinetuneConfig, timeout_s: float, o
                 on_progress(now[0], config.steps, now[1])
         if time.monotonic() - changed > timeout_s:
             raise StalledError(
-                f"no step ended for {timeout_s:.0f} s. Checkpoints are kept: run the same again to continue"
+                f"no step ended for {timeout_s:.0f} s. Checkpoints are kept: run the same again to resume"
             )
     if "error" in outcome:
         raise outcome["error"]

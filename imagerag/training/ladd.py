@@ -1,4 +1,4 @@
-"""Latent adversarial distillation, its losses in plain torch (LADD, arXiv 2403.12015; paper, Sec. 3.4)."""
+"""Losses of latent adversarial distillation in plain torch (LADD, arXiv 2403.12015; paper, Sec. 3.4)."""
 
 from collections.abc import Mapping
 
@@ -14,11 +14,11 @@ from imagerag.training.perceptual import Perceptual
 Added = Mapping[str, torch.Tensor]
 """What a teacher of SDXL is told beside the text, its `added_cond_kwargs`."""
 Terms = dict[str, torch.Tensor]
-"""Losses before their weights and what else is of interest, without a graph and still on the device."""
+"""Unweighted losses and other metrics by name, detached and still on the device."""
 
 
 class Ladd:
-    """The losses of a one-step generator and of its discriminator."""
+    """Losses of a one-step generator and its discriminator."""
 
     def __init__(
         self,
@@ -29,14 +29,14 @@ class Ladd:
         learner: nn.Module | None = None,
         max_timestep: int | None = None,
     ) -> None:
-        """Take what judges.
+        """Initialise the losses.
 
         Args:
-            discriminator: judges latents, see `imagerag.training.discriminator`.
-            diffusion: noises them.
-            perceptual: the distance of the perceptual loss, where that has a weight.
-            learner: the discriminator as it learns, where that is wrapped (DDP).
-            max_timestep: latents are judged noised to a timestep below it; by default any of all.
+            discriminator: a discriminator of `imagerag.training.discriminator`.
+            diffusion: the diffusion process, for its number of timesteps.
+            perceptual: distance of the perceptual loss; required if the loss has a weight.
+            learner: `discriminator` wrapped for its own update (DDP); None uses it unwrapped.
+            max_timestep: exclusive upper bound of the discriminator's timesteps; None uses all timesteps.
         """
         self.discriminator = discriminator
         self._learner = learner or discriminator
@@ -51,7 +51,14 @@ class Ladd:
         generator: torch.Generator,
         added: Added | None = None,
     ) -> tuple[torch.Tensor, Terms]:
-        """Return the discriminator's loss on latents (B, C, H, W), both noised alike, and its accuracy."""
+        """Return the discriminator's loss and its terms, including its accuracy.
+
+        Args:
+            fake: generated latents (B, C, H, W).
+            real: real latents (B, C, H, W), noised with the same noise and timesteps.
+            text: text features (B, L, D).
+            generator: draws noise and timesteps.
+        """
         noise, timesteps = self._noising(fake, generator)
         twice = [torch.cat([each, each]) for each in (noise, timesteps, text)]
         added = {name: torch.cat([each, each]) for name, each in (added or {}).items()}
@@ -69,10 +76,17 @@ class Ladd:
         weights: LossWeights,
         added: Added | None = None,
     ) -> tuple[torch.Tensor, Terms]:
-        """Return the generator's loss and its terms.
+        """Return the generator's weighted loss and its unweighted terms.
+
+        Args:
+            fake: generated latents (B, C, H, W).
+            real: real latents (B, C, H, W).
+            text: text features (B, L, D).
+            generator: draws noise, timesteps and augmentations.
+            weights: loss weights; losses with weight 0 are not computed.
 
         Raises:
-            ValueError: if the perceptual loss has a weight and no network.
+            ValueError: if the perceptual loss has a weight but no network.
         """
         terms: Terms = {}
         if weights.adversarial:
@@ -84,7 +98,7 @@ class Ladd:
             terms["distillation"] = F.smooth_l1_loss(fake, real)
         if weights.perceptual:
             if self._perceptual is None:
-                raise ValueError(f"the perceptual loss has the weight {weights.perceptual} and no network")
+                raise ValueError(f"the perceptual loss has weight {weights.perceptual} but no network")
             terms["perceptual"] = self._perceptual(fake, real, generator)
         start = torch.zeros((), device=fake.device)
         loss = sum((getattr(weights, name) * term for name, term in terms.items()), start)

@@ -1,4 +1,4 @@
-"""A training loop in one process that can be stopped at any moment and goes on where it was."""
+"""A single-process training loop that can be killed at any moment and resumes from its last checkpoint."""
 
 import math
 import time
@@ -13,30 +13,36 @@ from imagerag.training.tracking import Tracker
 
 
 class Phase(Protocol):
-    """One model's training."""
+    """The training of one model."""
 
     name: str
     steps: int
     recipe: dict[str, Any]
-    """What makes the result: a checkpoint of another recipe is not continued."""
+    """Hyperparameters; a checkpoint with a different recipe is not resumed."""
 
     def state(self) -> dict[str, Any]:
-        """Return everything that has a `state_dict`, by name."""
+        """Return the objects to checkpoint (with a `state_dict`) by name."""
 
     def step(self, index: int) -> dict[str, float]:
-        """Learn from batch `index`, which depends on nothing else, and return the losses."""
+        """Train on batch `index`, which is determined by its index alone, and return the losses."""
 
     def grid(self) -> Image.Image:
-        """Return a picture of what the model can do now."""
+        """Return an image grid of the model's current output."""
 
 
 CHECKPOINT_SUFFIX = ".checkpoint"
 _GRIDS = 10
-"""Pictures of what a model can do, over its whole training."""
+"""Number of image grids logged over a whole training."""
 
 
 def run(phase: Phase, folder: Path, tracker: Tracker, *, checkpoint_every_s: float = 60.0) -> None:
-    """Train `phase` to its end, from its checkpoint in `folder` if there is one of the same recipe.
+    """Train `phase` to its end, resuming from a checkpoint with the same recipe in `folder`.
+
+    Args:
+        phase: the training.
+        folder: folder of the checkpoint.
+        tracker: receives losses and image grids.
+        checkpoint_every_s: seconds between checkpoints.
 
     Raises:
         FloatingPointError: if a loss is not finite.
@@ -61,9 +67,9 @@ def run(phase: Phase, folder: Path, tracker: Tracker, *, checkpoint_every_s: flo
 
 
 def start_from(phase: Phase, checkpoint: Path) -> None:
-    """Give a phase that has not begun what another run of it ended with, but for the schedule of its learning rate.
+    """Initialise a phase from another run's checkpoint, except for the learning rate schedule.
 
-    Weights alone would do, but a new discriminator knows nothing: until it does, the adversarial loss misleads.
+    Besides the weights, this keeps the trained discriminator: the adversarial loss of an untrained one is misleading.
     """
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")["state"]
     for name, part in phase.state().items():

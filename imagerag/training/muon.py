@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
+"""Muon: momentum with orthogonalised updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _LIKE_ADAMW = 0.2
-"""Root mean square of an update at a rate of 1, as AdamW's usually is (arXiv 2502.16982)."""
+"""RMS of an update at learning rate 1, matching AdamW's (arXiv 2502.16982)."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices and for kernels of convolutions, AdamW for everything else.
+    """Muon for matrices and convolution kernels, AdamW for all other parameters.
 
-    `torch.optim.Muon` takes no kernels of convolutions, and computes in bfloat16, which many CPUs only emulate.
+    `torch.optim.Muon` does not support convolution kernels, and computes in bfloat16, which many CPUs emulate.
     """
 
     def __init__(
@@ -27,13 +27,15 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 1e-2,
     ) -> None:
-        """Args:
-        parameters: the trainable weights.
-        learning_rate: of matrices and kernels.
-        rest_learning_rate: of biases, and of scales of normalisations.
-        momentum: share of the gradients before, for matrices and kernels.
-        betas: AdamW's, for everything else.
-        weight_decay: of all.
+        """Initialise the optimizer.
+
+        Args:
+            parameters: trainable parameters.
+            learning_rate: learning rate of matrices and convolution kernels.
+            rest_learning_rate: learning rate of biases and normalisation scales.
+            momentum: momentum of matrices and convolution kernels.
+            betas: AdamW's betas for the other parameters.
+            weight_decay: decoupled weight decay of all parameters.
         """
         parameters = list(parameters)
         groups = [
@@ -45,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Change the weights by their gradients."""
+        """Update the parameters. Closures are not supported."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
             update = self._orthogonal if group["orthogonal"] else self._adaptive
@@ -59,7 +61,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
         average: torch.Tensor = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(average, group["momentum"])  # Nesterov's
+        ahead = gradient.lerp(average, group["momentum"])  # Nesterov momentum
         matrix = orthogonalized(ahead.flatten(1))
         scale: float = _LIKE_ADAMW * max(matrix.shape) ** 0.5
         return (matrix * scale).view_as(gradient)
@@ -76,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """Return about the nearest matrix (M, N) to `matrix` whose singular values are one, by Newton and Schulz."""
+    """Return the approximate nearest semi-orthogonal matrix (M, N) to `matrix`, by Newton-Schulz iteration."""
     first, second, third = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     result: torch.Tensor = matrix.T if tall else matrix

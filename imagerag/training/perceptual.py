@@ -1,4 +1,4 @@
-"""Distance of latents as a network sees them (LPIPS, arXiv 1801.03924, on latents: E-LatentLPIPS, arXiv 2405.05967)."""
+"""Perceptual distance in latent space (LPIPS, arXiv 1801.03924; on latents: E-LatentLPIPS, arXiv 2405.05967)."""
 
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,40 +21,43 @@ _ENCODERS = ("sd15", "sd21", "sdxl")
 
 
 class Perceptual(Protocol):
-    """A distance that gradients go through."""
+    """A differentiable perceptual distance."""
 
     name: str
-    """Which network it is by, for the log."""
+    """Name of the network, for the log."""
 
     def __call__(self, fake: torch.Tensor, real: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Return the mean distance of latents (B, C, H, W), augmented alike at random."""
+        """Return the mean distance of latents (B, C, H, W) under the same random augmentations."""
         ...
 
 
 def check_perceptual(spec: str) -> None:
-    """Make sure that there is such a network, without loading it.
+    """Check that a perceptual network exists, without loading it.
+
+    Args:
+        spec: as for `load_perceptual`.
 
     Raises:
-        UserError: if there is not, or its package is missing.
+        UserError: if the network or its package is missing.
     """
     if spec.startswith(_ELATENTLPIPS):
         encoder = spec.removeprefix(_ELATENTLPIPS)
         if encoder not in _ENCODERS:
-            raise UserError(f"elatentlpips knows the latents of {', '.join(_ENCODERS)}; got {encoder!r}")
+            raise UserError(f"elatentlpips supports the latents of {', '.join(_ENCODERS)}; got {encoder!r}")
         if find_spec("elatentlpips") is None:
             raise UserError(
-                "the perceptual loss by elatentlpips needs its package: `pip install elatentlpips` (CC BY-NC). Or name "
-                "another network, or give the loss a weight of 0"
+                "the perceptual loss with elatentlpips needs its package: `pip install elatentlpips` (CC BY-NC). Or "
+                "choose another network, or set the weight of the loss to 0"
             )
     elif not (_folder_of(spec) / "config.json").is_file():
         raise UserError(
-            f"the perceptual loss needs a latent network: `tiny`, a folder of one or {_ELATENTLPIPS}"
+            f"the perceptual loss needs a latent network: `tiny`, a folder with one or {_ELATENTLPIPS}"
             f"{'|'.join(_ENCODERS)}, or a weight of 0; {_folder_of(spec)} has no config.json"
         )
 
 
 def perceptual_digest(spec: str) -> str:
-    """Return what tells one network from another of the same name."""
+    """Return a digest of the network's files, or the version of elatentlpips."""
     if spec.startswith(_ELATENTLPIPS):
         return version("elatentlpips")
     folder = _folder_of(spec)
@@ -65,11 +68,11 @@ def load_perceptual(spec: str, device: torch.device) -> Perceptual:
     """Load a perceptual distance.
 
     Args:
-        spec: `tiny`, a folder of a `LatentNetwork`, or `elatentlpips:` and one of sd15, sd21 and sdxl.
-        device: where it runs.
+        spec: `tiny`, a folder with a `LatentNetwork`, or `elatentlpips:` followed by sd15, sd21 or sdxl.
+        device: device of the network.
 
     Raises:
-        UserError: if there is no such network, or its package or weights are missing.
+        UserError: if the network, its package or its weights are missing.
     """
     check_perceptual(spec)
     if spec.startswith(_ELATENTLPIPS):
@@ -85,7 +88,7 @@ def _folder_of(spec: str) -> Path:
 
 
 class LatentNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A small VGG-like network that was trained to tell what latents show; its features at each resolution count."""
+    """A small VGG-like network on latents, trained contrastively against text; its feature maps define the distance."""
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, in_channels: int = 4, channels: tuple[int, ...] = (48, 96, 128), embed_dim: int = 384) -> None:
@@ -105,7 +108,7 @@ class LatentNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.head = nn.Linear(channels[-1], embed_dim)
 
     def features(self, latents: torch.Tensor) -> list[torch.Tensor]:
-        """Return features (B, C_i, H / 2^i, W / 2^i) of latents (B, C, H, W)."""
+        """Return one feature map (B, C_i, H / 2^i, W / 2^i) per stage i for latents (B, C, H, W)."""
         features = []
         for number, stage in enumerate(self.stages):
             latents = stage(F.max_pool2d(latents, 2) if number else latents)
@@ -113,19 +116,19 @@ class LatentNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return features
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return what latents (B, C, H, W) show as an embedding of text (B, D), of length one."""
+        """Return L2-normalised embeddings (B, D) of latents (B, C, H, W) in the text embedding space."""
         return F.normalize(self.head(self.features(latents)[-1].mean((2, 3))), dim=1)
 
 
 class LatentDistance:
-    """Mean squared difference of a network's features, each position's of length one."""
+    """Squared distance of a network's feature maps, L2-normalised per position, averaged over positions."""
 
     def __init__(self, network: LatentNetwork, name: str) -> None:
         self._network = network.eval().requires_grad_(False)
         self.name = name
 
     def __call__(self, fake: torch.Tensor, real: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """See `Perceptual`."""
+        """Return the mean distance of latents (B, C, H, W) under the same random augmentations."""
         both = augment(torch.cat([fake, real]), generator)
         distance = torch.zeros((), device=fake.device)
         for features in self._network.features(both):
@@ -135,20 +138,20 @@ class LatentDistance:
 
 
 def augment(pair: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Flip, shift and cut out parts of latents (2 B, C, H, W) at random, the second half like the first.
+    """Apply random flips, shifts and cutouts to latents (2 B, C, H, W), the same to rows i and B + i.
 
-    One network has blind spots; where it looks from is drawn anew for every row and step (E-LatentLPIPS, Sec. 3.2).
+    Random augmentations prevent the generator from exploiting blind spots of the network (E-LatentLPIPS, Sec. 3.2).
     """
     size, (height, width) = len(pair) // 2, pair.shape[-2:]
     drawn = torch.rand(size, 5, generator=generator, device=generator.device).cpu()
-    flips, shifts, centres = drawn[:, 0] < 0.5, (drawn[:, 1:3] - 0.5) * 0.25, drawn[:, 3:]  # of the picture's side
+    flips, shifts, centres = drawn[:, 0] < 0.5, (drawn[:, 1:3] - 0.5) * 0.25, drawn[:, 3:]  # as shares of the side
     rows, columns = torch.arange(height) / height, torch.arange(width) / width
     near = [(each - centre).abs() < 0.125 for each, centre in zip((rows, columns), centres.T[..., None], strict=True)]
     kept = ~(near[0][:, :, None] & near[1][:, None, :])  # (B, H, W)
     transform = torch.zeros(size, 2, 3)
     transform[:, 0, 0] = torch.where(flips, -1.0, 1.0)
     transform[:, 1, 1] = 1.0
-    # In whole positions, so that nothing is blurred.
+    # Shifts by whole positions, so that nothing is blurred.
     sides = torch.tensor([width, height])
     transform[:, :, 2] = 2 * (shifts * sides).round() / sides
     twice = transform.repeat(2, 1, 1).to(pair.device)
@@ -159,7 +162,7 @@ def augment(pair: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class _Elatentlpips:
-    """The authors' own network for Stable Diffusion's latents; a package under a licence of its own (CC BY-NC)."""
+    """The authors' network for Stable Diffusion's latents, from a package under CC BY-NC."""
 
     def __init__(self, encoder: str, device: torch.device) -> None:
         from elatentlpips import ELatentLPIPS
@@ -174,8 +177,8 @@ class _Elatentlpips:
         self.name = f"{_ELATENTLPIPS}{encoder}"
 
     def __call__(self, fake: torch.Tensor, real: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """See `Perceptual`."""
-        with torch.random.fork_rng():  # its augmentations draw from the global generator
+        """Return the mean distance of latents (B, C, H, W) under the same random augmentations."""
+        with torch.random.fork_rng():  # its augmentations use the global generator
             torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))
             distance: torch.Tensor = self._network(fake.float(), real.float(), add_l1_loss=False).mean()
         return distance

@@ -1,4 +1,4 @@
-"""What a fine-tuning will take, found out before anything starts: the models are built without their weights."""
+"""Estimate of a fine-tuning's memory, computation and time, with models built on the meta device."""
 
 import json
 import math
@@ -18,49 +18,49 @@ if TYPE_CHECKING:
     from imagerag.training.generator import Generator
 
 PEAK_TFLOPS = {"L40S": 362.0, "A100": 312.0, "H100": 989.0}
-"""bfloat16 with float32 sums, dense, as their data sheets say."""
+"""Peak dense bfloat16 throughput with float32 accumulation, from the data sheets."""
 UTILISATION = 0.35
-"""Share of the peak that is assumed; what is reached depends on the machine."""
+"""Assumed share of the peak throughput; the actual one depends on the machine."""
 _GIB = 2**30
-_ADAM_COPIES = 4  # the weight, its gradient and Adam's two moments
+_ADAM_COPIES = 4  # weight, gradient and Adam's two moments
 _MEASURED_ROWS = 2
 _PROBES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Of one fine-tuning."""
+    """Estimated resources of one fine-tuning."""
 
     num_rows: int
-    """To learn from."""
+    """Training rows."""
     num_held_out: int
     steps: int
     batch_size: int
     micro_batch_size: int
     num_learning: int
-    """Parameters of adapter and LoRA."""
+    """Trainable parameters of adapter and LoRA."""
     num_heads: int
-    """Parameters of the discriminator's heads."""
+    """Trainable parameters of the discriminator."""
     num_frozen: int
-    """Parameters of student and teacher."""
+    """Frozen parameters of student and teacher."""
     tflop_per_row: float
-    """Of one row in one step, without the perceptual loss, whose network is small."""
+    """TFLOP per row and step, without the perceptual loss, whose network is small."""
     teacher_tflop: float
-    """Of all that the teacher makes, before the training."""
+    """TFLOP of all teacher samples, before the training."""
     weights_gib: float
-    """On each GPU: what is frozen in bfloat16; what learns, its gradients, moments and averages in float32."""
+    """Weights per GPU: frozen ones in bfloat16; trainable ones with gradients, Adam moments and EMA in float32."""
     activations_gib: float
-    """On each GPU, of one micro-batch: what is kept for the generator's backward pass, in bfloat16."""
+    """Activations per GPU and micro-batch, saved in bfloat16 for the generator's backward pass."""
     checkpoint_gib: float
     training_set_gib: float
 
     @property
     def epochs(self) -> float:
-        """How often each row is learnt from."""
+        """Number of passes over the training rows."""
         return self.steps * self.batch_size / self.num_rows
 
     def seconds(self, peak_tflops: float, num_machines: int = 1) -> float:
-        """Return an estimate of the time on so many machines, at `UTILISATION` of their peak."""
+        """Return the estimated seconds on `num_machines` GPUs at `UTILISATION` of their peak throughput."""
         return self._tflop / (peak_tflops * UTILISATION * num_machines)
 
     @property
@@ -68,24 +68,24 @@ class Plan:
         return self.teacher_tflop + self.steps * self.batch_size * self.tflop_per_row
 
     def markdown(self) -> str:
-        """Return the plan as a page."""
+        """Return the plan as Markdown."""
         figures = {
-            "rows to learn from": f"{self.num_rows:,} ({self.num_held_out:,} held out)",
+            "training rows": f"{self.num_rows:,} ({self.num_held_out:,} held out)",
             "steps": f"{self.steps:,} of {self.batch_size:,} rows, {self.epochs:,.1f} epochs",
-            "parameters": f"{self.num_learning / 1e6:,.2f}M learn, {self.num_heads / 1e6:,.2f}M in the discriminator's "
-            f"heads, {self.num_frozen / 1e6:,.1f}M stand still",
+            "parameters": f"{self.num_learning / 1e6:,.2f}M trainable, {self.num_heads / 1e6:,.2f}M in the "
+            f"discriminator, {self.num_frozen / 1e6:,.1f}M frozen",
             "memory of a GPU worker": f"{self.weights_gib:,.2f} GiB and {self.activations_gib:,.2f} GiB of "
-            f"activations at {self.micro_batch_size} rows a time",
-            "checkpoint": f"{self.checkpoint_gib:,.3f} GiB, of which two are kept",
+            f"activations per micro-batch of {self.micro_batch_size} rows",
+            "checkpoint": f"{self.checkpoint_gib:,.3f} GiB; two are kept",
             "training set": f"{self.training_set_gib:,.2f} GiB",
-            "computation": f"{_flop(self.tflop_per_row)} a row, {_flop(self._tflop)} in all, of which "
+            "computation": f"{_flop(self.tflop_per_row)} per row, {_flop(self._tflop)} in total, of which "
             f"{_flop(self.teacher_tflop)} for the teacher's latents",
         }
         lines = ["| what | figure |", "|---|---|", *(f"| {figure} | {value} |" for figure, value in figures.items())]
         counts = sorted({1, 8, 64})
         lines += [
             "",
-            f"Time at {UTILISATION:.0%} of the peak, which is an assumption:",
+            f"Time at an assumed {UTILISATION:.0%} of peak throughput:",
             "",
             f"| | {' | '.join(f'{count} GPU' + 's' * (count > 1) for count in counts)} |",
             f"|---|{'---:|' * len(counts)}",
@@ -99,10 +99,10 @@ class Plan:
 
 
 def plan(examples: Examples, config: FinetuneConfig) -> Plan:
-    """Return what training on `examples` will take.
+    """Estimate the resources of a training on `examples`.
 
     Raises:
-        UserError: if this can't be learnt from.
+        UserError: if the examples are not valid for training.
     """
     import torch
 
@@ -157,7 +157,7 @@ def _unet(config: dict[str, Any]) -> Any:
 def _measure(
     generator: "Generator", discriminator: Any, examples: Examples, config: FinetuneConfig
 ) -> tuple[float, float]:
-    """Return the operations of a row in a step and the bytes that the generator keeps of it for its backward pass."""
+    """Return FLOP per row and step, and bytes per row that the generator saves for its backward pass."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -189,7 +189,7 @@ def _measure(
 
 
 def _forward_flop(unet: Any, examples: Examples) -> float:
-    """Return the operations of one prediction of one row."""
+    """Return the FLOP of one forward pass for one row."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -213,7 +213,7 @@ def _added(examples: Examples, size: int) -> dict[str, "torch.Tensor"]:
 
 @contextmanager
 def _counted(known: set[int]) -> Iterator[dict[int, int]]:
-    """Note the bytes of every tensor that is kept for the backward pass, but for `known` ones."""
+    """Record the bytes of each storage that is saved for the backward pass, except those in `known`."""
     import torch
 
     saved: dict[int, int] = {}
@@ -233,7 +233,7 @@ def _shape(field: Any) -> tuple[int, ...]:
 
 
 def _cpu_tflops() -> float:
-    """Return how fast this machine multiplies matrices."""
+    """Measure this machine's throughput of matrix multiplication in TFLOP/s."""
     import torch
 
     matrix = torch.randn(1024, 1024)

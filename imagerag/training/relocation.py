@@ -1,7 +1,7 @@
-"""A home that was moved or copied: its MLflow database names files by absolute paths, which have to follow.
+"""Relocation of a moved or copied home: rewrites the absolute paths in its MLflow database.
 
-MLflow has no relative ones. Where a home was follows from the database itself: from where its experiments keep
-artifacts. A home is at one place at a time; one that two machines see under two paths needs an MLflow server.
+MLflow does not support relative paths. The former path of the home is derived from the experiments' artifact locations.
+A home that two machines mount under different paths needs an MLflow server.
 """
 
 import logging
@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 logger = logging.getLogger(__name__)
 
 ARTIFACTS = Path("mlflow", "artifacts")
-"""Of a home."""
+"""Folder of MLflow's artifacts, relative to the home."""
 _COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 def follow_home(database: Path, home: Path) -> None:
-    """Have everything in an MLflow database that is under the home's former place be under `home`. Safe to repeat."""
+    """Rewrite paths under a former home in an MLflow database to paths under `home`. Idempotent."""
     if not database.is_file():
         return
     with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
@@ -37,7 +37,7 @@ def follow_home(database: Path, home: Path) -> None:
         for former in {location.parents[1] for location in locations if location.parts[-2:] == ARTIFACTS.parts}:
             if former != home:
                 _rebase(connection, former, home)
-                logger.warning("the home was moved from %s to %s: MLflow's artifacts follow", former, home)
+                logger.warning("the home was moved from %s to %s: updated the paths in MLflow's database", former, home)
 
 
 def _rebase(connection: sqlite3.Connection, former: Path, home: Path) -> None:
@@ -47,6 +47,6 @@ def _rebase(connection: sqlite3.Connection, former: Path, home: Path) -> None:
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",  # noqa: S608
                 (new, len(old) + 1, len(old), old),
             )
-    # JSON that names a table of the index.
+    # JSON with the path of an index table.
     source = "replace(dataset_source, ?, ?)"
     connection.execute(f"UPDATE datasets SET dataset_source = {source}", (f'"{former}/', f'"{home}/'))  # noqa: S608

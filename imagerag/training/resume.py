@@ -1,7 +1,7 @@
-"""Which version of its index a training learns from: the published one, unless one was begun on an earlier one.
+"""Selection of the index version for a training: the published one, unless an unfinished training pins an earlier one.
 
-The version is a part of a training's name, and a list is re-indexed every night: without this, half a week of training
-would be begun anew on the next call.
+The version is a part of a training's name, and an index may be updated every night: without this, the next call would
+restart a training of several days.
 """
 
 import fsspec
@@ -21,13 +21,20 @@ from imagerag.training.synthesize import describe
 def version_to_learn_from(
     name: str, data: SynthesizeConfig, training: FinetuneConfig, settings: Settings, *, anew: bool = False
 ) -> int:
-    """Return the version of the corpus's index that a training has to use.
+    """Return the index version that a training has to use.
 
-    That is the one of a training with the same parameters that has a checkpoint, is not finished, and pins its version;
-    else, and with `anew`, the published one.
+    This is the version pinned by an unfinished training with the same parameters and a checkpoint, if there is one;
+    otherwise the published version.
+
+    Args:
+        name: name of the corpus.
+        data: configuration of the training set.
+        training: configuration of the training.
+        settings: locations of the index and the trainings.
+        anew: always use the published version.
 
     Raises:
-        UserError: if nothing was published, or a loss needs a network that is not there.
+        UserError: if nothing was published, or the network of the perceptual loss is missing.
     """
     from imagerag.training.perceptual import check_perceptual
 

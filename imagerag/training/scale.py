@@ -1,7 +1,7 @@
-"""Which scale a trained adapter is used with: chosen on held-out examples, and stored with it as its default.
+"""Selection of a trained adapter's default scale on held-out examples.
 
-Losses cannot choose it. They are what training made small, at a scale of 1, and they favour what is timid: of pictures
-that might show the right thing and ones that show a mean of many things, they are the smaller for the mean.
+Losses are not used for the selection: training minimised them at scale 1, and they favour blurred averages over sharp
+pictures that may be wrong. The share of identified examples is used instead.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,16 @@ SCALES = (0.75, 1.0, 1.25, 1.5, 2.0)
 def choose_scale(
     generator: Generator, data: RagData, examples: Ints, choice: ReferenceChoice, *, batch_size: int
 ) -> float:
-    """Return the scale by which most examples are identified, see `identified`; of those as good, the nearest to 1.
+    """Return the scale nearest to 1 among those that are not significantly worse than the best.
+
+    The criterion is the share of examples whose nearest real latents have the same prompt (`identified`).
 
     Args:
-        generator: with the weights to choose for.
-        data: of the examples.
-        examples: held out (N,).
-        choice: the references that they are shown.
-        batch_size: examples that are made at a time.
+        generator: the generator, with the weights to export.
+        data: data of the examples.
+        examples: held-out examples (N,).
+        choice: references of the examples.
+        batch_size: examples per batch.
     """
     device = next(generator.parameters()).device
     made: dict[float, list[torch.Tensor]] = {scale: [] for scale in SCALES}
@@ -42,22 +44,22 @@ def choose_scale(
 
 
 def identified(made: torch.Tensor, real: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """Return for each example (N,) whether the nearest real latents are of its own prompt: 1 or 0.
+    """Return 1 for each example (N,) whose nearest real latents have the same prompt, otherwise 0.
 
     Args:
-        made: latents (N, C, H, W).
-        real: likewise, of the pictures that they should show.
-        prompts: of the examples; several may share one.
+        made: generated latents (N, C, H, W).
+        real: real latents of the same examples (N, C, H, W).
+        prompts: prompts of the examples (N,), not necessarily unique.
     """
     nearest = torch.cdist(made.float().flatten(1), real.float().flatten(1)).argmin(1).tolist()
     return torch.tensor([float(prompts[near] == own) for near, own in zip(nearest, prompts, strict=True)])
 
 
 def best_scale(found: dict[float, torch.Tensor]) -> float:
-    """Return the scale nearest to 1 that is within two standard errors of the one with the highest mean.
+    """Return the scale nearest to 1 within two standard errors of the best mean, by paired differences.
 
     Args:
-        found: a value (N,) of each example by scale. The error is that of the paired difference.
+        found: values of the examples (N,) by scale.
     """
     best = max(found.values(), key=lambda values: float(values.mean()))
 

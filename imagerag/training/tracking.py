@@ -1,4 +1,4 @@
-"""Losses and pictures of a training, kept by MLflow. The only module of training that knows MLflow."""
+"""Experiment tracking with MLflow. The only module of `training` that imports MLflow."""
 
 import logging
 import os
@@ -26,23 +26,26 @@ logger = logging.getLogger(__name__)
 
 _PARENT, _GROUP = "mlflow.parentRunId", "imagerag.group"
 CONTINUES = "imagerag.continues"
-"""The tag of a run that took the place of one that MLflow lost: its id."""
+"""Tag of a run that replaces a lost run, with the lost run's id."""
 _RETRY_AFTER_S = 5.0
 _LEFT_AT_END_S = 60.0
 
 
 class Tracker(Protocol):
-    """What keeps a training's results."""
+    """Logs metrics and images of a training."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Keep numbers of one step."""
+        """Log the metrics of one step."""
 
     def image(self, name: str, image: Image.Image) -> None:
-        """Keep a picture under a name with an ending."""
+        """Log an image; the suffix of `name` determines its format."""
 
 
 class MlflowTracker:
-    """Sends to an MLflow run in the background; what can't be sent now waits in memory, and the training goes on."""
+    """Logs to an MLflow run from a background thread.
+
+    If MLflow can't be reached, entries are queued in memory and sent again later; the training does not wait.
+    """
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self._client, self._run_id = mlflow_client(tracking_uri), run_id
@@ -50,7 +53,7 @@ class MlflowTracker:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
-        # It may have failed before.
+        # An earlier attempt may have ended the run as failed.
         self._waiting.put(partial(self._client.update_run, run_id, status="RUNNING"))
 
     def __enter__(self) -> Self:
@@ -60,7 +63,7 @@ class MlflowTracker:
         self.close("FINISHED" if kind is None else "FAILED")
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """See `Tracker`."""
+        """Log the metrics of one step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -68,15 +71,15 @@ class MlflowTracker:
         self._waiting.put(partial(self._client.log_batch, self._run_id, metrics=batch))
 
     def image(self, name: str, image: Image.Image) -> None:
-        """See `Tracker`."""
+        """Log an image; the suffix of `name` determines its format."""
         self._waiting.put(partial(self._client.log_image, self._run_id, image, artifact_file=name))
 
     def tag(self, name: str, value: str) -> None:
-        """Keep a sentence; a later one of the same name replaces it."""
+        """Set a tag, replacing an earlier value."""
         self._waiting.put(partial(self._client.set_tag, self._run_id, name, value))
 
     def file(self, name: str, content: bytes) -> None:
-        """Keep a file."""
+        """Log a file as an artifact."""
         self._waiting.put(partial(self._log_file, name, content))
 
     def _log_file(self, name: str, content: bytes) -> None:
@@ -86,13 +89,13 @@ class MlflowTracker:
             self._client.log_artifact(self._run_id, str(path))
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run once all is sent, or after a minute without success."""
+        """End the run once all entries are sent; give up after one minute."""
         self._waiting.put(partial(self._client.set_terminated, self._run_id, status))
         self._waiting.put(None)
         self._closing.set()
         self._thread.join(_LEFT_AT_END_S)
         if self._thread.is_alive():
-            logger.warning("MLflow was not reached again: %s entries of the run are lost", self._waiting.qsize())
+            logger.warning("MLflow could not be reached again: %s entries of the run are lost", self._waiting.qsize())
 
     def _send_all(self) -> None:
         was_lost = False
@@ -100,9 +103,9 @@ class MlflowTracker:
             while True:
                 try:
                     send()
-                except Exception as error:  # noqa: BLE001 - whatever it is, the training must go on
+                except Exception as error:  # noqa: BLE001 - no tracking error may stop a training
                     if not was_lost:
-                        logger.warning("MLflow can't be reached; what is measured waits for it: %s", error)
+                        logger.warning("MLflow can't be reached; entries are queued: %s", error)
                     was_lost = True
                     time.sleep(_RETRY_AFTER_S)
                 else:
@@ -120,18 +123,19 @@ def start_run(
     run_id: str | None = None,
     group: str | None = None,
 ) -> str:
-    """Start a run, or go on with the run `run_id`, and return its id.
+    """Start a run, or resume the run `run_id`, and return its id.
 
-    A run that MLflow lost, as after its database was restored, has one successor, which names it.
+    If MLflow lost the run, for example after its database was restored, one new run replaces it and names it in the tag
+    `CONTINUES`.
 
     Args:
-        settings: where MLflow is.
-        experiment: its experiment, which is made where there is none.
-        run_name: for people.
-        parameters: what went in.
-        tags: what else is to be known of it.
-        run_id: of a run that was stopped.
-        group: the name of a run under which this one is nested; it is made where there is none.
+        settings: location of MLflow.
+        experiment: name of the experiment; created if it does not exist.
+        run_name: display name of the run.
+        parameters: parameters to log.
+        tags: tags to set.
+        run_id: id of a run to resume.
+        group: name of the parent run; created if it does not exist.
 
     Raises:
         UserError: if MLflow can't be reached.
@@ -157,7 +161,7 @@ def start_run(
 
 
 def find_run(client: "MlflowClient", run_id: str) -> Any:
-    """Return a run, or the one that took its place, or None."""
+    """Return a run, or the run that replaced it; None if there is neither."""
     from mlflow.exceptions import MlflowException
 
     with suppress(MlflowException):
@@ -179,10 +183,19 @@ def lasting_run(
     *,
     group: str | None = None,
 ) -> str:
-    """Return the run of something that may be stopped and goes on: the one that it had, or a new one.
+    """Start a run, or resume the run whose id is stored in the file `path`, and return its id.
 
     Args:
-        path: of the file that keeps its id. The others are as of `start_run`.
+        path: file that stores the run's id, so that a restarted job resumes its run.
+        settings: location of MLflow.
+        experiment: name of the experiment; created if it does not exist.
+        run_name: display name of the run.
+        parameters: parameters to log.
+        tags: tags to set.
+        group: name of the parent run; created if it does not exist.
+
+    Raises:
+        UserError: if MLflow can't be reached.
     """
     known = (read_json(path) or {}).get("run_id")
     run_id = start_run(settings, experiment, run_name, parameters, tags, run_id=known, group=group)
@@ -191,7 +204,7 @@ def lasting_run(
 
 
 def _group(client: "MlflowClient", experiment_id: str, name: str) -> str:
-    """Return the run that stands for a group of runs."""
+    """Return the id of a group's parent run; create it if it does not exist."""
     quoted = name.replace("'", "")
     found = client.search_runs([experiment_id], f"tags.`{_GROUP}` = '{quoted}'", max_results=1)
     if found:
@@ -202,7 +215,7 @@ def _group(client: "MlflowClient", experiment_id: str, name: str) -> str:
 
 
 def tracking_uri(settings: Settings) -> str:
-    """Return where MLflow keeps what is tracked: a server, or a database in the home, wherever that is now."""
+    """Return MLflow's tracking URI: the configured server, or a SQLite database in the home."""
     if settings.mlflow_tracking_uri is not None:
         return settings.mlflow_tracking_uri
     folder = settings.home / "mlflow"
@@ -213,17 +226,17 @@ def tracking_uri(settings: Settings) -> str:
 
 @contextmanager
 def tracked(settings: Settings, experiment: str, run_name: str, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
-    """Open an MLflow run for the block, which ends with it."""
+    """Open an MLflow run that ends with the context."""
     with MlflowTracker(tracking_uri(settings), start_run(settings, experiment, run_name, parameters)) as tracker:
         yield tracker
 
 
 def mlflow_client(uri: str) -> "MlflowClient":
-    """Return MLflow's client of a server or database, which need not be there."""
+    """Return an MLflow client for a tracking URI; its server need not be reachable."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # with its own 7, it takes minutes to give up
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table that it makes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its default, 7, takes minutes to give up
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it logs every table that it creates
     from mlflow import MlflowClient
 
     return MlflowClient(uri)

@@ -1,6 +1,6 @@
-"""Fine-tuning on one worker of Ray Train: its models, its steps, its checkpoints.
+"""The training loop of one Ray Train worker: models, steps, checkpoints and validation.
 
-Heavy packages are imported when a worker begins: Ray's own processes import this module for nothing but its names.
+Heavy packages are imported inside functions: Ray's own processes import this module without running the loop.
 """
 
 import logging
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
-"""In a checkpoint, beside what is exported: all that the next steps depend on."""
+"""File in a checkpoint with the state to resume from; the other files are the exported weights."""
 SCORE, ACCURACY = "score", "discriminator_accuracy"
 _GRID = "validation.png"
 _LOG_EVERY = 10
@@ -37,7 +37,7 @@ _MOST_NAMED = 32
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told."""
+    """The arguments of a worker."""
 
     training_set: TrainingSet
     config: FinetuneConfig
@@ -48,22 +48,22 @@ class Task:
 
 
 class Board:
-    """Where workers say how far they are."""
+    """Ray actor that holds the latest progress of a training."""
 
     def __init__(self) -> None:
         self._latest: tuple[int, str] | None = None
 
     def put(self, done: int, note: str) -> None:
-        """Say it."""
+        """Store the number of completed steps and a note."""
         self._latest = (done, note)
 
     def take(self) -> tuple[int, str] | None:
-        """Return what was said last."""
+        """Return the latest progress, or None."""
         return self._latest
 
 
 def train(arguments: dict[str, Any]) -> Exception | None:
-    """Train on one worker. What would fail again is returned: Ray starts workers anew that raise."""
+    """Train on one worker. Deterministic errors are returned, because Ray restarts workers that raise."""
     task, board = arguments["task"], arguments["board"]
     try:
         _train_steps(task, board)
@@ -79,7 +79,7 @@ def _train_steps(task: Task, board: Any) -> None:
 
     from imagerag.training.data import Loader, RagData
 
-    torch.set_num_threads(task.num_threads)  # Ray starts workers with one
+    torch.set_num_threads(task.num_threads)  # Ray sets 1
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     training, base = _prepare(task, device, num_workers)
@@ -95,7 +95,7 @@ def _train_steps(task: Task, board: Any) -> None:
                 rows = ", ".join(data.describe(training.suspects[:_MOST_NAMED]))
                 more = f" and {len(training.suspects) - _MOST_NAMED} more" * (len(training.suspects) > _MOST_NAMED)
                 logger.warning(
-                    "step %s was skipped, its gradient is not finite; of this worker: %s%s", done - 1, rows, more
+                    "step %s was skipped, its gradient is not finite; this worker's rows: %s%s", done - 1, rows, more
                 )
             is_checkpoint = done % task.config.checkpoint_every == 0 or done == steps
             if tracker is not None:
@@ -114,7 +114,7 @@ def _train_steps(task: Task, board: Any) -> None:
 
 
 def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Finetuning, BaseModel]":
-    """Load the models, and return the training at its start and the student."""
+    """Load the models, and return the training in its initial state and the student."""
     import ray.train.torch
     import torch
 
@@ -144,7 +144,7 @@ def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Fin
 
 
 def _report(training: "Finetuning", data: "RagData", tracker: MlflowTracker | None) -> None:
-    """Validate, and hand a checkpoint to Ray, which all workers wait for."""
+    """Validate and report a checkpoint to Ray; a barrier for all workers."""
     import ray.train
     import torch
 
@@ -183,7 +183,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _memory(device: "torch.device") -> dict[str, float]:
-    """Return the most memory that this worker has used, in GiB."""
+    """Return the peak memory of this worker in GiB."""
     import resource
 
     import torch

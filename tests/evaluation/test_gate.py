@@ -124,7 +124,7 @@ def test_the_weights_in_use_are_asked_only_whether_a_new_index_does_them_no_harm
 def test_what_a_person_rolled_back_does_not_pass() -> None:
     found = results(way("base", NOISE), way("adapter", BETTER))
     assert failed(found, rolled_back="ada rolled back version 2: too dark") == [
-        "what a person rolled back, only a person promotes"
+        "rolled-back weights need a manual promotion"
     ]
 
 
@@ -142,7 +142,7 @@ def test_losing_too_much_elsewhere_does_not_pass(changes: dict[str, float], rule
 def test_prompts_that_were_learnt_from_do_not_pass() -> None:
     found = results(way("base", NOISE), way("adapter", BETTER))
     leaked = replace(found, leakage=replace(found.leakage, num_prompts_learnt=1))
-    assert failed(leaked) == ["no prompt was learnt from"]
+    assert failed(leaked) == ["no prompt is in the training set"]
 
 
 def test_a_metric_that_was_not_measured_or_has_no_pairs_is_refused() -> None:
@@ -155,7 +155,7 @@ def test_a_metric_that_was_not_measured_or_has_no_pairs_is_refused() -> None:
         GateConfig(metric="tifa").check(EvaluateConfig())
     unknown = Score(estimate=estimate(NOISE), by_prompt=(None,) * NUM)
     base = replace(found.base_model, scores=dict(found.base_model.scores) | {"clip_score": unknown})
-    with pytest.raises(UserError, match="two prompts of which clip_score was measured; there are 0"):
+    with pytest.raises(UserError, match="two prompts for which clip_score was measured; there are 0"):
         decide(results(base, found.candidate), CONFIG, has_champion=False)
     with pytest.raises(ValidationError, match="all three have to be among the ways"):
         EvaluateConfig(ways=("base", "adapter"))

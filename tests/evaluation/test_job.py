@@ -67,7 +67,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     assert set(results.prompts) == set(HELD_OUT)
     assert tuple(way.name for way in results.ways) == WAYS
     assert set(results.metrics) == {"clip_score"}
-    assert "needs 100 rows of the index that are no prompts" in results.not_measured["text_score"]
+    assert "needs 100 index rows whose captions are not prompts" in results.not_measured["text_score"]
     assert results.not_measured["fid"] == "needs files.inception"
     assert results.leakage.num_prompts_learnt == 0
     assert results.leakage.num_images == 2
@@ -215,7 +215,7 @@ def test_mistakes_are_named_before_anything_starts(
     prompts.write_text("one\n\n")
     with pytest.raises(UserError, match=r"at least two prompts; .*prompts.txt has 1"):
         evaluate(own, config.model_copy(update={"prompts": str(prompts)}), settings)
-    with pytest.raises(UserError, match="prompts have to be a readable text file"):
+    with pytest.raises(UserError, match="prompts must be a readable text file"):
         evaluate(own, config.model_copy(update={"prompts": str(tmp_path)}), settings)
     with pytest.raises(UserError, match="there is no table 'other'"):
         evaluate(replace(own, index_name="other"), config, Settings(home=settings.home))

@@ -35,4 +35,4 @@ def test_a_held_out_caption_that_is_too_long_is_left_out(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         prompts = read_prompts(EvaluateConfig(), training_set(str(tmp_path / "references.lance")))
     assert set(prompts.texts) == {"a red mug", "a cat"}
-    assert "1 of 3 held-out captions are left out" in caplog.text
+    assert "1 of 3 held-out captions are skipped" in caplog.text

@@ -104,7 +104,7 @@ def test_how_often_the_discriminator_is_right_is_averaged_and_kept(
 
 
 def test_a_discriminator_at_chance_is_called_one() -> None:
-    assert describe_accuracy(0.52) == "accuracy 0.52, which is chance: the adversarial loss taught nothing"
+    assert describe_accuracy(0.52) == "accuracy 0.52, which is chance: the adversarial loss had no effect"
     assert describe_accuracy(0.71) == "accuracy 0.71"
 
 

@@ -216,7 +216,7 @@ def test_a_gradient_that_is_no_number_ends_it_at_once(training_set: TrainingSet,
 
 
 def test_workers_that_do_not_divide_the_batch_are_refused(training_set: TrainingSet, settings: Settings) -> None:
-    with pytest.raises(UserError, match="batch_size / micro_batch_size is 1, which is no multiple of 2 workers"):
+    with pytest.raises(UserError, match="number of workers, got 1 micro-batches and 2 workers"):
         finetune(training_set, make_config(batch_size=4), TrainWorkersConfig(num_workers=2), settings)
 
 

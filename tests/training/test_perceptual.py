@@ -64,7 +64,7 @@ def test_it_sees_what_a_drawing_shows_better_than_the_latents_do() -> None:
     ("spec", "fault"),
     [
         ("elatentlpips:sd21", "`pip install elatentlpips`"),
-        ("elatentlpips:sd9", "knows the latents of sd15, sd21, sdxl; got 'sd9'"),
+        ("elatentlpips:sd9", "supports the latents of sd15, sd21, sdxl; got 'sd9'"),
         ("/nowhere", "/nowhere has no config.json"),
     ],
 )

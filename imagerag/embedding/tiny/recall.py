@@ -1,4 +1,4 @@
-"""How well names find drawings that the image tower has never seen: recall at k, its chance level and its error."""
+"""Text-to-image recall at k on drawings of one split, with chance level and confidence interval."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,20 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """Share of queries with a right drawing among the first k, over all drawings of a split."""
+    """Share of queries with a matching drawing among the first k, over all drawings of a split."""
 
     k: int
     value: float
     low: float
-    """Lower end of the 95 % interval: bootstrap over queries."""
+    """Lower end of the 95 % confidence interval, by bootstrap over queries."""
     high: float
+    """Upper end of the interval."""
     chance: float
-    """What a random order of the drawings would reach."""
+    """Expected recall of a random ranking."""
 
 
 def measure_recall(encoder: Encoder, split: str, ks: Sequence[int] = (1, 5)) -> list[Recall]:
-    """Ask for every concept of `split` by its name, over all drawings of `split` in all styles."""
+    """Return the recall at each k for the names of all concepts of `split`, over its drawings in all styles."""
     drawings = load_drawings(splits=[split])
     names = sorted({drawing.concept.name for drawing in drawings})
     concepts = np.array([names.index(drawing.concept.name) for drawing in drawings])

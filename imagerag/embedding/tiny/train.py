@@ -1,9 +1,8 @@
 """Train the image tower of the encoder `tiny`: python -m imagerag.embedding.tiny.train --help.
 
-The text tower is locked, so that its features of all names and keywords are computed once. The image tower learns from
-nothing but the `base` concepts of the sample corpus, with open_clip's contrastive loss. Batches hold a concept once: a
-second drawing of it would count as a wrong answer. Where the same machine and versions repeat a run, or go on with one
-that was stopped, the batches are the same.
+The text tower is frozen, so the features of all names and keywords are computed once. The image tower is trained on the
+`base` concepts of the sample corpus only, with open_clip's contrastive loss. A batch holds each concept at most once: a
+second drawing would count as a negative. Batches are deterministic, also after a resume.
 """
 
 import argparse
@@ -42,7 +41,7 @@ _CHECKPOINT = "checkpoint.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What makes the weights, beside the corpus."""
+    """Hyperparameters of the training."""
 
     seed: int = 0
     steps: int = 700
@@ -51,21 +50,21 @@ class Recipe:
     weight_decay: float = 0.2
     warmup_steps: int = 100
     max_logit_scale: float = 30.0
-    """Lower than CLIP's 100: a few thousand drawings are soon known by heart."""
+    """Lower than CLIP's 100, against overfitting to a few thousand drawings."""
     keyword_share: float = 0.8
-    """Share of samples whose text feature is moved from the name towards one of the keywords."""
+    """Share of samples whose text feature is interpolated between the name and one of the keywords."""
     mixing: float = 0.4
-    """Parameter of the Beta distribution that two samples are blended by."""
+    """Parameter of mixup's Beta distribution."""
     degrees: float = 15.0
     scale: float = 0.3
     shift: float = 0.15
-    """Of the image's side."""
+    """Maximum shift as a share of the image's side."""
     jitter: float = 0.35
-    """Of brightness, contrast and saturation."""
+    """Maximum relative change of brightness, contrast and saturation."""
 
 
 class Samples:
-    """The drawings and text features to learn from, and the batch of every step."""
+    """The training drawings with text features, and the batch of each step."""
 
     def __init__(self, recipe: Recipe, drawings: Sequence[Drawing], model: "open_clip.CustomTextCLIP") -> None:
         self._recipe = recipe
@@ -79,7 +78,7 @@ class Samples:
         self._features = {codepoint: torch.stack([features[t] for t in group]) for codepoint, group in texts.items()}
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images (B, 3, 64, 64), normalised, and text features (B, D), one pair a concept."""
+        """Return normalised images (B, 3, 64, 64) and text features (B, D) of B different concepts."""
         size = self._recipe.batch_size
         batches_per_epoch = len(self.codepoints) // size
         epoch, position = divmod(step, batches_per_epoch)
@@ -111,7 +110,16 @@ def _text_features(model: "open_clip.CustomTextCLIP", texts: list[str]) -> dict[
 
 
 def augment(pixels: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
-    """Move, scale, turn, mirror and recolour images (B, 3, H, W) of bytes on white; return them normalised to ±1."""
+    """Apply random shifts, scales, rotations, flips and colour jitter.
+
+    Args:
+        pixels: drawings on white, bytes (B, 3, H, W).
+        recipe: strengths of the augmentations.
+        generator: draws the augmentations.
+
+    Returns:
+        Augmented images (B, 3, H, W), -1 to 1.
+    """
     size = len(pixels)
 
     def uniform(half_width: float) -> torch.Tensor:
@@ -132,14 +140,24 @@ def augment(pixels: torch.Tensor, recipe: Recipe, generator: torch.Generator) ->
 
 
 def mix(values: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Blend each of a batch with its predecessor, of which `1 - share` is taken (mixup, arXiv 1710.09412)."""
+    """Blend values (B, ...) with their predecessors in the batch by weights `share` (B,) (mixup, arXiv 1710.09412)."""
     return values.roll(1, 0).lerp(values, share.view(-1, *[1] * (values.ndim - 1)))
 
 
 def train(
     recipe: Recipe, drawings: Sequence[Drawing], folder: Path, checkpoint_every: int = 250
 ) -> "open_clip.CustomTextCLIP":
-    """Return the trained model. Goes on from the checkpoint in `folder`, if there is one of the same recipe."""
+    """Train the model, resuming from a checkpoint with the same recipe in `folder`.
+
+    Args:
+        recipe: the hyperparameters.
+        drawings: drawings to train on.
+        folder: folder of the checkpoint.
+        checkpoint_every: steps between checkpoints.
+
+    Raises:
+        RuntimeError: if the loss is not finite.
+    """
     torch.manual_seed(recipe.seed)
     model = tiny.build_model().train()
     model.visual.to(memory_format=torch.channels_last)
@@ -196,14 +214,14 @@ def _resume(path: Path, recipe: Recipe, model: Any, optimizer: Any, scheduler: A
     for name, part in {"visual": model.visual, "optimizer": optimizer, "scheduler": scheduler}.items():
         part.load_state_dict(state[name])
     model.logit_scale.data.copy_(state["logit_scale"])
-    logger.info("going on after step %d", state["step"])
+    logger.info("resuming after step %d", state["step"])
     return int(state["step"])
 
 
 def save(
     model: "open_clip.CustomTextCLIP", recipe: Recipe, drawings: Sequence[Drawing], folder: Path
 ) -> dict[str, Any]:
-    """Write weights, in float16, and manifest to `folder`, and return the manifest."""
+    """Write the weights in float16 and the manifest to `folder`, and return the manifest."""
     weights = {
         name: value.half() if value.is_floating_point() else value for name, value in model.visual.state_dict().items()
     }
@@ -230,10 +248,10 @@ def save(
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the image tower of the encoder `tiny` on the sample corpus.")
-    parser.add_argument("--out", type=Path, default=tiny.FOLDER, help="where weights and manifest go: %(default)s")
+    parser.add_argument("--out", type=Path, default=tiny.FOLDER, help="output folder (default: %(default)s)")
     for field in fields(Recipe):
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default, help="%(default)s")
+        parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
     arguments = vars(parser.parse_args())
     folder = arguments.pop("out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -1,8 +1,8 @@
-"""Features of pictures by a small residual network that knows drawings and nothing else: the second judge's.
+"""Image features of the second judge: a small residual network trained contrastively on drawings only.
 
-It learnt to find a drawing's concept again in another style, from concepts that no evaluation is about, and shares no
-weights and no data of ImageNet with the first judge's network (`imagerag.evaluation.features`), nor anything with the
-models that make and retrieve pictures. `train.py` is the recipe that made the shipped weights.
+It was trained to match drawings of one concept across styles, without held-out concepts. It shares no weights and no
+training data with the first judge's network (`imagerag.evaluation.features`), and no weights with the models that
+generate and retrieve pictures. `train.py` is the recipe of the shipped weights.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ _BATCH_SIZE = 64
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with a shortcut (arXiv 1512.03385)."""
+    """Two convolutions with a residual connection (arXiv 1512.03385)."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if (channels, stride) == (width, 1) else nn.Conv2d(channels, width, 1, stride)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return (B, `width`, H / `stride`, W / `stride`)."""
+        """Return features (B, `width`, H / `stride`, W / `stride`) of `hidden_states` (B, C, H, W)."""
         return F.relu(self.shortcut(hidden_states) + self.convolutions(hidden_states))
 
 
 class ContrastiveNetwork(nn.Module):
-    """Pictures (B, 3, 64, 64), -1 to 1, to features (B, 160)."""
+    """Residual network from pictures (B, 3, 64, 64), -1 to 1, to features (B, 160)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class ContrastiveNetwork(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return the last layer's mean over positions."""
+        """Return features (B, 160), averaged over positions."""
         features: torch.Tensor = self.layers(pictures).mean((2, 3))
         return features
 
 
 @cache
 def load_contrastive_network(folder: Path = FOLDER) -> ContrastiveNetwork:
-    """Return the network with the weights of `folder`, by default the shipped ones."""
+    """Load the network with the weights in `folder`, the shipped ones by default."""
     from safetensors.torch import load_file
 
     network = ContrastiveNetwork()
@@ -77,7 +77,7 @@ def load_contrastive_network(folder: Path = FOLDER) -> ContrastiveNetwork:
 def contrastive_features(
     batches: Iterable[torch.Tensor], network: ContrastiveNetwork | None = None
 ) -> npt.NDArray[np.float32]:
-    """Return features (N, 160) of pictures that come in batches (B, 3, H, W), -1 to 1."""
+    """Return the features (N, 160) of batches of pictures (B, 3, H, W), -1 to 1."""
     network = network or load_contrastive_network()
     features = [np.empty((0, DIM), np.float32)]
     for pictures in batches:

@@ -1,8 +1,8 @@
 """Train the second judge's network: python -m imagerag.evaluation.contrastive.train --help.
 
-Two drawings of one concept, in two styles, each moved and recoloured, are to be each other's nearest in a batch of
-concepts (NT-Xent, arXiv 2002.05709). The concepts are those of the splits `base` and `adapter`, in all styles; names
-are not read. Held-out concepts are only measured.
+The loss is NT-Xent (arXiv 2002.05709): positive pairs are two augmented drawings of one concept in different styles.
+The concepts are those of the splits `base` and `adapter`, in all styles; their names are not used. Held-out concepts
+are used for evaluation only.
 """
 
 import argparse
@@ -45,12 +45,12 @@ SPLITS = ("base", "adapter")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What makes the weights, beside the corpus."""
+    """Hyperparameters of the training."""
 
     seed: int = 0
     steps: int = 400
     batch_size: int = 128
-    """Concepts, each drawn twice."""
+    """Concepts per step, with two drawings each."""
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup_steps: int = 20
@@ -59,16 +59,18 @@ class Recipe:
     degrees: float = 10.0
     scale: float = 0.2
     shift: float = 0.1
-    """Of the image's side."""
+    """Maximum shift as a share of the image's side."""
     jitter: float = 0.3
-    """Of brightness, contrast and saturation."""
+    """Maximum relative change of brightness, contrast and saturation."""
 
 
 def batch(recipe: Recipe, concepts: Sequence[torch.Tensor], step: int) -> torch.Tensor:
-    """Return pictures (2, B, 3, 64, 64), -1 to 1: two of each concept.
+    """Return augmented pictures (2, B, 3, 64, 64), -1 to 1: two drawings of each of B concepts.
 
     Args:
-        concepts: of each, the drawings (at least two, 3, 64, 64), bytes.
+        recipe: batch size and strengths of the augmentations.
+        concepts: the drawings of each concept, bytes (N >= 2, 3, 64, 64).
+        step: number of the batch.
     """
     rng = np.random.default_rng([recipe.seed, step])
     chosen = rng.choice(len(concepts), min(recipe.batch_size, len(concepts)), replace=False)
@@ -81,7 +83,7 @@ def batch(recipe: Recipe, concepts: Sequence[torch.Tensor], step: int) -> torch.
 
 
 def contrastive_loss(projected: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return NT-Xent of projected features (2, B, D): each is to find its concept's other drawing among all."""
+    """Return the NT-Xent loss of projected features (2, B, D), with positive pairs along the first dimension."""
     size = projected.shape[1]
     values = F.normalize(projected, dim=-1).flatten(0, 1)
     similarities = (values @ values.T / temperature).fill_diagonal_(-torch.inf)
@@ -89,7 +91,11 @@ def contrastive_loss(projected: torch.Tensor, temperature: float) -> torch.Tenso
 
 
 def train(recipe: Recipe, drawings: Sequence[Drawing]) -> ContrastiveNetwork:
-    """Return the trained network, the same for the same recipe and drawings on one kind of machine."""
+    """Train the network; deterministic for the same recipe and drawings on the same kind of machine.
+
+    Raises:
+        RuntimeError: if the loss is not finite.
+    """
     torch.manual_seed(recipe.seed)
     network = ContrastiveNetwork().train()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -124,7 +130,7 @@ def train(recipe: Recipe, drawings: Sequence[Drawing]) -> ContrastiveNetwork:
 
 
 def recognised(network: ContrastiveNetwork, drawings: Sequence[Drawing], split: str) -> dict[str, float]:
-    """Return how often a drawing of a split is recognised among 100 concepts, by all drawings but itself."""
+    """Return the leave-one-out recognition of a split's drawings among 100 concepts, with its interval."""
     pixels = torch.stack([torch.from_numpy(drawing.pixels()) for drawing in drawings])
     names = sorted({drawing.concept.codepoint for drawing in drawings})
     concepts = np.array([names.index(drawing.concept.codepoint) for drawing in drawings])
@@ -136,7 +142,7 @@ def recognised(network: ContrastiveNetwork, drawings: Sequence[Drawing], split: 
 
 
 def save(network: ContrastiveNetwork, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Write weights, in float16, and manifest to `folder`, and return the manifest."""
+    """Write the weights in float16 and the manifest to `folder`, and return the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         name: (value.half() if value.is_floating_point() else value).contiguous()
@@ -158,10 +164,10 @@ def save(network: ContrastiveNetwork, recipe: Recipe, folder: Path) -> dict[str,
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the second judge's network on the sample corpus.")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where weights and manifest go: %(default)s")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="output folder (default: %(default)s)")
     for field in fields(Recipe):
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default, help="%(default)s")
+        parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
     arguments = vars(parser.parse_args())
     folder = arguments.pop("out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
