@@ -1,10 +1,13 @@
 """`imagerag submit`: a command as a job of a Ray cluster, by Ray's Jobs API."""
 
 import os
+import secrets
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -53,14 +56,16 @@ def submit(
 
 def _run(client: "JobSubmissionClient", command: list[str], job_id: str | None) -> int:
     """Return the exit status of the command."""
-    name = _start(client, command, job_id)
+    name = job_id or f"imagerag-{secrets.token_hex(8)}"  # chosen here, so that the job can be stopped at any moment
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        _start(client, command, name)
         _follow(client, name)
     except KeyboardInterrupt:
-        typer.echo(f"stopping job {name} ...", err=True)
-        client.stop_job(name)
-        _await_end(client, name)
+        if any(job.submission_id == name for job in client.list_jobs()):
+            typer.echo(f"stopping job {name} ...", err=True)
+            client.stop_job(name)
+            _await_end(client, name)
         return 130
     info = client.get_job_info(name)
     if info.status == "SUCCEEDED":
@@ -85,13 +90,13 @@ def _connect(address: str) -> "JobSubmissionClient":
         raise UserError(f"there is no Ray dashboard to submit jobs to at {address}: {error}") from error
 
 
-def _start(client: "JobSubmissionClient", command: list[str], job_id: str | None) -> str:
-    """Return the name of a job that runs the command: one that is there, or a new one."""
-    if job_id is not None and (known := [job for job in client.list_jobs() if job.submission_id == job_id]):
+def _start(client: "JobSubmissionClient", command: list[str], name: str) -> None:
+    """Have a job of this name run the command, unless one does already."""
+    if known := [job for job in client.list_jobs() if job.submission_id == name]:
         if not known[0].status.is_terminal():
-            typer.echo(f"following job {job_id}, which runs already", err=True)
-            return job_id
-        client.delete_job(job_id)
+            typer.echo(f"following job {name}, which runs already", err=True)
+            return
+        client.delete_job(name)
     forwarded = {
         name: value
         for name, value in os.environ.items()
@@ -100,18 +105,30 @@ def _start(client: "JobSubmissionClient", command: list[str], job_id: str | None
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            name: str = client.submit_job(
-                entrypoint=shlex.join(command),
-                submission_id=job_id,
-                runtime_env={"env_vars": forwarded | {"IMAGERAG_RAY_ADDRESS": "auto", "PYTHONUNBUFFERED": "1"}},
-            )
+            with _uninterrupted():
+                client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=name,
+                    runtime_env={"env_vars": forwarded | {"IMAGERAG_RAY_ADDRESS": "auto", "PYTHONUNBUFFERED": "1"}},
+                )
         except RuntimeError as error:
             # A dashboard that has just started knows no node yet.
             if "try again later" not in str(error) or time.monotonic() > deadline:
                 raise UserError(f"Ray takes no job: {error}") from error
             time.sleep(1)
         else:
-            return name
+            return
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Keep signals back until Ray has answered: a request that is given up may still start a job."""
+    held = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
 
 
 def _follow(client: "JobSubmissionClient", name: str) -> None:

@@ -152,9 +152,12 @@ def test_a_training_that_was_cancelled_goes_on(server: Server) -> None:
     run_id = server.create_run("finetune", parameters)
     process = server.execute(run_id)
     wait_for(lambda: list(folder.glob("runs/*/checkpoint_*")), "checkpoint")
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in each.name() for each in below)
     server.post(f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
     process.wait(WAIT_S)
     assert server.state(run_id) == "CANCELLED"
+    wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in below), "end")
     assert not (folder / "finetuned").exists()
 
     run_id = server.create_run("finetune", parameters)
