@@ -1,8 +1,9 @@
 """What references do for a prompt: the same noise with and without them, side by side (paper, Sec. 3.2 and Fig. 5)."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Comparer:
         *,
         seed: int,
         scale: float | None = None,
+        models: Mapping[str, ImageRAGTurboPipeline] = MappingProxyType({}),
     ) -> None:
         """Take what pictures are made with.
 
@@ -60,7 +62,9 @@ class Comparer:
             scorer: of the pictures.
             seed: of the noise.
             scale: of the adapter; by default its own.
+            models: by title, each with its own adapter and index; with some, the pipeline's own adapter has no column.
         """
+        self._models = models
         self._pipeline, self._teacher, self._scorer, self._seed, self._scale = pipeline, teacher, scorer, seed, scale
 
     def compare(self, prompts: Sequence[str]) -> Iterator[Comparison]:
@@ -74,7 +78,9 @@ class Comparer:
         yield self._cell("base", pipeline, prompt, fusion="none")
         yield self._cell(f"slerp, w = {pipeline.config.slerp_w}", pipeline, prompt, fusion="slerp")
         yield self._oracle(prompt)
-        if pipeline.adapter is not None:
+        for title, model in self._models.items():
+            yield self._cell(title, model, prompt)
+        if pipeline.adapter is not None and not self._models:
             title = "adapter" if self._scale is None else f"adapter, scale = {self._scale:g}"
             yield self._cell(title, pipeline, prompt, fusion="adapter", adapter_scale=self._scale)
         if self._teacher is not None:
