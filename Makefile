@@ -15,7 +15,9 @@ $(STAMP): pyproject.toml infra/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
 		|| { echo "Python 3.11 or 3.12 is needed; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	@# With uv, where there is one, in a fraction of the time; pip, where there is none or it finds no package index.
+	@{ command -v uv >/dev/null && uv pip install --quiet --python $(BIN)/python -c infra/constraints.txt -e '.[dev]'; } \
+		|| $(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
 	@# The backport that img2dataset asks for hides the standard library's module from Prefect's temporary server.
 	@$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes dataclasses
 	@touch $@

@@ -38,6 +38,9 @@ from imagerag.plain import printable
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """Reasons why a file can't be written that only the user can remove."""
 
+_OF_THE_PIPELINE = ("img2dataset", "prefect", "ray")
+"""Packages that who only uses a model can do without."""
+
 app = typer.Typer(
     name="imagerag",
     help="Index your images, and generate new ones with them.",
@@ -89,6 +92,11 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_THE_PIPELINE:
+            raise
+        _fail(f"this command needs {package}, which is not installed: pip install 'imagerag-turbo[pipeline]'")
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise

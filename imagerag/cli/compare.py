@@ -1,26 +1,41 @@
 """`imagerag compare`: pictures with and without references, side by side."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imagerag.cli.generate import BaseOption, ScaleOption, check_scale, open_pipeline, read_prompts
+from imagerag.cli.generate import (
+    DEFAULT_BASE,
+    BaseOption,
+    ScaleOption,
+    check_alone,
+    check_scale,
+    open_model,
+    open_pipeline,
+    read_prompts,
+)
 from imagerag.cli.names import NameOption, corpus_name
 from imagerag.errors import UserError
 from imagerag.limits import check_seeds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from imagerag.evaluation.compare import Comparison
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 
 def compare(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make pictures of.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
     name: NameOption = None,
-    base: BaseOption = "tiny",
+    base: BaseOption = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A registered model, by alias or version, with its own adapter and index; can be repeated."),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="The multi-step model to compare with; `tiny-teacher` for `tiny`, else none.")
     ] = None,
@@ -36,32 +51,39 @@ def compare(
     check_seeds(seed)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder; {out} is a file")
+    models = list(dict.fromkeys(model or []))
+    check_alone(models, base=base, adapter=adapter, name=name)
     check_scale(scale, adapter)
-    if teacher is None and base == "tiny":
+    base = base or DEFAULT_BASE
+    if teacher is None and base == DEFAULT_BASE and not models:
         teacher = "tiny-teacher"
-    comparisons = run_comparison(
-        wanted, name=corpus_name(name), base=base, teacher=teacher, adapter=adapter, scale=scale, seed=seed, out=out
-    )
+    with ExitStack() as stack:
+        if models:
+            opened = {f"model {each}": stack.enter_context(open_model(each)) for each in models}
+            pipeline = next(iter(opened.values()))
+        else:
+            from imagerag.settings import Settings
+
+            opened = {}
+            pipeline = open_pipeline(base, adapter).use_index(Settings().index_uri, corpus_name(name))
+        comparisons = run_comparison(wanted, pipeline, opened, teacher=teacher, scale=scale, seed=seed, out=out)
     print_scores(comparisons)
     typer.echo(f"page: {out / 'index.html'}")
 
 
 def run_comparison(
     prompts: "Sequence[str]",
+    pipeline: "ImageRAGTurboPipeline",
+    models: "Mapping[str, ImageRAGTurboPipeline]",
     *,
-    name: str,
-    base: str,
     teacher: str | None,
-    adapter: str | None,
     scale: float | None,
     seed: int,
     out: Path,
 ) -> "list[Comparison]":
-    """Make the comparisons, and write them to `out`."""
-    from imagerag.settings import Settings, check_name
+    """Make the comparisons of a pipeline with an index, and of registered models, and write them to `out`."""
+    from imagerag.settings import Settings
 
-    settings = Settings()
-    pipeline = open_pipeline(base, adapter).use_index(settings.index_uri, check_name(name))
     with_many_steps = None if teacher is None else open_pipeline(teacher, None)
     from tqdm import tqdm
 
@@ -71,12 +93,15 @@ def run_comparison(
 
     assert pipeline.index is not None
     retriever = pipeline.index.retriever
-    cache = settings.home / "compare" / name / f"scorer-{retriever.version}.npz"
+    name = retriever.name
+    cache = Settings().home / "compare" / name / f"scorer-{retriever.version}.npz"
     if not cache.exists():
         typer.echo("fitting the score to the index's pictures, once for this version of it …", err=True)
-    comparer = Comparer(pipeline, with_many_steps, Scorer.of(retriever, cache), seed=seed, scale=scale)
+    comparer = Comparer(pipeline, with_many_steps, Scorer.of(retriever, cache), seed=seed, scale=scale, models=models)
     made = list(tqdm(comparer.compare(prompts), total=len(prompts), unit=" prompts", disable=None))
-    write_comparison(out, made, retriever, title=f"imagerag compare: {base} with {name}")
+    indexes = {title: each.index.retriever for title, each in models.items() if each.index is not None}
+    title = f"imagerag compare: {pipeline.config.base_id} with {name}"
+    write_comparison(out, made, retriever, indexes, title=title)
     return made
 
 

@@ -28,7 +28,7 @@ def deploy() -> None:
     """Apply infra/prefect.yaml to the Prefect server; schedules and switches that people set in its UI stay."""
     import asyncio
 
-    import flows
+    from imagerag.cli.project import project as find_project
     from imagerag.services import deployments_file, prefect_api, prefect_environment
     from imagerag.settings import Settings
 
@@ -36,8 +36,7 @@ def deploy() -> None:
     api_url = prefect_api(settings)
     if api_url is None:
         raise UserError(f"no Prefect server runs for {settings.home}: `imagerag up` starts one")
-    assert flows.__file__ is not None
-    project = Path(flows.__file__).parent.parent
+    project = find_project()
     path = deployments_file(project)
     # Prefect reads its settings when it is first imported.
     os.environ.update(prefect_environment(settings, api_url) | {"IMAGERAG_PROJECT": str(project)})

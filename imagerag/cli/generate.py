@@ -1,8 +1,10 @@
 """`imagerag generate`: pictures of prompts."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,9 +18,13 @@ if TYPE_CHECKING:
 _MAX_ROWS_IN_SHEET = 64
 
 
+DEFAULT_BASE = "tiny"
 BaseOption = Annotated[
-    str,
-    typer.Option(help="`tiny`, `tiny-teacher`, a hub id and commit (`org/name@<commit>`), or a diffusers folder."),
+    str | None,
+    typer.Option(
+        help="`tiny`, `tiny-teacher`, a hub id and commit (`org/name@<commit>`), or a diffusers folder; `tiny` if not "
+        "given."
+    ),
 ]
 
 
@@ -41,7 +47,11 @@ class FusionOption(StrEnum):
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make pictures of.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
-    base: BaseOption = "tiny",
+    base: BaseOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A registered model instead, by alias or version: its base model, adapter and index."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="1 for a student, 25 to 50 for a teacher.")] = 1,
     guidance: Annotated[
         float, typer.Option(min=0, help="Classifier-free guidance; 1 and less mean none. A teacher needs some.")
@@ -70,14 +80,37 @@ def generate(
     check_guidance(guidance)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder; {out} is a file")
-    if name is None and (references or adapter or (fusion is not None and fusion is not FusionOption.NONE)):
+    check_alone([model] if model else [], base=base, adapter=adapter, name=name)
+    wants_index = references or adapter or (fusion is not None and fusion is not FusionOption.NONE)
+    if model is None and name is None and wants_index:
         raise UserError("references come from an index: name its corpus by --name")
-    check_scale(scale, adapter)
-    pipeline = open_pipeline(base, adapter)
-    if name is not None:
-        from imagerag.settings import Settings, check_name
+    check_scale(scale, adapter or model)
+    with ExitStack() as stack:
+        if model is not None:
+            pipeline = stack.enter_context(open_model(model))
+        else:
+            pipeline = open_pipeline(base or DEFAULT_BASE, adapter)
+            if name is not None:
+                from imagerag.settings import Settings, check_name
 
-        pipeline.use_index(Settings().index_uri, check_name(name))
+                pipeline.use_index(Settings().index_uri, check_name(name))
+        options = {
+            "num_inference_steps": steps, "guidance_scale": guidance, "num_references": references,
+            "fusion": None if fusion is None else fusion.value, "w": w, "adapter_scale": scale, "compose": compose,
+        }  # fmt: skip
+        about = {"base": pipeline.config.base_id, "digest": pipeline.config.base_digest, "model": model, "steps": steps}
+        about |= {"guidance": guidance, "fusion": fusion, "w": w, "scale": scale}
+        _write(pipeline, wanted, range(seed, seed + seeds), options, about, out)
+
+
+def _write(
+    pipeline: "ImageRAGTurboPipeline",
+    wanted: list[str],
+    seeds: range,
+    options: dict[str, Any],
+    about: dict[str, Any],
+    out: Path,
+) -> None:
     from tqdm import tqdm
 
     from imagerag.generation.batch import file_name, labelled_png
@@ -85,28 +118,29 @@ def generate(
 
     out.mkdir(parents=True, exist_ok=True)
     made: list[Generated] = []
-    pictures = generate_pictures(
-        pipeline,
-        wanted,
-        range(seed, seed + seeds),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        num_references=references,
-        fusion=None if fusion is None else fusion.value,
-        w=w,
-        adapter_scale=scale,
-        compose=compose,
-    )
-    about = {"base": base, "digest": pipeline.config.base_digest, "steps": steps, "guidance": guidance}
-    about |= {"fusion": fusion, "w": w, "scale": scale}
-    with tqdm(pictures, total=len(wanted) * seeds, unit=" pictures", disable=None) as bar:
+    pictures, num_pictures = generate_pictures(pipeline, wanted, seeds, **options), len(wanted) * len(seeds)
+    with tqdm(pictures, total=num_pictures, unit=" pictures", disable=None) as bar:
         for number, picture in enumerate(bar):
             (out / file_name(number, picture)).write_bytes(labelled_png(picture, about))
-            if number < _MAX_ROWS_IN_SHEET * seeds:
+            if number < _MAX_ROWS_IN_SHEET * len(seeds):
                 made.append(picture)
-    _save_sheet(made, seeds, out / "grid.png")
+    _save_sheet(made, len(seeds), out / "grid.png")
     left_out = "" if len(wanted) <= _MAX_ROWS_IN_SHEET else f" (the first {_MAX_ROWS_IN_SHEET} prompts)"
-    typer.echo(f"{len(wanted) * seeds} pictures in {out}, all in {out / 'grid.png'}{left_out}")
+    typer.echo(f"{num_pictures} pictures in {out}, all in {out / 'grid.png'}{left_out}")
+
+
+def check_alone(models: Sequence[str], **others: object) -> None:
+    """Make sure that nothing is named that a registered model has of its own.
+
+    Raises:
+        UserError: if something is.
+    """
+    given = [name for name, value in others.items() if value is not None]
+    if models and given:
+        raise UserError(
+            f"a registered model has its own base model, adapter and index: leave out --{given[0]}, or --model "
+            f"{models[0]}"
+        )
 
 
 def check_scale(scale: float | None, adapter: str | None) -> None:
@@ -117,6 +151,18 @@ def check_scale(scale: float | None, adapter: str | None) -> None:
     """
     if scale is not None and adapter is None:
         raise UserError(f"--scale is of what an adapter adds: name one by --adapter; got --scale {scale:g} alone")
+
+
+@contextmanager
+def open_model(alias_or_version: str) -> "Iterator[ImageRAGTurboPipeline]":
+    """Yield the pipeline of a registered model, fetched and verified, for as long as the block lasts."""
+    from imagerag.cli.quiet import quiet_models
+    from imagerag.registry.fetch import opened
+    from imagerag.settings import Settings
+
+    quiet_models()
+    with opened(Settings(), alias_or_version) as pipeline:
+        yield pipeline
 
 
 def open_pipeline(base: str, adapter: str | None) -> "ImageRAGTurboPipeline":

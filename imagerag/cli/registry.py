@@ -91,16 +91,20 @@ def pull(
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     alias: Annotated[str | None, typer.Option(help="Alias of the version. Default: `champion`.")] = None,
     version: Annotated[int | None, typer.Option(min=1, help="Number of the version, instead of an alias.")] = None,
+    mlflow: Annotated[
+        bool, typer.Option("--mlflow", help="Write the MLflow model, after checking the files that MLflow executes.")
+    ] = False,
 ) -> None:
     """Write a registered model as a diffusers folder, for `ImageRAGTurboPipeline.from_pretrained`."""
     if alias is not None and version is not None:
         raise UserError("give either --alias or --version, not both")
     from imagerag.cli.quiet import quiet_models
     from imagerag.registry.fetch import pull as pull_version
+    from imagerag.registry.fetch import pull_served
     from imagerag.settings import Settings
 
     quiet_models()
-    info = pull_version(Settings(), alias or str(version or "champion"), out)
+    info = (pull_served if mlflow else pull_version)(Settings(), alias or str(version or "champion"), out)
     index = "with its index" if info.portable else f"for the index {info.pinned('index_name')!r}"
     typer.echo(f"version {info.version} is in {out}, {index} at version {info.pinned('index_version')}")
 

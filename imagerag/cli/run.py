@@ -51,6 +51,9 @@ def load_flow(flow: FlowName) -> tuple[Any, Any]:
     """Return the flow, and the model of its parameters."""
     from importlib import import_module
 
+    from imagerag.cli.project import project
+
+    project()  # which makes sure that `flows` is ours
     module = import_module(f"flows.{flow}")
     model = {"ingest": "Corpus", "reindex": "Corpus"}.get(flow, flow.capitalize())
     return getattr(module, flow), getattr(module, f"{model}Parameters")

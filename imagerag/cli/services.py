@@ -1,22 +1,19 @@
 """`imagerag up` and `imagerag down`: start and stop the servers and the worker of a home."""
 
-from pathlib import Path
-
 import typer
 
 
 def up() -> None:
     """Start the Prefect and MLflow servers and a worker for this home, and deploy all flows."""
-    import flows
     from imagerag import credentials, services
     from imagerag.cli.deploy import nightly_parameters
+    from imagerag.cli.project import project
     from imagerag.settings import Settings
 
-    assert flows.__file__ is not None
-    settings = Settings()
+    settings, folder = Settings(), project()
     nightly_parameters(settings)
     typer.echo(f"Starting Prefect and MLflow for {settings.home} (about half a minute the first time).")
-    started = {each.name: each for each in services.up(settings, project=Path(flows.__file__).parent.parent)}
+    started = {each.name: each for each in services.up(settings, project=folder)}
     mlflow = started.get(services.MLFLOW)
     prefect = started.get(services.PREFECT)
     typer.echo(f"Prefect UI  {settings.prefect_api_url if prefect is None else services.link(prefect, settings.home)}")

@@ -1,8 +1,9 @@
 """Side-by-side comparison of one prompt with and without references, from the same noise (paper, Sec. 3.2, Fig. 5)."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Comparer:
         *,
         seed: int,
         scale: float | None = None,
+        models: Mapping[str, ImageRAGTurboPipeline] = MappingProxyType({}),
     ) -> None:
         """Initialise the comparer.
 
@@ -60,7 +62,10 @@ class Comparer:
             scorer: scores the pictures.
             seed: seed of the initial noise, the same for all pictures.
             scale: adapter scale; None uses the adapter's default.
+            models: further pipelines by column title, each with its own adapter and index. If there are any, the column
+                of `pipeline`'s own adapter is left out.
         """
+        self._models = models
         self._pipeline, self._teacher, self._scorer, self._seed, self._scale = pipeline, teacher, scorer, seed, scale
 
     def compare(self, prompts: Sequence[str]) -> Iterator[Comparison]:
@@ -74,7 +79,9 @@ class Comparer:
         yield self._cell("base", pipeline, prompt, fusion="none")
         yield self._cell(f"slerp, w = {pipeline.config.slerp_w}", pipeline, prompt, fusion="slerp")
         yield self._oracle(prompt)
-        if pipeline.adapter is not None:
+        for title, model in self._models.items():
+            yield self._cell(title, model, prompt)
+        if pipeline.adapter is not None and not self._models:
             title = "adapter" if self._scale is None else f"adapter, scale = {self._scale:g}"
             yield self._cell(title, pipeline, prompt, fusion="adapter", adapter_scale=self._scale)
         if self._teacher is not None:

@@ -1,9 +1,10 @@
 """Comparisons as an HTML page, an image grid and JSON."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from imagerag.evaluation.compare import Cell, Comparison
 from imagerag.generation.sheet import sheet, to_png
@@ -13,10 +14,25 @@ from imagerag.retrieval.search import Retriever
 _MAX_ROWS_IN_SHEET = 64
 
 
-def write_comparison(folder: Path, comparisons: Sequence[Comparison], retriever: Retriever, *, title: str) -> None:
-    """Write `index.html` (self-contained), `grid.png` and `scores.json` to `folder`."""
+def write_comparison(
+    folder: Path,
+    comparisons: Sequence[Comparison],
+    retriever: Retriever,
+    others: Mapping[str, Retriever] = MappingProxyType({}),
+    *,
+    title: str,
+) -> None:
+    """Write `index.html` (self-contained), `grid.png` and `scores.json` to `folder`.
+
+    Args:
+        folder: output folder.
+        comparisons: one per prompt.
+        retriever: the index that the references come from.
+        others: indexes of the columns that use another one, by column title.
+        title: title of the page.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "index.html", render_comparisons("compare.html", comparisons, retriever, title=title))
+    write_whole(folder / "index.html", render_comparisons("compare.html", comparisons, retriever, others, title=title))
     titles = " | ".join(cell.title for cell in comparisons[0].cells)
     rows = [
         (f"{each.prompt}  ({titles})" if number == 0 else each.prompt, [cell.image for cell in each.cells])
@@ -27,10 +43,19 @@ def write_comparison(folder: Path, comparisons: Sequence[Comparison], retriever:
     write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
 
 
-def render_comparisons(template: str, comparisons: Sequence[Comparison], retriever: Retriever, **values: object) -> str:
+def render_comparisons(
+    template: str,
+    comparisons: Sequence[Comparison],
+    retriever: Retriever,
+    others: Mapping[str, Retriever] = MappingProxyType({}),
+    **values: object,
+) -> str:
     """Render a template of this package with comparisons and embedded thumbnails of their references."""
-    used = {reference.id for each in comparisons for cell in each.cells for reference in cell.references}
-    images = {row.id: row.image for row in retriever.fetch(sorted(used), images=True)} if used else {}
+    used: dict[Retriever, set[str]] = {}
+    for cell in (cell for each in comparisons for cell in each.cells):
+        used.setdefault(others.get(cell.title, retriever), set()).update(row.id for row in cell.references)
+    rows = (row for own, ids in used.items() if ids for row in own.fetch(sorted(ids), images=True))
+    images = {row.id: row.image for row in rows}
     filters: dict[str, Callable[..., object]] = {
         "png": lambda cell: data_uri(to_png(cell.image)),
         "thumbnail": lambda id: data_uri(images[id] or b""),

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from imagerag.errors import UserError
 from imagerag.registry import package
 from imagerag.registry.card import CARD, GRID
 from imagerag.registry.model import FOLDER, check_model
 from imagerag.registry.versions import (
+    CODE_TAG,
     MODEL_NAME,
     VersionInfo,
     check_signed,
@@ -20,6 +22,9 @@ from imagerag.registry.versions import (
 )
 from imagerag.settings import Settings
 from imagerag.training.tracking import tracking_uri
+
+if TYPE_CHECKING:
+    from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 
 def download(settings: Settings, version: int, to: Path) -> Path:
@@ -35,16 +40,45 @@ def download(settings: Settings, version: int, to: Path) -> Path:
 
     _check_free(to)
     with reading_registry(settings) as client:
-        digest = check_signed(find_version(client, str(version)))
+        info = find_version(client, str(version))
+        digest = check_signed(info)
         source = client.get_model_version_download_uri(MODEL_NAME, str(version))
     with _partial(to) as partial:
         try:
             fetched = download_artifacts(source, dst_path=str(partial), tracking_uri=tracking_uri(settings))
         except Exception as error:
             raise UserError(f"the files of {MODEL_NAME} {version} can't be fetched from {source}: {error}") from error
-        check_model(Path(fetched), digest)
+        check_model(Path(fetched), digest, info.tags.get(CODE_TAG))
         Path(fetched).rename(to)
     return to / FOLDER
+
+
+def pull_served(settings: Settings, alias_or_version: str, out: Path) -> VersionInfo:
+    """Write a version as `mlflow models serve` and `load_model` take it, after checking what they will run of it.
+
+    Raises:
+        UserError: as of `download`, and if nothing tells whether that is what was registered.
+    """
+    info = resolve_version(settings, alias_or_version)
+    if CODE_TAG not in info.tags:
+        raise UserError(
+            f"version {info.version} of {MODEL_NAME} has no tag {CODE_TAG}: it was registered by an earlier release, "
+            "and nothing tells whether MLflow would run what was registered. Register it again"
+        )
+    download(settings, info.version, out)
+    return info
+
+
+@contextmanager
+def opened(settings: Settings, alias_or_version: str) -> "Iterator[ImageRAGTurboPipeline]":
+    """Yield a version's pipeline, with its own base model, adapter and index, for as long as the block lasts.
+
+    Raises:
+        UserError: as of `pull`.
+    """
+    info = resolve_version(settings, alias_or_version)
+    with TemporaryDirectory() as temporary:
+        yield package.load(download(settings, info.version, Path(temporary, "model")))
 
 
 def pull(settings: Settings, alias_or_version: str, out: Path) -> VersionInfo:

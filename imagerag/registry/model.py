@@ -1,7 +1,14 @@
-"""The folder that MLflow loads and serves: a registered model's own folder, code that loads it, and the card."""
+"""The folder that MLflow loads and serves: a registered model's own folder, code that loads it, and the card.
 
+MLflow runs what is in it: `model_code.py`, whatever `MLmodel` names, a portable model's copy of this package, and,
+where it makes an environment, what `requirements.txt` has installed. `code_digest` tells all of that from what was
+registered.
+"""
+
+import hashlib
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from imagerag.digests import sha256_of
 from imagerag.errors import UserError
@@ -12,6 +19,18 @@ PACKAGE = "package"
 """The artifact that is the model's own folder."""
 FOLDER = Path("artifacts", PACKAGE)
 """Where MLflow puts it."""
+_SOURCE = Path(__file__).parent.parent
+_METADATA = (
+    "base",
+    "base_digest",
+    "encoder_id",
+    "index_name",
+    "index_version",
+    "features_digest",
+    "training",
+    "portable",
+)
+"""What of the manifest MLflow shows and hands out as the model's metadata."""
 _PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 
@@ -22,23 +41,48 @@ def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: 
 
     from imagerag.registry.serving import MODEL_CONFIG, SIGNATURE
 
-    save_model(
-        model,
-        python_model=str(Path(__file__).with_name("model_code.py")),
-        artifacts={PACKAGE: str(folder)},
-        signature=SIGNATURE,
-        model_config=dict(MODEL_CONFIG),
-        input_example=(pd.DataFrame({"prompt": ["a red dragon"]}), {"seed": 0, "num_images": 1}),
-        pip_requirements=manifest.requirements,
-    )
+    with TemporaryDirectory() as temporary:
+        code = Path(temporary, _SOURCE.name)
+        if manifest.portable:
+            shutil.copytree(_SOURCE, code, ignore=_not_for_pictures)
+        save_model(
+            model,
+            python_model=str(Path(__file__).with_name("model_code.py")),
+            code_paths=[str(code)] if manifest.portable else None,
+            artifacts={PACKAGE: str(folder)},
+            signature=SIGNATURE,
+            model_config=dict(MODEL_CONFIG),
+            input_example=(pd.DataFrame({"prompt": ["a red dragon"]}), {"seed": 0, "num_images": 1}),
+            pip_requirements=manifest.requirements,
+            metadata={name: getattr(manifest, name) for name in _METADATA},
+        )
     (model / CARD).write_text(card, encoding="utf-8")
     if grid is not None:
         shutil.copy(grid, model / GRID)
     return model
 
 
-def check_model(model: Path, digest: str) -> None:
+def _not_for_pictures(folder: str, names: list[str]) -> set[str]:
+    """Return what a copy of this package can do without: the sample corpus, and what Python makes anew."""
+    at = Path(folder).relative_to(_SOURCE)
+    return {name for name in names if name == "__pycache__" or at / name == Path("corpus", "sample", "data")}
+
+
+def code_digest(model: Path) -> str:
+    """Return a digest of all that MLflow may run of its folder: every file but the model's own and the card's."""
+    found = (path for path in sorted(model.rglob("*")) if path.is_file() and (model / FOLDER) not in path.parents)
+    files = ((path.relative_to(model).as_posix(), path) for path in found)
+    lines = [f"{name}\0{sha256_of(path)}\n" for name, path in files if name not in (CARD, GRID)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_model(model: Path, digest: str, code: str | None) -> None:
     """Make sure that MLflow's folder has the manifest of this digest, the files that it lists, and no pickle.
+
+    Args:
+        model: the folder.
+        digest: of the manifest, as the version's tag has it.
+        code: the `code_digest`, likewise; None of a version that was registered without one.
 
     Raises:
         UserError: if not.
@@ -64,3 +108,9 @@ def check_model(model: Path, digest: str) -> None:
             f"version's tag says {digest}. It is not used: register the model again"
         )
     read(model / FOLDER)
+    if code is not None and (found := code_digest(model)) != code:
+        raise UserError(
+            "what MLflow runs of the model (MLmodel, model_code.py, requirements.txt and what is beside them) was "
+            f"changed after the model was registered: its digest is {found}, and the version's tag says {code}. It is "
+            "not used: register the model again"
+        )

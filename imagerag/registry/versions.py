@@ -21,7 +21,7 @@ from imagerag.locks import writer_lock
 from imagerag.registry import package
 from imagerag.registry.card import GRID, PICTURE, model_card, sources_of
 from imagerag.registry.lineage import log_inputs, run_of
-from imagerag.registry.model import write_model
+from imagerag.registry.model import code_digest, write_model
 from imagerag.registry.package import Manifest
 from imagerag.retrieval.pins import JOB, held, pin
 from imagerag.retrieval.publish import require_published, require_version
@@ -37,7 +37,7 @@ THE_GATE = "the gate"
 """Who promotes where no person does."""
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 TAG = "imagerag."
-_MANIFEST_TAG, _CONTENT_TAG = f"{TAG}manifest", f"{TAG}content"
+_MANIFEST_TAG, _CONTENT_TAG, CODE_TAG = f"{TAG}manifest", f"{TAG}content", f"{TAG}code"
 _INDEX_KEYS = ("index_uri", "index_name", "index_version")
 _PINNED = ("base", "base_digest", "encoder_id", *_INDEX_KEYS, "features_digest", "training", "portable")
 """What of the manifest is a tag, so that it can be seen and searched for."""
@@ -281,12 +281,13 @@ def _create(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    digests = {_MANIFEST_TAG: digest, _CONTENT_TAG: manifest.content, CODE_TAG: code_digest(model)}
     pinned = {TAG + name: str(getattr(manifest, name)) for name in _PINNED}
     made = client.create_model_version(
         MODEL_NAME,
         source=f"{run.info.artifact_uri}/{place}",
         run_id=run.info.run_id,
-        tags=dict(tags) | pinned | {_MANIFEST_TAG: digest, _CONTENT_TAG: manifest.content},
+        tags=dict(tags) | pinned | digests,
         description=text if len(text) <= _MAX_DESCRIPTION else f"{text[: _MAX_DESCRIPTION - 1]}…",
     )
     return int(made.version)

@@ -1,8 +1,10 @@
 """`imagerag models`, `promote`, `rollback` and `pull`, and what a takedown says of models."""
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from imagerag.cli import app
@@ -41,6 +43,29 @@ def test_models_are_promoted_and_rolled_back_by_name_and_with_a_reason(own: Home
     assert f"version 2 is in {tmp_path / 'pulled'}, for the index" in run(
         "pull", "--version", 2, "--out", tmp_path / "pulled"
     )
+
+
+def test_pictures_of_registered_models(own: Home, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        register(own.finetuned(name), own.settings)
+    run("promote", 1, "--reason", "the first")
+    made = {}
+    for model in ("champion", "2"):
+        run("generate", "a castle", "--model", model, "--seeds", 1, "--out", tmp_path / model)
+        made[model] = Image.open(tmp_path / model / "0000-a-castle-seed0.png")
+    abouts = {model: json.loads(picture.text["imagerag"]) for model, picture in made.items()}
+    assert made["champion"].tobytes() != made["2"].tobytes()
+    assert abouts["champion"]["model"] == "champion"
+    assert abouts["2"]["references"][0]["caption"] == "castle"
+    said = run("compare", "a castle", "--model", "champion", "--model", 2, "--out", tmp_path / "compare")
+    assert "model champion" in said
+    scores = json.loads((tmp_path / "compare" / "scores.json").read_text())
+    titles = [cell["title"] for cell in scores[0]["cells"]]
+    assert titles == ["base", "slerp, w = 0.8", "oracle: best w", "model champion", "model 2"]
+    with pytest.raises(UserError, match="has its own base model, adapter and index: leave out --name, or --model 2"):
+        run("generate", "a castle", "--model", "2", "--name", "images")
+    with pytest.raises(UserError, match="no version or alias '7'"):
+        run("generate", "a castle", "--model", "7")
 
 
 def test_a_takedown_names_the_models_that_used_the_rows(own: Home) -> None:

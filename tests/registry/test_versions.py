@@ -352,9 +352,26 @@ def _name_pickle(model: Path) -> None:
     (model / "MLmodel").write_text(described.replace("model_code_path: ", "python_model: "))
 
 
+def _change_code(model: Path) -> None:
+    code = model / "model_code.py"
+    code.write_text(code.read_text() + "import os\n")
+
+
+def _name_code(model: Path) -> None:
+    described = (model / "MLmodel").read_text()
+    (model / "MLmodel").write_text(described.replace("model_code.py", "more.py"))
+
+
+def _require_more(model: Path) -> None:
+    (model / "requirements.txt").write_text("requests\n")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_change_code, r"what MLflow runs of the model .* was changed after the model was registered"),
+        (_name_code, r"what MLflow runs of the model"),
+        (_require_more, r"what MLflow runs of the model"),
         (_change_weights, r"adapter/diffusion_pytorch_model.safetensors was changed after the model was registered"),
         (_change_weights_and_manifest, r"imagerag.json was changed after the model was registered: .* tag says"),
         (_add_file, r"adapter/more.json was changed .* the manifest says nothing"),

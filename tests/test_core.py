@@ -1,0 +1,45 @@
+"""What is installed without `[pipeline]`: enough to use a model, and a sentence for the rest."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OF_THE_PIPELINE = ("fastapi", "img2dataset", "prefect", "ray", "sqlalchemy", "torch-fidelity")
+WITHOUT = """
+import sys
+sys.modules |= dict.fromkeys(("img2dataset", "prefect", "ray", "torch_fidelity"))  # as if they were not there
+"""
+USE = f"""{WITHOUT}
+from typer.testing import CliRunner
+import imagerag.registry.fetch, imagerag.registry.serving, imagerag.retrieval.page, imagerag.retrieval.search
+import imagerag.evaluation.compare_page
+from imagerag import cli
+for arguments in (["--help"], ["generate", "a mug", "--seeds", "1", "--out", sys.argv[1]]):
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+sys.argv[1:] = ["ingest", "urls.csv"]
+cli.main()
+"""
+
+
+def test_a_model_is_used_without_the_pipelines_packages(tmp_path: Path) -> None:
+    environment = os.environ | {"IMAGERAG_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", USE, str(tmp_path / "made")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    said = "error: this command needs prefect, which is not installed: pip install 'imagerag-turbo[pipeline]'"
+    assert done.stderr.splitlines()[-1] == said
+    assert (tmp_path / "made" / "grid.png").is_file()
+
+
+def test_the_pipelines_packages_are_an_extra_that_make_installs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert not [each for each in project["dependencies"] if each.startswith(OF_THE_PIPELINE)]
+    for name in OF_THE_PIPELINE:
+        assert any(each.startswith(name) for each in extras["pipeline"]), name
+    assert "imagerag-turbo[pipeline]" in extras["cluster"]
+    assert any("cluster" in each for each in extras["dev"] if each.startswith("imagerag-turbo["))
