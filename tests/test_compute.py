@@ -1,14 +1,19 @@
 """Ray on this machine."""
 
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
 
+from imagerag.compute import start_ray
+from imagerag.settings import Settings
+
 
 @pytest.mark.engines
 @pytest.mark.usefixtures("ray_session")
-def test_everything_ray_starts_listens_on_loopback_only() -> None:
+def test_everything_ray_starts_listens_on_loopback_only(tmp_path: Path) -> None:
+    start_ray(Settings(home=tmp_path))  # a job that failed in an earlier test has ended it
     listening = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # Ray's idle workers come and go
