@@ -19,6 +19,8 @@ _LOCAL_ENV = {
     "RAY_worker_niceness": "0",
     # Nobody takes a machine away from a Ray that is on it alone: a training needs no process that looks out for it.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # A training waits at each checkpoint, and at its end, until Ray Train looks for them: by default every two seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Ray listens on every interface where it takes itself for part of a cluster, which on Linux is always.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
