@@ -25,9 +25,11 @@ $(STAMP): pyproject.toml infra/constraints.txt
 demo: $(STAMP)  ## Run the whole mission on the sample corpus: from a list of URLs to a registered model.
 	@$(BIN)/imagerag demo
 
-test: $(STAMP)  ## Run the unit and engine tests.
-	@# Two at a time: much of an engine test is waiting. By file, and the long ones early.
-	@$(BIN)/pytest -m "not cluster and not browser and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+JOBS ?= 4
+
+test: $(STAMP)  ## Run the unit and engine tests, JOBS files at a time.
+	@# More than there are cores: much of an engine test is waiting. The long ones first. A job takes 2 GB, and its Ray more.
+	@$(BIN)/pytest -m "not cluster and not browser and not gpu" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-unit: $(STAMP)  ## Run the tests that take seconds.
 	@$(BIN)/pytest -m "not engines and not cluster and not browser and not gpu"

@@ -19,6 +19,8 @@ _LOCAL_ENV = {
     "RAY_worker_niceness": "0",
     # A local machine is not preempted, so a training needs no process that watches for it.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # At each checkpoint and at its end, a training waits until Ray Train polls it, by default every two seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Without this, Ray on Linux always listens on every interface, as for a cluster.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }

@@ -1,11 +1,13 @@
 """Ray on this machine."""
 
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
 
-from imagerag.compute import _short_folder
+from imagerag.compute import _short_folder, start_ray
+from imagerag.settings import Settings
 
 
 @pytest.mark.parametrize(("length", "expected"), [(4, None), (90, "/tmp/ray")])
@@ -17,7 +19,8 @@ def test_rays_sockets_have_short_paths(length: int, expected: str | None, monkey
 
 @pytest.mark.engines
 @pytest.mark.usefixtures("ray_session")
-def test_everything_ray_starts_listens_on_loopback_only() -> None:
+def test_everything_ray_starts_listens_on_loopback_only(tmp_path: Path) -> None:
+    start_ray(Settings(home=tmp_path))  # a job that failed in an earlier test has ended it
     listening = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # Ray's idle workers come and go

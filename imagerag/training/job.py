@@ -80,14 +80,9 @@ def finetune(
             return replace(done, is_new=False, duration_s=time.perf_counter() - started)
         with held(Store(training_set.index_uri, training_set.index_name), training_set.index_version, TRAINING + key):
             start_ray(settings)
-            try:
-                run_path = f"{settings.training_of(training_set.index_name)}/runs/{key}.json"
-                run_id = _tracked_run(run_path, key, training_set, config, settings, group)
-                result = _fit(key, run_id, training_set, config, workers, settings, on_progress)
-            except BaseException:
-                # Abandoned workers keep the cores that a retry needs.
-                stop_ray()
-                raise
+            run_path = f"{settings.training_of(training_set.index_name)}/runs/{key}.json"
+            run_id = _tracked_run(run_path, key, training_set, config, settings, group)
+            result = _fit(key, run_id, training_set, config, workers, settings, on_progress)
             accuracy = float(result.metrics[ACCURACY])
             best = min((metrics for _, metrics in result.best_checkpoints), key=lambda each: each[SCORE])
             finetuned = Finetuned(
@@ -234,7 +229,12 @@ def _fit(
             ),
         ),
     )
-    result = _watch(trainer, board, config, workers.stall_timeout_s, on_progress)
+    try:
+        result = _watch(trainer, board, config, workers.stall_timeout_s, on_progress)
+    except BaseException:
+        # Abandoned workers keep the cores that a retry needs.
+        stop_ray()
+        raise
     if isinstance(result.return_value, Exception):
         raise result.return_value
     return result

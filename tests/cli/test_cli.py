@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,15 +22,6 @@ def _imagerag(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]"
         text=True,
         timeout=120,
     )
-
-
-@pytest.fixture
-def own_environment() -> Iterator[None]:
-    """What a command sets in the environment ends with the test."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +47,12 @@ def test_the_users_mistake_is_one_line_and_starts_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    own_environment: None,
     arguments: list[str],
     rule: str,
 ) -> None:
     """In this process: starting others takes seconds each, and the next tests do."""
     monkeypatch.setattr(sys, "argv", ["imagerag", *arguments])
-    os.environ["IMAGERAG_HOME"] = str(tmp_path / "home")
+    monkeypatch.setenv("IMAGERAG_HOME", str(tmp_path / "home"))
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2

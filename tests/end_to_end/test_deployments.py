@@ -5,26 +5,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psutil
 import pytest
+from prefect.flow_engine import load_flow, load_flow_run, run_flow
 
 from imagerag.corpus.sample import load_drawings
 from imagerag.retrieval.features import cached_features
 from imagerag.retrieval.publish import published_version
 from imagerag.retrieval.store import Store
-from imagerag.services import prefect_environment, prefect_server
+from imagerag.services import prefect_environment
 from imagerag.settings import Settings
 from imagerag.training.config import tiny
 from imagerag.training.job import read_finetuned
 from imagerag.training.tracking import mlflow_client, tracking_uri
 from tests.end_to_end.prefect_api import call
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engines
 
 ROOT = Path(__file__).parent.parent.parent
 NAME = "mine"
@@ -34,20 +36,21 @@ WAIT_S = 120
 class Server:
     """A Prefect server with all deployments and no worker: the tests themselves execute the runs that they want."""
 
-    def __init__(self, settings: Settings, api_url: str) -> None:
+    def __init__(self, settings: Settings, engines_home: Path, api_url: str) -> None:
         self.settings = settings
-        self._api_url = api_url
-        own = {"IMAGERAG_HOME": str(settings.home), "IMAGERAG_PROJECT": str(ROOT)}
-        self._environment = os.environ | prefect_environment(settings, api_url) | own
-        done = self.start("-m", "imagerag.cli", "deploy", IMAGERAG_PREFECT_API_URL=api_url)
-        assert done.wait() == 0
+        self._engines_home, self._api_url = engines_home, api_url
+        self._own = {"IMAGERAG_HOME": str(settings.home), "IMAGERAG_PROJECT": str(ROOT)}
+        prefects = prefect_environment(Settings(home=engines_home), api_url)
+        deploy = [sys.executable, "-m", "imagerag.cli", "deploy"]
+        self._environment = os.environ | prefects | self._own
+        subprocess.run(deploy, check=True, env=self._environment | {"IMAGERAG_PREFECT_API_URL": api_url})
         self._deployments = {each["name"]: each["id"] for each in self.post("/deployments/filter", {})}
 
-    def post(self, path: str, body: object) -> Any:
-        return call(self._api_url, self.settings.home, "POST", path, body)
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        return call(self._api_url, self._engines_home, method, path, body)
 
-    def put(self, path: str, body: object) -> None:
-        call(self._api_url, self.settings.home, "PUT", path, body)
+    def post(self, path: str, body: object) -> Any:
+        return self.call("POST", path, body)
 
     def heartbeats(self, run_id: str) -> list[Any]:
         of = {
@@ -57,12 +60,17 @@ class Server:
         events: list[Any] = self.post("/events/filter", {"filter": of})["events"]
         return events
 
-    def start(self, *arguments: str, **variables: str) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([sys.executable, *arguments], env=self._environment | variables)
-
     def execute(self, run_id: str) -> "subprocess.Popen[bytes]":
         """Do what a worker does."""
-        return self.start("-m", "prefect", "flow-run", "execute", run_id)
+        return subprocess.Popen([sys.executable, "-m", "prefect", "flow-run", "execute", run_id], env=self._environment)
+
+    def execute_here(self, run_id: str) -> None:
+        """Do what the process does that a worker starts."""
+        flow_run = load_flow_run(UUID(run_id))
+        with pytest.MonkeyPatch.context() as patch, chdir(ROOT):
+            for name, value in self._own.items():
+                patch.setenv(name, value)
+            run_flow(load_flow(flow_run), flow_run=flow_run)
 
     def create_run(self, deployment: str, parameters: object) -> str:
         path = f"/deployments/{self._deployments[deployment]}/create_flow_run"
@@ -106,20 +114,24 @@ def wait_for(what: Callable[[], Any], name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    engines_home: Path, prefect_api_url: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """A server on which a folder of drawings was ingested, and what followed from that by itself was executed."""
     folder = tmp_path_factory.mktemp("deployments")
     images = folder / "images"
     images.mkdir()
     for number, drawing in enumerate(load_drawings()[:24]):
         (images / f"drawing {number}.webp").write_bytes(drawing.image)
-    settings = Settings(home=folder / "home")
-    with prefect_server(settings) as api_url:
-        server = Server(settings, api_url)
-        assert server.execute(server.create_run("ingest", {"url_list": str(images), "name": NAME})).wait() == 0
+    server = Server(Settings(home=folder / "home"), engines_home, prefect_api_url)
+    try:
+        server.execute_here(server.create_run("ingest", {"url_list": str(images), "name": NAME}))
         (features,) = wait_for(lambda: server.runs("features"), "run of features")
-        assert server.execute(features["id"]).wait() == 0
+        server.execute_here(features["id"])
         yield server
+    finally:  # other tests have the server, too
+        for automation in server.post("/automations/filter", {}):
+            server.call("DELETE", f"/automations/{automation['id']}")
 
 
 def test_a_published_index_gets_its_features(server: Server) -> None:
@@ -140,7 +152,7 @@ def test_a_champion_that_is_behind_is_evaluated(server: Server) -> None:
     assert len(server.runs("features")) == 1, "the features job does not start itself again"
 
 
-def test_a_training_that_was_cancelled_goes_on(server: Server) -> None:
+def test_a_training_that_was_cancelled_and_one_whose_process_was_killed_go_on(server: Server) -> None:
     recipe = tiny()
     training = recipe.training.model_copy(
         update={"steps": 40, "batch_size": 8, "micro_batch_size": 8, "checkpoint_every": 10, "num_validated": 4}
@@ -160,32 +172,27 @@ def test_a_training_that_was_cancelled_goes_on(server: Server) -> None:
     wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in below), "end")
     assert not (folder / "finetuned").exists()
 
+    silent = "A run that has gone silent is marked as crashed"
+    (automation,) = [each for each in server.post("/automations/filter", {}) if each["name"] == silent]
+    path, patient = f"/automations/{automation['id']}", {key: automation[key] for key in ("name", "actions", "trigger")}
+    server.call("PUT", path, patient | {"trigger": automation["trigger"] | {"within": 10}})
     run_id = server.create_run("finetune", parameters)
-    assert server.execute(run_id).wait() == 0
-    assert server.state(run_id) == "COMPLETED"
+    process = server.execute(run_id)
+    wait_for(lambda: server.heartbeats(run_id), "heartbeat")
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.wait(WAIT_S)
+    assert server.state(run_id) == "RUNNING"
+    wait_for(lambda: server.state(run_id) == "CRASHED", "crash")
+    server.call("PUT", path, patient)  # heartbeats are 30 s apart
+
+    again = server.create_run("finetune", parameters)
+    server.execute_here(again)
+    assert server.state(again) == "COMPLETED"
     (made,) = (folder / "finetuned").iterdir()
     history = mlflow_client(tracking_uri(server.settings)).get_metric_history(
         read_finetuned(str(made)).run_id, "step_s"
     )
     steps = [metric.step for metric in history]
     assert max(steps) == 40
-    assert steps.count(10) == 1, "the second run did not begin anew"
-
-
-def test_a_run_whose_process_was_killed_is_crashed_and_the_next_one_runs(server: Server) -> None:
-    silent = "A run that has gone silent is marked as crashed"
-    (automation,) = [each for each in server.post("/automations/filter", {}) if each["name"] == silent]
-    sooner = {key: automation[key] for key in ("name", "actions")} | {"trigger": automation["trigger"] | {"within": 10}}
-    server.put(f"/automations/{automation['id']}", sooner)
-    run_id = server.create_run("finetune", {"name": NAME, "data": {"held_out_share": 0.3}})
-    process = server.execute(run_id)
-    wait_for(lambda: server.heartbeats(run_id), "heartbeat")
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
-    assert server.state(run_id) == "RUNNING"
-    wait_for(lambda: server.state(run_id) == "CRASHED", "crash")
-
-    # Its deployment runs one at a time.
-    parameters = {"name": NAME, "data": {"held_out_share": 0.3}, "dry_run": True}
-    assert server.execute(again := server.create_run("finetune", parameters)).wait(WAIT_S) == 0
-    assert server.state(again) == "COMPLETED"
+    assert steps.count(10) == 1, "the last run did not begin anew"

@@ -1,4 +1,4 @@
-"""`imagerag up` and `down`, and the server that is lent for a run, with a real Prefect."""
+"""`imagerag deploy`, and the server that is lent for a run, with a real Prefect; `up` is tried in `tests/security`."""
 
 import json
 import os
@@ -6,52 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from typer.testing import CliRunner
 
 from imagerag import credentials, services
+from imagerag.cli import app
 from imagerag.errors import UserError
 from imagerag.settings import Settings
-from imagerag.training.tracking import start_run
-from tests.end_to_end.prefect_api import basic, call
+from tests.end_to_end.prefect_api import call
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def _listening_addresses(pid: int) -> set[str]:
-    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    found = [connection for process in tree for connection in process.net_connections("tcp")]
-    return {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
-
-
-@pytest.mark.engines
-def test_up_deploys_every_flow_on_loopback_and_down_ends_everything(tmp_path: Path) -> None:
-    try:
-        settings = Settings(home=tmp_path)
-        server, worker, mlflow = services.up(settings, project=ROOT)
-        assert services.answers(f"{server.url}/api/health")
-        for each in (server, mlflow):
-            assert _listening_addresses(each.pid) == {"127.0.0.1"}
-        run_id = start_run(settings, "test", "without the server", {})
-        run = urllib.request.Request(f"{mlflow.url}/api/2.0/mlflow/runs/get?run_id={run_id}")
-        run.add_header("Authorization", basic(tmp_path))
-        assert services.answers(run), "they share a database"
-        flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__"}
-        deployments = call(f"{server.url}/api", tmp_path, "POST", "/deployments/filter", {})
-        assert {each["name"] for each in deployments} == flows
-        assert services.up(settings, project=ROOT) == (server, worker, mlflow), "a second `up` starts nothing new"
-        parents = [psutil.Process(service.pid) for service in (server, worker, mlflow)]
-        processes = [*parents, *(child for each in parents for child in each.children(recursive=True))]
-    finally:
-        stopped = services.down(tmp_path)
-    assert [service.name for service in stopped] == ["prefect-worker", "prefect-server", "mlflow-server"]
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
-    assert services.find(tmp_path, "prefect-server") is None
-    assert services.down(tmp_path) == []
 
 
 def _deployed(url: str, home: Path) -> tuple[dict[str, Any], list[Any], dict[str, bool]]:
@@ -67,19 +35,26 @@ def _deployed(url: str, home: Path) -> tuple[dict[str, Any], list[Any], dict[str
 
 @pytest.mark.engines
 def test_deploying_again_keeps_what_people_set_in_the_ui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has Prefect imported already; its other settings are put back."""
     home = tmp_path / "home"
+    login = f"{credentials.USER}:{credentials.password(home)}"
     weekly = {"cron": "0 5 * * 1", "timezone": "UTC"}
 
     def deploy(**variables: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "imagerag.cli", "deploy"], capture_output=True, text=True, check=True, cwd=tmp_path,
-            env=os.environ | {"IMAGERAG_HOME": str(home), "IMAGERAG_PREFECT_API_URL": url} | variables,
-        )  # fmt: skip
+        done = CliRunner().invoke(app, ["deploy"], env=variables, catch_exceptions=False)
+        assert done.exit_code == 0
         return done.stdout
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IMAGERAG_HOME", str(home))
-    monkeypatch.setenv("PREFECT_API_AUTH_STRING", f"{credentials.USER}:{credentials.password(home)}")
-    with services.prefect_server(Settings()) as url:
+    with (
+        services.prefect_server(Settings()) as url,
+        temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: login}),
+    ):
+        monkeypatch.setenv("IMAGERAG_PROJECT", str(ROOT))
+        for name, value in services.prefect_environment(Settings(), url).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("IMAGERAG_PREFECT_API_URL", url)
         first = deploy()
         assert {line.split(": ")[1] for line in first.splitlines()} == {"deployed"}
         deployments, (nightly,), automations = _deployed(url, home)

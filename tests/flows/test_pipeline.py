@@ -44,6 +44,8 @@ def parameters(folder: Path, url_list: Path) -> PipelineParameters:
         evaluation=EvaluateConfig(
             ways=("base", "best_slerp", "adapter"),
             num_prompts=3,
+            slerp_ws=(0.2,),
+            adapter_scales=(),
             files=MetricFiles(clip=str(write_clip(folder / "clip"))),
         ),
         gate=GateConfig(metric="clip_score"),

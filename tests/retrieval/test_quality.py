@@ -16,7 +16,9 @@ def texts() -> Texts:
 @pytest.fixture(scope="module")
 def retriever(tmp_path_factory: pytest.TempPathFactory, texts: Texts) -> Retriever:
     encoder = resolve("tiny").identity
-    store = write_index(tmp_path_factory.mktemp("quality"), texts, encoder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imagerag.retrieval.index._NUM_QUERIES", 100)  # a measurement is most of a build's time
+        store = write_index(tmp_path_factory.mktemp("quality"), texts, encoder)
     return Retriever(store.uri, store.name)
 
 

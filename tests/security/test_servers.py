@@ -1,4 +1,4 @@
-"""What the servers of `imagerag up` answer to those who are not meant: other users, pages of other sites."""
+"""`imagerag up` and `down`, and what its servers answer to other users and to pages of other sites."""
 
 import stat
 import urllib.error
@@ -12,6 +12,7 @@ import pytest
 
 from imagerag import credentials, services
 from imagerag.settings import Settings
+from imagerag.training.tracking import start_run
 from tests.end_to_end.prefect_api import basic, call
 
 pytestmark = pytest.mark.engines
@@ -21,12 +22,23 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home whose services are up; in the end all of them go down."""
     home = tmp_path_factory.mktemp("outside") / "home"
     try:
-        services.up(Settings(home=home), project=ROOT)
+        up = services.up(Settings(home=home), project=ROOT)
+        processes = [process for each in up for process in tree(each)]
         yield home
     finally:
-        services.down(home)
+        stopped = services.down(home)
+    assert [each.name for each in stopped] == [services.WORKER, services.PREFECT, services.MLFLOW]
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    assert services.find(home, services.PREFECT) is None
+    assert services.down(home) == []
+
+
+def tree(root: services.Service) -> list[psutil.Process]:
+    parent = psutil.Process(root.pid)
+    return [parent, *parent.children(recursive=True)]
 
 
 def status(url: str, headers: dict[str, str], method: str = "GET", data: bytes | None = None) -> int:
@@ -42,6 +54,27 @@ def service(home: Path, name: str) -> services.Service:
     found = services.find(home, name)
     assert found is not None
     return found
+
+
+def test_they_listen_on_loopback_only(home: Path) -> None:
+    for name in (services.PREFECT, services.MLFLOW):
+        connections = [each for process in tree(service(home, name)) for each in process.net_connections("tcp")]
+        listening = {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+        assert listening == {"127.0.0.1"}
+
+
+def test_every_flow_is_deployed_and_a_second_up_starts_nothing_new(home: Path) -> None:
+    first = tuple(service(home, name) for name in (services.PREFECT, services.WORKER, services.MLFLOW))
+    flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__"}
+    deployments = call(f"{first[0].url}/api", home, "POST", "/deployments/filter", {})
+    assert {each["name"] for each in deployments} == flows
+    assert services.up(Settings(home=home), project=ROOT) == first
+
+
+def test_a_run_without_the_server_shares_its_database(home: Path) -> None:
+    run_id = start_run(Settings(home=home), "test", "without the server", {})
+    url = f"{service(home, services.MLFLOW).url}/api/2.0/mlflow/runs/get?run_id={run_id}"
+    assert status(url, {"Authorization": basic(home)}) == 200
 
 
 PROTECTED = [
@@ -96,8 +129,7 @@ def test_the_password_is_its_owners_alone(home: Path) -> None:
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert list(home.glob(".password*")) == [], "no draft is left"
     for name in (services.PREFECT, services.WORKER, services.MLFLOW):
-        parent = psutil.Process(service(home, name).pid)
-        for process in (parent, *parent.children(recursive=True)):
+        for process in tree(service(home, name)):
             assert not any(password in part for part in process.cmdline()), "everybody can read command lines"
     logs = [path.read_text(errors="replace") for path in (home / "logs").iterdir()]
     assert logs

@@ -18,7 +18,7 @@ from imagerag.tiny.train import Recipe, Training
 from tests.training.test_loop import Kept as _Kept
 
 RECIPE = Recipe(
-    vae_steps=3, hspace_steps=4, prior_steps=4, teacher_steps=4, student_steps=4, perceptual_steps=4, batch_size=8
+    vae_steps=2, hspace_steps=2, prior_steps=2, teacher_steps=2, student_steps=2, perceptual_steps=2, batch_size=4
 )
 PARTS = ["vae", "teacher", "unet", "perceptual"]
 
@@ -30,7 +30,7 @@ class Kept(_Kept):
 
 @pytest.fixture(scope="module")
 def drawings() -> list[Drawing]:
-    return load_drawings(styles=["noto", "twemoji"], splits=["base"])[::60]
+    return load_drawings(styles=["noto", "twemoji"], splits=["base"])[::120]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     Training(RECIPE, drawings, [pictures], whole, kept).run()
     manifest = json.loads((whole / "manifest.json").read_text())
     assert set(manifest["code_points"]) == {drawing.concept.codepoint for drawing in drawings}
-    assert manifest["recipe"]["student_steps"] == 4
+    assert manifest["recipe"]["student_steps"] == RECIPE.student_steps
     assert {name.split("/")[0] for name in kept.images} == {
         "vae",
         "hspace",

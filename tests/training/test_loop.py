@@ -8,7 +8,7 @@ from PIL import Image
 
 from imagerag.settings import Settings
 from imagerag.training import loop
-from imagerag.training.tracking import tracked, tracking_uri
+from imagerag.training.tracking import mlflow_client, tracked, tracking_uri
 
 
 class Line:
@@ -102,16 +102,15 @@ def test_a_loss_that_is_no_number_stops_it(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_mlflow_keeps_curves_and_pictures(tmp_path: Path) -> None:
-    import mlflow
-
     settings = Settings(home=tmp_path)
-    mlflow.set_tracking_uri(tracking_uri(settings))
+    client = mlflow_client(tracking_uri(settings))
     with tracked(settings, "tiny", "run", {"rate": 0.1}) as tracker:
         loop.run(Line(), tmp_path, tracker)
-    (run,) = mlflow.search_runs(experiment_names=["tiny"], output_format="list")
+    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params == {"rate": "0.1"}
-    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "line/loss")
+    history = client.get_metric_history(run.info.run_id, "line/loss")
     assert [metric.step for metric in history] == [25, 40]
     assert history[-1].value < history[0].value
-    assert len(mlflow.MlflowClient().list_artifacts(run.info.run_id, "line")) == 10
+    assert len(client.list_artifacts(run.info.run_id, "line")) == 10
