@@ -111,6 +111,21 @@ def test_the_tree_names_every_module() -> None:
     assert len(listed) == len(set(listed))
 
 
+def test_the_papers_symbols_lead_to_code() -> None:
+    text = (ROOT / "imagerag/README.md").read_text().split("### Symbols", 1)[1].split("\n## ", 1)[0]
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for symbol, _, code, places in rows:
+        files: list[Path] = []
+        for name in re.findall(r"`([^`]+\.py)`", places):
+            files.append(files[-1].parent / name if "/" not in name else ROOT / "imagerag" / name)
+        assert files, symbol
+        found = set(re.findall(r"\w+", "\n".join(file.read_text() for file in files)))
+        names = {word for each in re.findall(r"`([^`]+)`", code) for word in re.findall(r"[A-Za-z]\w+", each)}
+        names -= {"digest", "h_retr_"}  # the column's name, which is made of a prefix
+        assert names - found == set(), f"{symbol}: not in {[file.name for file in files]}"
+
+
 def test_help_imports_nothing_heavy() -> None:
     script = "import sys; from imagerag.cli import app; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
