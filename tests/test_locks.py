@@ -46,8 +46,8 @@ def folder(store: ObjectStore, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(params=["folder", "object store"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "folder" else str(request.getfixturevalue("folder"))
+def place(request: pytest.FixtureRequest, tmp_path: Path, folder: str) -> str:
+    return str(tmp_path) if request.param == "folder" else folder
 
 
 @pytest.fixture
