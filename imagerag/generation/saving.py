@@ -63,13 +63,15 @@ def attach_beside(pipeline: Any, folder: Path) -> None:
 
 
 def unify(pipeline: Any) -> None:
-    """Have text encoder and UNet in the dtype that they were saved in, where diffusers took another for one of them.
+    """Cast the pipeline to the dtype that it was saved in, where diffusers was told none and mixed two.
 
-    Told of none, it loads its own models in float32, and others as they were saved.
+    It then loads its own models in float32, and those of transformers as they were saved.
     """
-    encoder, dtype = pipeline.text_encoder, pipeline.config.weight_dtype
-    if None not in (encoder, dtype) and encoder.dtype != pipeline.unet.dtype:
-        pipeline.to(getattr(torch, dtype))
+    encoder, saved = pipeline.text_encoder, pipeline.config.weight_dtype
+    if None in (encoder, saved) or encoder.dtype == pipeline.unet.dtype:
+        return
+    if (pipeline.unet.dtype, encoder.dtype) == (torch.float32, getattr(torch, saved)):
+        pipeline.to(encoder.dtype)
 
 
 def align(pipeline: Any) -> None:

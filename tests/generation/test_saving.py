@@ -159,6 +159,11 @@ def test_diffusers_own_class_finds_the_kind_and_the_dtype(
         assert type(loaded) is kind
         assert torch.equal(latents(loaded), latents(first))
         assert load_by_diffusers(tmp_path / name, dtype=torch.float32).unet.dtype == torch.float32
+        mixed = ImageRAGTurboPipeline.from_pretrained(
+            tmp_path / name, dtype={"vae": torch.float32, "unet": torch.bfloat16, "default": torch.float16}
+        )
+        parts = (mixed.vae, mixed.unet, mixed.text_encoder)
+        assert [part.dtype for part in parts] == [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_a_pipeline_of_anothers_parts_has_the_lora_that_they_have(tmp_path: Path) -> None:
