@@ -7,6 +7,8 @@ import fsspec
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
+from prefect.runtime import flow_run
+from prefect.utilities.urls import url_for
 
 from imagerag.artifacts import Evaluated, Finetuned, Registered
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
@@ -68,6 +70,7 @@ def register_model(
         "imagerag.gate": "passed" if decision.passed else "failed",
         "imagerag.gate_reasons": decision.summary(),
         "imagerag.evaluation_run": evaluated.run_id,
+        "imagerag.flow_run": str(flow_run.id),
     }
     with TemporaryDirectory() as folder:
         grid = Path(folder) / GRID
@@ -81,6 +84,7 @@ def register_model(
             grid=grid,
             tags=tags,
             portable=portable,
+            flow_run_url=url_for("flow-run", obj_id=flow_run.id),
         )
     if decision.passed:
         promote(settings, registered.version, reason=decision.summary(), author=THE_GATE)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from prefect import Flow, flow
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 from prefect.utilities.hashing import file_hash
 from pydantic import Field, WithJsonSchema
 from pydantic.fields import FieldInfo
@@ -15,6 +16,7 @@ from pydantic_core import MISSING
 
 from imagerag.config import Config, validated
 from imagerag.errors import UserError
+from imagerag.settings import DEFAULT_NAME
 from tasks.dashboard import write_dashboard
 from tasks.policy import hide_user_tracebacks
 
@@ -38,7 +40,9 @@ def flow_of(model: type[C]) -> Callable[[Callable[[C], R]], Flow[..., R]]:
         def run(**values: Any) -> R:
             hide_user_tracebacks()
             given = {key: value for key, value in unwrapped(values).items() if value is not MISSING}
-            return function(validated(model, given))
+            parameters = validated(model, given)
+            _tag(str(given.get("name", DEFAULT_NAME)))
+            return function(parameters)
 
         run.__signature__ = _signature(model)  # type: ignore[attr-defined]
         return flow(
@@ -51,6 +55,15 @@ def flow_of(model: type[C]) -> Callable[[Callable[[C], R]], Flow[..., R]]:
         )(run)
 
     return decorate
+
+
+def _tag(name: str) -> None:
+    """Tag the running flow with its corpus, by which the UI can filter runs."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(context.flow_run.id, tags={*context.flow_run.tags, f"corpus:{name}"})
 
 
 def unwrapped(values: Mapping[str, Any]) -> dict[str, Any]:

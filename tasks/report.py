@@ -21,6 +21,8 @@ from imagerag.artifacts import (
 from imagerag.evaluation.gate import Decision
 from imagerag.evaluation.results import PAGE, read_results
 from imagerag.plain import in_markdown
+from imagerag.services import mlflow_link
+from imagerag.settings import Settings
 from imagerag.training.config import describe_accuracy
 from imagerag.training.plan import Plan
 from tasks.cost import Measured, cost
@@ -135,7 +137,7 @@ class FinetuneReport:
             "validation score": f"{finetuned.score:.4f}; best {finetuned.best_score:.4f} at {finetuned.best_step:,}",
             "time": f"{finetuned.duration_s:.0f} s" if finetuned.is_new else "finished before",
             "adapter": finetuned.uri,
-            "MLflow run": finetuned.run_id,
+            "MLflow run": _in_mlflow(finetuned.run_id, f"runs/{finetuned.run_id}"),
         }
         if finetuned.discriminator_accuracy is not None:
             figures["discriminator"] = describe_accuracy(finetuned.discriminator_accuracy)
@@ -163,9 +165,11 @@ class EvaluateReport:
     def markdown(self) -> str:
         """The report as a page."""
         state = "champion" if self.decision.passed else "candidate"
-        lines = [f"# {self.name}: evaluation", "", f"`{self.registered.uri}` is {state}.", "", self.decision.markdown()]
+        model, run_id = self.registered, self.evaluated.run_id
+        link = _in_mlflow(model.uri, f"models/{model.name}/versions/{model.version}")
+        lines = [f"# {self.name}: evaluation", "", f"{link} is {state}.", "", self.decision.markdown()]
         lines += ["", "## Measured", "", read_results(self.evaluated.uri).markdown()]
-        lines += [f"Pictures: `{self.evaluated.uri}/{PAGE}`", "", f"MLflow run: `{self.evaluated.run_id}`"]
+        lines += [f"Pictures: `{self.evaluated.uri}/{PAGE}`", "", f"MLflow run: {_in_mlflow(run_id, f'runs/{run_id}')}"]
         return "\n".join(lines)
 
 
@@ -216,6 +220,12 @@ def write_pipeline_report(report: PipelineReport) -> None:
     corpus = report.corpus
     stages = (corpus.download, corpus.embedded, report.features.cached, report.finetune.training_set)
     _write("pipeline", report.name, f"From URLs to a model: {report.name}", report.markdown(), stages)
+
+
+def _in_mlflow(text: str, page: str) -> str:
+    """Return text in markdown, linked to a page of MLflow's UI if its server runs."""
+    link = mlflow_link(Settings(), page)
+    return f"[{text}]({link})" if link else f"`{text}`"
 
 
 def _refreshed(download: Download) -> dict[str, str]:

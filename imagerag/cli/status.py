@@ -12,6 +12,7 @@ def status(name: NameOption = None) -> None:
     """
     from rich.markdown import Markdown
 
+    from imagerag.cli.project import project
     from imagerag.cli.terminal import PlainConsole
     from imagerag.services import prefect_api, prefect_environment
     from imagerag.settings import Settings
@@ -20,6 +21,7 @@ def status(name: NameOption = None) -> None:
     api_url = prefect_api(settings)
     # Prefect reads its settings when it is first imported.
     os.environ.update(prefect_environment(settings, api_url))
+    project()  # which makes sure that `tasks` is ours
     from prefect.client.orchestration import get_client
 
     from tasks.dashboard import collect

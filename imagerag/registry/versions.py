@@ -86,6 +86,7 @@ def register(
     grid: Path | None = None,
     tags: Mapping[str, str] = MappingProxyType({}),
     portable: bool = False,
+    flow_run_url: str | None = None,
 ) -> Registered:
     """Make a version of a trained adapter and an index, and let `candidate` name it.
 
@@ -100,6 +101,7 @@ def register(
         grid: a picture for the card, a PNG.
         tags: of the version.
         portable: whether it carries a copy of the index, for machines that can't reach the store.
+        flow_run_url: link to the run that registers it, for the version's description.
 
     Raises:
         UserError: if MLflow, the base model or the index is not to be had, or what was trained
@@ -125,7 +127,7 @@ def register(
                 card = model_card(manifest, sources_of(retriever), results, has_grid=grid is not None)
                 model = write_model(Path(temporary, "model"), folder, manifest, card, grid)
                 log_inputs(client, finetuned, manifest)
-                version = _create(client, run, model, folder, manifest, card, tags)
+                version = _create(client, run, model, folder, manifest, card, tags, flow_run_url)
             pin(store, index_version, _pin_label(version, manifest.content))
         if aliases_of(client).get(CANDIDATE) != version:
             client.set_registered_model_alias(MODEL_NAME, CANDIDATE, str(version))
@@ -267,6 +269,7 @@ def _create(
     manifest: Manifest,
     card: str,
     tags: Mapping[str, str],
+    flow_run_url: str | None,
 ) -> int:
     from mlflow.exceptions import MlflowException
 
@@ -276,6 +279,8 @@ def _create(
     client.log_artifacts(run.info.run_id, str(model), place)
     # MLflow shows no artifact within a description.
     text = card.replace(PICTURE, f"Pictures of each prompt: `{GRID}` among the source run's artifacts.")
+    if flow_run_url is not None:
+        text = f"Registered by [a flow run]({flow_run_url}).\n\n{text}"
     try:
         client.create_registered_model(MODEL_NAME, description="One-step text-to-image generation with references")
     except MlflowException as error:

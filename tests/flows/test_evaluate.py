@@ -1,6 +1,7 @@
 """`evaluate` through a real Prefect server, to a champion in a real MLflow."""
 
 from collections.abc import Callable
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -43,6 +44,9 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
     assert info.tags["imagerag.gate"] == ("passed" if report.decision.passed else "failed")
     assert "paired gain" in info.tags["imagerag.gate_reasons"]
     assert info.tags["imagerag.evaluation_run"] == report.evaluated.run_id
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(UUID(info.tags["imagerag.flow_run"]))
+    assert run.name == f"evaluate {NAME}"
     assert info.run_id == first.run_id
 
     first_score = report.evaluated.metrics["adapter/clip_score"]
@@ -73,4 +77,4 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
     with get_client(sync_client=True) as client:
         texts = [str(artifact.data) for artifact in client.read_artifacts()]
     assert any("the gate" in text and "better than the base" in text for text in texts)
-    assert any(f"`{report.registered.uri}` is" in text and "CLIP score" in text for text in texts)
+    assert any(f"{report.registered.uri}` is" in text and "CLIP score" in text for text in texts)

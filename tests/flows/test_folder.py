@@ -41,7 +41,8 @@ def test_a_folder_is_published_with_its_captions_and_followed(tmp_path: Path, mo
     assert (first.download.num_success, first.embedded.num_added) == (3, 3)
     assert captions_there() == set(CAPTIONS.values())
     with get_client(sync_client=True) as client:
-        assert client.read_flow_run(state.state_details.flow_run_id).name == "ingest folder"
+        run = client.read_flow_run(state.state_details.flow_run_id)
+    assert (run.name, run.tags) == ("ingest folder", ["corpus:folder"])
     (page,) = _pages()
     cost = page.partition("## Cost")[2]
     assert "| machine-seconds | " in cost

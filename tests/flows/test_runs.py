@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.concurrency.sync import concurrency
+from prefect.flow_engine import run_flow
 
 from flows import evaluate, features, finetune, ingest, pipeline, reindex
 from tasks.slots import COMPUTE_SLOTS, compute_slot, prepare_slots
@@ -71,3 +73,22 @@ def test_one_slot_is_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         with get_client(sync_client=True) as client:
             client.delete_global_concurrency_limit_by_name(COMPUTE_SLOTS)
+
+
+@pytest.mark.engines
+@pytest.mark.usefixtures("prefect_api_url")
+def test_a_scheduled_run_that_fails_has_its_tag_and_is_on_the_corpus_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGERAG_HOME", str(tmp_path))
+    edited = {"name": "mine", "portable": {"__prefect_kind": "json", "value": "true"}}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(evaluate.evaluate, parameters=edited)
+        state = run_flow(evaluate.evaluate, flow_run=run, return_type="state")
+        assert state.is_failed()
+        assert "mine" in state.message, "nothing was trained on it"
+        run = client.read_flow_run(run.id)
+        assert (run.name, run.tags) == ("evaluate mine", ["corpus:mine"])
+        (page,) = [each.data for each in client.read_artifacts() if each.key == "status-mine"]
+    assert "nothing: there is no table yet" in page
+    assert "| Failed |" in page.partition("[evaluate mine]")[2]

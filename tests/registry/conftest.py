@@ -126,7 +126,14 @@ def champion(made_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
     home = copy_home(made_home, tmp_path_factory.mktemp("champion"))
     grid = home.folder / "grid.png"
     Image.new("RGB", (8, 8)).save(grid)
-    register(home.finetuned("first"), home.settings, results="| metric | value |", grid=grid, tags={"gate": "passed"})
+    register(
+        home.finetuned("first"),
+        home.settings,
+        results="| metric | value |",
+        grid=grid,
+        tags={"gate": "passed"},
+        flow_run_url="http://prefect/run",
+    )
     register(home.finetuned("first"), home.settings, portable=True)
     promote(home.settings, 1, reason="it is better", author="somebody")
     return home

@@ -78,7 +78,7 @@ def test_a_version_pins_all_that_its_pictures_depend_on(champion: Home, tmp_path
         assert part in card, part
     assert (folder / "grid.png").is_file()
     described = champion.client.get_model_version(MODEL_NAME, "1").description
-    assert described.startswith("# ImageRAGTurbo")
+    assert described.startswith("Registered by [a flow run](http://prefect/run).\n\n# ImageRAGTurbo")
 
 
 def test_a_version_leads_to_its_run_and_its_data(champion: Home) -> None:
