@@ -78,24 +78,24 @@ class SlerpFusion:
 
 @dataclass(frozen=True)
 class MaskedFusion:
-    """`h = h_target + sum_k M_k (F_k(h_target) - h_target)`: each reference in its own place of the picture.
+    """`h = h_target + sum_k M_k (F_k(h_target) - h_target)`: each reference in its own region of the picture.
 
-    Beyond the paper, as IP-Adapter's masks are. F_k is the fusion of reference k alone; where masks overlap, they share
-    the place.
+    Beyond the paper, like IP-Adapter's masks. F_k is the fusion of reference k alone; overlapping masks are normalised
+    to a sum of 1.
     """
 
     parts: tuple[Fusion, ...]
-    """F_k, K of them."""
+    """The fusions F_k of single references (K)."""
     masks: torch.Tensor
-    """(B, K, H, W), 0 to 1, of any height and width."""
+    """Masks (B, K, H, W), 0 to 1, of any height and width."""
 
     @property
     def shares(self) -> torch.Tensor:
-        """How much of each reference is used where its mask is 1."""
+        """The weight of each reference (B, K) where its mask is 1."""
         return torch.cat([part.shares for part in self.parts], dim=1)
 
     def __call__(self, h_target: torch.Tensor) -> torch.Tensor:
-        """Return the fused features."""
+        """Return the fused features `h` for `h_target` (B, C, H, W)."""
         masks = torch.nn.functional.interpolate(self.masks, h_target.shape[-2:], mode="area")
         masks = (masks / masks.sum(1, keepdim=True).clamp(min=1)).to(h_target.dtype)
         fused = h_target

@@ -134,7 +134,7 @@ class LatentDiscriminator(nn.Module):
             noise: noise added to the latents (B, C, H, W).
             timesteps: timesteps of the noised latents (B,).
             text: text features (B, L, D).
-            added: not used; the same arguments as `TeacherDiscriminator`.
+            added: not used; SDXL's `added_cond_kwargs`, for the same signature as `TeacherDiscriminator`.
         """
         noised = self._diffusion.add_noise(latents, noise, timesteps)
         time = (timesteps / self._diffusion.num_timesteps).to(noised.dtype).view(-1, 1, 1, 1)

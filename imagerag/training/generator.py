@@ -60,7 +60,7 @@ class Generator(nn.Module):
         last = torch.full((len(batch.noise),), self.diffusion.last, device=batch.noise.device)
         with torch.no_grad():
             noised = self.diffusion.add_noise(torch.zeros_like(batch.noise), batch.noise, last)  # z_T
-            guidance = embed_guidance(self.unet, LCM_GUIDANCE)  # as the pipeline tells it
+            guidance = embed_guidance(self.unet, LCM_GUIDANCE)  # as in the pipeline
             target = encode(
                 self.unet,
                 noised,

@@ -12,7 +12,7 @@ from imagerag.training.discriminator import discriminator_loss, generator_loss
 from imagerag.training.perceptual import Perceptual
 
 Added = Mapping[str, torch.Tensor]
-"""What a teacher of SDXL is told beside the text, its `added_cond_kwargs`."""
+"""SDXL's `added_cond_kwargs`: pooled text features and sizes, by name."""
 Terms = dict[str, torch.Tensor]
 """Unweighted losses and other metrics by name, detached and still on the device."""
 
@@ -58,6 +58,7 @@ class Ladd:
             real: real latents (B, C, H, W), noised with the same noise and timesteps.
             text: text features (B, L, D).
             generator: draws noise and timesteps.
+            added: further conditions of an SDXL teacher.
         """
         noise, timesteps = self._noising(fake, generator)
         twice = [torch.cat([each, each]) for each in (noise, timesteps, text)]
@@ -84,6 +85,7 @@ class Ladd:
             text: text features (B, L, D).
             generator: draws noise, timesteps and augmentations.
             weights: loss weights; losses with weight 0 are not computed.
+            added: further conditions of an SDXL teacher.
 
         Raises:
             ValueError: if the perceptual loss has a weight but no network.

@@ -200,7 +200,7 @@ def _forward_flop(unet: Any, examples: Examples) -> float:
 
 
 def _added(examples: Examples, size: int) -> dict[str, "torch.Tensor"]:
-    """Return `added` of a batch."""
+    """Return empty `added_cond_kwargs` for `size` rows, for SDXL models; an empty dictionary for others."""
     import torch
 
     from imagerag.generation.text import added_conditions

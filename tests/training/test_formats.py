@@ -130,7 +130,7 @@ def test_it_is_planned(world: World, base: BaseModel) -> None:
     assert made.num_frozen == sum(p.numel() for unet in (base.unet, teacher) for p in unet.parameters())
     assert made.num_rows == 9 - 2 + 4
     assert made.teacher_tflop > 0
-    assert "rows to learn from" in made.markdown()
+    assert "training rows" in made.markdown()
 
 
 def test_a_teacher_of_another_format_is_refused(world: World, tmp_path: Path) -> None:
