@@ -4,10 +4,10 @@ from pydantic import Field, field_validator
 
 from imagerag.generation.spec import check_spec
 from imagerag.retrieval.schema import Fit
-from imagerag.workers import WorkersConfig
+from imagerag.workers import CommittingConfig
 
 
-class FeaturesConfig(WorkersConfig):
+class FeaturesConfig(CommittingConfig):
     """What is not set adapts to the machines that Ray knows."""
 
     base: str = Field(

@@ -1,8 +1,8 @@
 """The cached-features job: `h_retr` of every row of a table that has none for a base model yet.
 
 Ray Data hands fragments of the table to workers that hold a base model each. A worker writes a fragment's features to a
-file that belongs to no version yet; the driver commits it as soon as it is there. So no feature passes through the
-driver, a job that dies loses what its workers had in hand, and the next one computes what is missing.
+file that belongs to no version yet; the driver commits these every minute. So no feature passes through the driver, a
+job that dies loses a minute and what its workers had in hand, and the next one computes what is missing.
 """
 
 import time
@@ -23,7 +23,7 @@ from imagerag.retrieval import features
 from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-from imagerag.workers import Dtype, mapped, watched
+from imagerag.workers import Commits, Dtype, mapped, watched
 
 
 def cache_features(
@@ -158,13 +158,16 @@ def _commit_all(
     config: FeaturesConfig,
     on_progress: OnProgress,
 ) -> float:
-    """Commit every fragment that the workers fill, and return their machine-seconds."""
+    """Commit the fragments that the workers fill, and return their machine-seconds."""
     num_done, machine_s = 0, 0.0
+    # All are committed on the version in which they were missing: they are of other fragments.
+    commits = Commits(lambda filled: features.commit(store, filled, version), config.commit_every_s)
     with closing(watched(batches, config.stall_timeout_s)) as results:
         for result in results:
-            features.commit(store, result["filled"], version)
+            commits.add([result["filled"]])
             num_done += result["num_rows"]
             machine_s += result["machine_s"]
             on_progress(num_done, num_rows, "encoded")
+    commits.finish()
     assert num_done == num_rows, f"{num_done} rows were encoded instead of {num_rows}"
     return machine_s
