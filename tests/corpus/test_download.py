@@ -19,11 +19,11 @@ from imagerag.corpus.guard import Reason
 from imagerag.corpus.ledger import read_attempts, read_ledger, wanted_images
 from imagerag.corpus.sample.bad import bad_urls
 from imagerag.corpus.sample.server import SampleServer
-from imagerag.corpus.spool import Spool
 from imagerag.corpus.takedown import take_down
 from imagerag.corpus.url_list import SCHEMA, UrlList, read_url_list
 from imagerag.errors import UserError
 from imagerag.settings import Settings
+from imagerag.spool import Spool
 from tests.corpus.web import Web, picture
 
 pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session")]
