@@ -28,7 +28,7 @@ from imagerag.corpus.takedown import take_down as take_down_of_shards
 from imagerag.errors import UserError
 from imagerag.files import read_json, write_file
 from imagerag.locks import writer_lock
-from imagerag.retrieval.blocklist import Column, blocked
+from imagerag.retrieval.blocklist import Column, blocked, matches
 from imagerag.retrieval.pins import JOB, TRAINING, pins
 from imagerag.retrieval.schema import row_ids
 from imagerag.retrieval.store import Store
@@ -40,6 +40,7 @@ REPORTS = "takedowns"
 """Folder of the reports, inside the corpus's shards folder."""
 _PULLED = "model_index.json"
 """File by which the folder of a pulled model is recognised."""
+_BATCH_ROWS = 65_536
 _KNOWN = pa.schema([("id", pa.string()), ("url", pa.string()), ("image_sha256", pa.string())])
 
 
@@ -81,23 +82,33 @@ def find(
     if not any(wanted.values()):
         raise UserError("name at least one URL, id or image hash to take down")
     fetched = fetched_images(settings.shards_of(name))
-    known = pa.table([row_ids(fetched["sha256"], fetched["caption"]), fetched["url"], fetched["sha256"]], _KNOWN)
-    if store.exists:
-        known = pa.concat_tables([known, reachable_rows(store).select(_KNOWN.names).cast(_KNOWN)])
+    known = _known(store, fetched, wanted)
     hashes = set(sha256s)
     for column, values in wanted.items():
         # The rows of a blocked value may be gone already, removed by a takedown that was killed later.
         missing = set(values) - set(known[column].to_pylist()) - set(blocked(store, column) if store.exists else ())
         if missing:
             raise UserError(f"{name!r} never had an image of the {column} {min(missing)!r}; nothing was taken down")
-        hashes |= set(known.filter(pc.is_in(known[column], pa.array(values, pa.string())))["image_sha256"].to_pylist())
-    own = known.filter(pc.is_in(known["image_sha256"], pa.array(hashes, pa.string())))
+    hashes |= set(known["image_sha256"].to_pylist())
+    own = _known(store, fetched, {"image_sha256": hashes})
     return Target(
         ids=tuple(sorted({*ids, *own["id"].to_pylist()})),
         urls=tuple(sorted({*urls, *own["url"].to_pylist()})),
         image_sha256s=tuple(sorted(hashes)),
         asked=wanted,
     )
+
+
+def _known(store: Store, fetched: pa.Table, wanted: Mapping[Column, Collection[str]]) -> pa.Table:
+    """Return what was fetched, and rows of the table, that have one of some values in one of some columns."""
+    found = [_KNOWN.empty_table()]
+    for batch in fetched.to_batches(max_chunksize=_BATCH_ROWS):
+        ids = row_ids(batch["sha256"], batch["caption"])
+        rows = pa.table([ids, batch["url"], batch["sha256"]], schema=_KNOWN)
+        found += [rows.filter(matches(rows, column, list(values))) for column, values in wanted.items()]
+    if store.exists:
+        found.append(reachable_rows(store, wanted).select(_KNOWN.names).cast(_KNOWN))
+    return pa.concat_tables(found)
 
 
 def take_down(settings: Settings, name: str, target: Target) -> Takedown:

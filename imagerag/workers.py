@@ -4,6 +4,7 @@ import logging
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -36,6 +37,35 @@ class WorkersConfig(Config):
     stall_timeout_s: float = Field(
         default=1800.0, gt=0, description="The job fails when no batch is finished for this many seconds."
     )
+
+
+class CommittingConfig(WorkersConfig):
+    """Workers of a job whose driver commits what they wrote."""
+
+    commit_every_s: float = Field(
+        default=60.0, ge=0, description="Seconds between commits; a killed job loses its uncommitted work."
+    )
+
+
+class Commits:
+    """Commits what workers wrote in groups, because each version of a table lists all of its fragments."""
+
+    def __init__(self, commit: Callable[[list[str]], object], every_s: float) -> None:
+        self._commit, self._every_s = commit, every_s
+        self._written: list[str] = []
+        self._last = time.monotonic()
+
+    def add(self, written: Iterable[str]) -> None:
+        """Take what a worker wrote, and commit all there is if it is time."""
+        self._written += written
+        if time.monotonic() - self._last >= self._every_s:
+            self.finish()
+
+    def finish(self) -> None:
+        """Commit the rest."""
+        if self._written:
+            self._commit(self._written)
+        self._written, self._last = [], time.monotonic()
 
 
 def plan_workers(nodes: list[dict[str, Any]], config: WorkersConfig) -> tuple[str, int, int]:

@@ -20,7 +20,6 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import PASSING, Reason
 from imagerag.corpus.hosts import Hosts
 from imagerag.corpus.ledger import PAIR, read_parts
-from imagerag.corpus.spool import Spool, distinct, in_order
 from imagerag.corpus.takedown import remove_taken_down
 from imagerag.corpus.url_list import UrlList
 from imagerag.errors import UserError
@@ -28,6 +27,7 @@ from imagerag.locks import check_locks
 from imagerag.plain import printable
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
+from imagerag.spool import Spool, distinct, in_order
 
 _SHARD_RETRIES = 3
 _MAX_FAILED_RUNS = 5  # of a URL, before only `retry_failed` tries it again

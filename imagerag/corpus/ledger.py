@@ -8,7 +8,7 @@ import pyarrow.dataset as ds
 
 from imagerag.corpus import shards
 from imagerag.corpus.guard import Reason, reason_of
-from imagerag.corpus.spool import Parts, by_url, numbered, paired
+from imagerag.spool import Parts, by_url, numbered, paired
 
 SCHEMA = pa.schema(
     [
@@ -34,26 +34,29 @@ PAIR = ["url", "caption"]
 """What identifies a row of a list."""
 
 
+_IMAGE = ["url", "caption", "source", "licence", "sha256", "width", "height", "shard", "key"]
+
+
 def wanted_images(uri: str) -> pa.Table:
-    """The images that the corpus wants and has, in the order of its lists.
+    """The images that the corpus wants and has, in the order of its lists, in memory; columns as of `iter_images`."""
+    parts = list(iter_images(uri))
+    return pa.concat_tables(parts).sort_by("row").drop_columns("row") if parts else SCHEMA.empty_table().select(_IMAGE)
 
-    Columns url, caption, source, licence, sha256 (of the file as fetched), width, height (as stored), shard and key.
+
+def iter_images(uri: str) -> Iterator[pa.Table]:
+    """Yield the images that the corpus wants and has, some at a time.
+
+    Columns url, caption, source, licence, sha256 (of the file as fetched), width, height (as stored), shard, key and
+    row, the image's place in the lists.
     """
-    standing = read_standing(uri)
-    images = standing.filter(pc.equal(standing["status"], "success"))
-    return images.select(["url", "caption", "source", "licence", "sha256", "width", "height", "shard", "key"])
-
-
-def read_standing(uri: str) -> pa.Table:
-    """Every row that the corpus wants with what became of it, as `standing` gives it."""
-    (wanted,) = numbered([shards.read_wanted(uri)])
-    return standing(wanted, read_ledger(uri), shards.read_takedowns(uri))
+    for rows, _ in read_parts(uri):
+        yield rows.filter(pc.fill_null(pc.equal(rows["status"], "success"), False)).select([*_IMAGE, "row"])
 
 
 def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Yield what `read_standing` and `read_ledger` return, in parts that fit in memory: all rows of a URL are in one.
+    """Yield every row that the corpus wants with what became of it, as of `standing`, and what `read_ledger` returns.
 
-    In a part, rows are in the order of the lists.
+    In parts that fit in memory: all rows of a URL are in one. In a part, rows are in the order of the lists.
     """
     takedowns = shards.read_takedowns(uri)
     wanted, attempts = Parts(numbered(shards.iter_wanted(uri)), by_url), Parts(iter_attempts(uri), by_url)

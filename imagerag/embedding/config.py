@@ -2,13 +2,10 @@
 
 from pydantic import Field
 
-from imagerag.workers import WorkersConfig
+from imagerag.workers import CommittingConfig
 
 
-class EmbedConfig(WorkersConfig):
+class EmbedConfig(CommittingConfig):
     """How a corpus is embedded. Unset values adapt to Ray's machines."""
 
     batch_size: int = Field(default=256, ge=1, le=16_384, description="Images per batch on a worker, and per write.")
-    commit_every_s: float = Field(
-        default=60.0, ge=0, description="Seconds between commits; a killed job loses its uncommitted work."
-    )

@@ -15,27 +15,24 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from imagerag.artifacts import Embedded
 from imagerag.compute import start_ray, stop_ray
-from imagerag.corpus.ledger import wanted_images
+from imagerag.corpus.ledger import iter_images
 from imagerag.corpus.shards import shard_path
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.encoder import UndecodableImageError, load_encoder
 from imagerag.embedding.spec import resolve
+from imagerag.embedding.survey import Survey, survey
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.publish import MAX_SHRINK, require_rows
-from imagerag.retrieval.schema import EncoderIdentity, row_ids
+from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-from imagerag.workers import Dtype, plan_workers, resources_of, watched
+from imagerag.workers import Commits, Dtype, plan_workers, resources_of, watched
 
-_COMPARED = ["id", "url", "source", "licence"]
-"""Columns that identify an up-to-date row; a row that differs in one of them is replaced."""
 _IMAGE_SUFFIXES = {".jpg", ".png", ".webp"}
 _BLOCK_ROWS = 64
 _BLOCK_BYTES = 16 * 2**20
@@ -81,18 +78,17 @@ def embed(
     started = time.perf_counter()
     identity = resolve(encoder).identity
     with store.writer_lock():
-        images = wanted_images(shards_uri)  # under the lock, as another job may have changed it
-        wanted = unique_rows(images)
         store.open_or_create(identity)
-        missing, stale = compare(wanted, store.dataset().to_table(columns=_COMPARED))
-        require_rows(store, wanted.num_rows, max_shrink)
-        num_removed = store.delete(stale) if len(stale) else 0
+        # Now, as another job may have changed what is wanted while this one waited.
+        found = survey(iter_images(shards_uri), store)
+        require_rows(store, found.num_wanted, max_shrink)
+        num_removed = store.delete(found.stale)
         machine_s = 0.0
-        if missing.num_rows:
+        if found.num_missing:
             start_ray(settings)
-            batches = partial(_embedded_batches, missing, shards_uri, store, identity, config)
+            batches = partial(_embedded_batches, found, shards_uri, store, identity, config)
             try:
-                machine_s = _commit_all(batches, missing.num_rows, store, config, on_progress)
+                machine_s = _commit_all(batches, found.num_missing, store, config, on_progress)
             except BaseException:
                 # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
                 stop_ray()
@@ -102,37 +98,14 @@ def embed(
             table=store.name,
             version=store.version,
             num_rows=store.count(),
-            num_added=missing.num_rows,
+            num_added=found.num_missing,
             num_removed=num_removed,
-            num_duplicates=images.num_rows - wanted.num_rows,
+            num_duplicates=found.num_images - found.num_wanted,
             encoder_id=identity.id,
             encoder_digest=identity.digest,
             duration_s=time.perf_counter() - started,
             machine_s=machine_s,
         )
-
-
-def unique_rows(images: pa.Table) -> pa.Table:
-    """Add the column `id` to `images`, and keep the first row of each id (image and caption).
-
-    Null sources and licences become empty strings.
-    """
-    rows = images.append_column("id", row_ids(images["sha256"], images["caption"]))
-    for name in ("source", "licence"):
-        rows = rows.set_column(rows.column_names.index(name), name, rows[name].fill_null(""))
-    first = _numbered(rows).group_by("id", use_threads=False).aggregate([("row", "min")])["row_min"]
-    return rows.take(first.sort())
-
-
-def compare(wanted: pa.Table, present: pa.Table) -> tuple[pa.Table, pa.Array]:
-    """Return the rows of `wanted` that are missing or outdated in `present`, and the ids of `present` to delete."""
-    missing = _numbered(wanted).join(present, _COMPARED, join_type="left anti")["row"]
-    stale = present.join(wanted.select(_COMPARED), _COMPARED, join_type="left anti")["id"]
-    return wanted.take(missing.sort()), stale.combine_chunks()
-
-
-def _numbered(rows: pa.Table) -> pa.Table:
-    return rows.select(_COMPARED).append_column("row", pa.array(np.arange(rows.num_rows)))
 
 
 def read_images(rows: pa.Table, shards_uri: str) -> Iterator[pa.Table]:
@@ -216,7 +189,7 @@ class Worker:
 
 
 def _embedded_batches(
-    missing: pa.Table, shards_uri: str, store: Store, identity: EncoderIdentity, config: EmbedConfig
+    found: Survey, shards_uri: str, store: Store, identity: EncoderIdentity, config: EmbedConfig
 ) -> Iterator[dict[str, Any]]:
     """Yield the results of `Worker` per batch."""
     import ray
@@ -225,7 +198,7 @@ def _embedded_batches(
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every plan and execution
 
     device, num_workers, num_threads = plan_workers(ray.nodes(), config)
-    dataset = ray.data.from_arrow([missing.filter(pc.equal(missing["shard"], s)) for s in missing["shard"].unique()])
+    dataset = ray.data.from_arrow(list(found.shards()))
     dataset.context.enable_progress_bars = False
     dataset.context.raise_original_map_exception = True
     dataset.context.target_max_block_size = _BLOCK_BYTES
@@ -268,16 +241,18 @@ def _commit_all(
 ) -> float:
     """Commit the workers' fragments every `commit_every_s`, and return their machine-seconds."""
     version, num_done, machine_s = store.version, 0, 0.0
-    fragments: list[str] = []
-    last_commit = time.monotonic()
+
+    def commit(fragments: list[str]) -> None:
+        nonlocal version
+        version = store.commit(fragments, version)
+
+    commits = Commits(commit, config.commit_every_s)
     with closing(watched(batches, config.stall_timeout_s)) as results:
         for result in results:
-            fragments += result["fragments"]
+            commits.add(result["fragments"])
             num_done += result["num_rows"]
             machine_s += result["machine_s"]
-            if time.monotonic() - last_commit >= config.commit_every_s:
-                version, fragments, last_commit = store.commit(fragments, version), [], time.monotonic()
             on_progress(num_done, num_rows, "embedded")
-    store.commit(fragments, version)
+    commits.finish()
     assert num_done == num_rows, f"{num_done} rows were embedded instead of {num_rows}"
     return machine_s

@@ -4,10 +4,10 @@ from pydantic import Field, field_validator
 
 from imagerag.generation.spec import check_spec
 from imagerag.retrieval.schema import Fit
-from imagerag.workers import WorkersConfig
+from imagerag.workers import CommittingConfig
 
 
-class FeaturesConfig(WorkersConfig):
+class FeaturesConfig(CommittingConfig):
     """How features are computed and cached. Unset values adapt to Ray's machines."""
 
     base: str = Field(

@@ -1,8 +1,8 @@
 """The cached-features job: computes `h_retr` for all rows of a table that lack it for a base model.
 
 Ray Data distributes the table's fragments to workers, each with a base model. A worker writes a fragment's features to
-an uncommitted file, and the driver commits it at once. So no features pass through the driver, a killed job loses only
-the fragments in progress, and the next job computes what is missing.
+an uncommitted file, and the driver commits these files every minute. So no features pass through the driver, a killed
+job loses the last minute and the fragments in progress, and the next job computes what is missing.
 """
 
 import time
@@ -23,7 +23,7 @@ from imagerag.retrieval import features
 from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-from imagerag.workers import Dtype, mapped, watched
+from imagerag.workers import Commits, Dtype, mapped, watched
 
 
 def cache_features(
@@ -169,13 +169,16 @@ def _commit_all(
     config: FeaturesConfig,
     on_progress: OnProgress,
 ) -> float:
-    """Commit each filled fragment as it arrives, and return the workers' machine-seconds."""
+    """Commit the filled fragments every `commit_every_s`, and return the workers' machine-seconds."""
     num_done, machine_s = 0, 0.0
+    # All are committed on the version in which they were missing: they are of other fragments.
+    commits = Commits(lambda filled: features.commit(store, filled, version), config.commit_every_s)
     with closing(watched(batches, config.stall_timeout_s)) as results:
         for result in results:
-            features.commit(store, result["filled"], version)
+            commits.add([result["filled"]])
             num_done += result["num_rows"]
             machine_s += result["machine_s"]
             on_progress(num_done, num_rows, "encoded")
+    commits.finish()
     assert num_done == num_rows, f"{num_done} rows were encoded instead of {num_rows}"
     return machine_s

@@ -8,7 +8,7 @@ are fitted is said there and nowhere else, so whoever uses the index fits what i
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -119,17 +119,18 @@ def fill(
     return json.dumps({"fragment": metadata.to_json(), "modified": modified})
 
 
-def commit(store: Store, filled: str, version: int) -> int:
-    """Adopt what `fill` wrote, and return the new version.
+def commit(store: Store, filled: Sequence[str], version: int) -> int:
+    """Adopt what `fill` wrote for some fragments as one transaction, and return the new version.
 
     Raises:
-        CommitConflictError: if another writer changed the fragment since `version`.
+        CommitConflictError: if another writer changed one of the fragments since `version`.
     """
     check_locks()
-    adopted: dict[str, Any] = json.loads(filled)
-    metadata = adopted["fragment"]
-    fragment = FragmentMetadata.from_json(metadata if isinstance(metadata, str) else json.dumps(metadata))
-    operation = LanceOperation.Update(updated_fragments=[fragment], fields_modified=adopted["modified"])
+    adopted: list[dict[str, Any]] = [json.loads(each) for each in filled]
+    about = [each["fragment"] for each in adopted]
+    fragments = [FragmentMetadata.from_json(each if isinstance(each, str) else json.dumps(each)) for each in about]
+    modified = sorted({field for each in adopted for field in each["modified"]})
+    operation = LanceOperation.Update(updated_fragments=fragments, fields_modified=modified)
     try:
         dataset = LanceDataset.commit(store.table_uri, operation, read_version=version)
     except OSError as error:  # Lance has no exceptions of its own for these.

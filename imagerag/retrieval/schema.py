@@ -12,6 +12,7 @@ import pyarrow as pa
 
 _ENCODER_KEY = b"imagerag.encoder"
 _ID_BYTES = 20
+_BATCH_ROWS = 8_192
 
 FEATURE_PREFIX = "h_retr_"
 FEATURE_KEY = b"imagerag.features"
@@ -80,10 +81,12 @@ def row_id(image_sha256: str, caption: str) -> str:
     return digest.hexdigest()
 
 
-def row_ids(image_sha256: pa.Array | pa.ChunkedArray, caption: pa.Array | pa.ChunkedArray) -> pa.Array:
+def row_ids(image_sha256: pa.Array | pa.ChunkedArray, caption: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     """Return `row_id` of each pair of two string columns of equal length."""
-    pairs = zip(image_sha256.to_pylist(), caption.to_pylist(), strict=True)
-    return pa.array([row_id(image, text) for image, text in pairs], pa.string())
+    pairs = pa.table({"image": image_sha256, "text": caption}).to_batches(max_chunksize=_BATCH_ROWS)
+    columns = (zip(batch["image"].to_pylist(), batch["text"].to_pylist(), strict=True) for batch in pairs)
+    ids = [pa.array([row_id(image, text) for image, text in column], pa.string()) for column in columns]
+    return pa.chunked_array(ids, pa.string())
 
 
 def row_schema(encoder: EncoderIdentity) -> pa.Schema:

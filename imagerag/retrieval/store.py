@@ -6,7 +6,7 @@ can be repeated, so a writer may die at any moment: the table is then as it was 
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,12 +23,21 @@ from imagerag.artifacts import IndexVersion
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.locks import OnWait, check_locks, local_folder, writer_lock
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
+from imagerag.spool import MEMORY_ROWS
 
 logger = logging.getLogger(__name__)
 
 _FRAGMENT_ROWS = 2_048
 """Fragments below this are merged. It bounds what a small update rewrites, images and features included, and is what a
 worker of the features job has in hand."""
+_MOST_FRAGMENTS = 4_096
+"""That every version lists; a table of more rows gets larger fragments."""
+_FRAGMENT_BYTES = 2**29
+"""Of a row's embeddings and features, in a fragment that is larger than `_FRAGMENT_ROWS`."""
+_REWRITTEN_SHARE = 1 / 8
+"""Of a table, at most, that one compaction rewrites to make fragments larger; the next one goes on."""
+_LOOK_UPS = 1_000
+"""Values that are looked up by an index; more of them are found by reading the column."""
 
 
 class CommitConflictError(RuntimeError):
@@ -124,9 +133,9 @@ class Store:
         """Return the number of rows in the newest version."""
         return int(self.dataset().count_rows())
 
-    def ids(self) -> pa.Array:
+    def ids(self) -> pa.ChunkedArray:
         """Return the ids of all rows of the newest version, in no particular order."""
-        return self.dataset().to_table(columns=["id"])["id"].combine_chunks()
+        return self.dataset().to_table(columns=["id"])["id"]
 
     def create(self, encoder: EncoderIdentity) -> None:
         """Make an empty table for `encoder`'s rows."""
@@ -179,17 +188,17 @@ class Store:
         """
         return append(self.dataset(), fragments, read_version)
 
-    def delete(self, ids: pa.Array | Sequence[str]) -> int:
+    def delete(self, ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> int:
         """Delete the rows with these ids in one transaction, and return how many there were.
 
         Where there are none, no version is made. The bytes stay in the files until the table is compacted and its older
         versions are removed.
         """
-        own = self.ids()
-        doomed = own.filter(pc.is_in(own, pa.array(ids, pa.string())))
+        dataset = self.dataset()
+        doomed = rows_with(dataset, "id", ids, ["id"])["id"]
         if len(doomed) > 0:
             check_locks()
-            self.dataset().merge_insert("id").when_matched_delete().execute(pa.table({"id": pc.unique(doomed)}))
+            dataset.merge_insert("id").when_matched_delete().execute(pa.table({"id": pc.unique(doomed)}))
         return len(doomed)
 
     def set_tag(self, tag: str, version: int) -> None:
@@ -244,6 +253,41 @@ class Store:
         return writer_lock(self.uri, f"{self.name}.tags")
 
 
+def batches_of(dataset: LanceDataset, columns: Sequence[str], num_rows: int) -> Iterator[pa.Table]:
+    """Yield columns of all rows, about so many at a time, however small the table's fragments are."""
+    held: list[pa.RecordBatch] = []
+    for batch in dataset.scanner(columns=list(columns), batch_size=num_rows).to_reader():
+        held.append(batch)
+        if sum(each.num_rows for each in held) >= num_rows:
+            yield pa.Table.from_batches(held)
+            held.clear()
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def rows_with(
+    dataset: LanceDataset,
+    column: str,
+    values: pa.Array | pa.ChunkedArray | Collection[str],
+    columns: Sequence[str],
+) -> pa.Table:
+    """Return `columns` of the rows that have one of `values` in a column of texts.
+
+    A few values are asked of the column's index, where there is one; for many, the columns are read once, in batches.
+    """
+    if len(values) > _LOOK_UPS:
+        wanted = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(list(values), pa.string())
+        read = sorted({column, *columns})
+        # Of many rows at a time, because each time the values are hashed anew.
+        parts = batches_of(dataset, read, MEMORY_ROWS)
+        found = [part.filter(pc.is_in(part[column], wanted)) for part in parts]
+        empty = pa.schema([dataset.schema.field(name) for name in read]).empty_table()
+        return pa.concat_tables([empty, *found]).select(columns)
+    texts = values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else values
+    quoted = ", ".join("'" + text.replace("'", "''") + "'" for text in texts)
+    return dataset.to_table(columns=list(columns), filter=f"{column} IN ({quoted})" if texts else "false")
+
+
 def list_stores(uri: str) -> list[Store]:
     """Return the tables of a database, in the order of their names; none if there is no database."""
     filesystem, folder = fsspec.url_to_fs(uri)
@@ -279,7 +323,25 @@ def _drop_fragments(dataset: LanceDataset, fragments: Sequence[FragmentMetadata]
 
 
 def compact(dataset: LanceDataset, deleted_share: float) -> None:
-    """Merge small fragments, and rewrite those of which more than `deleted_share` is deleted."""
+    """Merge small fragments, and rewrite those of which more than `deleted_share` is deleted.
+
+    The size of fragments follows that of the table. Those that were made when it was smaller grow a part at a time.
+    """
     dataset.optimize.compact_files(
         target_rows_per_fragment=_FRAGMENT_ROWS, materialize_deletions_threshold=deleted_share
     )
+    num_rows, num_fragments = dataset.count_rows(), len(dataset.get_fragments())
+    row_bytes = sum(_bytes_of(field.type) for field in dataset.schema)
+    target = min(2 ** (num_rows // _MOST_FRAGMENTS).bit_length(), _FRAGMENT_BYTES // max(row_bytes, 1))
+    if target > _FRAGMENT_ROWS and num_fragments > num_rows // target:
+        most = max(int(num_rows * _REWRITTEN_SHARE), 2 * target)  # what is merged into one is less than that
+        dataset.optimize.compact_files(
+            target_rows_per_fragment=target, materialize_deletions_threshold=deleted_share, max_source_rows=most
+        )
+
+
+def _bytes_of(kind: pa.DataType) -> int:
+    """Return the bytes of a value of a column of arrays, 0 for others."""
+    if not pa.types.is_fixed_size_list(kind):
+        return 0
+    return int(kind.list_size * kind.value_type.bit_width // 8)

@@ -1,18 +1,17 @@
 """Takedown: rows leave every version of a table, their bytes leave every file, and they do not come back."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from lance import LanceDataset
 
 from imagerag.retrieval.ann import read_record
-from imagerag.retrieval.blocklist import Column, block, matches
+from imagerag.retrieval.blocklist import Column, block
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.pins import pins, unpin
 from imagerag.retrieval.publish import drop_history, move_tag, published_version
-from imagerag.retrieval.store import Store
+from imagerag.retrieval.store import Store, rows_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +53,14 @@ def remove(
     """
     wanted: dict[Column, list[str]] = {"id": list(ids), "url": list(urls), "image_sha256": list(image_sha256s)}
     with store.writer_lock():
-        known = reachable_rows(store)
-        masks = [matches(known, column, values) for column, values in wanted.items()]
-        rows = known.filter(pc.or_(pc.or_(masks[0], masks[1]), masks[2]))
+        rows = reachable_rows(store, wanted)
         pinned = pins(store)
         holders = _versions_with(store, set(pinned.values()), rows["id"])
         _return_to_published(store)
         for column, values in wanted.items():
             block(store, column, values)
         block(store, "id", rows["id"].to_pylist())
-        store.delete(rows["id"].combine_chunks())
+        store.delete(rows["id"])
         record = read_record(store.dataset())
         config = IndexConfig(**record.config) if record else IndexConfig()
         version = build_index(store, config, from_scratch=True).version
@@ -87,25 +84,29 @@ def remove(
     )
 
 
-def reachable_rows(store: Store) -> pa.Table:
-    """Return id, url and image_sha256 of the rows of all versions that readers can get at, or soon may."""
+def reachable_rows(store: Store, wanted: Mapping[Column, Collection[str]]) -> pa.Table:
+    """Return id, url and image_sha256 of rows of all versions that readers can get at, or soon may.
+
+    Args:
+        store: the table.
+        wanted: a row has one of these values in one of these columns.
+    """
     tagged = {int(tag["version"]) for tag in store.dataset().tags.list().values()}
     versions = [store.dataset(version) for version in sorted(tagged | {store.version})]
     columns = ["id", "url", "image_sha256"]
-    rows = pa.concat_tables(version.to_table(columns=columns) for version in versions)
-    return rows.group_by(columns).aggregate([])
+    found = [rows_with(version, column, values, columns) for version in versions for column, values in wanted.items()]
+    return pa.concat_tables(found).group_by(columns).aggregate([])
 
 
 def holds(dataset: LanceDataset, ids: pa.Array) -> bool:
     """Whether a copy of a table may hold one of the rows: it has one, or has deleted rows, which stay in its files."""
     deleted = any(fragment.num_deletions for fragment in dataset.get_fragments())
-    return deleted or bool(pc.any(pc.is_in(dataset.to_table(columns=["id"])["id"], ids)).as_py())
+    return deleted or rows_with(dataset, "id", ids, ["id"]).num_rows > 0
 
 
 def _versions_with(store: Store, versions: set[int], ids: pa.ChunkedArray) -> set[int]:
     """Return those of the versions that hold one of the rows."""
-    own = {version: store.dataset(version).to_table(columns=["id"])["id"] for version in versions}
-    return {version for version, column in own.items() if pc.any(pc.is_in(column, ids.combine_chunks())).as_py()}
+    return {version for version in versions if rows_with(store.dataset(version), "id", ids, ["id"]).num_rows > 0}
 
 
 def _return_to_published(store: Store) -> None:

@@ -11,7 +11,7 @@ from imagerag.config import Config
 from imagerag.errors import UserError
 from imagerag.generation.spec import check_spec
 from imagerag.limits import MAX_SEED
-from imagerag.workers import WorkersConfig
+from imagerag.workers import CommittingConfig, WorkersConfig
 
 RecipeName = Literal["tiny", "sd_turbo"]
 _CHANCE = 0.55
@@ -76,7 +76,7 @@ class ReferenceChoice(Config):
         return cls(number=number, own=0.0, own_among=0.0, none=0.0, random=0.0)
 
 
-class SynthesizeConfig(WorkersConfig):
+class SynthesizeConfig(CommittingConfig):
     """How the training set is made: clean latents, text features and references."""
 
     base: str = Field(default="tiny", description="Student: `tiny`, `org/name@<commit>`, or a diffusers folder.")

@@ -1,8 +1,8 @@
 """Make what a fine-tuning learns from: clean latents, text features and references of every example, each once.
 
 Ray Data hands examples to workers that hold a model each. A worker writes what it made to files that belong to no
-version of their table yet; the driver commits them as they come. So a job that dies loses what its workers had in hand,
-and the next one computes what is missing.
+version of their table yet; the driver commits them every minute. So a job that dies loses a minute and what its workers
+had in hand, and the next one computes what is missing.
 """
 
 import time
@@ -31,7 +31,7 @@ from imagerag.settings import Settings
 from imagerag.table import Table, to_column
 from imagerag.training.config import SynthesizeConfig
 from imagerag.training.examples import MAX_REFERENCES, Examples
-from imagerag.workers import mapped, watched
+from imagerag.workers import Commits, mapped, watched
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def drop_unreachable(latents: Table, store: Store) -> None:
 
     Versions that a training has pinned are kept: it reads the latents of their rows until it ends.
     """
-    latents.keep(reachable_rows(store)["id"])
+    latents.keep(reachable_rows(store, {"id": latents.ids()})["id"])
 
 
 def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tuple[int, float]:
@@ -95,12 +95,14 @@ def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tu
                 job.table.clean_up()
                 arguments = {"batch_size": config.batch_size, **job.arguments}
                 results_of = partial(mapped, job.parts(), job.worker, arguments, config)
+                commits = Commits(job.commit, config.commit_every_s)
                 with closing(watched(results_of, config.stall_timeout_s)) as results:
                     for result in results:
-                        job.version = job.table.commit(result["fragments"], job.version)
+                        commits.add(result["fragments"])
                         num_done += result["num_rows"]
                         machine_s += result["machine_s"]
                         on_progress(num_done, num_missing, job.what)
+                commits.finish()
         except BaseException:
             # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
             stop_ray()
@@ -135,10 +137,14 @@ class _Job:
 
     def __init__(self, table: Table, rows: pa.Table, worker: type, what: str, arguments: dict[str, Any]) -> None:
         self.version = int(table.open().version)
-        present = pa.array(table.ids(), pa.string())
+        present = table.open().to_table(columns=["id"])["id"]
         self.table, self.worker, self.what, self.arguments = table, worker, what, arguments
         # A prompt's text is encoded, and its references are searched, once for all its rows that follow each other.
         self.rows = rows.filter(pc.invert(pc.is_in(rows["id"], present))).sort_by("prompt")
+
+    def commit(self, fragments: list[str]) -> None:
+        """Add to the table what workers wrote."""
+        self.version = self.table.commit(fragments, self.version)
 
     def parts(self) -> list[pa.Table]:
         """Return its rows as a worker is given them."""

@@ -165,7 +165,7 @@ def make_index(folder: Path, num_rows: int, identity: FeatureIdentity) -> Store:
 
     version = features.prepare(store, identity)
     for fragment in features.missing(store.dataset(version), identity):
-        features.commit(store, features.fill(store, identity, version, fragment, compute, 512), version)
+        features.commit(store, [features.fill(store, identity, version, fragment, compute, 512)], version)
     publication = publish(store, build_index(store, IndexConfig()), PublishConfig())
     assert publication.published, publication.checks
     return store

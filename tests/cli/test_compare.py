@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     version = features.prepare(store, identity)
     for fragment in features.missing(store.dataset(version), identity):
-        features.commit(store, features.fill(store, identity, version, fragment, compute, 32), version)
+        features.commit(store, [features.fill(store, identity, version, fragment, compute, 32)], version)
     publish(store, build_index(store, IndexConfig()), PublishConfig())
     return home
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from imagerag.corpus import spool
+from imagerag import spool
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import _count, _plan, _want
 from imagerag.corpus.fetch import fetch_shard
 from imagerag.corpus.ledger import wanted_images
 from imagerag.corpus.shards import planned_shards, read_plans, read_wanted
-from imagerag.corpus.spool import Spool
 from imagerag.corpus.takedown import take_down
 from imagerag.corpus.url_list import SCHEMA
+from imagerag.spool import Spool
 from tests.corpus.web import Web, picture
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 
 from imagerag.artifacts import Embedded
 from imagerag.corpus.ledger import wanted_images
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.encoder import load_encoder
-from imagerag.embedding.job import CorruptShardError, compare, embed, read_images, unique_rows
+from imagerag.embedding.job import CorruptShardError, embed, read_images
 from imagerag.embedding.spec import resolve
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
@@ -209,23 +208,3 @@ def test_encoders_are_not_mixed(corpus: Corpus, tmp_path: Path) -> None:
     corpus.encoder = str(other)
     with pytest.raises(UserError, match=f"{digests[0]}.*{digests[1]}"):
         corpus.embed()
-
-
-def table(*rows: tuple[str, str, str | None]) -> pa.Table:
-    columns = ("sha256", "url", "source")
-    listed = [dict(zip(columns, row, strict=True)) | {"caption": "c", "licence": None} for row in rows]
-    strings = [(name, pa.string()) for name in ("sha256", "url", "source", "caption", "licence")]
-    return pa.Table.from_pylist(listed, schema=pa.schema(strings))
-
-
-def test_comparing_takes_the_first_and_sees_what_changed() -> None:
-    one, two, three = ("1" * 64, "2" * 64, "3" * 64)
-    wanted = unique_rows(table((one, "a", None), (two, "b", "x"), (one, "c", None)))
-    assert wanted["url"].to_pylist() == ["a", "b"]
-    assert wanted["source"].to_pylist() == ["", "x"]
-    present = unique_rows(table((one, "a", None), (two, "b", None), (three, "d", None)))
-    missing, stale = compare(wanted, present.select(["id", "url", "source", "licence"]))
-    assert missing.to_pylist() == wanted.slice(1).to_pylist()
-    assert set(stale.to_pylist()) == {row_id(two, "c"), row_id(three, "c")}
-    missing, stale = compare(wanted, wanted.select(["id", "url", "source", "licence"]))
-    assert (missing.num_rows, len(stale)) == (0, 0)

@@ -27,7 +27,7 @@ def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, 
     def compute(images: list[bytes], captions: list[str]) -> Features:
         return np.full((len(images), *identity.shape), np.nan, np.float16)
 
-    features.commit(broken, features.fill(broken, identity, version, 0, compute, 8), version)
+    features.commit(broken, [features.fill(broken, identity, version, 0, compute, 8)], version)
     index_and_publish(broken)
     with pytest.raises(UserError, match=r"features of row [0-9a-f]{40} \('castle'\) hold a NaN"):
         make_pipeline().use_index(broken.uri, broken.name)("a castle")

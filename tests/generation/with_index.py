@@ -88,7 +88,7 @@ def fill(store: Store, plain: ImageRAGTurboPipeline, fit: Fit = "auto") -> None:
 
     version = features.prepare(store, identity)
     for fragment in features.missing(store.dataset(version), identity):
-        features.commit(store, features.fill(store, identity, version, fragment, compute, 4), version)
+        features.commit(store, [features.fill(store, identity, version, fragment, compute, 4)], version)
 
 
 def encode(plain: ImageRAGTurboPipeline, images: list[bytes], captions: list[str], fit: Fit = "auto") -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The cached-features job, with a real Ray."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def config(base: str, device: Literal["cpu", "cuda"] = "cpu", fit: Fit | None = None) -> FeaturesConfig:
-    return FeaturesConfig(base=base, device=device, dtype="fp32", batch_size=8, fit=fit)
+    return FeaturesConfig(base=base, device=device, dtype="fp32", batch_size=8, fit=fit, commit_every_s=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -77,9 +78,9 @@ def test_every_row_has_what_the_base_model_makes_of_it(
 def test_a_job_that_dies_keeps_what_it_committed(
     store: Store, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    committed: list[str] = []
+    committed: list[Sequence[str]] = []
 
-    def dying(store: Store, filled: str, version: int) -> int:
+    def dying(store: Store, filled: Sequence[str], version: int) -> int:
         if committed:
             raise CommitConflictError("as if another writer had come")
         committed.append(filled)
@@ -115,7 +116,7 @@ def test_pictures_are_fitted_as_before_unless_another_fit_is_asked_for(store: St
     version = store.version
     for fragment, size in features.missing(store.dataset(), cropped).items():
         zeros = np.zeros((size, *cropped.shape), np.float16)
-        features.commit(store, features.fill(store, cropped, version, fragment, lambda *_, z=zeros: z, size), version)
+        features.commit(store, [features.fill(store, cropped, version, fragment, lambda *_, z=zeros: z, size)], version)
 
     refusing = Settings(home=tmp_path, ray_address="nowhere:1")
     kept = cache_features(store, config(base), refusing)

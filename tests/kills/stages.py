@@ -106,7 +106,7 @@ def _publish(world: World) -> None:
 
 
 def _features(world: World) -> None:
-    config = FeaturesConfig(base=str(world.inputs / "base"), batch_size=4, num_workers=1)
+    config = FeaturesConfig(base=str(world.inputs / "base"), batch_size=4, commit_every_s=0, num_workers=1)
     cache_features(world.store, config, world.settings)
     _publish(world)
 

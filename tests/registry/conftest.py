@@ -58,7 +58,7 @@ class Home:
         superseded = [each for each in features.cached_features(store.dataset().schema) if each != identity]
         version = features.prepare(store, identity, superseded)
         for fragment in features.missing(store.dataset(version), identity):
-            features.commit(store, features.fill(store, identity, version, fragment, compute, 4), version)
+            features.commit(store, [features.fill(store, identity, version, fragment, compute, 4)], version)
         return index_and_publish(store).version or 0
 
     def finetuned(self, name: str) -> Finetuned:

@@ -15,6 +15,7 @@ from imagerag.retrieval.schema import FEATURE_KEY, FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import CommitConflictError, Store, compact
 from imagerag.retrieval.takedown import remove
+from imagerag.workers import Commits
 from tests.retrieval.rows import append, embeddings, index_and_publish, make_rows
 
 SHAPE = (3, 2, 2)
@@ -34,7 +35,7 @@ def fill_all(store: Store, identity: FeatureIdentity = MINE, batch_size: int = 7
         version = features.prepare(store, identity)
         missing = features.missing(store.dataset(version), identity)
         for fragment in missing:
-            features.commit(store, features.fill(store, identity, version, fragment, compute, batch_size), version)
+            features.commit(store, [features.fill(store, identity, version, fragment, compute, batch_size)], version)
     return list(missing.values())
 
 
@@ -121,7 +122,7 @@ def test_what_was_written_is_not_seen_before_the_commit(store: Store) -> None:
     version = features.prepare(store, MINE)
     filled = features.fill(store, MINE, version, 0, compute, 4)
     assert set(map(type, cached(store).values())) == {type(None)}
-    features.commit(store, filled, version)
+    features.commit(store, [filled], version)
     assert_right(store)
 
 
@@ -135,8 +136,26 @@ def test_a_fragment_that_another_writer_changed_is_not_overwritten(store: Store,
     if publish:
         index_and_publish(store)
     with pytest.raises(CommitConflictError):
-        features.commit(store, filled, version)
+        features.commit(store, [filled], version)
     assert len(cached(store)) == 12
+
+
+def test_fragments_are_committed_in_groups(store: Store) -> None:
+    for start in range(0, 30, 10):
+        append(store, make_rows(start, start + 10))
+    version, made = features.prepare(store, MINE), []
+
+    def commit(filled: list[str]) -> None:
+        made.append(features.commit(store, filled, version))
+
+    commits = Commits(commit, every_s=3600)
+    for fragment in features.missing(store.dataset(version), MINE):
+        commits.add([features.fill(store, MINE, version, fragment, compute, 7)])
+    assert made == []
+    commits.finish()
+    commits.finish()
+    assert made == [store.version] == [version + 1]
+    assert_right(store)
 
 
 LARGE = FeatureIdentity(base="base-a", digest="d" * 64, fit="auto", shape=(64, 8, 8))
@@ -149,7 +168,7 @@ def fill_large(store: Store) -> int:
         version = features.prepare(store, LARGE)
         zeros = np.zeros((500, *LARGE.shape), np.float16)
         filled = features.fill(store, LARGE, version, 0, lambda images, captions: zeros[: len(images)], 500)
-        features.commit(store, filled, version)
+        features.commit(store, [filled], version)
     append(store, make_rows(500, 510))
     return zeros.nbytes
 

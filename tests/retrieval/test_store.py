@@ -9,7 +9,7 @@ import pytest
 
 from imagerag.errors import UserError
 from imagerag.retrieval.schema import EncoderIdentity
-from imagerag.retrieval.store import CommitConflictError, Store, list_stores
+from imagerag.retrieval.store import CommitConflictError, Store, compact, list_stores
 from tests.retrieval.rows import DIM, ENCODER, append, make_rows
 
 
@@ -86,6 +86,24 @@ def test_a_commit_on_an_outdated_read_is_refused(store: Store) -> None:
     with pytest.raises(CommitConflictError, match=f"read at version {read_version} and is now at {read_version + 1}"):
         store.commit(fragments, read_version)
     assert store.count() == 3
+
+
+def test_fragments_grow_with_the_table_a_part_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagerag.retrieval.store._FRAGMENT_ROWS", 8)
+    monkeypatch.setattr("imagerag.retrieval.store._MOST_FRAGMENTS", 4)
+    for start in range(0, 128, 8):
+        append(store, make_rows(start, start + 8))
+    append(store, make_rows(128, 130))
+    append(store, make_rows(130, 132))
+    sizes = []
+    for _ in range(12):
+        compact(store.dataset(), deleted_share=0.1)
+        sizes.append([fragment.count_rows() for fragment in store.dataset().get_fragments()])
+    assert (max(sizes[0]), sizes[0].count(8)) == (64, 8), "one fragment at a time"
+    assert max(map(max, sizes)) < 2 * 64
+    assert len(sizes[-1]) <= 4
+    assert sizes[-1] == sizes[-2], "what is large is left alone"
+    assert store.dataset().to_table(columns=["id"]).equals(make_rows(0, 132).select(["id"]))
 
 
 def test_of_two_commits_at_once_one_wins(store: Store) -> None:

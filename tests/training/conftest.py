@@ -75,7 +75,7 @@ class World:
 
         version = features.prepare(store, identity, superseded)
         for fragment in features.missing(store.dataset(version), identity):
-            features.commit(store, features.fill(store, identity, version, fragment, compute, 4), version)
+            features.commit(store, [features.fill(store, identity, version, fragment, compute, 4)], version)
 
     def data(self, training_set: TrainingSet) -> RagData:
         """Open a training set."""

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from imagerag.corpus import spool
-from imagerag.corpus.spool import Parts, Spool, by_url, distinct
+from imagerag import spool
+from imagerag.spool import Parts, Spool, by_url, distinct
 
 
 @pytest.fixture(params=[2**18, 100, 7])

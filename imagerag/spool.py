@@ -1,4 +1,4 @@
-"""Rows that may be more than memory holds: kept in order, regrouped by URL, without those that repeat.
+"""Rows that may be more than memory holds: kept in order, regrouped by URL or id, without those that repeat.
 
 Up to `MEMORY_ROWS` rows stay in memory. More of them lie in files of the temporary folder (`TMPDIR`), which are gone
 with what they are for, and memory holds so many at a time, or a part of `NUM_PARTS`, whichever is more.
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 MEMORY_ROWS = 2**18
 NUM_PARTS = 256
 MEMORY_BYTES = 2**28
+_HEX = pa.array([f"{number:02x}" for number in range(NUM_PARTS)])
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -64,7 +65,9 @@ class Parts:
         self._held = _Held()
         self._file: _File | None = None
         self._places: dict[int, list[int]] = {}
+        self.num_rows = 0
         for table in tables:
+            self.num_rows += table.num_rows
             self._held.append(table)
             if self._held.is_much:
                 self._spill()
@@ -110,6 +113,13 @@ def by_url(rows: pa.Table) -> npt.NDArray[np.int64]:
     """The part of each row: all rows of a URL are in one."""
     urls = (url for chunk in rows["url"].chunks for url in chunk.cast(pa.binary()).to_pylist())
     return np.fromiter((crc32(url) % NUM_PARTS for url in urls), np.int64, rows.num_rows)
+
+
+def by_id(rows: pa.Table) -> npt.NDArray[np.int64]:
+    """The part of each row by its `id`, whose last digits are as good as random."""
+    places = pc.index_in(pc.utf8_slice_codeunits(rows["id"], -2), _HEX)
+    parts: npt.NDArray[np.int64] = places.fill_null(0).to_numpy().astype(np.int64)
+    return parts
 
 
 def numbered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

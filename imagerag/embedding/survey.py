@@ -1,0 +1,87 @@
+"""What a table lacks of what a corpus wants, and what it has too much, found in memory that does not grow with them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from imagerag.retrieval.schema import row_ids
+from imagerag.retrieval.store import Store, batches_of
+from imagerag.spool import MEMORY_ROWS, Parts, by_id, paired
+
+_COMPARED = ["id", "url", "source", "licence"]
+"""A row of the table is as the corpus wants it if these are."""
+_SHARDS_OF_A_PART = 16
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How a table differs from its corpus."""
+
+    missing: Parts
+    """Rows that the table has not, or not as they should be."""
+    num_missing: int
+    stale: pa.ChunkedArray
+    """Ids of rows of the table that go."""
+    num_wanted: int
+    """Rows of the corpus."""
+    num_images: int
+    """Images of the corpus: of those that are the same with the same caption, one is a row."""
+
+    def shards(self) -> Iterator[pa.Table]:
+        """Yield the missing rows shard by shard, in their order."""
+        for part in self.missing:
+            rows = part.sort_by([("shard", "ascending"), ("row", "ascending")]).drop_columns("row")
+            starts = np.flatnonzero(np.diff(rows["shard"].to_numpy(), prepend=-1)).tolist()
+            ends = [*starts[1:], len(rows)]
+            yield from (rows.slice(start, end - start) for start, end in zip(starts, ends, strict=True))
+
+
+def survey(images: Iterable[pa.Table], store: Store) -> Survey:
+    """Compare the newest version of a table with the images that its corpus wants and has, as of `iter_images`."""
+    table = store.dataset()
+    wanted = Parts(map(with_ids, images), by_id)
+    present = Parts(batches_of(table, _COMPARED, MEMORY_ROWS), by_id)
+    stale, counts = [], np.zeros(2, np.int64)
+
+    def missing() -> Iterator[pa.Table]:
+        for rows, own in paired(wanted, present):
+            own = table.schema.empty_table().select(_COMPARED) if own is None else own
+            if rows is None:
+                stale.append(own["id"])
+                continue
+            unique = first_rows(rows)
+            lacking, gone = compare(unique, own)
+            stale.append(gone)
+            counts[:] += len(unique), len(rows)
+            yield lacking
+
+    lacking = Parts(missing(), lambda rows: rows["shard"].to_numpy() // _SHARDS_OF_A_PART)
+    ids = pa.chunked_array([chunk for each in stale for chunk in each.chunks], pa.string())
+    return Survey(lacking, lacking.num_rows, ids, int(counts[0]), int(counts[1]))
+
+
+def with_ids(images: pa.Table) -> pa.Table:
+    """Return images with their `id`. What is not known of the source or licence is empty."""
+    rows = images.append_column("id", row_ids(images["sha256"], images["caption"]))
+    for name in ("source", "licence"):
+        rows = rows.set_column(rows.column_names.index(name), name, rows[name].fill_null(""))
+    return rows
+
+
+def first_rows(rows: pa.Table) -> pa.Table:
+    """Return only the first, by `row`, of those that are the same image and caption."""
+    first = rows.select(["id", "row"]).group_by("id").aggregate([("row", "min")])["row_min"]
+    return rows if len(first) == len(rows) else _chosen(rows, first)
+
+
+def compare(wanted: pa.Table, present: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
+    """Return the rows of `wanted` that are not in `present` as they should be, and the ids of `present` to remove."""
+    missing = wanted.select([*_COMPARED, "row"]).join(present, _COMPARED, join_type="left anti")["row"]
+    stale = present.join(wanted.select(_COMPARED), _COMPARED, join_type="left anti")["id"]
+    return _chosen(wanted, missing), stale
+
+
+def _chosen(rows: pa.Table, numbers: pa.ChunkedArray) -> pa.Table:
+    return rows.filter(pa.array(np.isin(rows["row"].to_numpy(), numbers.to_numpy())))
