@@ -11,9 +11,9 @@ from imagerag.artifacts import Download
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
 from imagerag.corpus.ledger import read_ledger
-from imagerag.corpus.spool import Spool
 from imagerag.corpus.url_list import SCHEMA, UrlList
 from imagerag.settings import Settings
+from imagerag.spool import Spool
 from tests.corpus.web import Web
 
 
