@@ -196,7 +196,8 @@ class TextScore:
     def __init__(self, retriever: Retriever, prompts: Sequence[str], embeds: Embeds) -> None:
         """Fit it. Args: embeds: of the prompts (P, D)."""
         captions = retriever.read(["caption"])["caption"].to_pylist()
-        others = [row for row, caption in enumerate(captions) if caption.strip() not in set(prompts)]
+        own = set(prompts)
+        others = [row for row, caption in enumerate(captions) if caption.strip() not in own]
         if len(others) < _FEWEST_PICTURES:
             raise NotMeasuredError(f"needs {_FEWEST_PICTURES} rows of the index that are no prompts; got {len(others)}")
         chosen = np.sort(np.random.default_rng(0).permutation(others)[:NUM_ROWS])
