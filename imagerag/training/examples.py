@@ -27,7 +27,7 @@ from imagerag.training.config import SynthesizeConfig
 MAX_REFERENCES = 16
 """Kept of each example."""
 _SHARED = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
-"""UNet settings in which student and teacher must agree. A teacher made for larger images runs at the student's size."""
+"""UNet settings in which student and teacher must agree. A teacher for larger images runs at the student's size."""
 _BATCH_ROWS = 8_192
 _VERSION = 1
 """Of what is computed: another one makes other tables."""
