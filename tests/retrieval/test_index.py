@@ -59,13 +59,6 @@ def test_rows_are_looked_up_by_an_index(large: Store) -> None:
     assert "ScalarIndexQuery" in plan(large, Filters(source="even", licence="CC0-1.0").to_sql() or "")
 
 
-@pytest.fixture
-def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure roughly, where it is not what is tested."""
-    monkeypatch.setattr("imagerag.retrieval.index._NUM_QUERIES", 20)
-
-
-@pytest.mark.usefixtures("few_queries")
 def test_a_few_new_rows_are_found_without_an_index_and_many_join_it(tmp_path: Path) -> None:
     store, config = Store(str(tmp_path), "images"), IndexConfig(exact_below=1_000)
     store.open_or_create(ENCODER)
@@ -82,7 +75,6 @@ def test_a_few_new_rows_are_found_without_an_index_and_many_join_it(tmp_path: Pa
     assert rows_with(store.dataset(), "id", make_rows(2_014, 2_016)["id"], ["id"]).num_rows == 0
 
 
-@pytest.mark.usefixtures("few_queries")
 def test_a_table_of_before_gets_the_indexes(large: Store) -> None:
     for column in LOOKED_UP:
         large.dataset().drop_index(f"{column}_idx")
@@ -115,7 +107,6 @@ def test_an_unchanged_table_is_not_indexed_again(store: Store) -> None:
     assert notes == [(4, 4, "unchanged")]
 
 
-@pytest.mark.usefixtures("few_queries")
 def test_another_config_builds_again(store: Store) -> None:
     append(store, make_rows(0, 1_200))
     assert build_index(store, IndexConfig()).kind == "exact"
@@ -196,7 +187,6 @@ def test_probes_follow_the_neighbours_and_the_share_of_rows() -> None:
     assert record.probes("text_embed", 10, share=0.0) == 100
 
 
-@pytest.mark.usefixtures("few_queries")
 def test_a_record_of_before_is_read_and_completed(tmp_path: Path) -> None:
     store, config = Store(str(tmp_path), "images"), IndexConfig(exact_below=1_000)
     store.open_or_create(ENCODER)
@@ -231,7 +221,6 @@ def test_more_is_looked_into_where_neighbours_are_spread(tmp_path: Path) -> None
     assert result.recall_at_10 >= 0.95
 
 
-@pytest.mark.usefixtures("few_queries")
 def test_new_rows_join_the_index(large: Store) -> None:
     for start in (20_000, 20_100):
         append(large, make_rows(start, start + 100, LARGE))
@@ -251,7 +240,6 @@ def test_small_fragments_are_merged(store: Store) -> None:
     assert store.count() == 50
 
 
-@pytest.mark.usefixtures("few_queries")
 def test_partitions_are_trained_anew_when_the_table_has_grown(store: Store) -> None:
     config = IndexConfig(exact_below=1_000)
     for stop, trained in ((1_000, 1_000), (1_500, 1_000), (2_100, 2_100)):
@@ -262,7 +250,6 @@ def test_partitions_are_trained_anew_when_the_table_has_grown(store: Store) -> N
         assert record.num_trained_rows == trained
 
 
-@pytest.mark.usefixtures("few_queries")
 def test_a_table_that_shrank_loses_its_index(store: Store) -> None:
     config = IndexConfig(exact_below=1_000)
     append(store, make_rows(0, 1_100))
