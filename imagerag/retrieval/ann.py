@@ -26,9 +26,9 @@ class IndexRecord:
     """`exact`, or LanceDB's index type."""
     num_rows: int
     num_trained_rows: int
-    """Number of rows when the partitions were trained; 0 for `exact`."""
+    """Rows when the partitions were trained; 0 for `exact`."""
     nprobes: dict[str, int]
-    """Number of partitions that a search of each column probes; empty for `exact`."""
+    """Partitions that a search by a column looks into; nothing for `exact`."""
     recall_at_10: float
     num_unindexed_rows: int
     rows: str = ""

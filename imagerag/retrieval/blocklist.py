@@ -41,7 +41,7 @@ def blocked(store: Store, column: Column) -> list[str]:
 
 
 def is_blocked(store: Store, rows: pa.Table) -> pa.ChunkedArray:
-    """Return which rows are blocked. `rows` has the columns `id`, `url` and `image_sha256`."""
+    """Return which rows must not be in the table. `rows` has the columns `id`, `url` and `image_sha256`."""
     masks = [matches(rows, column, blocked(store, column)) for column in ("id", "url", "image_sha256")]
     return pc.or_(pc.or_(masks[0], masks[1]), masks[2])
 

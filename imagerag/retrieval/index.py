@@ -109,7 +109,7 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
     kind = EXACT if num_rows < config.exact_below else IVF_SQ
     num_trained_rows = _index_vectors(store, kind, num_rows, last)
     if last is not None:
-        # New rows are merged into the existing index, because a search would also have to query every further index.
+        # Merging with the one index that is there keeps it one: a search would look into every further one as well.
         store.dataset().optimize.optimize_indices(num_indices_to_merge=1)
     on_progress(3, _NUM_STEPS, f"indexed {num_rows} rows: {kind}")
     nprobes: dict[str, int] = {}
@@ -141,7 +141,7 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
 
 
 def _digest_of_rows(dataset: LanceDataset) -> str:
-    """Return a digest of everything that distinguishes rows, except their features."""
+    """Return a digest of all that tells rows apart, but for their features."""
     digest = hashlib.sha256()
     for column in dataset.to_table(columns=["id", "url", "source", "licence"]).sort_by("id").columns:
         digest.update("\0".join(column.to_pylist()).encode())

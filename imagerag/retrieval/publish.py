@@ -284,7 +284,7 @@ def drop_history(store: Store) -> None:
 
 
 def check_rows(store: Store, dataset: LanceDataset, max_shrink: float) -> tuple[Check, ...]:
-    """Check the rows of a version, independently of its index."""
+    """Check the rows of a version, whatever its index is like."""
     ids = dataset.to_table(columns=["id", "url", "image_sha256"])
     num_repeated = len(ids) - len(pc.unique(ids["id"]))
     num_bad = _count_bad_embeddings(dataset)

@@ -1,7 +1,7 @@
 """Recall of a table's vector indexes compared with exact search, with the table's own rows as queries.
 
-A neighbour counts as found if its similarity reaches that of the tenth exact neighbour, so that rows with equal
-embeddings are interchangeable (as in ann-benchmarks, https://github.com/erikbern/ann-benchmarks).
+A neighbour counts as found when its similarity reaches that of the tenth exact neighbour, so that rows with equal
+embeddings can stand in for each other (as in ann-benchmarks, https://github.com/erikbern/ann-benchmarks).
 """
 
 from bisect import bisect_left
@@ -33,7 +33,7 @@ class Probe:
     embeds: Embeds
     """(Q, D), L2-normalised."""
     k: int
-    """`K`, plus one if the queries are rows of the column: each finds itself first, which does not count."""
+    """`K`, plus one where a query is itself a row of the column: that row is found first and does not count."""
     thresholds: npt.NDArray[np.float32]
     """(Q,): the similarity of the last exact neighbour."""
 
@@ -73,11 +73,11 @@ def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
 def fewest_probes(
     dataset: LanceDataset, probes: Sequence[Probe], num_partitions: int, target: float, known: Mapping[str, int]
 ) -> tuple[dict[str, int], float]:
-    """Return the number of partitions to probe in a search of each column to reach the target, and the worst recall.
+    """Return how many partitions a search by each column must look into to reach the target, and the worst recall.
 
-    A column's worst probe decides. If not even all partitions reach the target, all are used. Recall grows with the
-    number of partitions, so a binary search tries only few numbers. `known` are the numbers that reached the target in
-    the same partitions before rows were added to them; smaller numbers are not tried.
+    A column's worst probe decides. Where even all partitions do not reach the target, they are the answer. Recall grows
+    with the partitions, so few of the numbers in question have to be tried; of these partitions before they were given
+    more rows it is `known` how many reached the target, and no fewer are tried.
     """
     numbers = [min(_FEWEST_PROBES, num_partitions)]
     while numbers[-1] < num_partitions:
