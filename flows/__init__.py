@@ -1,4 +1,4 @@
-"""Prefect flows: composition only, one a file."""
+"""Prefect flows: one per file, composed of tasks."""
 
 DISTRIBUTION = "imagerag-turbo"
-"""Whose package of this name it is: others have one, too."""
+"""Distribution that this package belongs to: other distributions may have a package of the same name."""

@@ -1,4 +1,4 @@
-"""Evaluate: a trained adapter is measured, registered, and made champion if it is better."""
+"""The flow `evaluate`: measure a trained adapter, register it, and make it champion if the gate passes."""
 
 from typing import Self
 
@@ -17,22 +17,22 @@ from tasks.slots import compute_slot
 
 
 class EvaluateParameters(Config):
-    """What to measure, and what to reach."""
+    """Parameters of `evaluate`."""
 
-    name: str = Field(default=DEFAULT_NAME, description="The corpus, with a published index.")
+    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus; it needs a published index.")
     adapter: str | None = Field(
-        default=None, description="A folder that a training left; unset: that of the corpus's last training."
+        default=None, description="Folder or URI of a trained adapter; unset: the corpus's last training."
     )
-    evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What is generated and measured.")
-    gate: GateConfig = Field(default=GateConfig(), description="What a candidate must reach to become champion.")
+    evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What to generate and measure.")
+    gate: GateConfig = Field(default=GateConfig(), description="Conditions for a candidate to become champion.")
     portable: bool = Field(
-        default=False, description="Pack the index into the model, for machines that can't reach the store."
+        default=False, description="Pack a copy of the index into the model, for machines that can't reach the store."
     )
     keep_models: int = Field(
         default=10,
         ge=0,
-        description="Registered versions that are kept beside those with an alias and those that people promoted or "
-        "rolled back; older ones are removed, with what they keep of their index.",
+        description="Number of registered versions to keep, in addition to versions with an alias and versions that "
+        "people promoted or rolled back; older ones are removed, and no longer keep their version of the index.",
     )
 
     _check_name = field_validator("name")(check_name)
@@ -45,9 +45,9 @@ class EvaluateParameters(Config):
 
 @flow_of(EvaluateParameters)
 def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
-    """Compare an adapter with base model, teacher and champion; register it, and make it champion if it is better.
+    """Compare an adapter with base model, teacher and champion; register it, and make it champion if the gate passes.
 
-    Run it again at any time: pictures that are there are not made again, and nothing is registered twice.
+    A second run reuses existing pictures and registers nothing twice.
     """
     settings = Settings()
     adapter = parameters.adapter

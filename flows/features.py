@@ -1,4 +1,4 @@
-"""Features: what a base model makes of every row is computed once and published with the index."""
+"""The flow `features`: compute a base model's features of every row once, and publish them with the index."""
 
 from pydantic import Field, field_validator
 
@@ -18,21 +18,23 @@ from tasks.slots import compute_slot
 
 
 class FeaturesParameters(Config):
-    """Which index to make features for, and how."""
+    """Parameters of `features`."""
 
-    name: str = Field(default=DEFAULT_NAME, description="The corpus.")
-    features: FeaturesConfig = Field(default=FeaturesConfig(), description="How features are made.")
-    index: IndexConfig = Field(default=IndexConfig(), description="How the index is built.")
-    publish: PublishConfig = Field(default=PublishConfig(), description="What a version must pass to be published.")
+    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus.")
+    features: FeaturesConfig = Field(default=FeaturesConfig(), description="How to compute features.")
+    index: IndexConfig = Field(default=IndexConfig(), description="How to build the index.")
+    publish: PublishConfig = Field(
+        default=PublishConfig(), description="Checks that a version must pass to be published."
+    )
 
     _check_name = field_validator("name")(check_name)
 
 
 @flow_of(FeaturesParameters)
 def features(parameters: FeaturesParameters) -> FeaturesReport:
-    """Make the cached features of an index for a base model, and publish them.
+    """Compute the cached features of an index for a base model, and publish them.
 
-    Run it again at any time: only rows without features are encoded.
+    A second run encodes only rows without features.
     """
     with compute_slot(), alone_at(parameters.name):
         cached = make_features(parameters.name, parameters.features)

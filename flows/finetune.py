@@ -1,4 +1,4 @@
-"""Fine-tune: a published index with features becomes an adapter that uses it."""
+"""The flow `finetune`: train an adapter on a published index with features."""
 
 from pydantic import Field, field_validator
 
@@ -15,19 +15,19 @@ from tasks.slots import compute_slot
 
 
 class FinetuneParameters(Config):
-    """What to learn from, and how; unset values are of the recipe `tiny`."""
+    """Parameters of `finetune`; defaults are those of the recipe `tiny`."""
 
-    name: str = Field(default=DEFAULT_NAME, description="The corpus, which needs features of the base model.")
-    data: SynthesizeConfig = Field(default=config.tiny().data, description="What is learnt from.")
-    training: FinetuneConfig = Field(default=config.tiny().training, description="How it is learnt.")
-    workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="On which machines.")
-    group: str | None = Field(default=None, description="An MLflow run to nest this one's under, for ablations.")
+    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus; it needs features of the base model.")
+    data: SynthesizeConfig = Field(default=config.tiny().data, description="Training data.")
+    training: FinetuneConfig = Field(default=config.tiny().training, description="Optimisation.")
+    workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="Training workers.")
+    group: str | None = Field(default=None, description="Parent MLflow run of this training's run, for ablations.")
     anew: bool = Field(
         default=False,
-        description="Begin on the published index, even where a training with these parameters was begun on an earlier "
-        "version and is not finished.",
+        description="Start a new training on the published index, even if an unfinished training with these parameters "
+        "exists for an earlier version.",
     )
-    dry_run: bool = Field(default=False, description="Only say what it would take.")
+    dry_run: bool = Field(default=False, description="Only estimate memory, steps and time.")
 
     _check_name = field_validator("name")(check_name)
 
@@ -36,7 +36,7 @@ class FinetuneParameters(Config):
 def finetune(parameters: FinetuneParameters) -> FinetuneReport:
     """Train an adapter and LoRA for an index by latent adversarial distillation.
 
-    Run it again at any time: it goes on with what was stopped, and redoes nothing that is done.
+    A second run resumes an interrupted training and skips finished work.
     """
     if parameters.dry_run:
         return FinetuneReport(name=parameters.name, plan=_plan(parameters)[1])

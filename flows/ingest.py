@@ -1,4 +1,4 @@
-"""Ingest: a folder of images, or a list of image URLs, becomes a published, searchable index."""
+"""The flow `ingest`: build a published, searchable index of a folder of images or a list of image URLs."""
 
 from typing import Literal, Self
 
@@ -25,44 +25,48 @@ from tasks.report import CorpusReport, write_report
 
 
 class CorpusParameters(Config):
-    """What to index, and how."""
+    """Parameters of `ingest` and `reindex`."""
 
     url_list: str = Field(
         title="Folder or URL list",
-        description="On any fsspec path: a folder of images; image URLs with captions, as parquet, csv, tsv, json or "
-        "jsonl, or URLs alone as txt; or a dataset with its images, as parquet, webdataset tars or a Lance table. A "
-        "list is a file, also packed (.gz, .zst), or a folder or a glob of them.",
+        description="A path or any fsspec URI of: a folder of images; a list of image URLs with captions, as parquet, "
+        "csv, tsv, json or jsonl, or of plain URLs, as txt; or a dataset with its images, as parquet, webdataset tars "
+        "or a Lance table. A list is a file (also compressed, .gz or .zst), or a folder or glob of files.",
     )
-    name: str = Field(default=DEFAULT_NAME, description="Names the corpus: its shards folder and its table.")
+    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus, of its shards folder and its table.")
     captions: str | None = Field(
         default=None,
-        description="Of a folder's images: a table of file names and captions, as parquet, csv, tsv, json or jsonl. "
-        "Unset: its `metadata.csv`, or what `name.txt` beside `name.jpg` says, else the words of the file's name.",
+        description="Captions of a folder's images: a table of file names and captions, as parquet, csv, tsv, json or "
+        "jsonl. Unset: `metadata.csv` in the folder, or the text of `name.txt` next to `name.jpg`, or the words of "
+        "the file name.",
     )
     columns: UrlColumns = Field(
-        default=UrlColumns(), description="Columns of the list or of the captions; unset ones are guessed."
+        default=UrlColumns(), description="Columns of the list or the captions table; unset columns are guessed."
     )
     bad_rows: BadRows = Field(
-        default=BadRows(), description="What happens to rows of the list or of the captions that can't be used."
+        default=BadRows(), description="How to treat unusable rows of the list or the captions table."
     )
     encoder: str = Field(
         default="tiny",
-        description="`tiny`, an open_clip name and tag (`ViT-B-32/openai`), `hf-hub:org/name@commit`, or a folder.",
+        description="Encoder: `tiny`, an open_clip name and tag (`ViT-B-32/openai`), `hf-hub:org/name@commit`, or a "
+        "folder.",
     )
     retry_failed: bool = Field(
         default=False,
-        description="Try again all that failed in earlier runs. What may pass (no connection, a busy server, ...) is "
-        "tried again anyway, in five runs at most.",
+        description="Retry all URLs that failed in earlier runs. Transient failures (no connection, a busy server, "
+        "...) are retried anyway, in five runs at most.",
     )
     refresh: bool = Field(
         default=False,
-        description="Ask every URL whether its picture is another one by now, by what its server said of it before "
-        "(ETag, Last-Modified). Off, what was fetched is not asked for again.",
+        description="Ask servers whether images have changed, by conditional requests (ETag, Last-Modified), and fetch "
+        "those that have. Off: fetched URLs are not requested again.",
     )
-    download: DownloadConfig = Field(default=DownloadConfig(), description="How images are fetched.")
-    embed: EmbedConfig = Field(default=EmbedConfig(), description="How images and captions are embedded.")
-    index: IndexConfig = Field(default=IndexConfig(), description="How the index is built.")
-    publish: PublishConfig = Field(default=PublishConfig(), description="What a version must pass to be published.")
+    download: DownloadConfig = Field(default=DownloadConfig(), description="How to fetch images.")
+    embed: EmbedConfig = Field(default=EmbedConfig(), description="How to embed images and captions.")
+    index: IndexConfig = Field(default=IndexConfig(), description="How to build the index.")
+    publish: PublishConfig = Field(
+        default=PublishConfig(), description="Checks that a version must pass to be published."
+    )
 
     _check_name = field_validator("name")(check_name)
     _check_encoder = field_validator("encoder")(check_spec)
@@ -74,20 +78,20 @@ class CorpusParameters(Config):
 
 
 class NotPublishedError(UserError):
-    """The new version failed its checks: readers stay on the version that they see."""
+    """The new version failed its checks; readers keep the version that was published before."""
 
 
 @flow_of(CorpusParameters)
 def ingest(parameters: CorpusParameters) -> CorpusReport:
     """Add a folder of images, or a list of image URLs, to a corpus: download, embed, index, publish.
 
-    Run it again at any time: it continues what is unfinished and redoes nothing that is done.
+    A second run continues unfinished work and skips finished work.
     """
     return update_corpus(parameters, mode="add")
 
 
 def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"]) -> CorpusReport:
-    """Run the stages on images that are added to the corpus, or that from now on are the corpus."""
+    """Run the stages with images that are added to the corpus (`add`) or that replace its contents (`replace`)."""
     with alone_at(parameters.name):
         report = _update(parameters, mode)
     publication = report.publication

@@ -1,4 +1,4 @@
-"""Pipeline: from a list of image URLs to a registered champion, by the other flows; what is done is skipped."""
+"""The flow `pipeline`: run the other flows from images to a registered champion; finished work is skipped."""
 
 import time
 from collections.abc import Callable
@@ -24,15 +24,15 @@ R = TypeVar("R")
 
 
 class PipelineParameters(CorpusParameters):
-    """What `ingest` is given, and what the parts after it are, which are about its index."""
+    """Parameters of `ingest` and of the flows that follow it on its index."""
 
-    features: FeaturesConfig = Field(default=FeaturesConfig(), description="How cached features are made.")
-    data: SynthesizeConfig = Field(default=config.tiny().data, description="What is learnt from.")
-    training: FinetuneConfig = Field(default=config.tiny().training, description="How it is learnt.")
-    workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="The machines of the training.")
-    evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What is generated and measured.")
-    gate: GateConfig = Field(default=GateConfig(), description="What a candidate must reach to become champion.")
-    portable: bool = Field(default=False, description="Pack the index into the registered model.")
+    features: FeaturesConfig = Field(default=FeaturesConfig(), description="How to compute cached features.")
+    data: SynthesizeConfig = Field(default=config.tiny().data, description="Training data.")
+    training: FinetuneConfig = Field(default=config.tiny().training, description="Optimisation.")
+    workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="Training workers.")
+    evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What to generate and measure.")
+    gate: GateConfig = Field(default=GateConfig(), description="Conditions for a candidate to become champion.")
+    portable: bool = Field(default=False, description="Pack a copy of the index into the registered model.")
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
@@ -45,15 +45,15 @@ class PipelineParameters(CorpusParameters):
         return self
 
     def part(self, model: type[Config]) -> dict[str, Any]:
-        """Return what the flow of `model` takes of these parameters."""
+        """Return the parameters that the flow with the parameters `model` takes."""
         return {field: getattr(self, field) for field in model.model_fields if hasattr(self, field)}
 
 
 @flow_of(PipelineParameters)
 def pipeline(parameters: PipelineParameters) -> PipelineReport:
-    """Make a champion of a list of image URLs: ingest, features, finetune, evaluate.
+    """Run everything from images, or a list of their URLs, to a champion: ingest, features, finetune, evaluate.
 
-    Run it again at any time: every part continues what is unfinished and says what was done before.
+    In a second run, every flow continues unfinished work and reports what was done before.
     """
     corpus, corpus_s = _timed(lambda: ingest(**parameters.part(CorpusParameters)))
     cached, cached_s = _timed(lambda: features(**parameters.part(FeaturesParameters)))
@@ -63,7 +63,7 @@ def pipeline(parameters: PipelineParameters) -> PipelineReport:
     adapter = trained.finetuned.uri
     evaluated, evaluated_s = _timed(lambda: evaluate(**parameters.part(EvaluateParameters), adapter=adapter))
     fetched, added = corpus.download.num_fetched, corpus.embedded.num_added
-    is_more = corpus.download.num_bytes or added  # what only failed again is nothing
+    is_more = corpus.download.num_bytes or added  # URLs that only failed again do not count
     stages = (
         Stage(name="ingest", made=f"{fetched:,} fetched, {added:,} rows" if is_more else "", seconds=corpus_s),
         Stage(name="features", made=_rows(cached.cached.num_added), seconds=cached_s),

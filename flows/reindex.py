@@ -1,4 +1,4 @@
-"""Re-index: the published index follows its folder or list."""
+"""The flow `reindex`: make the published index match its folder or list."""
 
 from flows.ingest import CorpusParameters, update_corpus
 from tasks.parameters import flow_of
@@ -7,8 +7,8 @@ from tasks.report import CorpusReport
 
 @flow_of(CorpusParameters)
 def reindex(parameters: CorpusParameters) -> CorpusReport:
-    """Make a corpus exactly its folder or list: fetch and embed what is new or changed, drop what is gone.
+    """Make a corpus match a folder or list exactly: fetch and embed new and changed images, remove missing ones.
 
-    Nothing else is touched.
+    Other rows stay unchanged.
     """
     return update_corpus(parameters, mode="replace")

@@ -1,4 +1,4 @@
-"""One Prefect task a stage: retries, progress, one call into `imagerag`."""
+"""Prefect tasks, one per stage: retries, progress and one call into `imagerag`."""
 
 DISTRIBUTION = "imagerag-turbo"
-"""Whose package of this name it is: others have one, too."""
+"""Distribution that this package belongs to: other distributions may have a package of the same name."""

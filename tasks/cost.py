@@ -1,4 +1,4 @@
-"""What a flow's run cost: what is measured, and nothing else."""
+"""Cost of a flow run, from measured values only."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -10,13 +10,13 @@ from imagerag.compute import capacity
 from imagerag.settings import Settings
 
 Measured = Download | Embedded | CachedFeatures | TrainingSet
-"""The stages that sum up their workers' time."""
+"""Results of stages that measure their workers' time."""
 
 _NAMES = {Download: "download", Embedded: "embed", CachedFeatures: "features", TrainingSet: "training set"}
 
 
 def cost(stages: Sequence[Measured]) -> dict[str, str]:
-    """The figures, with their values, of what the running flow has cost until now."""
+    """Return the cost of the running flow until now, as names of figures with their values."""
     context = FlowRunContext.get()
     assert context is not None, "a cost is a flow's"
     wall_s = (datetime.now(UTC) - context.start_time).total_seconds()

@@ -1,4 +1,4 @@
-"""All that there is to know of a corpus at a glance: what is published, its model, and what Prefect has done for it."""
+"""The status page of a corpus: its published index, the champion that uses it, and its runs in Prefect."""
 
 import json
 from collections.abc import Mapping
@@ -38,32 +38,32 @@ _NUM_SCHEDULED = 100
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What a Prefect server knows of a corpus."""
+    """Runs and failures of a corpus, from a Prefect server."""
 
     runs: tuple[FlowRun, ...]
-    """Begun, the last first."""
+    """Started runs, latest first."""
     next_run: FlowRun | None
     failures: tuple[tuple[datetime, Mapping[str, int]], ...]
-    """When an ingest or re-indexing ended, and how many rows had failed by each reason; the last first."""
+    """Time of each report of `ingest` or `reindex`, and the number of failed rows by reason; latest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dashboard:
-    """A corpus: what readers see, which model uses it, what was run and what is next."""
+    """The status of a corpus: published index, champion, past runs and the next scheduled run."""
 
     name: str
     index: IndexStatus | None
-    """None where there is no table."""
+    """None if there is no table."""
     champion: VersionInfo | None
-    """None where the model in use is none of this corpus, or where that is not known."""
+    """None if the champion uses another corpus, or if the registry can't be read."""
     fault: str
-    """Why it is not known, for people; else nothing."""
+    """Error message if the registry can't be read, otherwise empty."""
     champion_link: str | None
     history: History | None
-    """None where no server was asked."""
+    """None without a running server."""
 
     def markdown(self) -> str:
-        """Return the page, for Prefect's UI and for a terminal."""
+        """Return the page in markdown, for Prefect's UI and the terminal."""
         pages = [f"# {self.name}", table(self._index_figures() | self._champion_figures() | self._next_figures())]
         if self.history is None:
             pages.append("What was run is known to Prefect's server, which does not run: `imagerag up` starts it.")
@@ -106,12 +106,12 @@ class Dashboard:
 
 
 def collect(settings: Settings, name: str, client: SyncPrefectClient | None) -> Dashboard:
-    """Look everything up.
+    """Collect the status of a corpus.
 
     Args:
-        settings: where the index and MLflow are.
-        name: of the corpus.
-        client: of a Prefect server, if one runs.
+        settings: locations of the index and MLflow.
+        name: name of the corpus.
+        client: client of the Prefect server, None if none runs.
 
     """
     store, champion, fault = Store(settings.index_uri, name), None, ""
@@ -130,7 +130,7 @@ def collect(settings: Settings, name: str, client: SyncPrefectClient | None) -> 
 
 
 def write_dashboard(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Bring the page of the corpus up to date that a run worked on: a hook of every flow, for when it ends."""
+    """Update the status page of a run's corpus: every flow's completion and failure hook."""
     del flow, state
     name = _name(flow_run)
     with get_client(sync_client=True) as client:
@@ -139,7 +139,7 @@ def write_dashboard(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) 
 
 
 def _history(name: str, client: SyncPrefectClient) -> History:
-    named = FlowRunFilterName(any_=[f"{flow} {name}" for flow in _FLOWS])  # as runs are called once they have begun
+    named = FlowRunFilterName(any_=[f"{flow} {name}" for flow in _FLOWS])  # names of started runs
     scheduled = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
     waiting = client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=scheduled),
@@ -172,7 +172,7 @@ def _counts(data: Any) -> dict[str, int]:
 
 
 def _failures(history: History) -> str:
-    """Return a table with a row for each report, and a column for each reason of any."""
+    """Return a table with a row per report and a column per reason."""
     reasons = sorted({reason for _, counts in history.failures for reason in counts})
     if not reasons:
         return "None."

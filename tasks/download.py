@@ -1,4 +1,4 @@
-"""A folder of images, or a URL list, to webdataset shards."""
+"""The task `download`: images of a folder or a URL list to webdataset shards."""
 
 from typing import Literal
 
@@ -26,7 +26,7 @@ def download_images(
     retry_failed: bool,
     refresh: bool,
 ) -> Download:
-    """Fetch what the corpus `name` wants and does not have."""
+    """Fetch the images that the corpus `name` lacks."""
     settings, logger = Settings(), get_run_logger()
     with StageProgress("read", "images") as on_progress:
         urls = read_images(url_list, captions, columns, on_progress, bad_rows)

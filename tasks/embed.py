@@ -1,4 +1,4 @@
-"""Webdataset shards to table rows."""
+"""The task `embed`: webdataset shards to table rows."""
 
 from prefect import get_run_logger
 
@@ -13,7 +13,7 @@ from tasks.progress import StageProgress
 
 @stage("embed")
 def embed_images(download: Download, name: str, encoder: str, config: EmbedConfig, max_shrink: float) -> Embedded:
-    """Make the table `name` hold exactly the images that the corpus wants and has."""
+    """Update the table `name` to exactly the corpus's successfully downloaded images."""
     settings = Settings()
     with StageProgress("embed", "images") as on_progress:
         result = embed(

@@ -1,4 +1,4 @@
-"""A trained adapter to a measured, registered model, and to the champion if it is better."""
+"""The tasks of the flow `evaluate`: measure an adapter, apply the gate, register the model."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,8 +29,8 @@ _LONGEST_DAYS = 7
 def evaluate_adapter(
     finetuned: Finetuned, config: EvaluateConfig, gate: GateConfig, champion: Champion | None
 ) -> Evaluated:
-    """Make pictures in every way, and measure them."""
-    from imagerag.evaluation.job import evaluate  # imports torch, which other flows need not wait for
+    """Generate pictures with every compared method, and compute their metrics."""
+    from imagerag.evaluation.job import evaluate  # imports torch, which is slow and which other flows don't need
 
     with StageProgress("evaluate", "pictures") as on_progress:
         deployed = None if champion is None else champion.deployed
@@ -43,7 +43,7 @@ def evaluate_adapter(
 
 @stage("gate")
 def pass_gate(finetuned: Finetuned, evaluated: Evaluated, config: GateConfig, champion: Champion | None) -> Decision:
-    """Decide whether the candidate may become champion, and leave the reasons as an artifact."""
+    """Decide whether the candidate may become champion, and create an artifact with the reasons."""
     decision = decide(
         read_results(evaluated.uri),
         config,
@@ -64,7 +64,7 @@ def pass_gate(finetuned: Finetuned, evaluated: Evaluated, config: GateConfig, ch
 def register_model(
     finetuned: Finetuned, evaluated: Evaluated, decision: Decision, *, portable: bool, keep: int
 ) -> Registered:
-    """Register the candidate with its results, make it champion if it passed the gate, and remove what is too old."""
+    """Register the candidate with its results, promote it if it passed the gate, and remove old versions."""
     settings = Settings()
     tags = {
         "imagerag.gate": "passed" if decision.passed else "failed",

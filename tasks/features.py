@@ -1,4 +1,4 @@
-"""Table rows to cached features."""
+"""The task `features`: table rows to cached features."""
 
 from prefect import get_run_logger
 
@@ -13,7 +13,7 @@ from tasks.progress import StageProgress
 
 @stage("features")
 def make_features(name: str, config: FeaturesConfig) -> CachedFeatures:
-    """Give every row of the table `name` its features for a base model."""
+    """Compute the features of a base model for every row of the table `name`."""
     settings = Settings()
     with StageProgress("features", "rows") as on_progress:
         result = cache_features(Store(settings.index_uri, name), config, settings, on_progress)

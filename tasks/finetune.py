@@ -1,4 +1,4 @@
-"""A published index with features to a trained adapter."""
+"""The tasks of the flow `finetune`: a published index with features to a trained adapter."""
 
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
@@ -23,7 +23,7 @@ _LONGEST_DAYS = 30
 
 @stage("version")
 def choose_version(name: str, data: SynthesizeConfig, training: FinetuneConfig, *, anew: bool) -> int:
-    """Find the version of the index that is learnt from, and say where that is not the published one."""
+    """Return the version of the index to train on, and log a warning if it is not the published one."""
     settings = Settings()
     version = version_to_learn_from(name, data, training, settings, anew=anew)
     published = require_published(Store(settings.index_uri, name))
@@ -39,7 +39,7 @@ def choose_version(name: str, data: SynthesizeConfig, training: FinetuneConfig, 
 
 @stage("plan")
 def plan_training(name: str, index_version: int, data: SynthesizeConfig, training: FinetuneConfig) -> Plan:
-    """Find out what the training will take, and leave it as an artifact."""
+    """Estimate the training's memory, steps and time, and create an artifact with them."""
     settings = Settings()
     examples = Examples(Retriever(settings.index_uri, name, version=index_version), data, settings.training_of(name))
     made = plan(examples, training)
@@ -53,7 +53,7 @@ def plan_training(name: str, index_version: int, data: SynthesizeConfig, trainin
 
 @stage("synthesize", timeout_days=_LONGEST_DAYS)
 def synthesize_examples(name: str, index_version: int, config: SynthesizeConfig) -> TrainingSet:
-    """Make what the training learns from."""
+    """Make the training set: latents and references."""
     with StageProgress("synthesize", "rows") as on_progress:
         result = synthesize(name, config, Settings(), on_progress, index_version=index_version)
     logger = get_run_logger()
@@ -68,7 +68,7 @@ def synthesize_examples(name: str, index_version: int, config: SynthesizeConfig)
 def train_adapter(
     training_set: TrainingSet, config: FinetuneConfig, workers: TrainWorkersConfig, group: str | None
 ) -> Finetuned:
-    """Train the adapter, or go on where it was stopped."""
+    """Train the adapter, or resume an interrupted training."""
     with StageProgress("train", "steps") as on_progress:
         result = finetune(training_set, config, workers, Settings(), on_progress, group=group)
     logger = get_run_logger()

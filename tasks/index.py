@@ -1,4 +1,4 @@
-"""Table rows to a measured index."""
+"""The task `index`: table rows to an index with measured recall."""
 
 from prefect import get_run_logger
 
@@ -11,7 +11,7 @@ from tasks.progress import StageProgress
 
 @stage("index")
 def index_rows(rows: Embedded | CachedFeatures, config: IndexConfig) -> IndexBuild:
-    """Index the table's newest version and measure the recall."""
+    """Index the newest version of the table, and measure recall@10."""
     with StageProgress("index", "steps") as on_progress:
         result = build_index(Store(rows.uri, rows.table), config, on_progress)
     get_run_logger().info("index of version %s: %s, recall@10 %.3f", result.version, result.kind, result.recall_at_10)

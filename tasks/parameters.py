@@ -1,4 +1,4 @@
-"""A flow's parameters: declared once, as a model, and given to Prefect one by one, so that its form is flat."""
+"""Parameters of flows: declared once, as a pydantic model, and passed to Prefect as keywords, for a flat form."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -27,10 +27,10 @@ _WRAPPED, _VARIABLE = "__prefect_kind", "workspace_variable"
 
 
 def flow_of(model: type[C]) -> Callable[[Callable[[C], R]], Flow[..., R]]:
-    """Make a function of a model the Prefect flow of its name, which takes the model's fields as keywords.
+    """Return a decorator: it turns a function of a `model` into a Prefect flow with the model's fields as keywords.
 
-    Prefect knows of a flow what its function's signature says: here, all that the model says. The model alone checks
-    what a run is given, so that a mistake is one line that names the parameter, its rule and the value.
+    Prefect derives a flow's form from its function's signature, which is built from the model here. Only the model
+    validates a run's parameters, so that an error is one line that names the parameter, its constraint and the value.
     """
 
     def decorate(function: Callable[[C], R]) -> Flow[..., R]:
@@ -58,7 +58,7 @@ def flow_of(model: type[C]) -> Callable[[Callable[[C], R]], Flow[..., R]]:
 
 
 def _tag(name: str) -> None:
-    """Tag the running flow with its corpus, by which the UI can filter runs."""
+    """Tag the running flow with its corpus, so that the UI can filter runs by corpus."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return
@@ -67,12 +67,12 @@ def _tag(name: str) -> None:
 
 
 def unwrapped(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters without what Prefect's UI puts around a value that was entered as JSON or is a variable.
+    """Return parameters without the wrappers that Prefect's UI puts around JSON values and variables.
 
-    Its server does so for a run that a person starts, and does not for one that a schedule starts.
+    Prefect's server unwraps them for runs that people start, but not for scheduled runs.
 
     Raises:
-        UserError: if such a value can't be read.
+        UserError: if a wrapped value can't be read.
     """
     text = json.dumps(values, default=str)
     if _WRAPPED not in text:
@@ -93,14 +93,14 @@ def _variables() -> dict[str, Any]:
 
 
 def _signature(model: type[Config]) -> Signature:
-    """Return keyword parameters that make the form of a model: single values first, groups of them after those."""
+    """Return the keyword parameters for a model's form: single values first, then groups of values."""
     shown = model.model_json_schema()["properties"]
     parameters = [_parameter(name, field, shown[name]) for name, field in model.model_fields.items()]
     return Signature(sorted(parameters, key=lambda each: "$ref" in shown[each.name]))
 
 
 def _parameter(name: str, field: FieldInfo, shown: dict[str, Any]) -> Parameter:
-    # Prefect labels a parameter by its name, unless the extra schema says otherwise.
+    # Prefect labels a parameter with its name, unless the extra schema has a title.
     extra = {"title": shown["title"]}
     is_group = "$ref" in shown
     kind = field.annotation if is_group else Annotated[Any, WithJsonSchema(shown)]

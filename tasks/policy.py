@@ -1,4 +1,4 @@
-"""What every stage's task has in common."""
+"""Retries, locks and logging that all stages share."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ _DAY_S = 24 * 3600
 
 
 def stage(name: str, *, timeout_days: int = 1) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """Make a function the Prefect task of one stage, which is ended after `timeout_days`.
+    """Return a decorator: it turns a function into the Prefect task of a stage, with a timeout of `timeout_days`.
 
-    A retry continues what is unfinished, because every stage keeps its own markers; for the same reason Prefect's
-    cache, which would be a second memory, is off.
+    A retry continues unfinished work, because every stage stores its own completion markers. Prefect's cache is off,
+    because it would duplicate them.
     """
     return task(
         name=name,
@@ -38,12 +38,12 @@ def stage(name: str, *, timeout_days: int = 1) -> Callable[[Callable[P, R]], Tas
 
 
 def _is_worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether another try can help: not where the user has to mend something."""
+    """Return whether to retry: not after a `UserError`, which the user has to fix."""
     return not isinstance(state.data, UserError)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Log the user's mistake as what it is: a message."""
+    """Log a `UserError` as its message, without a traceback."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, UserError):
         record.msg, record.args, record.exc_info = str(error), (), None
@@ -52,9 +52,9 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def alone_at(name: str) -> Iterator[None]:
-    """Let one flow at a time bring the corpus `name` up to date, whatever deployment, command or machine it is of.
+    """Hold the update lock of the corpus `name`, which only one flow on any machine can have.
 
-    Between its stages others would find rows that are on their way out and none yet in their place, and publish that.
+    Without it, another flow could publish the state between two stages: rows removed and not replaced yet.
     """
     logger = get_run_logger()
     with named_run(), Store(Settings().index_uri, name).update_lock(logger.info):
@@ -63,12 +63,12 @@ def alone_at(name: str) -> Iterator[None]:
 
 @contextmanager
 def named_run() -> Iterator[None]:
-    """Let others who have to wait for this flow be told which it is."""
+    """Name the running flow in its locks, so that waiting jobs can log it."""
     with named_job(f"{flow_run.flow_name} {flow_run.name}"):
         yield
 
 
 def hide_user_tracebacks() -> None:
-    """Have the running flow log a `UserError` without its traceback."""
+    """Make the running flow log a `UserError` without its traceback."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_traceback)

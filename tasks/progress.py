@@ -1,4 +1,4 @@
-"""A stage's progress, shown in the Prefect UI and, where there is one, on the terminal."""
+"""Progress of a stage, in the Prefect UI and, if there is one, on the terminal."""
 
 import sys
 import time
@@ -12,9 +12,9 @@ _SECONDS_BETWEEN_UPDATES = 1.0
 
 
 class StageProgress:
-    """An `imagerag.progress.OnProgress` that keeps a Prefect progress artifact and a terminal bar up to date.
+    """A progress callback (`imagerag.progress.OnProgress`) that updates a Prefect artifact and a terminal bar.
 
-    The artifact is made with the first report, so that a stage with nothing to do shows none.
+    The artifact is created by the first call, so that a stage with nothing to do has none.
     """
 
     def __init__(self, stage: str, unit: str) -> None:
@@ -34,7 +34,7 @@ class StageProgress:
             self._bar.close()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Show `done` of `total`; the artifact is updated once a second at most, and always at the end."""
+        """Show `done` of `total`; the artifact is updated at most once a second, and at the end."""
         self._show_bar(done, total, note)
         now = time.monotonic()
         if now < self._next_update and done < total:

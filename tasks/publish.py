@@ -1,4 +1,4 @@
-"""A measured index to what readers see, and the events that automations in `infra/prefect.yaml` wait for."""
+"""The task `publish`: publish an index, and emit the events that trigger automations in `infra/prefect.yaml`."""
 
 from prefect import get_run_logger
 from prefect.events import emit_event
@@ -31,7 +31,7 @@ def publish_index(index: IndexBuild, config: PublishConfig) -> Publication:
 
 @stage("champion")
 def check_champion(cached: CachedFeatures, publication: Publication) -> None:
-    """Announce a champion that does not use the published index yet, where that has the features for it."""
+    """Emit an event if the champion uses an older version of the published index, which has the features for it."""
     assert publication.version is not None, publication
     try:
         adapter = champion_behind(Settings(), cached, publication.version)
@@ -43,6 +43,6 @@ def check_champion(cached: CachedFeatures, publication: Publication) -> None:
 
 
 def _announce(event: str, name: str, **payload: str | int) -> None:
-    """Emit an event about an index. Prefect adds which flow, deployment and task it comes from."""
+    """Emit an event about an index. Prefect adds the flow, deployment and task that it comes from."""
     resource = {"prefect.resource.id": f"imagerag.index.{name}", "prefect.resource.name": name}
     emit_event(event, resource, payload=payload)

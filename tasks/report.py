@@ -1,4 +1,4 @@
-"""What a run did, as artifacts to look at in the Prefect UI."""
+"""Reports of flow runs, as artifacts in the Prefect UI."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ from imagerag.training.plan import Plan
 from tasks.cost import Measured, cost
 
 FAILURES = "failures"
-"""The kind of the artifact that has the failed rows of a corpus by reason."""
+"""Kind of the artifact with a corpus's failed rows by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusReport:
-    """All that one run of `ingest` or `reindex` did."""
+    """Results of a run of `ingest` or `reindex`."""
 
     name: str
     rows_before: int
@@ -43,7 +43,7 @@ class CorpusReport:
     publication: Publication
 
     def rows(self) -> list[dict[str, str]]:
-        """Figures and their values, in reading order."""
+        """Return figures and their values, in reading order."""
         download, embedded, index, publication = self.download, self.embedded, self.index, self.publication
         before, after = (_version(v) for v in (publication.previous_version, publication.version))
         outcome = "" if publication.published else " (the new version failed its checks)"
@@ -61,7 +61,7 @@ class CorpusReport:
         return [{"figure": figure, "value": value} for figure, value in figures.items()]
 
     def markdown(self) -> str:
-        """The report as a page."""
+        """Return the report in markdown."""
         lines = [f"# {self.name}", "", table({row["figure"]: row["value"] for row in self.rows()})]
         lines += ["", "## Checks before publishing", "", "| check | result | seen |", "|---|---|---|"]
         checks = self.publication.checks
@@ -77,7 +77,7 @@ class CorpusReport:
 
 @task(name="report", cache_policy=NO_CACHE)
 def write_report(report: CorpusReport) -> None:
-    """Leave the report as a markdown artifact and the failures as a table artifact."""
+    """Create a markdown artifact with the report, and a table artifact with the failures."""
     stages = (report.download, report.embedded)
     _write("corpus", report.name, f"What the run did to {report.name}", report.markdown(), stages)
     create_table_artifact(
@@ -92,14 +92,14 @@ def write_report(report: CorpusReport) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesReport:
-    """All that one run of `features` did."""
+    """Results of a run of `features`."""
 
     name: str
     cached: CachedFeatures
     publication: Publication
 
     def markdown(self) -> str:
-        """The report as a page."""
+        """Return the report in markdown."""
         cached = self.cached
         figures = {
             "base model": f"{cached.base_id} (features' digest {cached.features_digest})",
@@ -113,13 +113,13 @@ class FeaturesReport:
 
 @task(name="report", cache_policy=NO_CACHE)
 def write_features_report(report: FeaturesReport) -> None:
-    """Leave the report as a markdown artifact."""
+    """Create a markdown artifact with the report."""
     _write("features", report.name, f"Cached features of {report.name}", report.markdown(), (report.cached,))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneReport:
-    """All that one run of `finetune` did: only a plan, where it was a dry run."""
+    """Results of a run of `finetune`; a dry run has only a plan."""
 
     name: str
     plan: Plan
@@ -127,7 +127,7 @@ class FinetuneReport:
     finetuned: Finetuned | None = None
 
     def markdown(self, finetuned: Finetuned, training_set: TrainingSet) -> str:
-        """The report as a page."""
+        """Return the report in markdown."""
         rows = f"{training_set.num_real:,} of the index, {training_set.num_teacher:,} by the teacher"
         figures = {
             "base model": f"{finetuned.base} (digest {finetuned.base_digest})",
@@ -146,7 +146,7 @@ class FinetuneReport:
 
 @task(name="report", cache_policy=NO_CACHE)
 def write_finetune_report(report: FinetuneReport) -> None:
-    """Leave the report as a markdown artifact."""
+    """Create a markdown artifact with the report."""
     assert report.finetuned is not None, report
     assert report.training_set is not None, report
     markdown = report.markdown(report.finetuned, report.training_set)
@@ -155,7 +155,7 @@ def write_finetune_report(report: FinetuneReport) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateReport:
-    """All that one run of `evaluate` did."""
+    """Results of a run of `evaluate`."""
 
     name: str
     evaluated: Evaluated
@@ -163,7 +163,7 @@ class EvaluateReport:
     registered: Registered
 
     def markdown(self) -> str:
-        """The report as a page."""
+        """Return the report in markdown."""
         state = "champion" if self.decision.passed else "candidate"
         model, run_id = self.registered, self.evaluated.run_id
         link = _in_mlflow(model.uri, f"models/{model.name}/versions/{model.version}")
@@ -175,23 +175,23 @@ class EvaluateReport:
 
 @task(name="report", cache_policy=NO_CACHE)
 def write_evaluate_report(report: EvaluateReport) -> None:
-    """Leave the report as a markdown artifact."""
+    """Create a markdown artifact with the report."""
     _write("evaluation", report.name, f"An adapter for {report.name}", report.markdown(), ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One part of a pipeline's run."""
+    """One stage of a run of `pipeline`."""
 
     name: str
     made: str
-    """What it made now; nothing where all was done before."""
+    """Work done in this run; empty if everything was done before."""
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineReport:
-    """All that one run of `pipeline` did."""
+    """Results of a run of `pipeline`."""
 
     name: str
     flow_run_id: str
@@ -202,20 +202,20 @@ class PipelineReport:
     evaluate: EvaluateReport
 
     def summary(self) -> str:
-        """What was made now and what before."""
+        """Return a table of the stages, with the work that this run did."""
         lines = [f"# {self.name}: from URLs to a model", "", "| stage | made now | seconds |", "|---|---|---:|"]
         for stage in self.stages:
             lines.append(f"| {stage.name} | {stage.made or 'nothing: done before'} | {stage.seconds:.0f} |")
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """The report as a page."""
+        """Return the report in markdown."""
         return f"{self.summary()}\n\n{self.evaluate.markdown()}"
 
 
 @task(name="report", cache_policy=NO_CACHE)
 def write_pipeline_report(report: PipelineReport) -> None:
-    """Leave the report as a markdown artifact."""
+    """Create a markdown artifact with the report."""
     assert report.finetune.training_set is not None, report
     corpus = report.corpus
     stages = (corpus.download, corpus.embedded, report.features.cached, report.finetune.training_set)
@@ -229,7 +229,7 @@ def _in_mlflow(text: str, page: str) -> str:
 
 
 def _refreshed(download: Download) -> dict[str, str]:
-    """What came of asking again for images that were there, if that was done."""
+    """Return the figures of a refresh, empty if there was none."""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in _by_count(download.kept))
     num_kept = sum(download.kept.values())
     if not download.num_unchanged + download.num_changed + num_kept:
@@ -239,18 +239,18 @@ def _refreshed(download: Download) -> dict[str, str]:
 
 
 def _write(kind: str, name: str, description: str, markdown: str, stages: Sequence[Measured]) -> None:
-    """Leave a page as a markdown artifact, with what the running flow cost at its end."""
+    """Create a markdown artifact with a page, which ends with the cost of the running flow."""
     page = f"{markdown}\n\n## Cost\n\n{table(cost(stages))}\n"
     create_markdown_artifact(page, key=artifact_key(kind, name), description=description)
 
 
 def artifact_key(kind: str, name: str) -> str:
-    """Return the key of what is reported of a corpus."""
+    """Return the key of a corpus's artifact of a kind."""
     return f"{kind}-{name.replace('_', '-')}"
 
 
 def table(figures: Mapping[str, str]) -> str:
-    """Return figures with their values as a table in markdown."""
+    """Return a markdown table of figures and their values."""
     rows = (f"| {figure} | {value} |" for figure, value in figures.items())
     return "\n".join(["| what | figure |", "|---|---|", *rows])
 

@@ -1,4 +1,4 @@
-"""Which flows never run beside each other: what needs all of a machine takes a slot of a limit that Prefect shows."""
+"""A Prefect concurrency limit for flows that need a whole machine, so that they don't run at the same time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,16 +12,16 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from imagerag.settings import Settings
 
 COMPUTE_SLOTS = "trainings-evaluations-features-at-a-time"
-"""The limit's name, on the page Concurrency of Prefect's UI."""
+"""Name of the limit, as on the page Concurrency of Prefect's UI."""
 _LEASE_S = 60.0
-"""A run that is killed loses its slot after so long, which is the shortest that Prefect takes."""
+"""Time after which a killed run loses its slot, the shortest that Prefect accepts."""
 
 
 @contextmanager
 def compute_slot() -> Iterator[None]:
-    """Have the running flow wait for a slot, and keep it for as long as the block.
+    """Wait for a slot, and hold it during the block.
 
-    Take it before any lock: who holds one and waits for a slot has others wait for that, too.
+    Acquire the slot before any lock: a flow that waits for a slot with a lock held blocks others that need the lock.
     """
     with get_client(sync_client=True) as client:
         limit = prepare_slots(client)
@@ -37,7 +37,7 @@ def compute_slot() -> Iterator[None]:
 
 
 def prepare_slots(client: SyncPrefectClient) -> GlobalConcurrencyLimitResponse:
-    """Return the limit, made where there is none yet: as the settings say, else as it was set in the UI, else 1."""
+    """Return the limit, created if necessary: the setting's value, otherwise the one set in the UI, otherwise 1."""
     wanted = Settings().compute_slots
     try:
         there = client.read_global_concurrency_limit_by_name(COMPUTE_SLOTS)
@@ -45,6 +45,6 @@ def prepare_slots(client: SyncPrefectClient) -> GlobalConcurrencyLimitResponse:
         there = None
     if there is not None and wanted in (None, there.limit):
         return there
-    with suppress(ObjectAlreadyExists):  # by another run, just now
+    with suppress(ObjectAlreadyExists):  # another run has just created it
         client.upsert_global_concurrency_limit_by_name(COMPUTE_SLOTS, wanted or 1)
     return client.read_global_concurrency_limit_by_name(COMPUTE_SLOTS)

@@ -43,3 +43,10 @@ def test_the_pipelines_packages_are_an_extra_that_make_installs() -> None:
         assert any(each.startswith(name) for each in extras["pipeline"]), name
     assert "imagerag-turbo[pipeline]" in extras["cluster"]
     assert any("cluster" in each for each in extras["dev"] if each.startswith("imagerag-turbo["))
+
+
+def test_a_wheel_has_every_file_of_the_package() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    files = [path for path in (ROOT / "imagerag").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) > 100
+    assert [path for path in files if path.suffix != ".py" and not any(map(path.match, patterns))] == []

@@ -38,7 +38,7 @@ from imagerag.plain import printable
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """Reasons why a file can't be written that only the user can remove."""
 
-_OF_THE_PIPELINE = ("img2dataset", "prefect", "ray")
+_OF_THE_PIPELINE = ("img2dataset", "prefect", "ray", "torch_fidelity")
 """Packages that who only uses a model can do without."""
 
 app = typer.Typer(

@@ -96,7 +96,8 @@ def _packages() -> Iterator[Finding]:
             misfit = package == "torchvision" and _torchvision.is_misfit()
             yield Finding(package, importlib.metadata.version(package) + (_MISFIT if misfit else ""))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(package, "missing", "run make clean; the next make target installs it")
+            remedy = "pip install 'imagerag-turbo[pipeline]'; in a checkout, make clean, then any other make target"
+            yield Finding(package, "missing", remedy)
     try:
         importlib.metadata.version("dataclasses")
         remedy = "pip uninstall dataclasses (it shadows the standard library's in Prefect's temporary server)"

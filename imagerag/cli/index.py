@@ -29,6 +29,8 @@ def status(name: NameOption = None) -> None:
         typer.echo("published  nothing yet")
     else:
         typer.echo(f"published  version {state.published_version}, {state.num_rows:,} rows, index {state.kind}")
+    if state.recalls:
+        typer.echo("recall     " + ", ".join(f"{name} {value:.3f}" for name, value in state.recalls.items()))
     for cached in state.features:
         made_by = f"{cached.base}, fit {cached.fit}, digest {cached.digest}"
         typer.echo(f"features   of {cached.num_rows:,} rows for {made_by}")

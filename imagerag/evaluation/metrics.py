@@ -210,7 +210,8 @@ class TextScore:
             NotMeasuredError: if fewer than 100 other rows remain.
         """
         captions = retriever.read(["caption"])["caption"].to_pylist()
-        others = [row for row, caption in enumerate(captions) if caption.strip() not in set(prompts)]
+        own = set(prompts)
+        others = [row for row, caption in enumerate(captions) if caption.strip() not in own]
         if len(others) < _FEWEST_PICTURES:
             raise NotMeasuredError(
                 f"needs {_FEWEST_PICTURES} index rows whose captions are not prompts; there are {len(others)}"

@@ -149,7 +149,7 @@ def make_rows(
     if len(prompts) * num_images > most:
         raise UserError(f"a request is of at most {most} pictures; got {len(prompts)} prompts, {num_images} of each")
     check_seeds(seed, num_images)
-    check_prompts(prompts)
+    check_prompts([*prompts, negative_prompt] if negative_prompt else prompts)
     if guidance_scale is not None:
         check_guidance(guidance_scale)
     for name, side in (("height", height), ("width", width)):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil, isqrt
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,11 @@ class IndexRecord:
     num_rows: int
     num_trained_rows: int
     """Rows when the partitions were trained; 0 for `exact`."""
-    nprobes: dict[str, int]
-    """Partitions that a search by a column looks into; nothing for `exact`."""
+    nprobes: dict[str, dict[str, int]]
+    """Partitions that a search by a column looks into, by the number of neighbours wanted; nothing for `exact`."""
     recall_at_10: float
+    recalls: dict[str, float] = field(default_factory=dict)
+    """What else was measured, by its name; nothing for `exact`."""
     num_unindexed_rows: int
     rows: str = ""
     """Digest of the rows without their features. Recall is not measured again if rows and partitions are the same."""
@@ -38,11 +41,32 @@ class IndexRecord:
     words: dict[str, str | bool] = field(default_factory=dict)
     """Settings of the full-text index of captions."""
 
+    def probes(self, column: str, k: int, share: float = 1.0) -> int | None:
+        """Return how many partitions a search by a column looks into; None if there are none.
+
+        Args:
+            column: of embeddings.
+            k: how many neighbours are wanted.
+            share: of the rows that they are among: the `k` nearest of a tenth are among the `10 k` nearest of all.
+        """
+        if column not in self.nprobes:
+            return None
+        levels, numbers = zip(*((int(level), number) for level, number in self.nprobes[column].items()), strict=True)
+        wanted = k / max(share, 1 / max(self.num_rows, 1))
+        if wanted > levels[-1]:
+            return isqrt(self.num_trained_rows)  # all of them
+        return ceil(float(np.exp(np.interp(np.log(wanted), np.log(levels), np.log(numbers)))) - 1e-6)
+
 
 def read_record(dataset: LanceDataset) -> IndexRecord | None:
     """Return the record of the last build up to this version, if there is one."""
     record = dataset.config().get(_RECORD_KEY)
-    return None if record is None else IndexRecord(**json.loads(record))
+    if record is None:
+        return None
+    values = json.loads(record)
+    # The first records were of ten neighbours alone.
+    nprobes = {name: {"10": own} if isinstance(own, int) else own for name, own in values["nprobes"].items()}
+    return IndexRecord(**values | {"nprobes": nprobes})
 
 
 def write_record(dataset: LanceDataset, record: IndexRecord) -> None:

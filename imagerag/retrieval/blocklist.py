@@ -6,8 +6,9 @@ from typing import Literal
 import lance
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance import LanceDataset
 
-from imagerag.retrieval.store import Store
+from imagerag.retrieval.store import Store, rows_with
 
 Column = Literal["id", "url", "image_sha256"]
 
@@ -40,10 +41,11 @@ def blocked(store: Store, column: Column) -> list[str]:
     return values
 
 
-def is_blocked(store: Store, rows: pa.Table) -> pa.ChunkedArray:
-    """Return which rows must not be in the table. `rows` has the columns `id`, `url` and `image_sha256`."""
-    masks = [matches(rows, column, blocked(store, column)) for column in ("id", "url", "image_sha256")]
-    return pc.or_(pc.or_(masks[0], masks[1]), masks[2])
+def count_blocked(store: Store, dataset: LanceDataset) -> int:
+    """Return how many rows of a version must not be in the table."""
+    columns: tuple[Column, ...] = ("id", "url", "image_sha256")
+    found = [rows_with(dataset, column, blocked(store, column), ["id"])["id"] for column in columns]
+    return len(pc.unique(pa.chunked_array([chunk for ids in found for chunk in ids.chunks], pa.string())))
 
 
 def matches(rows: pa.Table, column: Column, values: list[str]) -> pa.ChunkedArray:

@@ -5,7 +5,7 @@ tag, which keeps its files for a rollback. The steps of every operation are orde
 was killed completes it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -20,12 +20,13 @@ from imagerag.artifacts import Check, IndexBuild, Publication
 from imagerag.config import Config
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.ann import read_record
-from imagerag.retrieval.blocklist import is_blocked
+from imagerag.retrieval.blocklist import count_blocked
 from imagerag.retrieval.features import cached_features, count_lacking
 from imagerag.retrieval.pins import drop_resting
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, Fit
-from imagerag.retrieval.store import Store
+from imagerag.retrieval.store import Store, batches_of
+from imagerag.spool import MEMORY_ROWS, Parts, by_id
 
 PUBLISHED = "published"
 MAX_SHRINK = 0.5
@@ -82,6 +83,8 @@ class IndexStatus:
     """Number of rows in the published version."""
     kind: str | None
     recall_at_10: float | None
+    recalls: Mapping[str, float]
+    """What was measured of the published version's index, by its name; nothing where search is exact."""
     features: tuple[FeaturesEntry, ...]
     newest_version: int
     num_newest_rows: int
@@ -226,6 +229,7 @@ def status(store: Store) -> IndexStatus:
         num_rows=published_rows(store),
         kind=record.kind if record else None,
         recall_at_10=record.recall_at_10 if record else None,
+        recalls=record.recalls if record else {},
         features=() if published is None else tuple(_features_of(published)),
         newest_version=int(newest.version),
         num_newest_rows=int(newest.count_rows()),
@@ -285,16 +289,18 @@ def drop_history(store: Store) -> None:
 
 def check_rows(store: Store, dataset: LanceDataset, max_shrink: float) -> tuple[Check, ...]:
     """Check the rows of a version, whatever its index is like."""
-    ids = dataset.to_table(columns=["id", "url", "image_sha256"])
-    num_repeated = len(ids) - len(pc.unique(ids["id"]))
+    num_rows = int(dataset.count_rows())
+    # Those of equal ids are in one part.
+    parts = Parts(batches_of(dataset, ["id"], MEMORY_ROWS), by_id)
+    num_repeated = sum(len(part) - len(pc.unique(part["id"])) for part in parts)
     num_bad = _count_bad_embeddings(dataset)
-    num_blocked = pc.sum(is_blocked(store, ids)).as_py() or 0
+    num_blocked = count_blocked(store, dataset)
     return (
-        Check(name="rows", passed=len(ids) > 0, detail=f"{len(ids)} rows"),
+        Check(name="rows", passed=num_rows > 0, detail=f"{num_rows} rows"),
         Check(name="unique ids", passed=num_repeated == 0, detail=f"{num_repeated} rows repeat another's id"),
         Check(name="embeddings", passed=num_bad == 0, detail=f"{num_bad} rows have an embedding whose norm is not 1"),
         Check(name="takedown", passed=num_blocked == 0, detail=f"{num_blocked} rows were taken down before"),
-        _check_shrink(len(ids), published_rows(store), max_shrink),
+        _check_shrink(num_rows, published_rows(store), max_shrink),
     )
 
 

@@ -1,6 +1,6 @@
 """Recall of a table's vector indexes compared with exact search, with the table's own rows as queries.
 
-A neighbour counts as found when its similarity reaches that of the tenth exact neighbour, so that rows with equal
+A neighbour counts as found when its similarity reaches that of the last exact neighbour, so that rows with equal
 embeddings can stand in for each other (as in ann-benchmarks, https://github.com/erikbern/ann-benchmarks).
 """
 
@@ -13,36 +13,60 @@ from math import ceil
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from lance import LanceDataset
 
-from imagerag.retrieval.ann import nearest
+from imagerag.retrieval.ann import IndexRecord, nearest
 from imagerag.retrieval.schema import Embeds
 
 K = 10
+"""What an index is judged by."""
+LEVELS = (10, 100, 1_000)
+"""Numbers of neighbours for which it is found out how far a search has to look; it is interpolated between them."""
+_SHOWN = (1, 4, 10, 100)
+_FILTER_SHARE = 0.01
 _TOLERANCE = 1e-5
 _BATCH_ROWS = 8192
 _FEWEST_PROBES = 4
 _GROWTH = 1.5
+_FEWEST_QUERIES = 5
+
+Similarities = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Queries against one column, and the similarity that a neighbour of each must reach."""
+    """Queries against one column, and how similar the nearest rows are to each."""
 
     column: str
     embeds: Embeds
     """(Q, D), L2-normalised."""
-    k: int
-    """`K`, plus one where a query is itself a row of the column: that row is found first and does not count."""
-    thresholds: npt.NDArray[np.float32]
-    """(Q,): the similarity of the last exact neighbour."""
+    is_own: bool
+    """Whether each query is itself a row of the column: that row is found first and does not count."""
+    similarities: Similarities
+    """(Q, N), of the nearest rows, the nearest first."""
+    where: str | None
+    """A condition that a few of the rows meet."""
+    share: float
+    """Of the rows that meet it."""
+    among: Similarities
+    """(Q, M): as `similarities`, of the nearest rows that meet the condition; not for queries that are rows."""
 
-    def recall(self, dataset: LanceDataset, nprobes: int) -> float:
-        """Return the share of the `K` nearest neighbours that the index finds with `nprobes`."""
-        found = nearest(dataset, self.column, self.embeds, self.k, [], nprobes)
-        reached = 1 - found["_distance"].to_numpy() >= self.thresholds[found["query_index"].to_numpy()] - _TOLERANCE
-        num_queries = len(self.embeds)
-        return float((reached.sum() - num_queries * (self.k - K)) / (num_queries * K))
+    def recall(self, dataset: LanceDataset, k: int, nprobes: int | None, where: str | None = None) -> float:
+        """Return the share of the `k` nearest neighbours that the index finds with `nprobes`; 1 where there are none.
+
+        Asks fewer queries for more neighbours: what counts is the number of neighbours.
+        """
+        exact = self.similarities if where is None else self.among
+        own = int(self.is_own)
+        k = min(k, exact.shape[1] - own)
+        if k < 1:
+            return 1.0
+        step = max(1, len(exact) // max(_FEWEST_QUERIES, len(exact) * K // max(k, K)))
+        embeds, thresholds = self.embeds[::step], exact[::step, k + own - 1]
+        found = nearest(dataset, self.column, embeds, k + own, [], nprobes, where)
+        reached = 1 - found["_distance"].to_numpy() >= thresholds[found["query_index"].to_numpy()] - _TOLERANCE
+        return float((reached.sum() - len(embeds) * own) / (len(embeds) * k))
 
 
 def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
@@ -55,49 +79,103 @@ def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
     num_rows = dataset.count_rows()
     assert num_rows > max(num_queries, K), num_rows
     offsets = np.sort(np.random.default_rng(0).choice(num_rows, num_queries, replace=False))
-    rows = dataset.take(offsets, columns=["text_embed", "image_embed"])
+    rows = dataset.take(offsets, columns=["id", "text_embed", "image_embed"])
     text, image = to_numpy(rows["text_embed"]), to_numpy(rows["image_embed"])
     between = text + np.roll(text, 1, axis=0)
     between /= np.maximum(np.linalg.norm(between, axis=1, keepdims=True), 1e-6)
-    queries = [("text_embed", text, K + 1), ("text_embed", between, K)]
-    queries += [("image_embed", image, K + 1), ("image_embed", text, K)]
-    # Similarities of the nearest rows so far: for each probe (k, Q).
-    best = [np.full((k, num_queries), -2, np.float32) for _, _, k in queries]
-    for batch in dataset.to_batches(columns=["text_embed", "image_embed"], batch_size=_BATCH_ROWS):
-        for i, (column, embeds, k) in enumerate(queries):
-            similarities = np.concatenate([best[i], to_numpy(batch[column]) @ embeds.T])
-            best[i] = np.partition(similarities, -k, axis=0)[-k:]
-    return [Probe(column, embeds, k, best[i].min(axis=0)) for i, (column, embeds, k) in enumerate(queries)]
+    queries = [("text_embed", text, True), ("text_embed", between, False)]
+    queries += [("image_embed", image, True), ("image_embed", text, False)]
+    last = rows["id"].sort()[max(0, int(num_queries * _FILTER_SHARE) - 1)].as_py()  # ids are as good as random
+    most = min(max(LEVELS) + 1, num_rows)
+    nearest_of = [_Nearest(most, num_queries) for _ in queries]
+    nearest_among = [_Nearest(K, num_queries) for _ in queries]
+    num_among = 0
+    for batch in dataset.to_batches(columns=["id", "text_embed", "image_embed"], batch_size=_BATCH_ROWS):
+        meets = pc.less_equal(batch["id"], last).to_numpy(zero_copy_only=False)
+        num_among += int(meets.sum())
+        for i, (column, embeds, is_own) in enumerate(queries):
+            similarities = to_numpy(batch[column]) @ embeds.T
+            nearest_of[i].add(similarities)
+            if not is_own:
+                nearest_among[i].add(similarities[meets])
+    return [
+        Probe(
+            column=column,
+            embeds=embeds,
+            is_own=is_own,
+            similarities=nearest_of[i].sorted(),
+            where=f"id <= '{last}'",
+            share=num_among / num_rows,
+            among=nearest_among[i].sorted(),
+        )
+        for i, (column, embeds, is_own) in enumerate(queries)
+    ]
+
+
+class _Nearest:
+    """The similarities of the nearest rows so far (N, Q)."""
+
+    def __init__(self, most: int, num_queries: int) -> None:
+        self._most, self._best = most, np.empty((0, num_queries), np.float32)
+
+    def add(self, similarities: Similarities) -> None:
+        """Take in those of further rows (R, Q)."""
+        best = np.concatenate([self._best, similarities])
+        self._best = best if len(best) <= self._most else np.partition(best, -self._most, axis=0)[-self._most :]
+
+    def sorted(self) -> Similarities:
+        """Return them by query (Q, N), the nearest first."""
+        return np.ascontiguousarray(np.sort(self._best, axis=0)[::-1].T)
 
 
 def fewest_probes(
-    dataset: LanceDataset, probes: Sequence[Probe], num_partitions: int, target: float, known: Mapping[str, int]
-) -> tuple[dict[str, int], float]:
-    """Return how many partitions a search by each column must look into to reach the target, and the worst recall.
+    dataset: LanceDataset,
+    probes: Sequence[Probe],
+    num_partitions: int,
+    target: float,
+    known: Mapping[str, Mapping[str, int]],
+) -> dict[str, dict[str, int]]:
+    """Return how many partitions a search by each column must look into to reach the target, for each of `LEVELS`.
 
     A column's worst probe decides. Where even all partitions do not reach the target, they are the answer. Recall grows
-    with the partitions, so few of the numbers in question have to be tried; of these partitions before they were given
-    more rows it is `known` how many reached the target, and no fewer are tried.
+    with the partitions and shrinks with the neighbours, so few of the numbers in question have to be tried; of these
+    partitions before they were given more rows it is `known` how many reached the target, and no fewer are tried.
     """
     numbers = [min(_FEWEST_PROBES, num_partitions)]
     while numbers[-1] < num_partitions:
         numbers.append(min(ceil(_GROWTH * numbers[-1]), num_partitions))
-    nprobes: dict[str, int] = {}
-    worst = 1.0
+    nprobes: dict[str, dict[str, int]] = {}
     for column in dict.fromkeys(probe.column for probe in probes):
         own = [probe for probe in probes if probe.column == column]
+        nprobes[column], fewest = {}, 1
+        for level in LEVELS:
 
-        @cache
-        def recall(number: int, own: tuple[Probe, ...] = tuple(own)) -> float:
-            return min(probe.recall(dataset, number) for probe in own)
+            @cache
+            def recall(number: int, own: tuple[Probe, ...] = tuple(own), level: int = level) -> float:
+                return min(probe.recall(dataset, level, number) for probe in own)
 
-        number = known.get(column, 0)
-        if number == 0 or recall(number) < target:
-            more = [each for each in numbers if each > number] or numbers[-1:]
-            number = more[min(bisect_left(more, target, key=recall), len(more) - 1)]
-        nprobes[column] = number
-        worst = min(worst, recall(number))
-    return nprobes, worst
+            number = max(fewest, known.get(column, {}).get(str(level), 0))
+            if number == 1 or recall(number) < target:
+                more = [each for each in numbers if each > number] or numbers[-1:]
+                number = more[min(bisect_left(more, target, key=recall), len(more) - 1)]
+            nprobes[column][str(level)] = fewest = number
+    return nprobes
+
+
+def measure(dataset: LanceDataset, probes: Sequence[Probe], record: IndexRecord) -> dict[str, float]:
+    """Return the worst recall of searches as a record says they are made, by how many neighbours are wanted.
+
+    The last entry is `K` neighbours among the rows that meet a condition.
+    """
+    found = {
+        f"recall@{k}": min(probe.recall(dataset, k, record.probes(probe.column, k)) for probe in probes) for k in _SHOWN
+    }
+    others = [probe for probe in probes if not probe.is_own]
+    share = others[0].share
+    found[f"recall@{K} among {share:.1%}"] = min(
+        probe.recall(dataset, K, record.probes(probe.column, K, share), probe.where) for probe in others
+    )
+    return found
 
 
 def to_numpy(column: pa.FixedSizeListArray | pa.ChunkedArray) -> Embeds:

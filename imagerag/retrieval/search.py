@@ -113,7 +113,7 @@ class Retriever:
         record = read_record(self.dataset)
         assert record is not None, f"version {self.version} was published without an index"
         self.num_rows: int = record.num_rows
-        self._nprobes = record.nprobes
+        self._record = record
 
     def check_encoder(self, encoder: EncoderIdentity) -> None:
         """Make sure that queries embedded with `encoder` can be compared with the rows.
@@ -255,8 +255,8 @@ class Retriever:
         return rows["image"].to_pylist(), to_numpy(rows["text_embed"])
 
     def _search_vectors(self, embeds: Embeds, column: str, wanted: "_Wanted") -> list[list[Neighbour]]:
-        nprobes = self._nprobes.get(column)
         with self.reading():
+            nprobes = self._probes(column, wanted)
             found = nearest(self.dataset, column, embeds, wanted.k, wanted.columns, nprobes, wanted.where)
         neighbours: list[list[Neighbour]] = [[] for _ in embeds]
         queries = found["query_index"].to_pylist()
@@ -274,9 +274,9 @@ class Retriever:
         from lancedb.rerankers import RRFReranker  # imported only here, because it takes seconds
 
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
-        nprobes = self._nprobes.get("text_embed")
         columns = [*wanted.columns, "text_embed"]
         with self.reading():
+            nprobes = self._probes("text_embed", wanted)
             near = nearest(
                 self.dataset, "text_embed", embed[None], wanted.k, columns, nprobes, wanted.where, with_row_id=True
             )
@@ -284,6 +284,12 @@ class Retriever:
             text, near.drop_columns(["query_index"]), self._match(text, wanted.where, wanted.k, columns)
         )[: wanted.k]
         return _neighbours(found, wanted, found["_relevance_score"].to_numpy(), to_numpy(found["text_embed"]) @ embed)
+
+    def _probes(self, column: str, wanted: "_Wanted") -> int | None:
+        if wanted.where is None or column not in self._record.nprobes:
+            return self._record.probes(column, wanted.k)
+        share = self.dataset.count_rows(wanted.where) / max(self.num_rows, 1)  # which the columns' indexes tell
+        return self._record.probes(column, wanted.k, share)
 
     def _match(self, text: str, where: str | None, k: int, columns: Sequence[str]) -> pa.Table:
         # If the query were a string instead of a MatchQuery, Lance could interpret operators in it.

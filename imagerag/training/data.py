@@ -12,6 +12,8 @@ from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from lance import LanceDataset
 
@@ -89,6 +91,20 @@ class Column:
         return from_column(self._dataset.take(rows, columns=[self._name])[self._name], self._shape)
 
 
+class Texts:
+    """Texts by their places, in Arrow's memory: as Python's they take twice that, on each worker."""
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, place: int) -> str:
+        text: str = self._values[int(place)].as_py()
+        return text
+
+
 class RagData:
     """The examples of a training set, read from their tables as they are needed."""
 
@@ -114,13 +130,12 @@ class RagData:
         uris = [uri for uri in (training_set.real_uri, training_set.teacher_uri) if uri is not None]
         self._latents = [_Latents(Table.at(uri).open()) for uri in uris]
         listed = examples.to_table(columns=["id", "prompt", "number", "is_held_out", "references"])
-        ids: list[str] = listed["id"].to_pylist()
-        self.prompts: list[str] = listed["prompt"].to_pylist()
-        self._place = self._places(ids)
-        self._read_references(ids, listed["references"].to_pylist())
+        self.prompts = Texts(listed["prompt"])
+        self._place = self._places(listed["id"])
+        self._read_references(listed["id"], listed["references"])
 
         # Tables keep the order in which workers were done; a training must not depend on it.
-        order = np.argsort(np.array(ids))
+        order = pc.sort_indices(listed["id"]).to_numpy().astype(np.int64)
         order = order[listed["number"].to_numpy()[order] < training_set.num_teacher]
         held_out = listed["is_held_out"].to_numpy(zero_copy_only=False)[order]
         self.learnt: Ints = order[~held_out]
@@ -228,27 +243,39 @@ class RagData:
         columns = (np.concatenate(each)[order].astype(np.float32) for each in zip(*read, strict=True))
         return [torch.from_numpy(column) for column in columns]
 
-    def _places(self, ids: list[str]) -> Ints:
+    def _places(self, ids: pa.ChunkedArray) -> Ints:
         """Return for each example its latents' table and its row there (N, 2)."""
-        places = {id: (number, row) for number, table in enumerate(self._latents) for row, id in enumerate(table.ids)}
-        lacking = [id for id in ids if id not in places]
+        places = np.full((len(ids), 2), -1)
+        for number, table in enumerate(self._latents):
+            rows = _places_in(ids, table.ids)
+            places[rows >= 0] = np.stack([np.full(len(rows), number), rows], axis=1)[rows >= 0]
+        lacking = int((places[:, 1] < 0).sum())
         if lacking:
-            raise UserError(f"the training set lacks {len(lacking)} latents, which were deleted: make it again")
-        return np.array([places[id] for id in ids], np.int64).reshape(-1, 2)
+            raise UserError(f"the training set lacks {lacking} latents, which were deleted: make it again")
+        return places
 
-    def _read_references(self, ids: list[str], found: list[list[str]]) -> None:
+    def _read_references(self, ids: pa.ChunkedArray, found: pa.ChunkedArray) -> None:
         """Keep each example's own row of the index (N,) and its references' (N, K), -1 where there is none."""
-        row_of = {id: row for row, id in enumerate(self._index.read(["id"])["id"].to_pylist())}
-        most = max(map(len, found))
-        self._own = np.array([row_of.get(id, -1) for id in ids], np.int64)
-        self._references = np.array([[row_of[id] for id in own] + [-1] * (most - len(own)) for own in found], np.int64)
+        of_index = self._index.read(["id"])["id"]
+        self._own = _places_in(ids, of_index)
+        lengths = pc.list_value_length(found).to_numpy()
+        is_there = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        self._references = np.full(is_there.shape, -1, np.int32)
+        self._references[is_there] = _places_in(pc.list_flatten(found), of_index)
+        assert (self._references[is_there] >= 0).all(), "a reference is no row of the index"
+
+
+def _places_in(values: pa.ChunkedArray, among: pa.ChunkedArray) -> Ints:
+    """Return where each of some texts (N,) is first among others, -1 where it is not."""
+    places: Ints = pc.index_in(values, value_set=among).fill_null(-1).to_numpy().astype(np.int64)
+    return places
 
 
 class _Latents:
     """A table of examples' latents and text features."""
 
     def __init__(self, dataset: LanceDataset) -> None:
-        self.ids: list[str] = dataset.to_table(columns=["id"])["id"].to_pylist()
+        self.ids: pa.ChunkedArray = dataset.to_table(columns=["id"])["id"]
         names = [name for name in ("latents", "text", "pooled") if name in dataset.schema.names]
         self._columns = [Column(dataset, name, shape_of(dataset.schema.field(name))) for name in names]
 

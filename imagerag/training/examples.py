@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from imagerag.errors import UserError
 from imagerag.generation.spec import BaseFiles, read_json, resolve
@@ -26,7 +27,8 @@ from imagerag.training.config import SynthesizeConfig
 MAX_REFERENCES = 16
 """Kept of each example."""
 _SHARED = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
-"""By student and teacher, of their UNets. A teacher made for larger pictures is run at the student's size."""
+"""UNet settings in which student and teacher must agree. A teacher for larger images runs at the student's size."""
+_BATCH_ROWS = 8_192
 _VERSION = 1
 """Of what is computed: another one makes other tables."""
 
@@ -93,7 +95,7 @@ class Examples:
         Raises:
             UserError: if the file with them can't be read, or the index has none of them.
         """
-        captions = set(self.rows["caption"].to_pylist())
+        captions = (text for batch in self.rows.to_batches(_BATCH_ROWS) for text in batch["caption"].to_pylist())
         if self.config.held_out is None:
             bound = self.config.held_out_share * 2**32
             return frozenset(caption for caption in captions if _number_of(caption) < bound)
@@ -106,7 +108,8 @@ class Examples:
     @cached_property
     def is_held_out(self) -> np.ndarray:
         """Of each row of the index (N,)."""
-        return np.array([caption in self.held_out for caption in self.rows["caption"].to_pylist()])
+        found: np.ndarray = pc.is_in(self.rows["caption"], pa.array(self.held_out, pa.string())).to_numpy()
+        return found
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:

@@ -1,16 +1,20 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from imagerag.retrieval.ann import nearest, read_record
+from imagerag.retrieval.ann import IndexRecord, nearest, read_record
 from imagerag.retrieval.index import IndexConfig, build_index, open_table
 from imagerag.retrieval.recall import make_probes
 from imagerag.retrieval.schema import EncoderIdentity
-from imagerag.retrieval.store import Store
-from tests.retrieval.rows import append, embeddings, fixed_size_lists, make_rows, unit
+from imagerag.retrieval.search import Filters
+from imagerag.retrieval.store import Store, rows_with
+from tests.retrieval.rows import ENCODER, append, embeddings, fixed_size_lists, make_rows, unit
 
+LOOKED_UP = ("id", "url", "image_sha256", "source", "licence")
 LARGE = EncoderIdentity(id="encoder-64", digest="c" * 64, dim=64)
 
 
@@ -20,7 +24,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(str(tmp_path_factory.mktemp("large")), "large")
     store.open_or_create(LARGE)
     append(store, make_rows(0, 20_000, LARGE, image=[b"the same image"] * 20_000))
-    build_index(store, IndexConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imagerag.retrieval.index._NUM_QUERIES", 100)
+        build_index(store, IndexConfig())
     return store
 
 
@@ -32,9 +38,57 @@ def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def vector_indexes(store: Store) -> dict[str, tuple[int, int]]:
     """Column to rows indexed and number of indexes."""
+    return {column: found for column, found in indexes(store).items() if column not in LOOKED_UP}
+
+
+def indexes(store: Store) -> dict[str, tuple[int, int]]:
     table = open_table(store)
     statistics = {index.columns[0]: table.index_stats(index.name) for index in table.list_indices()}
     return {column: (found.num_indexed_rows, found.num_indices) for column, found in statistics.items()}
+
+
+def plan(store: Store, condition: str) -> str:
+    found: str = store.dataset().scanner(columns=["caption"], filter=condition).explain_plan()
+    return found
+
+
+def test_rows_are_looked_up_by_an_index(large: Store) -> None:
+    for column in LOOKED_UP:
+        assert f"{column}_idx" in plan(large, f"{column} = 'x'")
+    assert "ScalarIndexQuery" not in plan(large, "caption = 'x'"), "the plan must be able to say no"
+    assert "ScalarIndexQuery" in plan(large, Filters(source="even", licence="CC0-1.0").to_sql() or "")
+
+
+def test_a_few_new_rows_are_found_without_an_index_and_many_join_it(tmp_path: Path) -> None:
+    store, config = Store(str(tmp_path), "images"), IndexConfig(exact_below=1_000)
+    store.open_or_create(ENCODER)
+    for stop, indexed in ((2_000, 2_000), (2_015, 2_000), (2_100, 2_100)):
+        append(store, make_rows(store.count(), stop))
+        build_index(store, config)
+        assert {indexes(store)[column] for column in LOOKED_UP} == {(indexed, 1)}
+        assert vector_indexes(store)["text_embed"] == (stop, 1)
+        last = make_rows(stop - 1, stop)
+        for column in ("id", "url", "image_sha256"):
+            found = rows_with(store.dataset(), column, last[column].to_pylist(), ["caption"])
+            assert found["caption"].to_pylist() == [f"picture number {stop - 1}"]
+    assert store.delete(make_rows(2_014, 2_016)["id"]) == 2
+    assert rows_with(store.dataset(), "id", make_rows(2_014, 2_016)["id"], ["id"]).num_rows == 0
+
+
+def test_a_table_of_before_gets_the_indexes(large: Store) -> None:
+    for column in LOOKED_UP:
+        large.dataset().drop_index(f"{column}_idx")
+    assert "ScalarIndexQuery" not in plan(large, "id = 'x'")
+    build_index(large, IndexConfig())
+    assert "ScalarIndexQuery" in plan(large, "id = 'x'")
+
+
+@pytest.mark.parametrize("number", [0, 1, 1_000, 1_001])
+def test_few_and_many_values_are_looked_up(large: Store, number: int) -> None:
+    rows = make_rows(5, 5 + number, LARGE, image=[b"the same image"] * number)
+    found = rows_with(large.dataset(), "id", rows["id"], ["url", "id"])
+    assert found.column_names == ["url", "id"]
+    assert set(found["id"].to_pylist()) == set(rows["id"].to_pylist())
 
 
 def test_a_small_table_is_searched_exactly(store: Store) -> None:
@@ -70,7 +124,9 @@ def test_a_large_table_gets_an_index_for_each_embedding(large: Store) -> None:
     assert (record.kind, record.num_rows, record.num_unindexed_rows) == ("IVF_SQ", 20_000, 0)
     assert record.version == large.version
     assert 0.98 <= record.recall_at_10 <= 1.0
-    assert max(record.nprobes.values()) < 141, "the index would be of no use"
+    for levels in record.nprobes.values():
+        assert levels["10"] <= levels["100"] <= levels["1000"] <= 141
+        assert levels["10"] < 141, "the index would be of no use"
     assert vector_indexes(large) == dict.fromkeys(["caption", "text_embed", "image_embed"], (20_000, 1))
 
 
@@ -81,7 +137,7 @@ def test_measured_recall_holds_for_queries_that_are_no_rows(large: Store, column
     ids = large.ids().to_numpy(zero_copy_only=False)
     record = read_record(large.dataset())
     assert record is not None
-    found = nearest(large.dataset(), column, queries, 10, ["id"], record.nprobes[column])
+    found = nearest(large.dataset(), column, queries, 10, ["id"], record.probes(column, 10))
     exact = ids[np.argsort(-queries @ rows.T, axis=1)[:, :10]]
     hits = sum(len(set(found["id"].to_pylist()[i * 10 : i * 10 + 10]) & set(exact[i])) for i in range(100))
     assert hits / 1_000 >= 0.95
@@ -97,9 +153,58 @@ def test_a_narrow_filter_finds_all_its_rows(large: Store) -> None:
 def test_recall_is_low_where_a_search_looks_into_too_little(large: Store) -> None:
     """The measure must be able to say no."""
     probes = make_probes(large.dataset(), 100)
-    low, high = (min(probe.recall(large.dataset(), nprobes) for probe in probes) for nprobes in (1, 141))
+    low, high = (min(probe.recall(large.dataset(), 10, nprobes) for probe in probes) for nprobes in (1, 141))
     assert low < 0.9
     assert high > 0.99
+
+
+def test_more_neighbours_and_narrower_filters_are_looked_for_in_more(large: Store) -> None:
+    dataset, record = large.dataset(), read_record(large.dataset())
+    assert record is not None
+    assert list(record.recalls)[:4] == ["recall@1", "recall@4", "recall@10", "recall@100"]
+    assert record.recalls["recall@10"] == record.recall_at_10
+    assert min(record.recalls.values()) >= 0.95, record.recalls
+    probes = make_probes(dataset, 100)
+    as_for_ten = min(probe.recall(dataset, 1_000, record.probes(probe.column, 10)) for probe in probes)
+    as_it_is = min(probe.recall(dataset, 1_000, record.probes(probe.column, 1_000)) for probe in probes)
+    assert as_for_ten < 0.9 <= as_it_is
+    others = [probe for probe in probes if not probe.is_own]
+    assert 0 < others[0].share < 0.1
+    assert min(probe.recall(dataset, 10, 1, probe.where) for probe in others) < 0.9, (
+        "the measure must be able to say no"
+    )
+
+
+def test_probes_follow_the_neighbours_and_the_share_of_rows() -> None:
+    record = IndexRecord(
+        version=1, kind="IVF_SQ", num_rows=10_000, num_trained_rows=10_000, recall_at_10=1.0, num_unindexed_rows=0,
+        nprobes={"text_embed": {"10": 10, "100": 20, "1000": 80}}, config={},
+    )  # fmt: skip
+    assert record.probes("image_embed", 10) is None
+    assert [record.probes("text_embed", k) for k in (1, 10, 32, 100, 1_000)] == [10, 10, 15, 20, 80]
+    assert record.probes("text_embed", 10, share=0.1) == 20
+    assert record.probes("text_embed", 100, share=0.01) == 100, "all of them"
+    assert record.probes("text_embed", 10, share=0.0) == 100
+
+
+def test_a_record_of_before_is_read_and_completed(tmp_path: Path) -> None:
+    store, config = Store(str(tmp_path), "images"), IndexConfig(exact_below=1_000)
+    store.open_or_create(ENCODER)
+    append(store, make_rows(0, 1_500))
+    build_index(store, config)
+    record = read_record(store.dataset())
+    assert record is not None
+    former = asdict(record) | {"version": store.version + 1, "nprobes": {"text_embed": 7, "image_embed": 8}}
+    del former["recalls"]
+    store.dataset().update_config({"imagerag.index": json.dumps(former)})
+    read = read_record(store.dataset())
+    assert read is not None
+    assert (read.probes("text_embed", 10), read.probes("image_embed", 4)) == (7, 8)
+    assert read.probes("text_embed", 11) == 38, "all partitions, as nothing is known"
+    build_index(store, config)
+    completed = read_record(store.dataset())
+    assert completed is not None
+    assert completed.recalls.keys() == record.recalls.keys()
 
 
 def test_more_is_looked_into_where_neighbours_are_spread(tmp_path: Path) -> None:
@@ -112,7 +217,7 @@ def test_more_is_looked_into_where_neighbours_are_spread(tmp_path: Path) -> None
     result = build_index(store, IndexConfig())
     record = read_record(store.dataset())
     assert record is not None
-    assert min(record.nprobes.values()) > 20
+    assert min(levels["10"] for levels in record.nprobes.values()) > 20
     assert result.recall_at_10 >= 0.95
 
 
