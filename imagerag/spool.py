@@ -1,7 +1,8 @@
-"""Rows that may be more than memory holds: kept in order, regrouped by URL or id, without those that repeat.
+"""Tables that may be larger than memory: kept in order, regrouped by URL or id, or without repetitions.
 
-Up to `MEMORY_ROWS` rows stay in memory. More of them lie in files of the temporary folder (`TMPDIR`), which are gone
-with what they are for, and memory holds so many at a time, or a part of `NUM_PARTS`, whichever is more.
+Up to `MEMORY_ROWS` rows (and `MEMORY_BYTES`) stay in memory. Larger tables are written to temporary files (in
+`TMPDIR`), which are deleted with the object that uses them; memory then holds at most that many rows, or one of
+`NUM_PARTS` parts, whichever is more.
 """
 
 import os
@@ -22,7 +23,7 @@ _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 class Spool:
-    """Rows in the order in which they came."""
+    """Rows in the order in which they were appended."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.num_rows = 0
@@ -33,13 +34,13 @@ class Spool:
 
     @classmethod
     def of(cls, table: pa.Table) -> "Spool":
-        """Return one that holds a table."""
+        """Return a spool that contains a table."""
         spool = cls(table.schema)
         spool.append(table)
         return spool
 
     def append(self, rows: pa.Table) -> None:
-        """Add rows behind the others."""
+        """Append rows."""
         self.num_rows += rows.num_rows
         self._held.append(rows)
         if self._held.is_much:
@@ -53,12 +54,12 @@ class Spool:
         yield from self._held.tables
 
     def table(self) -> pa.Table:
-        """All rows, in memory."""
+        """Return all rows, in memory."""
         return pa.concat_tables([self._schema.empty_table(), *self])
 
 
 class Parts:
-    """Rows regrouped by a number that each of them has; in a part, in their order."""
+    """Rows grouped into numbered parts; rows within a part keep their order."""
 
     def __init__(self, tables: Iterable[pa.Table], part_of: Callable[[pa.Table], npt.NDArray[np.int64]]) -> None:
         self._part_of = part_of
@@ -76,18 +77,18 @@ class Parts:
 
     @property
     def is_spilled(self) -> bool:
-        """Whether there were too many for memory."""
+        """Whether the rows were too many for memory."""
         return self._file is not None
 
     def __iter__(self) -> Iterator[pa.Table]:
-        """The parts that have rows, in order, or all rows as one part where they fit in memory."""
+        """Yield the non-empty parts in order, or all rows as one part if they fit in memory."""
         if self.is_spilled:
             yield from (self._read(part) for part in sorted(self._places))
         elif self._held.tables:
             yield pa.concat_tables(self._held.tables)
 
     def part(self, number: int) -> pa.Table | None:
-        """The rows of one part, if it has any."""
+        """Return the rows of a part, or None if it has none."""
         if self._held.tables:
             self._spill()
         return self._read(number) if number in self._places else None
@@ -110,20 +111,20 @@ class Parts:
 
 
 def by_url(rows: pa.Table) -> npt.NDArray[np.int64]:
-    """The part of each row: all rows of a URL are in one."""
+    """Return the part number of each row; all rows of a URL have the same."""
     urls = (url for chunk in rows["url"].chunks for url in chunk.cast(pa.binary()).to_pylist())
     return np.fromiter((crc32(url) % NUM_PARTS for url in urls), np.int64, rows.num_rows)
 
 
 def by_id(rows: pa.Table) -> npt.NDArray[np.int64]:
-    """The part of each row by its `id`, whose last digits are as good as random."""
+    """Return the part number of each row by its `id`, whose last digits are evenly distributed."""
     places = pc.index_in(pc.utf8_slice_codeunits(rows["id"], -2), _HEX)
     parts: npt.NDArray[np.int64] = places.fill_null(0).to_numpy().astype(np.int64)
     return parts
 
 
 def numbered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Add to rows their place among all, as `row`."""
+    """Add a column `row`, the position of each row among all rows."""
     start = 0
     for table in tables:
         yield table.append_column("row", pa.array(np.arange(start, start + table.num_rows)))
@@ -131,13 +132,13 @@ def numbered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def in_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Yield rows by their `row`."""
+    """Yield rows sorted by `row`."""
     for part in Parts(tables, lambda rows: rows["row"].to_numpy() // MEMORY_ROWS):
         yield part.take(pc.sort_indices(part["row"]))
 
 
 def paired(first: Parts, second: Parts) -> Iterator[tuple[pa.Table | None, pa.Table | None]]:
-    """Yield the rows of two by parts, those of one number together; where there are none, None."""
+    """Yield pairs of parts with the same number; None stands for an empty part."""
     if first.is_spilled or second.is_spilled:
         yield from ((first.part(number), second.part(number)) for number in range(NUM_PARTS))
     else:
@@ -145,13 +146,13 @@ def paired(first: Parts, second: Parts) -> Iterator[tuple[pa.Table | None, pa.Ta
 
 
 def distinct(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the first row of every URL and caption, in order."""
+    """Yield the first row of every (url, caption), in order."""
     for part in in_order(map(first_of_each, Parts(numbered(tables), by_url))):
         yield part.drop_columns("row")
 
 
 def first_of_each(rows: pa.Table) -> pa.Table:
-    """Keep the first row of every URL and caption, and the order."""
+    """Return the first row of every (url, caption), in order."""
     places = rows.select(["url", "caption"]).append_column("place", pa.array(np.arange(rows.num_rows)))
     first = places.group_by(["url", "caption"]).aggregate([("place", "min")])
     return rows.take(first["place_min"].sort()) if first.num_rows < rows.num_rows else rows
@@ -174,7 +175,7 @@ class _Held:
         return self._num_rows > MEMORY_ROWS or self._num_bytes > MEMORY_BYTES
 
     def take(self) -> pa.Table:
-        """All of them, as one table; none are held then."""
+        """Return all rows as one table, and release them."""
         table = pa.concat_tables(self.tables)
         self.tables, self._num_rows, self._num_bytes = [], 0, 0
         return table
@@ -184,10 +185,10 @@ class _File:
     """Tables in a temporary file."""
 
     def __init__(self) -> None:
-        self._file = TemporaryFile(prefix="imagerag-")  # noqa: SIM115 - it lives as long as this
+        self._file = TemporaryFile(prefix="imagerag-")  # noqa: SIM115 - it is closed with this object
 
     def write(self, table: pa.Table) -> int:
-        """Write a table behind the others, and return its place."""
+        """Append a table to the file, and return its position."""
         place = self._file.seek(0, os.SEEK_END)
         with pa.ipc.new_stream(pa.PythonFile(self._file, "w"), table.schema, options=_OPTIONS) as writer:
             writer.write_table(table)

@@ -1,8 +1,8 @@
-"""A table of what was computed once: rows with ids that are only ever added, in a Lance dataset.
+"""A table of computed results in a Lance dataset: rows with ids, which are added and deleted, but never changed.
 
-What the rows depend on, beside their ids, is in the table's name as a digest. So rows never have to be compared with
-anything, and what is missing are the ids that are not there. Workers write fragments, which nobody sees; the driver
-commits them.
+The table's name contains a digest of everything that the rows depend on besides their ids. So existing rows never have
+to be compared with anything, and rows are missing exactly if their ids are. Workers write fragments, which are
+invisible until the driver commits them.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ _DIGITS = 16
 
 @dataclass(frozen=True)
 class Table:
-    """It holds no open handle, so it can be pickled and sent to workers."""
+    """A table of computed results. It holds no open handle, so it can be pickled and sent to workers."""
 
     uri: str
     schema: pa.Schema
 
     @classmethod
     def keyed(cls, folder: str, name: str, key: Mapping[str, Any], columns: Sequence[pa.Field]) -> "Table":
-        """Return the table of rows that depend on `key`, which is anything that JSON can hold; `id` is added."""
+        """Return the table of rows that depend on `key`, a JSON object; a column `id` is added."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:_DIGITS]
         metadata = {b"imagerag.key": json.dumps(key, sort_keys=True).encode()}
         schema = pa.schema([pa.field("id", pa.string(), nullable=False), *columns], metadata=metadata)
@@ -46,10 +46,10 @@ class Table:
 
     @classmethod
     def at(cls, uri: str) -> "Table":
-        """Return a table that is there already.
+        """Return an existing table.
 
         Raises:
-            UserError: if it is not.
+            UserError: if it does not exist.
         """
         try:
             return cls(uri, lance.dataset(uri).schema)
@@ -58,14 +58,14 @@ class Table:
 
     @property
     def digest(self) -> str:
-        """What tells this table's rows from those of another key."""
+        """Digest of the table's key."""
         return self.uri.rsplit("-", 1)[1].removesuffix(".lance")
 
     def open(self) -> LanceDataset:
-        """Open the newest version, after making an empty table where there is none."""
+        """Open the newest version; create an empty table if there is none."""
         try:
             return lance.dataset(self.uri)
-        except ValueError as error:  # Lance has no exception of its own for this.
+        except ValueError as error:  # Lance has no specific exception for this.
             if "was not found" not in str(error):
                 raise
             return lance.write_dataset(self.schema.empty_table(), self.uri, schema=self.schema, mode="create")
@@ -76,14 +76,15 @@ class Table:
         return ids
 
     def keep(self, ids: pa.ChunkedArray) -> None:
-        """Delete all rows but these, as `drop` does."""
+        """Delete all rows except these with `drop`."""
         own = self.open().to_table(columns=["id"])["id"]
         self.drop(own.filter(pc.invert(pc.is_in(own, ids))))
 
     def drop(self, ids: pa.ChunkedArray) -> int:
-        """Delete rows from every version, with what killed writers left behind, and return how many there were.
+        """Delete rows from every version, and files left by killed writers; return the number of deleted rows.
 
-        Rewrites only files that hold such a row. A training that reads one of them fails, and has to: it is taken down.
+        Rewrites only files that contain such a row. A training that reads one of these files fails, as it must when
+        rows are taken down.
         """
         dataset = self.open()
         own = dataset.to_table(columns=["id"])["id"]
@@ -98,7 +99,7 @@ class Table:
         return len(doomed)
 
     def clean_up(self) -> None:
-        """Delete all versions but the newest, and what killed writers left behind. Call it while nobody else writes."""
+        """Delete all versions except the newest, and files left by killed writers. No other writer may be active."""
         self.open().cleanup_old_versions(older_than=timedelta(0), delete_unverified=local_folder(self.uri) is not None)
 
     def write(self, rows: pa.Table) -> list[str]:
@@ -110,14 +111,14 @@ class Table:
         """Append fragments as one transaction and return the new version.
 
         Raises:
-            CommitConflictError: if the table is no longer the one of `read_version`, the version in which the caller
-                looked which rows are missing.
+            CommitConflictError: if the table is no longer at `read_version`, the version in which the caller determined
+                the missing rows.
         """
         return append(self.open(), fragments, read_version)
 
 
 def array_field(name: str, shape: Sequence[int], kind: pa.DataType | None = None) -> pa.Field:
-    """Return a column of arrays of one shape, float16 unless told otherwise."""
+    """Return a column of arrays of one shape, by default float16."""
     values = pa.list_(kind or pa.float16(), int(np.prod(shape)))
     return pa.field(name, values, metadata={b"shape": json.dumps(list(shape)).encode()})
 
@@ -128,11 +129,11 @@ def to_column(values: Arrays) -> pa.Array:
 
 
 def shape_of(field: pa.Field) -> tuple[int, ...]:
-    """Return the shape of the arrays of a column of `array_field`."""
+    """Return the shape of the arrays in a column from `array_field`."""
     return tuple(json.loads(field.metadata[b"shape"]))
 
 
 def from_column(column: pa.ChunkedArray, shape: Sequence[int]) -> Arrays:
-    """Return a column without nulls as arrays (N, ...) of a shape."""
+    """Return a column without nulls as arrays (N, ...) of the given shape."""
     values: Arrays = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return values.reshape(len(column), *shape)

@@ -1,4 +1,4 @@
-"""Bringing a corpus to what its lists want: plan shards, spread them as Ray tasks, count what came of every URL."""
+"""Downloading what a corpus wants: plan shards, run them as Ray tasks, and count the outcomes of all URLs."""
 
 import logging
 import math
@@ -30,10 +30,10 @@ from imagerag.settings import Settings
 from imagerag.spool import Spool, distinct, in_order
 
 _SHARD_RETRIES = 3
-_MAX_FAILED_RUNS = 5  # of a URL, before only `retry_failed` tries it again
-_NUM_EXAMPLES = 3  # of each reason, in a report
+_MAX_FAILED_RUNS = 5  # of a URL, after which only `retry_failed` tries it again
+_NUM_EXAMPLES = 3  # per reason in a report
 _WORKER_BYTES = 400 * 2**20
-BYTES_PER_PIXEL = 21  # while an image is decoded, turned and converted: measured 13 for PNG, 14 for JPEG, 21 for WebP
+BYTES_PER_PIXEL = 21  # peak while an image is decoded, rotated and converted: measured 13 for PNG, 14 JPEG, 21 WebP
 _PATIENCE_S = 300.0  # added to the longest time that a shard can take before its worker counts as dead
 
 _log = logging.getLogger(__name__)
@@ -50,20 +50,22 @@ def download(
     refresh: bool = False,
     on_progress: OnProgress = silent,
 ) -> Download:
-    """Add a list to what the corpus at `uri` wants, or put it in its place, and fetch what is missing.
+    """Add a list to what the corpus at `uri` wants, or replace that by the list, and fetch what is missing.
 
-    Fetched is what was never tried, what an earlier run left unfinished, what the list has a new caption or a new
-    SHA-256 for, and what failed for what may pass, in five runs at most; with `retry_failed` all that failed. A URL
-    that was fetched before has to bring the same bytes again, unless the list states another SHA-256. Killed at any
-    moment, it continues when it is called again.
+    This fetches URLs that were never tried, that an earlier run left unfinished, or for which the list has a new
+    caption or SHA-256; and it retries transient failures, in at most five runs, or with `retry_failed` all failures. A
+    URL that was fetched before must return the same bytes again, unless the list states another SHA-256. A run that was
+    killed at any time is continued by the next call.
 
-    With `refresh`, all images that the corpus has by URL are asked for again, by the version that their servers named:
-    another image takes the place of the one before, which stays where none comes, unless its server opts out.
+    With `refresh`, all images that were fetched by URL are requested again, conditionally on the version that their
+    servers stated. A changed image replaces the previous one, which stays if the request fails, unless the server
+    opts out.
 
-    Progress counts URLs. Images that several lists want are fetched once; two calls for one corpus wait for each other.
+    Progress counts URLs. Images that several lists want are fetched once. Concurrent calls for a corpus wait for each
+    other.
 
     Raises:
-        UserError: if a worker's machine can look up no names.
+        UserError: if DNS does not work on a worker's machine.
     """
     started = time.monotonic()
     with shards.locked(uri, on_wait=lambda said: on_progress(0, 0, said)):
@@ -96,7 +98,7 @@ def download(
 
 
 def _count(uri: str) -> tuple[int, Counter[str], dict[str, Sequence[str]]]:
-    """How many rows the corpus wants, its failures by reason, and the first ones of each, in words."""
+    """Return the number of wanted rows, the numbers of failures by reason, and messages about the first of each."""
     num_rows, counts = 0, Counter[str]()
     first: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
     for rows, _ in read_parts(uri):
@@ -112,7 +114,7 @@ def _count(uri: str) -> tuple[int, Counter[str], dict[str, Sequence[str]]]:
 
 
 def _want(uri: str, rows: Spool, mode: Literal["add", "replace"]) -> int:
-    """Make the corpus want `rows`; return how many it wants no more."""
+    """Add `rows` to what the corpus wants, or replace that by them; return how many rows are no longer wanted."""
     before = shards.iter_wanted(uri)
     if (first := next(before, None)) is None:
         shards.write_wanted(uri, rows)
@@ -128,7 +130,7 @@ def _want(uri: str, rows: Spool, mode: Literal["add", "replace"]) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """The rows to fetch, by shard. Those of new shards are read from their plans when it is their turn."""
+    """The rows to fetch, by shard. Rows of new shards are read from their plans only when needed."""
 
     uri: str
     num_rows: dict[int, int]
@@ -141,8 +143,8 @@ class _Work:
 
 
 def _plan(uri: str, shard_size: int, *, retry_failed: bool, refresh: bool = False) -> _Work:
-    """What to fetch: the rows of unfinished shards that are still wanted, then new shards, planned here."""
-    # Before the ledger: a worker that outlived its driver may finish a shard meanwhile, which then is in one or both.
+    """Plan new shards; return what to fetch: still wanted rows of unfinished shards, then the new shards."""
+    # Read before the ledger: a shard that a worker without a driver finishes meanwhile is in at least one of the two.
     planned, finished = shards.planned_shards(uri), shards.finished_shards(uri)
     unfinished = shards.read_plans(uri, [shard for shard in planned if shard not in finished])
     begun = pa.concat_tables([shards.PLAN_SCHEMA.empty_table(), *unfinished.values()]).select(PAIR)
@@ -152,7 +154,7 @@ def _plan(uri: str, shard_size: int, *, retry_failed: bool, refresh: bool = Fals
         for rows, ledger in read_parts(uri):
             rows = rows.filter(pc.fill_null(pc.not_equal(rows["reason"], str(Reason.TAKEN_DOWN)), True))
             still = rows.select(PAIR).join(begun, PAIR, join_type="left semi")
-            if still.num_rows:  # an empty table may keep what it is a part of
+            if still.num_rows:  # an empty table may keep the table that it is a slice of
                 wanted.append(still)
             is_known = _is_refreshable(rows) if refresh else pa.repeat(False, len(rows))
             rows = rows.append_column("is_known", is_known).filter(pc.or_(_is_to_fetch(rows, retry_failed), is_known))
@@ -170,7 +172,7 @@ def _plan(uri: str, shard_size: int, *, retry_failed: bool, refresh: bool = Fals
 
 
 def _shards_of(tables: Iterable[pa.Table], shard_size: int) -> Iterator[pa.Table]:
-    """Cut rows into shards, as `shards.PLAN_SCHEMA` has them: those of a folder can share one."""
+    """Cut rows into shards with the columns of `shards.PLAN_SCHEMA`; a shard's rows have the same folder, or none."""
     waiting: dict[str | None, pa.Table] = {}
     for table in tables:
         for folder in table["folder"].unique():
@@ -184,13 +186,13 @@ def _shards_of(tables: Iterable[pa.Table], shard_size: int) -> Iterator[pa.Table
 
 
 def _is_refreshable(rows: pa.Table) -> pa.ChunkedArray:
-    """Which rows have an image that their URL may have another one for by now."""
+    """Return which rows have an image that their URL may have replaced since."""
     has_image = pc.fill_null(pc.equal(rows["status"], "success"), False)
     return pc.and_(has_image, pc.and_(pc.is_null(rows["wanted_sha256"]), pc.is_null(rows["folder"])))
 
 
 def _is_to_fetch(rows: pa.Table, retry_failed: bool) -> pa.ChunkedArray:
-    """Which rows were never tried, were tried with another SHA-256 in mind, or failed, if it may pass or they shall."""
+    """Return which rows were never tried, were tried with another expected SHA-256, or failed and are retried."""
     known_sha256 = pc.if_else(pc.equal(rows["status"], "success"), rows["sha256"], rows["expected_sha256"])
     changed = pc.and_(
         pc.is_valid(rows["wanted_sha256"]), pc.fill_null(pc.not_equal(rows["wanted_sha256"], known_sha256), True)
@@ -202,9 +204,9 @@ def _is_to_fetch(rows: pa.Table, retry_failed: bool) -> pa.ChunkedArray:
 
 
 def _with_expected_hash(rows: pa.Table, ledger: pa.Table) -> pa.Table:
-    """Rows of a plan: the file has to be the one that the list states, else the one that its URL brought before.
+    """Return rows of a plan with the SHA-256 that files must have: the list's, or else that of an earlier fetch.
 
-    Of a row that is asked again, that is only what is known.
+    Rows that are requested again have no expected SHA-256, but the known one.
     """
     fetched = ledger.filter(pc.equal(ledger["status"], "success")).sort_by("shard")
     recorded = fetched.group_by("url", use_threads=False).aggregate([("sha256", "last")])
@@ -221,15 +223,15 @@ def _with_expected_hash(rows: pa.Table, ledger: pa.Table) -> pa.Table:
 def _fetch(
     work: _Work, uri: str, config: DownloadConfig, settings: Settings, on_progress: OnProgress
 ) -> Iterator[shards.FetchedShard]:
-    """Fetch shards on all workers and yield what came of each; one whose workers keep dying stays unfinished."""
+    """Fetch shards on all workers and yield their results; a shard whose workers keep dying stays unfinished."""
     if not work.num_rows:
         return
     start_ray(settings)
     import ray
 
     fs, root = shards.open_folder(uri)
-    absolute_uri = fs.unstrip_protocol(root)  # workers may run in another folder
-    # Ray starts no more of them on a machine than have their cores, and their memory, there.
+    absolute_uri = fs.unstrip_protocol(root)  # workers may have another working directory
+    # Ray starts only as many tasks on a machine as it has cores and memory for.
     most = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
     task = ray.remote(num_cpus=1, max_retries=0, memory=int(min(_peak_bytes(config), most)))(_fetch_shard)
     run, num_cores = uuid4().hex, max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -252,7 +254,7 @@ def _fetch(
                     ray.cancel(ref, force=True)
                     raise TimeoutError("its worker gave no sign of life")
                 fetched: shards.FetchedShard = ray.get(ref)
-            except UserError as error:  # which a second attempt does not mend
+            except UserError as error:  # which another attempt would not solve
                 for other in running:
                     ray.cancel(other, force=True)
                 raise UserError(str(getattr(error, "cause", error))) from None
@@ -276,12 +278,12 @@ def _fetch_shard(
 
 
 def _peak_bytes(config: DownloadConfig) -> int:
-    """What a worker needs at most: itself, the files that it holds, and the largest image while it is decoded."""
+    """Return the peak memory of a worker: the process, the files that it holds, and the largest image in decoding."""
     return _WORKER_BYTES + max(config.max_bytes, shards.IN_FLIGHT_BYTES) + BYTES_PER_PIXEL * config.max_pixels
 
 
 def _longest_s(num_urls: int, hosts: Hosts) -> float:
-    """The longest time, in seconds, in which a shard has to come to its end, if every URL takes all of its time."""
+    """Return the maximum seconds that a shard can take, if every URL takes as long as it may."""
     config = hosts.config
     num_rounds = math.ceil(num_urls / min(config.thread_count, hosts.most_at_once))
     return _PATIENCE_S + hosts.patience_s(num_urls) + num_rounds * config.timeout_s * (1 + config.retries)

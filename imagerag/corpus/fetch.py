@@ -1,9 +1,9 @@
-"""The worker's part of a download: one shard. Imported in workers only.
+"""The worker's part of a download: fetching one shard. Imported in workers only.
 
-img2dataset's are the steps, the shard's files and what is in them; three classes of ours go where it has its own:
+The steps, the shard's files and their contents are those of img2dataset, with two of its classes replaced:
 
-    Downloader                GuardedDownloader: what is fetched, how, and that every row has its status
-    Resizer                   UprightResizer: what is decoded, and what is stored of it
+    Downloader                by GuardedDownloader: what is fetched, how, and that every row gets a status
+    Resizer                   by UprightResizer: what is decoded, and what is stored of it
     WebDatasetSampleWriter    img2dataset's own
 """
 
@@ -33,7 +33,7 @@ from imagerag.corpus.photos import FORMATS, decode, open_image
 from imagerag.corpus.stores import Store
 from imagerag.images import is_shown_as_stored
 
-# img2dataset's image library asks the internet for its newest version at import, unless told not to.
+# Without this, img2dataset's image library checks online for a newer version of itself at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 from img2dataset.downloader import Downloader, compute_key, is_disallowed
@@ -41,17 +41,17 @@ from img2dataset.logger import CappedCounter, write_stats
 from img2dataset.resizer import Resizer
 from img2dataset.writer import WebDatasetSampleWriter
 
-_ENCODE_QUALITY = {"jpg": 95, "webp": 95, "png": 6}  # of png, the zlib level
+_ENCODE_QUALITY = {"jpg": 95, "webp": 95, "png": 6}  # for png, the zlib level
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "jpg": {"format": "JPEG", "quality": _ENCODE_QUALITY["jpg"]},
     "webp": {"format": "WEBP", "quality": _ENCODE_QUALITY["webp"]},
     "png": {"format": "PNG", "compress_level": _ENCODE_QUALITY["png"]},
 }
 _OPT_OUT_DIRECTIVES = {"noai", "noimageai", "noindex", "noimageindex"}
-_ROBOTS_NAME = "imageragturbo"  # addresses this program alone in an X-Robots-Tag header
-_STATUSES = ("success", "failed_to_download", "failed_to_resize")  # in the order in which `write_stats` counts them
+_ROBOTS_NAME = "imageragturbo"  # addresses only this program in an X-Robots-Tag header
+_STATUSES = ("success", "failed_to_download", "failed_to_resize")  # in the order of the arguments of `write_stats`
 _MAX_VALIDATOR = 1_000  # characters
-_GIVEN = ["url", "caption", "source", "licence", "expected_sha256"]  # of a plan, what is stored as it is
+_GIVEN = ["url", "caption", "source", "licence", "expected_sha256"]  # columns of a plan that are stored unchanged
 _SIZES = ("width", "height", "original_width", "original_height")
 _FOUND = ("sha256", "etag", "last_modified")
 _STORED_SCHEMA = pa.schema(
@@ -63,7 +63,7 @@ _STORED_SCHEMA = pa.schema(
 
 class _Fetched(NamedTuple):
     body: bytes | None = None
-    """Nothing of a URL that failed, and of one whose server says that it has not changed."""
+    """None for a URL that failed, or whose server reports that it has not changed."""
     error: FetchError | None = None
     num_bytes_held: int = 0
     etag: str | None = None
@@ -72,7 +72,7 @@ class _Fetched(NamedTuple):
 
 @lru_cache(maxsize=1)
 def hosts_of(run: str, config: DownloadConfig, num_workers: int) -> Hosts:
-    """What this worker knows of hosts in a run; what it knew of those before is forgotten."""
+    """Return this worker's knowledge of hosts in a run; that of earlier runs is dropped."""
     return Hosts(config, num_workers)
 
 
@@ -82,15 +82,15 @@ def fetch_shard(
     """Fetch `rows` into shard `shard` of the corpus, unless it is finished.
 
     Args:
-        rows: as `shards.PLAN_SCHEMA` has them.
+        rows: rows with the columns of `shards.PLAN_SCHEMA`.
 
     Raises:
-        UserError: if this machine can look up no names.
+        UserError: if DNS does not work on this machine.
     """
     started = time.monotonic()
     resizer = UprightResizer(config)
     downloader = GuardedDownloader(uri, config, resizer, hosts or Hosts(config))
-    # A worker that outlived its driver may still be at the shard: wait for its end.
+    # A worker that outlived its driver may still be fetching this shard: wait until it has ended.
     with shards.locked(uri, shard):
         if not shards.is_finished(uri, shard):
             downloader.download_shard((shard, rows))
@@ -105,7 +105,7 @@ def fetch_shard(
 
 
 class GuardedDownloader(Downloader):  # type: ignore[misc]
-    """Fetches by the guarded opener, when `Hosts` lets it, checks every file's hash, and gives every row its status."""
+    """Fetches with the guarded opener at the pace of `Hosts`, verifies file hashes, and gives every row a status."""
 
     def __init__(self, uri: str, config: DownloadConfig, resizer: Resizer, hosts: Hosts) -> None:
         super().__init__(
@@ -133,7 +133,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
         self.kept: Counter[str] = Counter()
 
     def download_shard(self, row: tuple[int, pa.Table]) -> None:
-        """Fetch the rows of one shard, and write it."""
+        """Fetch the rows of one shard and write its files."""
         shard, table = row
         started, counts, statuses = time.time(), dict.fromkeys(_STATUSES, 0), CappedCounter()
         rows = table.to_pylist()
@@ -160,7 +160,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
         )
 
     def _open(self, rows: Sequence[Mapping[str, Any]], folder: str | None) -> "tuple[OpenerDirector | Store, Queue]":
-        """What opens the rows' images, and the queue of them: those of a folder ask no host."""
+        """Return the opener of the rows' images, and their queue; images of a folder have no host."""
         if folder is not None:
             return Store(folder, self._config.max_bytes), Queue([""] * len(rows), self._hosts)
         names = Names()
@@ -170,9 +170,9 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
     def _bring_one(
         self, opener: OpenerDirector | Store, queue: Queue, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[int, "_Fetched"]:
-        """Bring one row to its end, whichever can be: its number, and its file, or why there is none.
+        """Finish the next row of the queue; return its index, and its file or the reason why there is none.
 
-        What the file may be large is taken from the budget, which the caller gives back.
+        The file's maximum size is taken from the byte budget, and the caller gives it back.
         """
         while True:
             job = queue.take()
@@ -197,7 +197,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
                 return _Fetched(response.read(), None, held, *told)
         except NotModifiedError as answer:
             return self._unchanged(row, answer.headers)
-        except Exception as error:  # noqa: BLE001 - a row that fails is a row that says so
+        except Exception as error:  # noqa: BLE001 - any failure is recorded in its row
             self._budget.give_back(held)
             if isinstance(error, FetchError):
                 return _Fetched(error=error)
@@ -209,7 +209,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             return opener.open(row["member"])
         validators = {"If-None-Match": row["etag"], "If-Modified-Since": row["last_modified"]}
         headers = {name: value for name, value in validators.items() if value}
-        request = Request(row["url"], headers=headers)  # noqa: S310 - the opener looks at its scheme
+        request = Request(row["url"], headers=headers)  # noqa: S310 - the opener checks the scheme
         return opener.open(request, timeout=self.timeout)
 
     def _unchanged(self, row: Mapping[str, Any], headers: Message) -> "_Fetched":
@@ -226,7 +226,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             raise FetchError(Reason.OPT_OUT, "X-Robots-Tag")
 
     def _is_kept(self, row: Mapping[str, Any], outcome: Mapping[str, Any]) -> bool:
-        """Count a row that was asked again; returns whether its image of before stays."""
+        """Count a row that was requested again; return whether its previous image stays."""
         if row["known_sha256"] is None:
             return False
         if outcome["status"] == "success":
@@ -241,7 +241,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
         return True
 
     def _store(self, fetched: "_Fetched", row: Mapping[str, Any]) -> tuple[bytes | None, dict[str, Any]]:
-        """The image to store, if there is one, and the row's columns that tell of it."""
+        """Return the image to store, if there is one, and the row's result columns."""
         failed = dict.fromkeys((*_SIZES, *_FOUND))
         if fetched.error is not None:
             return None, {"status": "failed_to_download", "error_message": str(fetched.error), **failed}
@@ -259,12 +259,12 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
 
 
 def _validator(header: str | None) -> str | None:
-    """What a server says of a file's version, where it can be sent back as it is."""
+    """Return a validator (`ETag` or `Last-Modified`) if it can be sent back unchanged, else None."""
     return header if header and header.isascii() and header.isprintable() and len(header) <= _MAX_VALIDATOR else None
 
 
 class UprightResizer(Resizer):  # type: ignore[misc]
-    """Decodes what may be decoded, as people see it, and makes it as small as the corpus stores it."""
+    """Decodes images of the accepted formats, upright and in sRGB, and scales them down to the stored size."""
 
     def __init__(self, config: DownloadConfig) -> None:
         super().__init__(
@@ -279,7 +279,7 @@ class UprightResizer(Resizer):  # type: ignore[misc]
         self._config = config
 
     def __call__(self, img_stream: IO[bytes], blurring_bbox_list: None = None) -> tuple[Any, ...]:
-        """The image and its sizes, or nulls and a message that begins with its `Reason`."""
+        """Return the encoded image and its sizes, or Nones and a message that begins with a `Reason`."""
         try:
             image = open_image(img_stream, self._config.formats, self._config.max_pixels)
             decoded = decode(image, img_stream, self.image_size)
@@ -297,14 +297,14 @@ class UprightResizer(Resizer):  # type: ignore[misc]
 
 
 class ByteBudget:
-    """How many bytes of files all threads together may hold that are not stored yet."""
+    """Limit on the bytes of fetched files that all threads together hold until they are stored."""
 
     def __init__(self, num_bytes: int) -> None:
         self._left = num_bytes
         self._returned = Condition()
 
     def take(self, num_bytes: int) -> float:
-        """Take a part, when there is as much left; return for how many seconds that was waited for."""
+        """Wait until `num_bytes` are left and take them; return how many seconds that took."""
         started = time.monotonic()
         with self._returned:
             self._returned.wait_for(lambda: num_bytes <= self._left)
@@ -312,7 +312,7 @@ class ByteBudget:
         return time.monotonic() - started
 
     def give_back(self, num_bytes: int) -> None:
-        """Give a part back."""
+        """Return bytes to the budget."""
         with self._returned:
             self._left += num_bytes
             self._returned.notify_all()

@@ -1,7 +1,7 @@
-"""Reading a folder of images, on this machine or on any fsspec file system: every image becomes a row.
+"""Reading of a folder of images, local or on any fsspec file system: every image becomes a row.
 
-Its URL is the file's (`file:///…`, `s3://…`), its expected SHA-256 that of the file now, so a changed file is a changed
-row.
+Its URL is that of the file (`file:///…`, `s3://…`), and its expected SHA-256 that of the current file, so a changed
+file is a changed row.
 """
 
 import hashlib
@@ -29,42 +29,42 @@ from imagerag.progress import OnProgress, silent
 from imagerag.spool import Spool, first_of_each
 
 _FILE_GUESSES = {"file": ("file", "file_name", "filename", "file_path", "filepath", "path", "image", "image_path")}
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's `imagefolder`
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in Hugging Face's `imagefolder`
 _MAX_CAPTION_BYTES = 64 * 2**10
 _NUM_READERS = 32
 
 
 class Folder(Protocol):
-    """The visible files of a folder and of the folders in it, by their paths from there."""
+    """The visible files of a folder and its subfolders, by relative path."""
 
     root: str
-    """Its path on its file system."""
+    """Path on its file system."""
     uri: str
-    """Its path, or on another file system than this machine's its URI."""
+    """Path of a local folder, URI of any other."""
     files: list[str]
 
     def url_of(self, name: str) -> str:
-        """The URL of a file."""
+        """Return the URL of a file."""
 
     def sha256_of(self, name: str) -> str:
-        """The SHA-256 of a file."""
+        """Return the SHA-256 of a file."""
 
     def head_of(self, name: str, num_bytes: int) -> bytes:
-        """What a file begins with."""
+        """Return the first bytes of a file."""
 
 
 def open_folder(uri: str) -> Folder:
     """List a folder.
 
     Raises:
-        UserError: if it can't be read, or if one of its images leads out of it or is no regular file.
+        UserError: if it can't be read, or if one of its images is not a regular file or lies outside it.
     """
     fs, path = fsspec.core.url_to_fs(uri)
     return _LocalFolder(Path(path)) if isinstance(fs, LocalFileSystem) else _RemoteFolder(fs, path)
 
 
 def images_of(folder: Folder) -> list[str]:
-    """The images in it."""
+    """Return the names of the images in a folder."""
     return [name for name in folder.files if name.lower().endswith(SUFFIXES)]
 
 
@@ -75,22 +75,22 @@ def read_folder(
     on_progress: OnProgress = silent,
     bad_rows: BadRows | None = None,
 ) -> UrlList:
-    """List every image in a folder and the folders in it, but for hidden ones, with its caption.
+    """List every image in a folder and its subfolders, except hidden ones, with its caption.
 
     Args:
-        folder: where they are; no link in it may lead out of it.
-        captions: a table of file names, relative to the folder, and captions (also `source`, `licence`, `sha256`), any
-            number for an image. Without it, `metadata.csv`, `.jsonl` and `.parquet` in the folders are such tables, as
-            Hugging Face's `imagefolder` has them. Without these, the caption of `name.jpg` is the text in `name.txt`,
-            or else its name.
-        columns: of these tables; `url` is the file names'.
-        on_progress: is told of images, each of which is read once for its SHA-256.
-        bad_rows: what happens to rows of these tables that name no image of the folder or are bad in themselves, and to
-            images without a row.
+        folder: the folder; links in it must not lead out of it.
+        captions: a table of file names, relative to the folder, and captions (optionally `source`, `licence`,
+            `sha256`), with any number of rows per image. By default, `metadata.csv`, `.jsonl` and `.parquet` in the
+            folders are such tables, as in Hugging Face's `imagefolder`. Without these, the caption of `name.jpg` is the
+            text in `name.txt`, or else the words of its name.
+        columns: columns of these tables; `url` is the column of file names.
+        on_progress: progress callback, which counts images; each is read once for its SHA-256.
+        bad_rows: how to handle rows of these tables that are invalid or name no image of the folder, and images without
+            a row.
 
     Raises:
-        UserError: if there are no images; if the file of a caption leads out of the folder; if captions are unreadable,
-            or more rows bad than `bad_rows` allows.
+        UserError: if there are no images, if a file with a caption lies outside the folder, if captions are unreadable,
+            or if there are more bad rows than `bad_rows` allows.
     """
     names = images_of(folder)
     if not names:
@@ -123,7 +123,7 @@ def read_folder(
 
 
 class _LocalFolder:
-    """One on this machine, from which no link may lead."""
+    """A folder on this machine; links must not lead out of it."""
 
     def __init__(self, folder: Path) -> None:
         self._root = folder.resolve()
@@ -136,7 +136,7 @@ class _LocalFolder:
         for place, folders, files in os.walk(self._root, onerror=_refuse_unreadable):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (Path(place, name) for name in folders):
-                if path.is_symlink() and not path.resolve().is_relative_to(self._root):  # one within is listed there
+                if path.is_symlink() and not path.resolve().is_relative_to(self._root):  # inside, its target is listed
                     unfit.append(path)
             for path in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
                 is_image = path.name.lower().endswith(SUFFIXES)
@@ -152,7 +152,7 @@ class _LocalFolder:
         return [str(path.relative_to(self._root)) for path in found]
 
     def _is_inside(self, path: Path) -> bool:
-        """Whether it is a regular file in the folder, the folders above it being no links."""
+        """Return whether a path is a regular file in the folder, or a link to one; its parents must not be links."""
         mode = path.lstat().st_mode
         return stat.S_ISREG(mode) or (
             stat.S_ISLNK(mode) and path.is_file() and path.resolve().is_relative_to(self._root)
@@ -176,7 +176,7 @@ class _LocalFolder:
 
 
 class _RemoteFolder:
-    """One on another file system, such as a prefix of an object store."""
+    """A folder on another file system, such as a prefix of an object store."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         self._fs, self.root = fs, path.rstrip("/")
@@ -218,7 +218,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def _text_beside(folder: Folder, image: str, files: set[str]) -> str | None:
-    """What `name.txt` beside the image says, if it is there."""
+    """Return the text of `name.txt` next to the image, or None if there is no such file."""
     name = f"{os.path.splitext(image)[0]}.txt"  # noqa: PTH122
     if name not in files:
         return None
@@ -239,10 +239,10 @@ def _words(name: str) -> str:
 def _read_captions(
     count: Count, tables: Mapping[str, str], folder: Folder, sha256s: Mapping[str, str], columns: UrlColumns | None
 ) -> pa.Table:
-    """Read the rows of tables of captions that are of the folder's images, and count the others.
+    """Return the rows of tables of captions that belong to images of the folder, and count the others.
 
     Args:
-        tables: the tables, and from where in the folder each counts file names.
+        tables: the tables, each with the subfolder that its file names are relative to.
     """
     named = (columns or UrlColumns()).model_dump(exclude_none=True)
     if "url" in named:
@@ -270,7 +270,7 @@ def _read_captions(
 
 
 def _fault(cell: str, file: str, stated_sha256: str | None, root: str, sha256s: Mapping[str, str]) -> str | None:
-    """Why a row of a table of captions is of no image in the folder, if it is so."""
+    """Return the reason why a row of a table of captions belongs to no image of the folder, or None if it does."""
     if file == ".." or file.startswith("../"):
         return f"{cell!r:.200} lies outside {root}"
     if file not in sha256s:
@@ -282,7 +282,7 @@ def _fault(cell: str, file: str, stated_sha256: str | None, root: str, sha256s: 
 
 def _sha256s(folder: Folder, names: Sequence[str], on_progress: OnProgress) -> dict[str, str]:
     sha256s: dict[str, str] = {}
-    with ThreadPoolExecutor(_NUM_READERS) as pool:  # hashing leaves the interpreter's lock
+    with ThreadPoolExecutor(_NUM_READERS) as pool:  # hashing releases the GIL
         for name, sha256 in zip(names, pool.map(folder.sha256_of, names), strict=True):
             sha256s[name] = sha256
             on_progress(len(sha256s), len(names))
@@ -290,7 +290,7 @@ def _sha256s(folder: Folder, names: Sequence[str], on_progress: OnProgress) -> d
 
 
 def _complete(rows: pa.Table, folder: Folder, sha256s: Mapping[str, str]) -> pa.Table:
-    """All fields of `url_list.SCHEMA`; the folder's name stands in for a missing source."""
+    """Return rows with all fields of `url_list.SCHEMA`; a missing source becomes the folder's name."""
     files = rows["file"].to_pylist()
     missing = pa.nulls(len(files), pa.string())
     given = {name: rows[name] for name in rows.column_names}

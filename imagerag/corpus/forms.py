@@ -1,6 +1,6 @@
-"""The rows of a list, in whichever form it is, a batch at a time: texts, tables, tars, and many files of them.
+"""Reading of lists in all formats, in batches of rows: text files, tables, tars, and folders or globs of these.
 
-A row has the URL of an image, or the image lies in the list itself.
+A row has the URL of an image, or contains the image itself.
 """
 
 import io
@@ -25,22 +25,22 @@ from imagerag.errors import UserError
 
 _TEXT_FORMATS = ("csv", "tsv", "txt", "json", "jsonl")
 _TABLE = ".lance"
-_FIRST = (".tar", ".parquet")  # what a folder's list is, whatever else the folder has
+_FIRST = (".tar", ".parquet")  # formats that take precedence in a folder, in this order
 FORMATS = (".parquet", *(f".{name}{packed}" for name in _TEXT_FORMATS for packed in ("", ".gz", ".zst")), ".tar")
 FORMS = f"file, or a folder or a glob of files, named {', '.join(FORMATS)}, or a Lance table, named {_TABLE}"
-"""What a list is, in words."""
+"""Description of what a list can be, for messages."""
 
 _BATCH_IMAGES = 64
-_NUM_NAMES = 5  # in a message
+_NUM_NAMES = 5  # names listed in a message
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def read_batches(uri: str, what: str, choose: Choose) -> Iterator[Batch]:
-    """Yield the rows of a file or of a Lance table, or of all files that a folder or a glob of them has.
+    """Yield the rows of a file or Lance table, or of all files in a folder or glob.
 
     Args:
-        what: what the file is, for messages.
-        choose: is asked for the columns of every file.
+        what: kind of file, for messages.
+        choose: called for the columns of every file.
 
     Raises:
         UserError: if it is missing, or not of the format that its name says.
@@ -62,7 +62,7 @@ def _read_file(part: Part, suffix: str, stream: IO[bytes], choose: Choose) -> It
         return _read_parquet(part, stream, choose)
     if suffix == ".tar":
         return _read_tar(part, stream, choose)
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")  # every kind of line end is one
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")  # with universal newlines
     match suffix.split(".")[1]:
         case "txt":
             return read_lines(text, choose)
@@ -73,13 +73,13 @@ def _read_file(part: Part, suffix: str, stream: IO[bytes], choose: Choose) -> It
 
 
 def folder_of(uri: str) -> str:
-    """The folder from which `Part.member` counts, as a path or URI; a Lance table's is itself."""
+    """Return the folder that `Part.member` is relative to, as a path or URI; for a Lance table, the table itself."""
     fs, path = fsspec.core.url_to_fs(uri)
     return _uri(fs, _root_of(fs, path))
 
 
 def is_folder(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-    """Whether a path is a folder. The web has none, and would be asked for the whole file."""
+    """Return whether a path is a folder. HTTP has no folders, and the check would request the whole file."""
     return "http" not in fs.protocol and bool(fs.isdir(path))
 
 
@@ -95,13 +95,13 @@ def _uri(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 
 def _parts(uri: str, what: str) -> list[Part]:
-    """The files that `uri` means, in order. A folder has those of one kind: tars, else parquet, else text."""
+    """Return the files that `uri` refers to, in order. In a folder, only tars are read, else parquet, else text."""
     if is_table(uri):
         return [Part(uri.rstrip("/"), "")]
     fs, path = fsspec.core.url_to_fs(uri)
-    is_list = uri.lower().endswith(FORMATS) and not is_folder(fs, path)  # which Spark names as it does a file
+    is_list = uri.lower().endswith(FORMATS) and not is_folder(fs, path)  # Spark names its folders like files
     is_glob = re.search(r"[*?[]", uri) is not None and not is_folder(fs, path)
-    if is_list and (not is_glob or fs.isfile(path)):  # a name may have a bracket in it
+    if is_list and (not is_glob or fs.isfile(path)):  # a file name may contain brackets
         return [Part(uri, path.rpartition("/")[2])]
     root = _root_of(fs, path)
     names = sorted(found[len(root) + 1 :] for found in (fs.glob(path) if is_glob else fs.find(path)))
@@ -116,24 +116,24 @@ def _parts(uri: str, what: str) -> list[Part]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file in a folder may be one of a list; what is in a Lance table's own folder may not."""
+    """Return whether a file in a folder may be part of a list; files inside a Lance table may not."""
     return name.lower().endswith(FORMATS) and f"{_TABLE}/" not in name
 
 
 def is_table(uri: str) -> bool:
-    """Whether it is named as a Lance table is."""
+    """Return whether a path is named like a Lance table."""
     return uri.rstrip("/").endswith(_TABLE)
 
 
 def some_of(names: Sequence[str]) -> str:
-    """Some of the names, and how many there are."""
+    """Return the first names, and the number of further ones."""
     more = f" and {len(names) - _NUM_NAMES:,} more" if len(names) > _NUM_NAMES else ""
     return f"{', '.join(map(repr, names[:_NUM_NAMES]))}{more}"
 
 
 @contextmanager
 def _opened(uri: str, suffix: str) -> Iterator[Any]:
-    """The file's content, unpacked, after a look at what it seems to be."""
+    """Open a file decompressed, after a check of its type by its first bytes."""
     with fsspec.open(uri, "rb") as file:
         compression = next((name for end, name in _COMPRESSIONS.items() if suffix.endswith(end)), None)
         packed = suffix.removeprefix(".") if suffix in (".parquet", ".tar") else None
@@ -149,7 +149,7 @@ def _check_kind(uri: str, file: IO[bytes], wanted: set[str | None]) -> None:
     head = file.read(HEAD_BYTES)
     file.seek(0)
     kind = seems(head)
-    if None in wanted:  # text, a stray control character or another encoding in it notwithstanding
+    if None in wanted:  # text, even with stray control characters or in another encoding
         is_text = kind == "an unknown kind of data" and len(re.findall(rb"[\x00-\x08\x0e-\x1f]", head)) * 20 < len(head)
         fits = is_text or kind in ("text", "JSON", "an empty file")
     else:
@@ -199,11 +199,11 @@ def _read_table(
     choose: Choose,
     version: int | None = None,
 ) -> Iterator[Batch]:
-    """The rows of a table: those of URLs, or where it has a column of images, these.
+    """Yield the rows of a table: with URLs, or with image locations if it has a column of images.
 
     Args:
-        read: takes the names of the columns of texts, and that of images, and returns the table's batches.
-        version: of a Lance table.
+        read: takes the names of the text columns and of the column of images, and returns the table's batches.
+        version: version of a Lance table.
     """
     images = {it.name: is_image_column(it.type) for it in schema if is_binary(it.type) or is_image_column(it.type)}
     names = choose(schema.names, images)

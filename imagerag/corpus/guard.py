@@ -1,4 +1,4 @@
-"""What may be fetched from strangers, and the names of what can go wrong. `opener` enforces it on the network."""
+"""Rules for fetching from untrusted servers, which `opener` enforces, and the reasons for which a fetch can fail."""
 
 import ipaddress
 from enum import StrEnum
@@ -12,10 +12,10 @@ _NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24",
 
 
 class Reason(StrEnum):
-    """Why a URL has no image in the corpus. Of those that are `PASSING`, the next run tries again."""
+    """Reason why a URL has no image in the corpus. The next run retries URLs whose reason is `PASSING`."""
 
     INVALID_ROW = "invalid_row"
-    """A row of a list without a URL or a caption, or with one that can't be."""
+    """A row of a list whose URL or caption is missing or invalid."""
     INVALID_URL = "invalid_url"
     BLOCKED_SCHEME = "blocked_scheme"
     BLOCKED_ADDRESS = "blocked_address"
@@ -23,11 +23,11 @@ class Reason(StrEnum):
     CONNECTION_FAILED = "connection_failed"
     TIMEOUT = "timeout"
     HOST_DOWN = "host_down"
-    """Not asked for any more: its host brought nothing but failures, or asks to wait for too long."""
+    """Skipped, because the host only failed, or asked for too long a wait."""
     SERVER_BUSY = "server_busy"
-    """Status 429 or 503, which mean later."""
+    """Status 429 or 503, which ask to try again later."""
     SERVER_ERROR = "server_error"
-    """Another status by which a server says that it failed, not the request."""
+    """Another status that means a failure of the server rather than of the request."""
     HTTP_STATUS = "http_status"
     REDIRECT_LOOP = "redirect_loop"
     TOO_MANY_BYTES = "too_many_bytes"
@@ -38,10 +38,10 @@ class Reason(StrEnum):
     HASH_MISMATCH = "hash_mismatch"
     UNREADABLE_FILE = "unreadable_file"
     OUTSIDE_FOLDER = "outside_folder"
-    """A file of a folder that leads out of it, by a link."""
+    """A link in a folder to a file outside it."""
     TAKEN_DOWN = "taken_down"
     LOST = "lost"
-    """The worker died each time."""
+    """Every worker that fetched its shard died."""
     OTHER = "other"
 
 
@@ -56,10 +56,10 @@ PASSING = frozenset(
         Reason.LOST,
     }
 )
-"""Reasons that may be gone at another time; all others stay until somebody changes something."""
+"""Reasons of transient failures; all others persist until the list, the server or the configuration changes."""
 
 UNREACHABLE = frozenset({Reason.DNS_FAILURE, Reason.CONNECTION_FAILED, Reason.TIMEOUT})
-"""Reasons that are as good as no answer from the host."""
+"""Reasons that mean that the host did not answer."""
 
 BUSY_STATUSES = frozenset({429, 503})
 SERVER_ERROR_STATUSES = frozenset({408, 425, 500, 502, 504})
@@ -68,24 +68,24 @@ _REASONS = {str(reason): reason for reason in Reason}
 
 
 class FetchError(Exception):
-    """One URL brings no image. The text is `<reason>: <detail>`, which ends up as the row's `error_message`."""
+    """A URL gives no image. The message is `<reason>: <detail>`, which is stored as the row's `error_message`."""
 
     def __init__(self, reason: Reason, detail: str, wait_s: float | None = None) -> None:
-        super().__init__(f"{reason}: {printable(detail)}")  # a server may have said it
+        super().__init__(f"{reason}: {printable(detail)}")  # it may quote a server
         self.reason = reason
         self.wait_s = wait_s
-        """For how many seconds the host asks to be left alone, if it does."""
+        """Seconds that the host asks to wait, if it does."""
 
 
 def reason_of(error_message: str | None) -> Reason:
-    """The reason that a failed row's `error_message` begins with."""
+    """Return the reason that a failed row's `error_message` begins with."""
     return _REASONS.get((error_message or "").partition(":")[0], Reason.OTHER)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet.
+    """Return whether an IP address is on the public internet.
 
-    IPv6 addresses that carry an IPv4 address (mapped, 6to4, NAT64) are judged by that.
+    IPv6 addresses that embed an IPv4 address (mapped, 6to4, NAT64) are judged by the IPv4 address.
     """
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):

@@ -1,7 +1,6 @@
-"""When which host is asked: a few URLs at a time, no faster than it takes them, later where it says so, and no more
-once it is down.
+"""Scheduling of requests per host: limits concurrency and rate, waits if a host asks to, and skips hosts that are down.
 
-URLs of other hosts go on meanwhile. Knows nothing of HTTP: it is told how each attempt ended.
+Meanwhile, URLs of other hosts are fetched. This module is independent of HTTP: it receives the outcome of each attempt.
 """
 
 import itertools
@@ -19,52 +18,52 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import PASSING, UNREACHABLE, FetchError, Reason
 
 _MAX_BACK_OFF_S = 60.0
-_CATCH_UP_S = 0.02  # what a late wake-up may make up for
+_CATCH_UP_S = 0.02  # delay of a late wake-up that may be made up for
 _MIN_RATE = 0.1
 _CUT = 0.97
-_GROWTH_S = 40.0  # in which a rate that was cut doubles, at first
+_GROWTH_S = 40.0  # initial time in which a cut rate doubles
 _MAX_GROWTH_S = 240.0
-_SLOWEST_RATE = 1.0  # URLs a second, of a host that a whole shard is waited for
+_SLOWEST_RATE = 1.0  # URLs per second: a shard waits for hosts that are at least this fast
 
 
 class Pace:
-    """The rate at which a host is asked: as it comes, until the host refuses; then about what it was seen to take.
+    """The request rate of a host: unlimited until the host refuses, then about the rate that it was seen to accept.
 
-    A cut halves the rate at most, and it grows back by a cubic, as TCP's CUBIC does: slowly at first, and more slowly
-    each time that the limit was found where it had been, since every refusal can cost a pause.
+    A cut at most halves the rate, which then grows back by a cubic function, as in TCP's CUBIC: slowly at first, and
+    more slowly after each further refusal, since every refusal can cost a pause.
     """
 
     def __init__(self, limit: float, now: float) -> None:
-        """Begin without knowing anything of the host; `limit` is the largest rate, in URLs a second."""
+        """Start without knowledge of the host; `limit` is the maximum rate in URLs per second."""
         self._limit = limit
         self._rate = math.inf
         self._growth_s = _GROWTH_S
         self._begun_at = self._resumed_at = now
-        self._taken: deque[float] = deque()  # when, in the last second
+        self._taken: deque[float] = deque()  # times of answers in the last second
         self.next_at = -math.inf
-        """When the next URL may be asked for."""
+        """Earliest time of the next request."""
 
     def rate(self, now: float) -> float:
-        """URLs a second."""
+        """Return the current rate in URLs per second."""
         grown = 1 + (max(0.0, now - self._resumed_at) / self._growth_s) ** 3
         return min(self._limit, self._rate * grown)
 
     @property
     def is_known(self) -> bool:
-        """Whether the host ever refused."""
+        """Whether the host has ever refused a request."""
         return self._rate < math.inf
 
     def start(self, now: float) -> None:
-        """Count a URL that is asked for now."""
+        """Record a request that starts now."""
         self.next_at = max(self.next_at, now - _CATCH_UP_S, self._resumed_at) + 1 / self.rate(now)
 
     def taken(self, now: float) -> None:
-        """Count one that the host answered."""
+        """Record an answer of the host."""
         self._taken.append(now)
         self._drop_old(now)
 
     def refused(self, now: float, resume_at: float) -> None:
-        """Cut the rate; the host is not asked before `resume_at`."""
+        """Cut the rate after a refusal; no request is made before `resume_at`."""
         self._drop_old(now)
         seen = float(len(self._taken))
         rate = self.rate(now)
@@ -82,25 +81,25 @@ class Pace:
 
 @dataclass(eq=False)
 class Host:
-    """What is known of a host."""
+    """The state of a host."""
 
     name: str
     pace: Pace
     num_failures: int = 0
-    """Rounds in a row, each of attempts at a time, that brought nothing."""
+    """Consecutive failed rounds; concurrent attempts belong to one round."""
     has_answered: bool = False
     not_before: float = -math.inf
     counted_at: float = -math.inf
-    """When the last failure was counted: attempts that began before belong to the same round."""
+    """Time of the last counted failure; attempts that started before it belong to the same round."""
     down: str | None = None
-    """Why it is set aside."""
+    """Reason why the host is skipped, if it is."""
 
 
 class Hosts:
-    """What a worker knows of hosts, from one shard of a run to the next.
+    """A worker's knowledge of hosts, kept between the shards of a run.
 
-    Every worker has its part of what a host may be asked for at most, so that no worker has to ask another one: the
-    limits hold for all together, and a worker too many still fetches one URL at a time.
+    Every worker gets an equal share of each host's limits, so that the limits hold for all workers together without
+    communication between them. If there are more workers than `per_host`, each still fetches one URL at a time.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class Hosts:
         return self._known[name]
 
     def forget_ordinary(self) -> None:
-        """Keep only what the next shard has to know."""
+        """Drop hosts without any state that the next shard needs."""
         now = self.clock()
         self._known = {
             name: host
@@ -127,7 +126,7 @@ class Hosts:
         }
 
     def patience_s(self, num_urls: int) -> float:
-        """For how many seconds a shard of so many URLs waits for hosts that can't be asked at once."""
+        """Return how many seconds a shard of `num_urls` URLs waits for hosts that can't be asked immediately."""
         return self.config.max_wait_s + num_urls / min(_SLOWEST_RATE, self._limit)
 
 
@@ -140,19 +139,19 @@ class Job:
     num_failures: int = 0
     started_at: float = -math.inf
     error: FetchError | None = None
-    """The last failure; of a job that is handed out, the one to leave it at."""
+    """The last failure. A job that is handed out with an error is not fetched: the error is its outcome."""
 
 
 @dataclass(eq=False)
 class _Line:
-    """The jobs of a host."""
+    """The queue of a host's jobs."""
 
     host: Host
     most_at_once: float
-    waiting: list[tuple[float, int, Job]] = field(default_factory=list)  # a heap, by when each may be tried
+    waiting: list[tuple[float, int, Job]] = field(default_factory=list)  # a heap by earliest start
     num_running: int = 0
     queued_for: float | None = None
-    """Its time in the queue of hosts; entries with another one are void."""
+    """Its time in `Queue._queue`; entries there with another time are stale."""
 
     def due_at(self) -> float:
         if self.host.down is not None:
@@ -161,13 +160,13 @@ class _Line:
 
 
 class Queue:
-    """The URLs of a shard, handed out to threads when their hosts may be asked."""
+    """The URLs of a shard, handed out to threads as soon as their hosts may be asked."""
 
     def __init__(self, urls: Sequence[str], hosts: Hosts) -> None:
         self._hosts, self._clock, self._config = hosts, hosts.clock, hosts.config
         self._changed = Condition()
         self._number = itertools.count()
-        self._queue: list[tuple[float, int, _Line]] = []  # a heap of hosts that have something to do
+        self._queue: list[tuple[float, int, _Line]] = []  # a heap of hosts with waiting jobs
         self._deadline = self._clock() + hosts.patience_s(len(urls))
         lines: dict[str, _Line] = {}
         for index, url in enumerate(urls):
@@ -179,12 +178,12 @@ class Queue:
         for line in lines.values():
             self._enqueue(line)
         self.most_at_once = int(sum(min(len(line.waiting), line.most_at_once) for line in lines.values()))
-        """How many threads there can be work for."""
+        """Maximum number of threads that can work at the same time."""
 
     def take(self) -> Job:
-        """Wait for a job that can be done now. It is settled by `succeeded` or `failed`, unless it has an `error`.
+        """Wait for the next job. Report its outcome with `succeeded` or `failed`, unless it has an `error`.
 
-        As many jobs have to be brought to their end as there are URLs; whoever asks for more waits for ever.
+        There are as many jobs to finish as URLs; a call after the last one waits forever.
         """
         with self._changed:
             while True:
@@ -197,7 +196,7 @@ class Queue:
                 self._changed.wait(None if math.isinf(found) else found - now)
 
     def poll(self, now: float) -> Job | float:
-        """The next job, or when there may be one: infinity while all depends on jobs that are being done."""
+        """Return the next job, or the time when there may be one: infinity if that depends on running jobs."""
         while self._queue and self._queue[0][0] <= now:
             queued_for, _, line = heappop(self._queue)
             if queued_for != line.queued_for:
@@ -221,13 +220,13 @@ class Queue:
         return self._queue[0][0] if self._queue else math.inf
 
     def succeeded(self, job: Job) -> None:
-        """Say that a job's host answered."""
+        """Record that a job's host answered."""
         with self._changed:
             self._answered(job.line.host)
             self._release(job.line)
 
     def failed(self, job: Job, error: FetchError) -> bool:
-        """Say how a job failed. Returns whether it is tried again, by whoever takes it then."""
+        """Record the failure of a job; return whether it is retried, by any thread that takes it."""
         with self._changed:
             now, host = self._clock(), job.line.host
             job.error = error
@@ -251,7 +250,7 @@ class Queue:
         host.has_answered, host.num_failures = True, 0
 
     def _refused(self, host: Host, job: Job, error: FetchError, now: float) -> None:
-        """A host asks to be left alone for a while."""
+        """Handle a request to wait (429, 503): pause the host and cut its rate."""
         is_new = self._counted(host, job, error, now)
         wait_s = error.wait_s or 0.0
         if error.wait_s is None or host.num_failures > 1:
@@ -259,16 +258,16 @@ class Queue:
         host.not_before = max(host.not_before, now + wait_s)
         if wait_s > self._config.max_wait_s:
             host.down = f"asks to be left alone for {wait_s:.0f} s ({error})"
-        if is_new and host.num_failures == 1:  # else nothing was taken since, and only a longer pause can help
+        if is_new and host.num_failures == 1:  # otherwise no request succeeded since, and only a longer pause can help
             host.pace.refused(now, host.not_before)
 
     def _is_worth_it(self, host: Host, job: Job) -> bool:
-        """Whether a refusal was of the rate, and not of this very URL: the host answers others."""
+        """Return whether a refusal concerns the rate rather than this URL: the host answers others."""
         most = self._config.max_host_failures
         return host.has_answered and host.num_failures < most and job.num_failures <= self._config.retries + most
 
     def _missed(self, host: Host, job: Job, error: FetchError, now: float) -> None:
-        """A host gave no answer: once may be an accident."""
+        """Handle a missing answer: the first one may be an accident, later ones pause the host."""
         if self._counted(host, job, error, now) and host.num_failures > 1:
             host.not_before = max(host.not_before, now + self._back_off_s(host.num_failures - 2))
 
@@ -283,7 +282,7 @@ class Queue:
         return True
 
     def _given_up(self, line: _Line, due_at: float, now: float) -> FetchError | None:
-        """Why the line's next job is not waited for, if it isn't."""
+        """Return the failure with which to give up the line's next job, or None to keep waiting."""
         if line.host.down is not None:
             return FetchError(Reason.HOST_DOWN, f"{line.host.name}: {line.host.down}")
         if due_at > now and due_at > self._deadline:
@@ -292,7 +291,7 @@ class Queue:
         return None
 
     def _back_off_s(self, number: int) -> float:
-        """Exponential, with jitter, so that those who failed together don't come back together."""
+        """Return an exponential back-off with jitter, so that jobs that failed together are not retried together."""
         longest = min(_MAX_BACK_OFF_S, self._config.back_off_s * 2.0**number)
         return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret
 
@@ -304,14 +303,14 @@ class Queue:
     def _enqueue(self, line: _Line) -> None:
         if not line.waiting or line.num_running >= line.most_at_once:
             return
-        due_at = min(line.due_at(), self._deadline)  # then it is given up
+        due_at = min(line.due_at(), self._deadline)  # at the deadline, it is given up
         if line.queued_for is None or due_at < line.queued_for:
             line.queued_for = due_at
             heappush(self._queue, (due_at, next(self._number), line))
 
 
 def host_of(url: str) -> str:
-    """The host that a URL asks, with its port where that is not the usual one; nothing where it asks none."""
+    """Return the host of a URL, with the port unless it is 80 or 443; empty if the URL has no web host."""
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -1,4 +1,4 @@
-"""What became of every URL, derived from the finished shards and kept nowhere else."""
+"""The ledger: the outcome of every URL, derived from the finished shards and stored nowhere else."""
 
 from collections.abc import Iterator
 
@@ -19,14 +19,14 @@ SCHEMA = pa.schema(
         ("status", pa.string()),  # "success" or "failed"
         ("reason", pa.string()),  # a `Reason`; null for successes
         ("error_message", pa.string()),
-        ("sha256", pa.string()),  # of the file as fetched; null for failures
+        ("sha256", pa.string()),  # SHA-256 of the file as fetched; null for failures
         ("expected_sha256", pa.string()),
-        ("etag", pa.string()),  # as the server said, null for failures; and
-        ("last_modified", pa.string()),
-        ("width", pa.int32()),  # of the image as stored
+        ("etag", pa.string()),  # response header; null for failures
+        ("last_modified", pa.string()),  # response header; null for failures
+        ("width", pa.int32()),  # size of the image as stored
         ("height", pa.int32()),
         ("shard", pa.int64()),
-        ("key", pa.string()),  # of the sample in its shard
+        ("key", pa.string()),  # key of the sample in its shard
     ]
 )
 _SHARDS_AT_ONCE = 128
@@ -38,25 +38,25 @@ _IMAGE = ["url", "caption", "source", "licence", "sha256", "width", "height", "s
 
 
 def wanted_images(uri: str) -> pa.Table:
-    """The images that the corpus wants and has, in the order of its lists, in memory; columns as of `iter_images`."""
+    """Return all images that the corpus wants and has, in list order; columns as in `iter_images`, without `row`."""
     parts = list(iter_images(uri))
     return pa.concat_tables(parts).sort_by("row").drop_columns("row") if parts else SCHEMA.empty_table().select(_IMAGE)
 
 
 def iter_images(uri: str) -> Iterator[pa.Table]:
-    """Yield the images that the corpus wants and has, some at a time.
+    """Yield the images that the corpus wants and has, in batches.
 
-    Columns url, caption, source, licence, sha256 (of the file as fetched), width, height (as stored), shard, key and
-    row, the image's place in the lists.
+    The columns are url, caption, source, licence, sha256 (of the file as fetched), width and height (as stored), shard,
+    key, and row, the image's position in the lists.
     """
     for rows, _ in read_parts(uri):
         yield rows.filter(pc.fill_null(pc.equal(rows["status"], "success"), False)).select([*_IMAGE, "row"])
 
 
 def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Yield every row that the corpus wants with what became of it, as of `standing`, and what `read_ledger` returns.
+    """Yield all wanted rows with their outcomes (see `standing`), and the ledger (see `read_ledger`), in parts.
 
-    In parts that fit in memory: all rows of a URL are in one. In a part, rows are in the order of the lists.
+    Each part fits in memory, and all rows of a URL are in the same part. Rows within a part are in list order.
     """
     takedowns = shards.read_takedowns(uri)
     wanted, attempts = Parts(numbered(shards.iter_wanted(uri)), by_url), Parts(iter_attempts(uri), by_url)
@@ -67,11 +67,11 @@ def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table]]:
 
 
 def standing(wanted: pa.Table, ledger: pa.Table, takedowns: pa.Table) -> pa.Table:
-    """Join what is wanted with what became of it.
+    """Join wanted rows with their outcomes.
 
-    `wanted` has its rows' places among all as `row`, which are the order. Columns as in `SCHEMA`, with `source` and
-    `licence` as the list has them now; `wanted_sha256`, as the list has it; and `row`. `status` is null for what is not
-    settled yet.
+    `wanted` has a column `row`, the position of each row among all wanted rows, by which the result is sorted. The
+    result has the columns of the ledger, with `source` and `licence` from the current list; `wanted_sha256`, the
+    SHA-256 that the list states; and `row`. `status` is null for rows without an outcome yet.
     """
     wanted = wanted.rename_columns({"sha256": "wanted_sha256"})
     joined = wanted.join(ledger.drop_columns(["source", "licence"]), PAIR, join_type="left outer").sort_by("row")
@@ -79,15 +79,15 @@ def standing(wanted: pa.Table, ledger: pa.Table, takedowns: pa.Table) -> pa.Tabl
 
 
 def read_ledger(uri: str) -> pa.Table:
-    """The latest attempt at every (url, caption) that was ever fetched.
+    """Return the latest attempt at every (url, caption) that was ever fetched.
 
-    Columns as in `SCHEMA`, and `num_failures`: how many of its attempts failed.
+    The columns are those of `SCHEMA`, and `num_failures`, the number of failed attempts.
     """
     return with_takedowns(_latest(read_attempts(uri)), shards.read_takedowns(uri))
 
 
 def _latest(attempts: pa.Table) -> pa.Table:
-    """The latest attempt at every (url, caption), and how many of its attempts failed."""
+    """Return the latest attempt at every (url, caption), with the number of failed attempts."""
     attempts = attempts.append_column("num_failures", pc.cast(pc.equal(attempts["status"], "failed"), pa.int64()))
     latest = attempts.group_by(PAIR).aggregate([("shard", "max"), ("num_failures", "sum")])
     if latest.num_rows < attempts.num_rows:
@@ -98,12 +98,12 @@ def _latest(attempts: pa.Table) -> pa.Table:
 
 
 def read_attempts(uri: str) -> pa.Table:
-    """Every row of every finished shard, whatever was taken down since; columns as in `SCHEMA`."""
+    """Return every row of every finished shard, ignoring takedowns; columns as in `SCHEMA`."""
     return pa.concat_tables([SCHEMA.empty_table(), *iter_attempts(uri)])
 
 
 def iter_attempts(uri: str) -> Iterator[pa.Table]:
-    """Yield what `read_attempts` returns, some rows at a time."""
+    """Yield the rows of `read_attempts` in batches."""
     finished = shards.finished_shards(uri)
     if not finished:
         return
@@ -118,7 +118,7 @@ def iter_attempts(uri: str) -> Iterator[pa.Table]:
 
 
 def with_takedowns(rows: pa.Table, takedowns: pa.Table, *hash_columns: str) -> pa.Table:
-    """Make every row failed whose URL or hash, as found or as in `hash_columns`, was taken down."""
+    """Mark rows as failed if their URL or a hash (`sha256` or one of `hash_columns`) was taken down."""
     if takedowns.num_rows == 0:
         return rows
     taken = pc.is_in(rows["url"], takedowns["url"].drop_null())
@@ -131,7 +131,7 @@ def with_takedowns(rows: pa.Table, takedowns: pa.Table, *hash_columns: str) -> p
 
 
 def _with_reasons(rows: pa.Table) -> pa.Table:
-    """Reduce img2dataset's status to success or failed, and name the reason."""
+    """Reduce img2dataset's status to success or failed, and add the reason of failures."""
     succeeded = pc.fill_null(pc.equal(rows["status"], "success"), False)
     status = pc.if_else(succeeded, "success", "failed")
     messages = rows["error_message"].combine_chunks().dictionary_encode(null_encoding="encode")

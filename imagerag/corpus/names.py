@@ -1,4 +1,4 @@
-"""Names of hosts: written as browsers write them, and looked up in bounded time."""
+"""Host names: normalised as browsers do, and looked up with a timeout."""
 
 import platform
 import re
@@ -14,17 +14,17 @@ import idna
 
 from imagerag.errors import UserError
 
-_FRESH_S = 60.0  # for which an answer is used again
+_FRESH_S = 60.0  # for which an answer is cached
 _NUM_ASKED = 10
 _ALWAYS_THERE = "a.root-servers.net"
-_FORBIDDEN = re.compile(r"[\x00-\x20\x7f#%/:<>?@\[\\\]^|]")  # in a host, by the URL standard
+_FORBIDDEN = re.compile(r"[\x00-\x20\x7f#%/:<>?@\[\\\]^|]")  # characters that the URL standard forbids in a host
 
 Resolve = Callable[..., list[Any]]
-"""`socket.getaddrinfo`, or what a test puts in its place."""
+"""The type of `socket.getaddrinfo`, which tests replace."""
 
 
 class Names:
-    """Looks up the addresses of hosts, each once for all who ask, and again after a minute."""
+    """A cache of host addresses, shared by threads; successful answers are kept for a minute."""
 
     def __init__(self, resolve: Resolve = socket.getaddrinfo) -> None:
         self._resolve = resolve
@@ -32,10 +32,10 @@ class Names:
         self._lock = Lock()
 
     def look_up(self, host: str, port: int, timeout_s: float) -> list[Any]:
-        """Return what `socket.getaddrinfo` says.
+        """Return the answer of `socket.getaddrinfo`.
 
         Raises:
-            socket.gaierror: if it says so, or nothing in time.
+            socket.gaierror: if the lookup fails, or takes longer than `timeout_s`.
         """
         now = time.monotonic()
         with self._lock:
@@ -44,7 +44,7 @@ class Names:
             if answer is None or is_old:
                 answer = Future()
                 self._asked[host, port] = now, answer
-                # A look-up can't be broken off: in a thread of its own it holds up nobody, the process's end included.
+                # A lookup can't be cancelled. In a daemon thread, it blocks neither other lookups nor process exit.
                 Thread(target=self._ask, args=(answer, host, port), daemon=True).start()
         try:
             return answer.result(timeout_s)
@@ -54,14 +54,14 @@ class Names:
     def _ask(self, answer: Future[list[Any]], host: str, port: int) -> None:
         try:
             answer.set_result(self._resolve(host, port, type=socket.SOCK_STREAM))
-        except Exception as error:  # noqa: BLE001 - whoever waits for it raises it
+        except Exception as error:  # noqa: BLE001 - raised in the threads that wait for the answer
             answer.set_exception(error)
 
     def require(self, hosts: Iterable[str], timeout_s: float) -> None:
-        """Check that this machine can look up names: one of the first hosts, or one that is always there.
+        """Check that this machine can look up names: one of the first hosts, or else one that always exists.
 
         Raises:
-            UserError: if none is.
+            UserError: if all these lookups fail.
         """
         some = list(dict.fromkeys(hosts))[:_NUM_ASKED]
         if not some:
@@ -82,10 +82,10 @@ class Names:
 
 
 def ascii_host(host: str) -> str:
-    """Return a host as it is looked up: percent signs decoded, other scripts by IDNA as of UTS 46, as browsers do.
+    """Return a host as it is looked up: percent-decoded, and IDNA-encoded according to UTS 46, as browsers do.
 
     Raises:
-        ValueError: if there can be no such host.
+        ValueError: if it is no valid host name.
     """
     if host.isascii() and "%" not in host:
         return host

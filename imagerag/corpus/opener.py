@@ -1,7 +1,7 @@
-"""The network side of the guard: an opener for `urllib` that cannot be led to an address that is not public.
+"""The network part of the guard: a `urllib` opener that connects only to public addresses.
 
-It speaks http and https only, looks at every address before it connects to it, connects to that very address, and does
-the same for every redirect.
+It supports http and https only, checks every address before connecting, connects to exactly the checked address, and
+does the same for every redirect.
 """
 
 import io
@@ -27,12 +27,12 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import BUSY_STATUSES, SERVER_ERROR_STATUSES, FetchError, Reason, is_public
 from imagerag.corpus.names import Names, ascii_host
 
-_PIECE = 64 * 1024  # bytes read at a time, so that a length claimed by the server allocates nothing
+_PIECE = 64 * 1024  # bytes read at a time, so that memory use never depends on the length that a server claims
 _WEB_PORTS = (80, 443)
 
 
 class NotModifiedError(Exception):
-    """The picture is still the one that the request's validators are of (status 304)."""
+    """The image has not changed since the version that the request's validators describe (status 304)."""
 
     def __init__(self, headers: Message) -> None:
         super().__init__("304")
@@ -40,15 +40,15 @@ class NotModifiedError(Exception):
 
 
 def guarded_opener(config: DownloadConfig, names: Names | None = None) -> OpenerDirector:
-    """Return an opener that is safe for a stranger's URLs.
+    """Return an opener that is safe for untrusted URLs.
 
-    Its errors are `FetchError`s, and `NotModifiedError` for whoever asks by validators. The `timeout` of a call, which
-    is required, bounds the whole of it: looking up names, connecting, redirects, headers and body together. Proxies of
-    the environment are not used: a proxy looks up names itself, where nothing can be checked. Cookies live from the
-    redirect that sets them to the end of its chain.
+    It raises `FetchError`, and `NotModifiedError` for conditional requests. The `timeout` of a call is required and
+    limits the whole call: name lookup, connecting, redirects, headers and body together. Proxies from the environment
+    are not used, because a proxy looks up names itself, where they can't be checked. Cookies are kept from the
+    redirect that sets them to the end of the chain of redirects.
 
-    A response has `length`, the bytes that it will bring as far as that is known; `deadline`, the time (monotonic)
-    until which it may take, which may be moved; and its `read` brings the whole body.
+    A response has `length`, the remaining size of the body in bytes if known; `deadline`, its time limit on the
+    monotonic clock, which may be changed; and `read`, which returns the whole body.
     """
     opener = _Opener()
     opener.add_handler(_GuardedHandler(config, names or Names()))
@@ -120,7 +120,7 @@ class _Redirects(HTTPRedirectHandler):
         if scheme not in ("http", "https"):
             raise FetchError(Reason.BLOCKED_SCHEME, f"redirect to {scheme!r}")
         if "Set-Cookie" in headers:
-            _cookies_of(req).extract_cookies(fp, req)  # type: ignore[arg-type]  # it asks for the headers alone
+            _cookies_of(req).extract_cookies(fp, req)  # type: ignore[arg-type]  # it uses only the headers
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -137,7 +137,7 @@ class _Redirects(HTTPRedirectHandler):
 
 
 class _Connection(HTTPConnection):
-    """Connects to the address that was checked, and to no other."""
+    """A connection to the address that was checked, and to no other."""
 
     def __init__(
         self,
@@ -152,14 +152,14 @@ class _Connection(HTTPConnection):
         self._allowed_hosts = allowed_hosts
         self._names = names
         self._deadline = deadline
-        self._create_connection = self._dial  # what `connect` calls, with TLS and without
+        self._create_connection = self._dial  # called by `connect`, with and without TLS
         self.response_class = partial(_Response, max_bytes=max_bytes, deadline=deadline)  # type: ignore[assignment]
 
     def _dial(self, destination: tuple[str, int], *_: Any) -> socket.socket:
         host, port = destination
         if not 0 < port < 2**16:
             raise FetchError(Reason.INVALID_URL, f"port {port}")
-        # Looked up once: what is checked here is connected to, whatever the name means a moment later.
+        # Looked up only once, so that the checked address is the one connected to, even if the DNS answer changes.
         endpoints = self._names.look_up(host, port, _left(self._deadline))
         if self._allowed_hosts.isdisjoint({host.lower(), f"{host.lower()}:{port}"}):
             _check_public(host, port, [str(address[0]) for *_, address in endpoints])
@@ -178,7 +178,7 @@ class _Connection(HTTPConnection):
 
 
 class _SecureConnection(_Connection, HTTPSConnection):
-    """The same over TLS; the certificate is checked against the host's name."""
+    """A `_Connection` over TLS; the certificate is verified against the host name."""
 
     def _dial(self, destination: tuple[str, int], *_: Any) -> socket.socket:
         sock = super()._dial(destination)
@@ -187,7 +187,7 @@ class _SecureConnection(_Connection, HTTPSConnection):
 
 
 class _Response(HTTPResponse):
-    """A reply that has to be small enough and in time."""
+    """A response with a size limit and a deadline."""
 
     def __init__(self, sock: socket.socket, *args: Any, max_bytes: int, deadline: float, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -197,7 +197,7 @@ class _Response(HTTPResponse):
 
     @property
     def deadline(self) -> float:
-        """Until when it may take."""
+        """Time limit of the response, on the monotonic clock."""
         return self._timed.deadline
 
     @deadline.setter
@@ -205,7 +205,7 @@ class _Response(HTTPResponse):
         self._timed.deadline = deadline
 
     def read(self, amt: int | None = None) -> bytes:
-        """The whole body, whatever `amt`."""
+        """Return the whole body; `amt` is ignored."""
         body = io.BytesIO()
         with _named_errors():
             if self.length is not None and self.length > self._max_bytes:
@@ -222,7 +222,7 @@ class _Response(HTTPResponse):
 
 
 class _TimedReader(io.RawIOBase):
-    """Reads a socket until a deadline. A socket's own timeout starts anew with every packet."""
+    """A socket reader with a deadline; a socket's own timeout restarts with every packet."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
         self._raw, self._sock, self.deadline = raw, sock, deadline
@@ -259,7 +259,7 @@ def _left(deadline: float) -> float:
 
 
 def _set_deadline(request: Request, deadline: float) -> None:
-    request.deadline = deadline  # type: ignore[attr-defined]  # urllib keeps what it knows of redirects there too
+    request.deadline = deadline  # type: ignore[attr-defined]  # urllib stores its state of redirects there, too
 
 
 def _deadline_of(request: Request) -> float:
@@ -273,16 +273,16 @@ def _cookies_of(request: Request) -> CookieJar:
 
 
 def _as_browsers_do(url: str) -> str:
-    """The URL in ASCII: its host by IDNA, the rest in percent signs."""
+    """Return the URL in ASCII: the host IDNA-encoded, the rest percent-encoded."""
     if url.isascii() and " " not in url and "%" not in urlsplit(url).netloc:
         return url
     parts = urlsplit(url)
-    host, colon, port = parts.netloc.partition(":")  # an address in brackets, which has more of them, is in ASCII
+    host, colon, port = parts.netloc.partition(":")  # an IPv6 address has more colons, but is ASCII
     return quote(parts._replace(netloc=f"{ascii_host(host)}{colon}{port}").geturl(), safe=punctuation)
 
 
 def _wait_s(headers: Message) -> float | None:
-    """For how many seconds `Retry-After` asks to wait; a date counts from the server's own."""
+    """Return the seconds that `Retry-After` asks to wait, if any; a date is relative to the server's own clock."""
     asked = headers.get("Retry-After", "").strip()
     if asked.isascii() and asked.isdigit():
         return float(asked[:9])

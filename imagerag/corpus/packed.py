@@ -1,6 +1,6 @@
-"""Rows that come with their images: cells of a table, samples of a webdataset tar. What is listed is where each lies.
+"""Rows that contain their images: cells of a table, or samples of a webdataset tar. Lists refer to images by location.
 
-The bytes stay where they are; each image is read once for its SHA-256, so that a changed image is a changed row.
+The bytes are not copied; each image is read once for its SHA-256, so that a changed image is a changed row.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
     *(".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"),
 )
-"""Names that images have. Formats that are not decoded are among them: they end as failures, not as nothing."""
+"""File name suffixes of images, including formats that are not decoded: these are counted as failures, not ignored."""
 
 _WEB_URL = r"^https?://"
-_MAX_TEXT_BYTES = 2**20  # of a sample's caption, or of its JSON
+_MAX_TEXT_BYTES = 2**20  # limit of a sample's caption or JSON
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class Part:
 
     uri: str
     member: str
-    """Its path, counted from the folder that its list is in."""
+    """Its path relative to the list's folder."""
 
     @property
     def url(self) -> str:
-        """The same as `uri`, where that may be a path."""
+        """`uri` as a URL, even if it is a local path."""
         return self.uri if "://" in self.uri else Path(self.uri).absolute().as_uri()
 
 
 def is_image_column(kind: pa.DataType) -> bool:
-    """Whether it has images as Hugging Face's datasets store them, structs of `bytes` and `path`."""
+    """Return whether a column holds images as Hugging Face's datasets store them: structs of `bytes` and `path`."""
     return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and is_binary(kind.field("bytes").type)
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether it has bytes, which may be images."""
+    """Return whether a column holds binary values, which may be images."""
     types = pa.types
     return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
@@ -56,15 +56,15 @@ def is_binary(kind: pa.DataType) -> bool:
 def located(
     part: Part, texts: Mapping[str, pa.Array], images: pa.Array, *, first: int, column: str, version: int | None = None
 ) -> tuple[dict[str, pa.Array], pa.Array]:
-    """Add to rows of a table where their images lie; return what is wrong with each row, too.
+    """Add the locations of their images to rows of a table; also return the fault of each row, null if valid.
 
     Args:
         part: the table.
-        texts: the rows' other fields. A URL of the web in them stays the image's; else it is the place in the table.
-        images: the column of the images.
-        first: the number of the first row in the table.
-        column: the name of the column of the images.
-        version: of a Lance table.
+        texts: the rows' other fields. A row's web URL is kept as the image's URL; otherwise its URL is the location.
+        images: the column of images.
+        first: number of the first row in the table.
+        column: name of the column of images.
+        version: version of a Lance table.
     """
     images = image_bytes(images)
     rows = range(first, first + len(images))
@@ -81,7 +81,7 @@ def located(
 
 
 def web_urls(urls: pa.Array | None, places: Sequence[str]) -> pa.Array:
-    """The URLs of images that are known by one of the web, and the places of the others."""
+    """Return the web URLs of images, or the locations of images that have none."""
     place = pa.array(places, pa.string())
     if urls is None:
         return place
@@ -97,10 +97,10 @@ def _sha256(pieces: Iterable[Any]) -> str:
 
 @dataclass
 class Sample:
-    """What a tar has of one key."""
+    """The entries of a tar with the same key."""
 
     row: dict[str, Any]
-    """The fields of its JSON, and its caption."""
+    """The fields of its JSON file, and its caption."""
     url: str = ""
     member: str | None = None
     sha256: str | None = None
@@ -108,9 +108,9 @@ class Sample:
 
 
 def read_samples(part: Part, file: IO[bytes]) -> Iterator[Sample]:
-    """Yield the samples of a tar as webdataset has them: neighbours of one name up to its first dot.
+    """Yield the samples of a webdataset tar: consecutive entries whose names are equal up to the first dot.
 
-    Nothing is unpacked: a name leads nowhere, whatever it says. Links, devices and sparse files are no images.
+    Nothing is extracted to disk, so names are never used as paths. Links, devices and sparse files are faults.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for _, entries in groupby(filter(lambda entry: not entry.isdir(), tar), lambda entry: _key_and_kind(entry)[0]):
@@ -129,7 +129,7 @@ def _key_and_kind(entry: tarfile.TarInfo) -> tuple[str, str]:
 
 
 def _add(sample: Sample, part: Part, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
-    """Add an entry of the tar to the sample that it is of."""
+    """Add a tar entry to its sample."""
     kind = _key_and_kind(entry)[1]
     if kind not in (".txt", ".json", *SUFFIXES):
         return
@@ -159,5 +159,5 @@ def _add_text(sample: Sample, kind: str, content: bytes) -> None:
     told = json.loads(text)
     if not isinstance(told, dict):
         raise ValueError("no object")
-    # Its SHA-256 is of the file as it was fetched, which may have been another than is in the tar.
+    # The JSON's SHA-256 is that of the file as it was fetched, which may differ from the file in the tar.
     sample.row = {name: value for name, value in told.items() if name != "sha256"} | sample.row

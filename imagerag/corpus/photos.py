@@ -1,4 +1,4 @@
-"""Decoding what a stranger calls a picture: which formats, how large, and whether all of it is there."""
+"""Decoding of untrusted images, with checks of their format, size and completeness."""
 
 import io
 import warnings
@@ -25,20 +25,20 @@ FORMATS: dict[str, str] = {
     "tiff": "TIFF",
     "bmp": "BMP",
 }
-"""Formats that can be decoded, and Pillow's name of each. HEIC needs the extra `heic`."""
+"""Formats that can be decoded, with Pillow's name of each. HEIC requires the extra `heic`."""
 
 _HEIC_EXTRA = "imagerag-turbo[heic]"
-_MORE_DATA = b"\x5a\xa5\x3c" * 64  # of a JPEG's picture: no marker in it
+_MORE_DATA = b"\x5a\xa5\x3c" * 64  # JPEG image data that contains no marker
 
 
 def open_image(stream: IO[bytes], formats: Sequence[ImageFormat], max_pixels: int) -> Image.Image:
-    """Read an image's header; decode nothing yet.
+    """Read an image's header without decoding its pixels.
 
     Args:
-        formats: those that may be decoded, of `FORMATS`.
+        formats: accepted formats, keys of `FORMATS`.
 
     Raises:
-        FetchError: if it is of another format, of more than `max_pixels` pixels, or of numbers without a known range.
+        FetchError: if it has another format, more than `max_pixels` pixels, or pixel values of 32 bits.
     """
     plugins = _plugins(tuple(formats))
     try:
@@ -47,7 +47,7 @@ def open_image(stream: IO[bytes], formats: Sequence[ImageFormat], max_pixels: in
             image = Image.open(stream, formats=plugins)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise FetchError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels") from None
-    except Exception:  # noqa: BLE001 - not identified, or cut off in its header; plug-ins raise what they like
+    except Exception:  # noqa: BLE001 - not identified, or truncated in its header; plug-ins raise any exception
         stream.seek(0)
         kind = seems(stream.read(HEAD_BYTES))
         if FORMATS.get(kind.lower()) in plugins:
@@ -63,10 +63,10 @@ def open_image(stream: IO[bytes], formats: Sequence[ImageFormat], max_pixels: in
 
 
 def decode(image: Image.Image, stream: IO[bytes], max_side: int) -> Image.Image:
-    """Decode what `open_image` opened, as `images.upright_srgb` does.
+    """Decode an image from `open_image` with `images.upright_srgb`.
 
     Raises:
-        FetchError: if it is damaged, or there is only a part of it.
+        FetchError: if it is damaged or truncated.
     """
     try:
         decoded = upright_srgb(image, max_side)
@@ -79,10 +79,10 @@ def decode(image: Image.Image, stream: IO[bytes], max_side: int) -> Image.Image:
 
 
 def _is_half_a_jpeg(image: Image.Image, stream: IO[bytes]) -> bool:
-    """Whether data is missing before the end mark, which libjpeg fills with grey and doesn't tell of.
+    """Return whether image data is missing before the end marker, which libjpeg silently fills with grey.
 
-    Where the last block is of that very grey, more data in front of the end mark tells: in a whole file it is skipped,
-    else it shows.
+    If the last block is of exactly that grey, the image is decoded again with more data before the end marker: in a
+    complete file it is skipped, in a truncated one it changes the image.
     """
     corner = image.crop((max(0, image.width - 8), max(0, image.height - 8), *image.size))
     if corner.convert("RGB").getextrema() != ((128, 128),) * 3:
@@ -102,7 +102,7 @@ def _small(jpeg: bytes) -> Image.Image:
 
 @cache
 def _plugins(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Pillow's names of those formats that this installation can decode."""
+    """Return Pillow's names of those formats that this installation can decode."""
     Image.init()
     if "heic" in formats and find_spec("pillow_heif"):
         import_module("pillow_heif").register_heif_opener()

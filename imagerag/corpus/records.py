@@ -1,6 +1,7 @@
-"""The rows of a list in a text file, a batch at a time: what is in its cells, unjudged.
+"""Reading of lists in text files, in batches: the cells of each row, before validation.
 
-A row that can't be read is a row with a fault. Only a file that isn't the list that its name says is an error.
+A row that can't be read becomes a row with a fault. Only a file that is not of the format that its name says is an
+error.
 """
 
 import csv
@@ -20,30 +21,31 @@ import pyarrow.compute as pc
 from imagerag.errors import UserError
 
 BATCH_ROWS = 10_000
-"""Rows read at a time."""
-_MAX_QUOTED_LINES = 1_000  # of one cell
+"""Number of rows read at a time."""
+_MAX_QUOTED_LINES = 1_000  # lines of one quoted cell
 _CHUNK = 2**20  # characters of a JSON array read at a time
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 
 Choose = Callable[[Sequence[str], Mapping[str, bool]], dict[str, str]]
-"""Takes the names of a file's columns, and those that may be images with whether they surely are; returns the column of
-each field, and raises where one is missing. Where there is an `image`, there need not be a `url`.
+"""A function that chooses the column of each field. It receives the names of a file's columns, and those columns that
+may contain images, each with whether it certainly does. It raises an error if a required column is missing; `url` is
+optional if there is an `image` column.
 """
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a file."""
+    """A batch of rows of a file."""
 
     columns: dict[str, pa.Array]
-    """The texts of each field; of a caption, there may be a list in a row. Of a row that comes with its image, also
+    """Text columns by field; `caption` may have a list of texts per row. Rows that contain their images also have
     `member` and `sha256`."""
     faults: pa.Array
-    """Why a row can't be read; null for those that can."""
+    """Reason why each row can't be read; null for readable rows."""
 
 
 def read_lines(text: Iterable[str], choose: Choose) -> Iterator[Batch]:
-    """One URL a line, its caption the words of the file's name."""
+    """Yield batches of a text file with one URL per line; captions are made of the words in the URLs' file names."""
     lines = (line for line in text if line.strip())
     while some := list(islice(lines, BATCH_ROWS)):
         rows = [{"url": line, "caption": _words_of(line)} for line in some]
@@ -53,18 +55,18 @@ def read_lines(text: Iterable[str], choose: Choose) -> Iterator[Batch]:
 def _words_of(url: str) -> str | None:
     try:
         name = PurePosixPath(unquote(urlsplit(url.strip()).path)).stem
-    except ValueError:  # a bad URL, which is found out where URLs are judged
+    except ValueError:  # an invalid URL, which validation reports later
         return url
     return re.sub(r"[\s_+.-]+", " ", name).strip() or url.strip()
 
 
 def read_json(uri: str, text: io.TextIOWrapper, choose: Choose) -> Iterator[Batch]:
-    """An array of objects, or an object a line."""
+    """Yield batches of a JSON array of objects, or of JSON lines."""
     start = text.read(1)
     while start.isspace():
         start = text.read(1)
     rows = _array_items(uri, text) if start == "[" else map(_parsed, _lines_from(start, text))
-    seen: dict[str, None] = {}  # an ordered set: a column may appear late
+    seen: dict[str, None] = {}  # an ordered set: later rows may have more columns
     while some := list(islice(rows, BATCH_ROWS)):
         objects: list[dict[str, Any]] = [row if isinstance(row, dict) else {} for row in some]
         faults = [None if isinstance(row, dict) else row for row in some]
@@ -106,7 +108,7 @@ def _array_items(uri: str, text: io.TextIOWrapper) -> Iterator[dict[str, Any] | 
 
 
 def read_csv(uri: str, text: Iterable[str], delimiter: str | None, choose: Choose) -> Iterator[Batch]:
-    """Cells of CSV, with a header or without; `delimiter` is guessed where it is None."""
+    """Yield batches of a CSV file with or without a header. If `delimiter` is None, it is guessed."""
     lines = (line.rstrip("\n") for line in text)
     first = next((line for line in lines if line.strip()), "")
     if delimiter is None:
@@ -126,7 +128,10 @@ def read_csv(uri: str, text: Iterable[str], delimiter: str | None, choose: Choos
 
 
 def _invented(first_row: Sequence[str]) -> list[str]:
-    """Names for the columns of a file without a header: the URL's, the other one's if it is one, else numbers."""
+    """Return column names for a file without a header.
+
+    Columns are numbered, except that the URL column is named `url`, and the other one of two columns `caption`.
+    """
     names = [str(number) for number in range(1, len(first_row) + 1)]
     url = next(index for index, cell in enumerate(first_row) if _URL.match(cell))
     names[url] = "url"
@@ -136,10 +141,10 @@ def _invented(first_row: Sequence[str]) -> list[str]:
 
 
 class _Rows:
-    """The rows of a CSV file: its cells, or what is wrong with it.
+    """The rows of a CSV file, each as its cells or as a message that says what is wrong with it.
 
-    Stricter than readers that take a quote that is never closed for one that is closed at the end, rows later: lines
-    behind a quote that are rows by themselves are rows.
+    Stricter than readers that treat an unclosed quote as closed many rows later, at the end of the file: lines after
+    an open quote that are rows by themselves are read as rows.
     """
 
     def __init__(self, lines: Iterator[str], delimiter: str, width: int) -> None:
@@ -152,7 +157,7 @@ class _Rows:
 
     def __iter__(self) -> Iterator[list[str] | str]:
         while (line := self._next_line()) is not None:
-            if line.strip() or self._delimiter in line:  # tabs alone are a row of empty cells
+            if line.strip() or self._delimiter in line:  # a line of tabs only is a row of empty cells
                 cells = _cells(line, self._delimiter)
                 yield self._checked(self._over_lines(line) if cells == _OPEN else cells, line)
 
@@ -161,13 +166,13 @@ class _Rows:
 
     def _checked(self, cells: list[str] | str, line: str) -> list[str] | str:
         if isinstance(cells, str) and self._delimiter == "\t":
-            cells = line.split("\t")  # where few quote, a quote is a letter
+            cells = line.split("\t")  # TSV cells are rarely quoted, so a quote is an ordinary character
         if isinstance(cells, list) and len(cells) != self._width:
             return f"has {len(cells)} cells instead of {self._width}"
         return cells
 
     def _over_lines(self, line: str) -> list[str] | str:
-        """The cells of a row whose quoted text goes on in the next lines."""
+        """Return the cells of a row with a quoted cell that continues on the next lines, or `_OPEN`."""
         block = [line]
         while len(block) < _MAX_QUOTED_LINES and (following := self._next_line()) is not None:
             block.append(following)
@@ -190,7 +195,7 @@ _OPEN = "has a quote that is not closed"
 
 
 def _cells(line: str, delimiter: str) -> list[str] | str:
-    """The cells of a row, or what is wrong with it."""
+    """Return the cells of a row, or a message that says what is wrong with it."""
     try:
         return next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
@@ -198,7 +203,7 @@ def _cells(line: str, delimiter: str) -> list[str] | str:
 
 
 def as_batch(rows: Sequence[dict[str, Any]], faults: list[str | None], names: dict[str, str]) -> Batch:
-    """Cells as text; a cell that is none is a fault of its row."""
+    """Return a batch of text columns; a cell that is not text is a fault of its row."""
     columns = {}
     for field, name in names.items():
         cells: list[Any] = []
@@ -221,7 +226,7 @@ def as_batch(rows: Sequence[dict[str, Any]], faults: list[str | None], names: di
 
 
 def _text(cell: object) -> tuple[str | None, str | None]:
-    """The text, and what is wrong with it."""
+    """Return a cell's text, and a message if it is not valid text."""
     if cell is None:
         return None, None
     if not isinstance(cell, str):
@@ -234,12 +239,12 @@ def _text(cell: object) -> tuple[str | None, str | None]:
 
 
 def exploded(batch: Batch) -> tuple[Batch, pa.Array]:
-    """One row for every caption, and the number in the batch of the row that each comes from."""
+    """Return a batch with one row per caption, and each new row's index in the original batch."""
     captions = batch.columns.get("caption")
     count = len(batch.faults)
     if captions is None or not pa.types.is_list(captions.type):
         return batch, pa.array(range(count), pa.int64())
-    # A row without any caption stays a row.
+    # A row without captions is kept, with a null caption.
     captions = pc.if_else(
         pc.fill_null(pc.equal(pc.list_value_length(captions), 0), True), pa.scalar([None], captions.type), captions
     )

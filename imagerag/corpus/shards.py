@@ -1,14 +1,14 @@
-"""The files of a corpus, in a folder that any fsspec URI names.
+"""The files of a corpus, in a folder at any fsspec URI.
 
-    wanted.parquet        what the corpus wants now: the lists' rows, replaced as a whole
-    takedowns.parquet     what it must never hold: URLs and SHA-256s
+    wanted.parquet        the rows that the corpus wants now, from all lists; replaced as a whole
+    takedowns.parquet     the URLs and SHA-256s that it must never contain
     plan/00012.parquet    the URLs of shard 12, written before anything is fetched
     00012.tar             its images, captions and metadata, as webdataset
-    00012.parquet         what became of each of its URLs
-    00012_stats.json      the mark that the shard is finished, written last
+    00012.parquet         the outcome of each of its URLs
+    00012_stats.json      its completion marker, written last
 
-The last three are img2dataset's own output. The ids of shards only grow, and a finished shard is never fetched
-again. Every file of our own is replaced atomically, and only if it is still the one that was read.
+The last three are img2dataset's output. Shard ids only increase, and a finished shard is never fetched again. The first
+three are replaced atomically; plans and takedowns, only if they have not changed since they were read.
 """
 
 import json
@@ -34,59 +34,58 @@ logger = logging.getLogger(__name__)
 _PLANNED = ("url", "caption", "source", "licence", "expected_sha256", "folder", "member")
 _ASKED_AGAIN = ("etag", "last_modified", "known_sha256")
 PLAN_SCHEMA = pa.schema([(name, pa.string()) for name in (*_PLANNED, *_ASKED_AGAIN)])
-"""Rows of a shard: `folder` is there in all of them or in none, and is one; `member` names an image in it.
+"""Rows of a shard. Either all rows have the same `folder`, with `member` naming an image in it, or none has one.
 
-`known_sha256` is that of the image which the corpus has of a URL that is asked whether it is another one now, and
-`etag` and `last_modified` are what its server said of it. A row without a new image is left out of the shard: the one
-of before stands.
+For a URL that is requested again, `known_sha256` is the SHA-256 of its stored image, and `etag` and `last_modified` are
+the headers that its server sent. A row that gives no new image is left out of the shard, and the previous one stays.
 """
 TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
 
 SHARD_DIGITS = 5
 ROW_DIGITS = 4
-"""The key of a sample is its shard's id, in `SHARD_DIGITS` digits or more, and its row, in `ROW_DIGITS`."""
+"""The key of a sample is its shard's id, in at least `SHARD_DIGITS` digits, and its row, in `ROW_DIGITS` digits."""
 
 IN_FLIGHT_BYTES = 256 * 2**20
-"""Files that one worker holds at a time, fetched and not yet stored."""
+"""Maximum bytes of files that one worker holds, fetched and not yet stored."""
 
 _NUM_READERS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchedShard:
-    """What fetching a shard came to. Here, where the driver can read it without the engine that only workers need."""
+    """Result of fetching a shard. Defined here so that the driver need not import img2dataset to read it."""
 
     num_urls: int
     num_bytes: int
-    """Size of its images as stored."""
+    """Size of the images as stored."""
     duration_s: float
     num_unchanged: int = 0
-    """Of the URLs that were asked again: those with the same image."""
+    """Number of URLs requested again that returned the same image."""
     num_changed: int = 0
-    """Those with another one."""
+    """Number of URLs requested again that returned another image."""
     kept: Mapping[str, int] = field(default_factory=dict)
-    """Those that brought none, by reason: the image of before stays."""
+    """Number of URLs requested again that returned no image, by reason; the previous image stays."""
 
 
 def open_folder(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of `uri` and the folder's path on it. Nothing is read from a cache of listings."""
+    """Return the file system of `uri`, with its cache of listings cleared, and the folder's path on it."""
     fs, root = fsspec.core.url_to_fs(uri)
     fs.invalidate_cache()
     return fs, root.rstrip("/")
 
 
 def shard_path(uri: str, shard: int) -> str:
-    """The tar of a shard."""
+    """Return the path of a shard's tar."""
     return f"{uri.rstrip('/')}/{shard_name(shard)}.tar"
 
 
 def shard_name(shard: int) -> str:
-    """What the names of the shard's files begin with."""
+    """Return the common prefix of the names of a shard's files."""
     return f"{shard:0{SHARD_DIGITS}d}"
 
 
 def finished_shards(uri: str) -> dict[int, dict[str, Any]]:
-    """img2dataset's statistics of every finished shard, by id. A half-written file of them doesn't count."""
+    """Return img2dataset's statistics of every finished shard, by id. Half-written statistics are ignored."""
     fs, root = open_folder(uri)
     paths = fs.glob(f"{root}/*_stats.json")
     with ThreadPoolExecutor(_NUM_READERS) as pool:
@@ -96,20 +95,20 @@ def finished_shards(uri: str) -> dict[int, dict[str, Any]]:
 
 
 def is_finished(uri: str, shard: int) -> bool:
-    """Whether the shard has its completion marker."""
+    """Return whether the shard has its completion marker."""
     fs, root = open_folder(uri)
     path = f"{root}/{shard_name(shard)}_stats.json"
     return fs.exists(path) and _parsed(fs.cat_file(path)) is not None
 
 
 def planned_shards(uri: str) -> list[int]:
-    """The ids of all shards that were ever planned, in order."""
+    """Return the ids of all shards that were ever planned, in order."""
     fs, root = open_folder(uri)
     return sorted(map(_id_of, fs.glob(f"{root}/plan/*.parquet")))
 
 
 def read_plans(uri: str, shards: Iterable[int]) -> dict[int, pa.Table]:
-    """The planned rows of shards, by id; columns as in `PLAN_SCHEMA`."""
+    """Return the planned rows of shards, by id; columns as in `PLAN_SCHEMA`."""
     fs, root = open_folder(uri)
     shards = list(shards)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
@@ -118,29 +117,29 @@ def read_plans(uri: str, shards: Iterable[int]) -> dict[int, pa.Table]:
 
 
 def write_plan(uri: str, shard: int, rows: pa.Table) -> None:
-    """Fix the rows of a new shard.
+    """Write the plan of a new shard.
 
     Raises:
-        ConflictError: if another process has planned it.
+        ConflictError: if another process has planned it already.
     """
     assert rows.num_rows <= 10**ROW_DIGITS
     replace_file(_plan_path(uri.rstrip("/"), shard), _to_parquet(rows.cast(PLAN_SCHEMA)), None)
 
 
 def read_wanted(uri: str) -> pa.Table:
-    """What the corpus wants; columns as in `url_list.SCHEMA`. Empty if there is no corpus yet."""
+    """Return the rows that the corpus wants; columns as in `url_list.SCHEMA`. Empty if there is no corpus yet."""
     fs, root = open_folder(uri)
     return _get_table(fs, f"{root}/wanted.parquet", url_list.SCHEMA)
 
 
 def iter_wanted(uri: str) -> Iterator[pa.Table]:
-    """Yield what the corpus wants, some rows at a time, as `read_wanted` has them."""
+    """Yield the rows of `read_wanted` in batches."""
     fs, root = open_folder(uri)
     path = f"{root}/wanted.parquet"
     if not fs.exists(path):
         return
     with fs.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)  # not a dataset, which decodes a whole file ahead of who reads it slowly
+        parquet = pq.ParquetFile(file)  # a dataset would decode the whole file ahead of a slow reader
         names = [name for name in url_list.SCHEMA.names if name in parquet.schema_arrow.names]
         for batch in parquet.iter_batches(columns=names):
             missing = {name: pa.nulls(len(batch), pa.string()) for name in url_list.SCHEMA.names if name not in names}
@@ -149,9 +148,9 @@ def iter_wanted(uri: str) -> Iterator[pa.Table]:
 
 
 def write_wanted(uri: str, rows: Iterable[pa.Table]) -> None:
-    """Replace what the corpus wants, which only the holder of the corpus's lock may do.
+    """Replace the rows that the corpus wants. The caller must hold the lock of the corpus.
 
-    It can be more than one request to an object store takes, and so is not written on a condition.
+    The file may be too large for one request to an object store, so it is not written conditionally.
     """
     with TemporaryDirectory(prefix="imagerag-") as folder:
         path = Path(folder, "wanted.parquet")
@@ -163,19 +162,19 @@ def write_wanted(uri: str, rows: Iterable[pa.Table]) -> None:
 
 
 def read_takedowns(uri: str) -> pa.Table:
-    """What the corpus must not hold; columns as in `TAKEDOWN_SCHEMA`, one of them null in every row."""
+    """Return what the corpus must not contain; columns as in `TAKEDOWN_SCHEMA`, one of them null in every row."""
     fs, root = open_folder(uri)
     return _get_table(fs, f"{root}/takedowns.parquet", TAKEDOWN_SCHEMA)
 
 
 def update_takedowns(uri: str, change: Callable[[pa.Table], pa.Table]) -> tuple[pa.Table, pa.Table]:
-    """Make the takedowns what `change` makes of them, and return them before and after."""
+    """Replace the takedowns by the result of `change`; return them before and after."""
     return _update(f"{uri.rstrip('/')}/takedowns.parquet", TAKEDOWN_SCHEMA, change)
 
 
 @contextmanager
 def locked(uri: str, shard: int | None = None, on_wait: OnWait = logger.info) -> Iterator[None]:
-    """Hold a corpus, or one of its shards, for this process alone, see `imagerag.locks`."""
+    """Hold the lock of a corpus, or of one of its shards; see `imagerag.locks`."""
     folder, name = (uri, "corpus") if shard is None else (f"{uri.rstrip('/')}/plan", shard_name(shard))
     with writer_lock(folder, name, on_wait):
         yield
@@ -206,7 +205,7 @@ def _get_table(fs: fsspec.AbstractFileSystem, path: str, schema: pa.Schema) -> p
 
 
 def _update(path: str, schema: pa.Schema, change: Callable[[pa.Table], pa.Table]) -> tuple[pa.Table, pa.Table]:
-    """Replace a table by what `change` makes of it, anew where another process was quicker."""
+    """Replace a table by the result of `change`, and retry if another process has changed it meanwhile."""
     while True:
         data, tag = read_tagged(path)
         before = schema.empty_table() if data is None else pq.read_table(pa.BufferReader(data), schema=schema)

@@ -1,9 +1,9 @@
-"""What a file seems to be, by its first bytes: for the message that it isn't what was asked for."""
+"""Detection of a file's type by its first bytes, to report files that are not of the expected type."""
 
 import re
 
 HEAD_BYTES = 512
-"""How much of a file is looked at."""
+"""Number of leading bytes that are inspected."""
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -49,7 +49,7 @@ _TEXTS = (
 
 
 def seems(head: bytes) -> str:
-    """Return in a word or two what a file that begins with `head` seems to be."""
+    """Return a short name of the type of a file that begins with `head`."""
     if not head:
         return "an empty file"
     for signature, name in _SIGNATURES:
@@ -74,7 +74,7 @@ def _is_text(head: bytes) -> bool:
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # else a character that the end of `head` cuts
+        if error.start < len(head) - 3:  # otherwise, the end of `head` splits a character
             return False
         text = head[: error.start].decode()
     return not re.search(r"[\x00-\x08\x0e-\x1f]", text)

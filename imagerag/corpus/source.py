@@ -1,6 +1,6 @@
-"""What images a user gives, by what is at a path: a folder of them, or a list, which may have them in itself.
+"""Reading of a user's images: from a folder of images, or from a list, which may contain the images themselves.
 
-All come to the same: rows of an image, a caption and what else is known, as `url_list.SCHEMA` has them.
+Both give the same rows of an image, its caption and its metadata, with the columns of `url_list.SCHEMA`.
 """
 
 import os
@@ -22,15 +22,15 @@ def read_images(
     on_progress: OnProgress = silent,
     bad_rows: BadRows | None = None,
 ) -> UrlList:
-    """Read a folder of images with `read_folder`, or else a list with `read_url_list`.
+    """Read a folder of images with `read_folder`, or a list with `read_url_list`.
 
-    A folder without an image and with files of a list is a list in parts.
+    A folder that contains no images, but files of a list, is read as a list in parts.
 
     Raises:
-        UserError: if `source` is neither, if a list comes with `captions`, or as those two do.
+        UserError: if `source` is neither, if a list is combined with `captions`, or for the reasons of these functions.
     """
     check_source(source, captions)
-    source = os.path.expanduser(source)  # noqa: PTH111 - which leaves as it is what it can't expand
+    source = os.path.expanduser(source)  # noqa: PTH111 - it returns unchanged what it can't expand
     if not _is_folder(source):
         return read_url_list(source, columns, bad_rows)
     folder = open_folder(source)
@@ -46,10 +46,11 @@ def read_images(
 
 
 def check_source(source: str, captions: str | None = None) -> None:
-    """Check all that can be told without reading what is not on this machine.
+    """Check what can be checked without access to other machines.
 
     Raises:
-        UserError: if `source` is no folder on this machine and not named as a list is, or a list comes with `captions`.
+        UserError: if a local `source` is neither a folder nor named like a list, or if a list is combined with
+            `captions`.
     """
     is_list = source.lower().endswith(FORMATS) or is_table(source)
     if "://" not in source and not is_list and not os.path.isdir(os.path.expanduser(source)):  # noqa: PTH111, PTH112

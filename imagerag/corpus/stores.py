@@ -1,6 +1,6 @@
-"""Reading images that are given and not fetched: files of a folder, and bytes in parquet, tars and Lance tables.
+"""Reading of images from the user's storage: files of a folder, and bytes in parquet files, tars and Lance tables.
 
-A row whose image is not behind its URL names it by its `member`: a URL relative to the `folder` that the user gave.
+A row whose image is not fetched by URL refers to it by `member`, a URL relative to the `folder` that the user gave:
 
     cups/blue%20cup.png                   a file
     00000.tar?offset=1536&size=40213      a part of a file
@@ -32,18 +32,18 @@ from imagerag.corpus.guard import FetchError, Reason
 from imagerag.errors import UserError
 
 _BATCH_ROWS = 32  # images decoded from a parquet file at a time
-_NUM_BATCHES = 8  # kept, as threads ask for neighbouring rows in no strict order
+_NUM_BATCHES = 8  # kept, because threads request neighbouring rows out of order
 BUFFER_BYTES = 2**20
-"""Of a parquet column, read from its file at a time: a column of images may be larger than memory."""
+"""Bytes read from a file at a time: a parquet column of images may be larger than memory."""
 
 
 def member_of(path: str, **query: str | int) -> str:
-    """Name an image, as this module's docstring shows."""
+    """Return the `member` of an image, in the form that this module's docstring shows."""
     return quote(path) + (f"?{urlencode(query)}" if query else "")
 
 
 class Store:
-    """The images of a folder, which are opened as `opener.guarded_opener` opens URLs."""
+    """The images of a folder, opened with the same interface as URLs by `opener.guarded_opener`."""
 
     def __init__(self, folder: str, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
@@ -52,10 +52,10 @@ class Store:
         self._opening = Lock()
 
     def open(self, member: str | None, timeout: float | None = None) -> "Stored":
-        """Open an image. `timeout` is not used: what a user gave is not behind a stranger's server.
+        """Open an image. `timeout` is ignored, because the user's own storage is trusted.
 
         Raises:
-            FetchError: if there is no such image, or it leads out of the folder.
+            FetchError: if there is no such image, or it lies outside the folder.
         """
         try:
             parts = urlsplit(member or "")
@@ -89,19 +89,19 @@ class Store:
 
 @dataclass
 class Stored:
-    """An image that was opened, as if it were a reply."""
+    """An open image, with the interface of a response."""
 
     length: int
     """Its size in bytes."""
     _read: Callable[[int], bytes]
-    """Gives so many bytes of it, or all if they are less."""
+    """Returns the given number of bytes, or all if there are fewer."""
     _max_bytes: int
     _close: Callable[[], None] = lambda: None
     deadline: float = math.inf
     headers: Message = field(default_factory=Message)
 
     def read(self) -> bytes:
-        """The whole image."""
+        """Return the whole image."""
         too_many = FetchError(Reason.TOO_MANY_BYTES, f"more than {self._max_bytes} bytes")
         if self.length > self._max_bytes:
             raise too_many
@@ -121,12 +121,12 @@ class Stored:
 
 
 def _open_local(root: Path, name: str, max_bytes: int) -> Stored:
-    """A regular file of a folder on this machine."""
+    """Open a regular file of a folder on this machine."""
     path = root / name
     resolved = path.resolve(strict=True)
     if not resolved.is_relative_to(root):
         raise FetchError(Reason.OUTSIDE_FOLDER, f"{path} leads to {resolved}")
-    # What was checked may be a link or a pipe a moment later: neither is followed nor waited for.
+    # The checked path may become a link or a pipe before it is opened: do not follow or wait for these.
     file = open(os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
@@ -140,10 +140,10 @@ def _unreadable(error: Exception) -> FetchError:
 
 
 class _ParquetColumn:
-    """A column of images, by their rows' numbers.
+    """A column of images, read by row number.
 
-    A row group may be larger than memory, and parquet has no way to a row but through those before it: rows are read in
-    order, a few at a time, and the last ones are kept.
+    A row group may be larger than memory, and parquet can reach a row only by reading those before it: rows are read in
+    order, in small batches, and the last batches are kept.
     """
 
     def __init__(self, file: Any, column: str) -> None:
@@ -154,7 +154,7 @@ class _ParquetColumn:
         self._name = column
         self._leaf = image_leaf(self._parquet.schema_arrow.field(column))
         self._kept: deque[tuple[int, pa.Array]] = deque(maxlen=_NUM_BATCHES)
-        self._next = -1  # the row at which the next batch begins
+        self._next = -1  # first row of the next batch
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._lock = Lock()
 
@@ -190,10 +190,10 @@ def _image(images: pa.Array, row: int) -> bytes:
 
 
 def open_table(uri: str, version: int | None = None) -> lance.LanceDataset:
-    """Open a Lance table, as LanceDB's are: in folders named `….lance`.
+    """Open a Lance table, a folder named `….lance` as in LanceDB.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no readable table.
     """
     try:
         return lance.dataset(uri, version=version)
@@ -202,10 +202,10 @@ def open_table(uri: str, version: int | None = None) -> lance.LanceDataset:
 
 
 def image_leaf(column: pa.Field) -> str:
-    """What a parquet reader calls the bytes in a column of images."""
+    """Return the parquet path of the bytes in a column of images."""
     return f"{column.name}.bytes" if pa.types.is_struct(column.type) else str(column.name)
 
 
 def image_bytes(images: pa.Array) -> pa.Array:
-    """The bytes in a column of images: itself, or of structs as Hugging Face's datasets have them, their `bytes`."""
+    """Return the bytes of a column of images: the column itself, or field `bytes` of Hugging Face's structs."""
     return pa.compute.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images

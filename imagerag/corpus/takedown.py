@@ -1,4 +1,4 @@
-"""Images that a corpus must not hold: refused from then on, and removed from the shards that have them."""
+"""Takedown from a corpus: images are refused from then on, and removed from the shards that contain them."""
 
 import io
 import tarfile
@@ -13,7 +13,7 @@ from imagerag.files import write_file
 
 
 def take_down(uri: str, *, urls: Collection[str] = (), sha256s: Collection[str] = ()) -> int:
-    """Refuse images by URL or by the SHA-256 of their file for ever, and remove those that are there.
+    """Permanently refuse images by URL or by the SHA-256 of their file, and remove those already stored.
 
     Returns:
         The number of images removed from the shards.
@@ -32,15 +32,15 @@ def take_down(uri: str, *, urls: Collection[str] = (), sha256s: Collection[str] 
 
 
 def fetched_images(uri: str) -> pa.Table:
-    """Return url, caption and sha256 of every image that the corpus ever brought, whatever became of it."""
+    """Return url, caption and sha256 of every image that was ever fetched, including images removed since."""
     attempts = ledger.read_attempts(uri)
     return attempts.filter(pc.is_valid(attempts["sha256"])).select(["url", "caption", "sha256"])
 
 
 def remove_taken_down(uri: str) -> int:
-    """Remove from the tars every sample that was taken down; the ledger keeps its URL, without the image.
+    """Remove every sample that was taken down from the tars; the ledger keeps its URL, but not the image.
 
-    The caller holds the corpus. Safe to repeat.
+    The caller must hold the lock of the corpus. The operation can be repeated.
 
     Returns:
         The number of images removed.
@@ -66,7 +66,7 @@ def _remove_unfinished_tars(uri: str) -> None:
 
 
 def _remove_samples(uri: str, shard: int, keys: set[str]) -> int:
-    """Write the tar anew without some samples, if any of them is in it; return how many were."""
+    """Rewrite a shard's tar without the samples `keys`, if it contains any; return how many were removed."""
     path = shards.shard_path(uri, shard)
     kept = io.BytesIO()
     with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file) as tar:

@@ -1,7 +1,7 @@
-"""Reading lists of image URLs: what of their rows is good, in a normal form, and how many are bad and why.
+"""Reading and validation of image URL lists: valid rows in normalised form, and counts of bad rows with reasons.
 
-A bad row is data: it is counted, with its reason. A bad list is an error: a file that isn't what its name says, a
-missing column, or more bad rows than a list may have.
+A bad row is not an error: it is counted, with its reason. A bad list is an error: a file that is not of the format that
+its name says, a missing column, or more bad rows than allowed.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,10 +23,10 @@ from imagerag.spool import Spool, distinct
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("url", "caption", "source", "licence", "sha256", "folder", "member")]
 )
-"""A checked list: `source` is the URL's host where the list has none; `licence` and `sha256` may be null.
+"""Schema of a validated list: `source` defaults to the URL's host; `licence` and `sha256` may be null.
 
-An image that is not behind its URL, but was given, is `member` of `folder`, as `stores` has it; both are null for all
-others. That is what makes a file readable, so it is never taken from a column.
+An image that is read from the user's storage rather than fetched by URL is `member` of `folder` (see `stores`); both
+are null for all other rows. As they give access to files, they are never taken from columns of a list.
 """
 
 _REQUIRED = ("url", "file", "caption")
@@ -43,69 +43,69 @@ _CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 _SCHEME = r"^[A-Za-z][A-Za-z0-9+.-]*://"
 _HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#]*@)?(?P<host>\[[^\]]*\]|[^/?#:]+)"
 _SHA256 = r"^[0-9a-fA-F]{64}$"
-_MAX_URL_BYTES = 8_192  # what servers take
+_MAX_URL_BYTES = 8_192  # servers refuse longer ones
 _MAX_CAPTION_BYTES = 64 * 2**10
 _NUM_EXAMPLES = 5
 
 
 class UrlColumns(Config):
-    """Which columns of a list to read. Those not named are guessed by their usual names, case ignored."""
+    """Columns of a list to read. Columns that are not given are guessed by their usual names, ignoring case."""
 
     url: str | None = Field(
-        default=None, description="Column of the image URLs; in captions for a folder, of the file names."
+        default=None, description="Column of the image URLs; in a captions file for a folder, column of the file names."
     )
     caption: str | None = Field(default=None, description="Column of the captions.")
-    source: str | None = Field(default=None, description="Column that says where an image comes from (optional).")
+    source: str | None = Field(default=None, description="Column of the images' origins (optional).")
     licence: str | None = Field(default=None, description="Column of the images' licences (optional).")
-    sha256: str | None = Field(default=None, description="Column of the files' SHA-256 (optional).")
+    sha256: str | None = Field(default=None, description="Column of the image files' SHA-256 (optional).")
     image: str | None = Field(
-        default=None, description="Column of a parquet file or a Lance table that has the images themselves (optional)."
+        default=None, description="Column of a parquet file or Lance table that contains the images (optional)."
     )
 
 
 class BadRows(Config):
-    """What happens when a list has rows that can't be used."""
+    """How a list's bad rows are handled."""
 
     on_bad_row: Literal["keep_count", "stop"] = Field(
-        default="keep_count", description="Count bad rows and go on with the others, or stop at the first one."
+        default="keep_count", description="Count bad rows and continue with the others, or stop at the first one."
     )
     max_share: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="Share of bad rows above which a run stops before it fetches anything, as for a wrong column.",
+        description="Maximum share of bad rows; above it (probably a wrong column), a run stops before fetching.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class UrlList:
-    """The good rows of a list, in which every (url, caption) is there once."""
+    """The valid rows of a list, without duplicates of (url, caption)."""
 
     rows: Spool
     """Columns as in `SCHEMA`, rows in the order of the list."""
     num_duplicates: int = 0
-    """Rows left out because an earlier row has the same URL and caption."""
+    """Number of rows dropped because an earlier row has the same URL and caption."""
     num_named_by_file: int = 0
-    """Rows whose caption is made of their file's name, because there is no other."""
+    """Number of rows whose caption is made of the file name, because there is no other."""
     num_invalid: int = 0
-    """Bad rows."""
+    """Number of bad rows."""
     invalid: tuple[str, ...] = ()
-    """The first bad rows, and what is wrong with them."""
+    """Messages about the first bad rows."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of the list; one with several captions counts as several."""
+        """Number of rows in the list; a row with several captions counts as several."""
         return self.rows.num_rows + self.num_duplicates + self.num_invalid
 
     @property
     def table(self) -> pa.Table:
-        """All good rows, in memory."""
+        """All valid rows, in memory."""
         return self.rows.table()
 
 
 @dataclass
 class Count:
-    """How many rows a file has, and what is known of the bad ones."""
+    """Number of rows in a file, number of bad rows, and messages about the first bad ones."""
 
     uri: str
     policy: BadRows
@@ -123,13 +123,13 @@ class Count:
                 self.invalid.append(printable(line))
 
     def add(self, part: "Count") -> None:
-        """Count another file's rows, too."""
+        """Add the counts of another file."""
         self.num_rows += part.num_rows
         self.num_invalid += part.num_invalid
         self.invalid = (self.invalid + part.invalid)[:_NUM_EXAMPLES]
 
     def check_share(self) -> None:
-        """Raise a UserError if there are too many bad rows among those that were read."""
+        """Raise a UserError if too large a share of the rows read so far is bad."""
         if self.num_invalid > self.policy.max_share * self.num_rows:
             first = "; ".join(self.invalid[:2])
             raise UserError(
@@ -139,15 +139,15 @@ class Count:
 
 
 def read_url_list(uri: str, columns: UrlColumns | None = None, bad_rows: BadRows | None = None) -> UrlList:
-    """Read and check a whole list. Rows count from 1 in every file; a header is no row.
+    """Read and validate a whole list. Messages number rows from 1 in every table, without the header.
 
-    URLs and captions are stripped, and `&amp;` in a URL is `&`. A row with a list of captions is a row for each. A row
-    that comes with its image is not fetched; it keeps the web's URL that it has, or else has that of its place.
+    URLs and captions are stripped, and `&amp;` in URLs becomes `&`. A row with a list of captions becomes one row per
+    caption. A row that contains its image is not fetched; its URL is its web URL, if any, or else the image's location.
 
     Raises:
         UserError: if the file is missing, unreadable or not of the format that its name says, lacks a URL or caption
-            column, has no rows, or has more bad rows than `bad_rows` allows: with no URL or caption, or with a URL, a
-            caption or a SHA-256 that is none.
+            column, has no rows, or has more bad rows than `bad_rows` allows: rows with a missing or invalid URL or
+            caption, or an invalid SHA-256.
     """
     named = (columns or UrlColumns()).model_dump(exclude_none=True)
     count, folder = Count(uri, bad_rows or BadRows()), cache(lambda: folder_of(uri))
@@ -166,13 +166,13 @@ def read_url_list(uri: str, columns: UrlColumns | None = None, bad_rows: BadRows
 def read_columns(
     count: Count, what: str, guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
 ) -> Iterator[pa.Table]:
-    """Yield the good rows of a table, their columns by field, and count them.
+    """Yield the valid rows of a table, with columns named by field, and count all rows.
 
     Args:
-        count: names the table; see `forms.read_batches`.
-        what: what the file is, for messages.
-        guesses: usual names of the column that is beside those of every list.
-        named: columns, by field, that are not guessed.
+        count: has the table's URI (see `forms.read_batches`), and is updated.
+        what: kind of file, for messages.
+        guesses: usual names of the column that identifies images, in addition to the columns of all lists.
+        named: columns by field, given rather than guessed.
 
     Raises:
         UserError: see `read_url_list`.
@@ -206,7 +206,7 @@ def _choose(
     guesses: Mapping[str, Collection[str]],
     named: Mapping[str, str],
 ) -> dict[str, str]:
-    """The column of each field: the one named, else the first of the field's usual names that is there."""
+    """Return the column of each field: the given one, or else the first of the field's usual names that exists."""
     by_usual_name = {column.lower(): column for column in reversed(found)}
     image = _choose_image(uri, found, images, named.get("image")) if "url" in guesses else None
     chosen = {} if image is None else {"image": image}
@@ -222,7 +222,7 @@ def _choose(
 
 
 def _choose_image(uri: str, found: Sequence[str], images: Mapping[str, bool], named: str | None) -> str | None:
-    """The column that has the images themselves, if there is one."""
+    """Return the column that contains the images, if there is one."""
     if named is not None:
         if named not in images:
             raise UserError(f"{uri} has no column {named!r} of images: of its columns {found}, {[*images]} have bytes")
@@ -236,7 +236,7 @@ def _choose_image(uri: str, found: Sequence[str], images: Mapping[str, bool], na
 
 
 def _judge(batch: Batch, fields: Collection[str]) -> tuple[dict[str, pa.Array], pa.Array]:
-    """The texts of `fields` in their normal form, and what is wrong with each row, null where nothing is."""
+    """Return the normalised texts of `fields`, and the fault of each row, null for valid rows."""
     faults = batch.faults
     columns = {}
     for name in fields:
@@ -257,7 +257,7 @@ def _judge(batch: Batch, fields: Collection[str]) -> tuple[dict[str, pa.Array], 
 
 
 def _rules(name: str, column: pa.Array) -> Sequence[tuple[pa.Array, str]]:
-    """Which cells break which rule."""
+    """Return the rules for a column, each as a mask of the cells that break it and a description of the fault."""
     if name == "sha256":
         is_none = pc.and_(pc.not_equal(column, ""), pc.invert(pc.match_substring_regex(column, _SHA256)))
         return [(is_none, "is no SHA-256 in hex")]
@@ -276,7 +276,7 @@ def _rules(name: str, column: pa.Array) -> Sequence[tuple[pa.Array, str]]:
 
 
 def _complete(rows: pa.Table, folder_of_list: Callable[[], str]) -> pa.Table:
-    """All fields of `SCHEMA`; the host, or the folder's name, stands in for a missing source."""
+    """Return rows with all fields of `SCHEMA`; a missing source becomes the host or the folder's name."""
     columns = dict(zip(rows.column_names, rows.columns, strict=True))
     url, is_member = columns["url"], pc.is_valid(columns["member"])
     folder = folder_of_list() if pc.any(is_member).as_py() else None

@@ -1,4 +1,4 @@
-"""What a table lacks of what a corpus wants, and what it has too much, found in memory that does not grow with them."""
+"""Comparison of a table with its corpus: finds missing and stale rows, in memory that does not grow with them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from imagerag.retrieval.store import Store, batches_of
 from imagerag.spool import MEMORY_ROWS, Parts, by_id, paired
 
 _COMPARED = ["id", "url", "source", "licence"]
-"""A row of the table is as the corpus wants it if these are."""
+"""Columns by which a row of the table is compared with the corpus."""
 _SHARDS_OF_A_PART = 16
 
 
 @dataclass(frozen=True)
 class Survey:
-    """How a table differs from its corpus."""
+    """Differences between a table and its corpus."""
 
     missing: Parts
-    """Rows that the table has not, or not as they should be."""
+    """Rows that the table lacks, or has with other values."""
     num_missing: int
     stale: pa.ChunkedArray
-    """Ids of rows of the table that go."""
+    """Ids of the table's rows to remove."""
     num_wanted: int
-    """Rows of the corpus."""
+    """Number of rows that the corpus should have in the table."""
     num_images: int
-    """Images of the corpus: of those that are the same with the same caption, one is a row."""
+    """Number of images of the corpus, with repetitions of an image and caption, which make only one row."""
 
     def shards(self) -> Iterator[pa.Table]:
-        """Yield the missing rows shard by shard, in their order."""
+        """Yield the missing rows shard by shard, in order."""
         for part in self.missing:
             rows = part.sort_by([("shard", "ascending"), ("row", "ascending")]).drop_columns("row")
             starts = np.flatnonzero(np.diff(rows["shard"].to_numpy(), prepend=-1)).tolist()
@@ -39,7 +39,7 @@ class Survey:
 
 
 def survey(images: Iterable[pa.Table], store: Store) -> Survey:
-    """Compare the newest version of a table with the images that its corpus wants and has, as of `iter_images`."""
+    """Compare the newest version of a table with the images of its corpus, which `ledger.iter_images` yields."""
     table = store.dataset()
     wanted = Parts(map(with_ids, images), by_id)
     present = Parts(batches_of(table, _COMPARED, MEMORY_ROWS), by_id)
@@ -63,7 +63,7 @@ def survey(images: Iterable[pa.Table], store: Store) -> Survey:
 
 
 def with_ids(images: pa.Table) -> pa.Table:
-    """Return images with their `id`. What is not known of the source or licence is empty."""
+    """Return images with their `id`. Unknown sources and licences become empty."""
     rows = images.append_column("id", row_ids(images["sha256"], images["caption"]))
     for name in ("source", "licence"):
         rows = rows.set_column(rows.column_names.index(name), name, rows[name].fill_null(""))
@@ -71,13 +71,13 @@ def with_ids(images: pa.Table) -> pa.Table:
 
 
 def first_rows(rows: pa.Table) -> pa.Table:
-    """Return only the first, by `row`, of those that are the same image and caption."""
+    """Return the first row, by `row`, of each image and caption."""
     first = rows.select(["id", "row"]).group_by("id").aggregate([("row", "min")])["row_min"]
     return rows if len(first) == len(rows) else _chosen(rows, first)
 
 
 def compare(wanted: pa.Table, present: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
-    """Return the rows of `wanted` that are not in `present` as they should be, and the ids of `present` to remove."""
+    """Return the rows of `wanted` that are missing or different in `present`, and the ids of `present` to remove."""
     missing = wanted.select([*_COMPARED, "row"]).join(present, _COMPARED, join_type="left anti")["row"]
     stale = present.join(wanted.select(_COMPARED), _COMPARED, join_type="left anti")["id"]
     return _chosen(wanted, missing), stale

@@ -1,4 +1,4 @@
-"""How vectors of a table version are searched: the record that its index left, and the query that honours it."""
+"""Vector search in a table version: the record of its index build, and the query that uses it."""
 
 import json
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from imagerag.retrieval.schema import Embeds
 
 _RECORD_KEY = "imagerag.index"
 _REFINE_FACTOR = 2
-"""Candidates fetched for each neighbour wanted, to be ranked again by their unquantised vectors."""
+"""Candidates per requested neighbour, which are re-ranked by their unquantised vectors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexRecord:
-    """What the last index build did. It is part of the table version that it describes."""
+    """Record of the last index build, stored in the table version that it describes."""
 
     version: int
-    """The version that holds this record. On any later version the record is out of date."""
+    """The version that contains this record. In any later version, the record is out of date."""
     kind: str
-    """`exact` or LanceDB's index type."""
+    """`exact`, or LanceDB's index type."""
     num_rows: int
     num_trained_rows: int
     """Rows when the partitions were trained; 0 for `exact`."""
@@ -35,11 +35,11 @@ class IndexRecord:
     """What else was measured, by its name; nothing for `exact`."""
     num_unindexed_rows: int
     rows: str = ""
-    """A digest of the rows, without their features: the same rows in the same partitions need not be measured again."""
+    """Digest of the rows without their features. Recall is not measured again if rows and partitions are the same."""
     config: dict[str, Any]
-    """The `IndexConfig` that it was built with."""
+    """The `IndexConfig` of the build."""
     words: dict[str, str | bool] = field(default_factory=dict)
-    """How captions' words were indexed."""
+    """Settings of the full-text index of captions."""
 
     def probes(self, column: str, k: int, share: float = 1.0) -> int | None:
         """Return how many partitions a search by a column looks into; None if there are none.
@@ -59,7 +59,7 @@ class IndexRecord:
 
 
 def read_record(dataset: LanceDataset) -> IndexRecord | None:
-    """Return the record of the last build before or at this version."""
+    """Return the record of the last build up to this version, if there is one."""
     record = dataset.config().get(_RECORD_KEY)
     if record is None:
         return None
@@ -86,9 +86,9 @@ def nearest(
     *,
     with_row_id: bool = False,
 ) -> pa.Table:
-    """Return the `k` neighbours of each of `embeds` (Q, D) by cosine distance, among the rows of a condition.
+    """Return the `k` nearest neighbours of each of `embeds` (Q, D) by cosine distance, among rows that meet `where`.
 
-    By Lance itself: through LanceDB's client a search takes twice as long (6.8 ms instead of 3 ms, 8,000 rows).
+    Uses Lance directly: through LanceDB's client, a search takes twice as long (6.8 ms instead of 3 ms, 8,000 rows).
 
     Returns:
         `columns`, `_distance`, and `query_index`. The distances are those of the stored vectors, not of the index's
@@ -96,7 +96,7 @@ def nearest(
     """
     query = {"column": column, "q": embeds if len(embeds) > 1 else embeds[0], "k": k, "metric": "cosine"}
     if nprobes is not None:
-        # Without a maximum, the search goes on to further partitions where too few rows in these meet the condition.
+        # Without a maximum, the search continues in further partitions if too few rows in these meet the condition.
         most = nprobes if where is None else None
         query |= {"minimum_nprobes": nprobes, "maximum_nprobes": most, "refine_factor": _REFINE_FACTOR}
     several = ["query_index"] if len(embeds) > 1 else []

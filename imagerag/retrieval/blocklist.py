@@ -1,4 +1,4 @@
-"""What was taken down of a table and must not come back, however often its URL list is ingested."""
+"""The blocklist of a table: what was taken down and must not come back, however often its URL list is ingested."""
 
 from datetime import UTC, datetime
 from typing import Literal
@@ -22,7 +22,7 @@ _SCHEMA = pa.schema(
 
 
 def block(store: Store, column: Column, values: list[str]) -> None:
-    """Add values that no row of the table may have in `column` from now on. Repeating it changes nothing."""
+    """Block values: from now on, no row of the table may have them in `column`. Repeating it has no effect."""
     new = sorted(set(values) - set(blocked(store, column)))
     if not new:
         return
@@ -33,7 +33,7 @@ def block(store: Store, column: Column, values: list[str]) -> None:
 
 
 def blocked(store: Store, column: Column) -> list[str]:
-    """Return the values that no row may have in `column`."""
+    """Return the blocked values of `column`."""
     lists = _list_of(store)
     if not lists.exists:
         return []
@@ -54,5 +54,5 @@ def matches(rows: pa.Table, column: Column, values: list[str]) -> pa.ChunkedArra
 
 
 def _list_of(store: Store) -> Store:
-    # The dot keeps the name apart from every corpus.
+    # The dot distinguishes the name from those of corpora.
     return Store(store.uri, f"{store.name}.blocked")

@@ -1,10 +1,10 @@
-"""Cached features: a column of the table that holds what a base model makes of each row, beside the row.
+"""Cached features: a column of the table with a base model's features of each row.
 
-One column belongs to one base model at one resolution, and to one way of fitting pictures into its square; its name and
-metadata tell them by a digest. A row without a value has not been computed yet; a column of booleans says the same, as
-counting by the features themselves reads them all. Because they are columns, takedown, rollback and publishing need no
-rules of their own. A version of the table has one column of a base model: how pictures
-are fitted is said there and nowhere else, so whoever uses the index fits what it is given likewise.
+A column belongs to one base model, one resolution and one way of fitting images into the model's square, which a digest
+in its name and metadata identifies. A row without a value has not been computed yet; a boolean column stores the same
+information, because counting by the features would read them all. Since features are columns, takedown, rollback and
+publishing need no special rules. A version of the table has one column per base model. Only the metadata of
+this column states how images are fitted, so users of the index fit their own images in the same way.
 """
 
 import json
@@ -22,18 +22,18 @@ from imagerag.retrieval.schema import FEATURE_KEY, FEATURE_PREFIX, FeatureIdenti
 from imagerag.retrieval.store import CommitConflictError, Store
 
 Compute = Callable[[list[bytes], list[str]], Features]
-"""Encoded images and their captions to features (N, C, H, W)."""
+"""Computes the features (N, C, H, W) of encoded images and their captions."""
 
 
 def is_feature(field: pa.Field) -> bool:
-    """Whether a column holds cached features."""
+    """Return whether a column contains cached features."""
     return bool(field.name.startswith(FEATURE_PREFIX))
 
 
 def cached_features(schema: pa.Schema) -> list[FeatureIdentity]:
-    """Return whose features the columns of a table are for."""
+    """Return the identities of the cached features that a table has columns for."""
     found = [json.loads(field.metadata[FEATURE_KEY]) for field in schema if is_feature(field)]
-    # The first columns did not say how pictures were fitted: all were cropped.
+    # Columns of early versions do not state how images were fitted: all were cropped.
     return [FeatureIdentity(**{"fit": "crop"} | each | {"shape": tuple(each["shape"])}) for each in found]
 
 
@@ -41,7 +41,7 @@ def require_cached(schema: pa.Schema, identity: FeatureIdentity) -> None:
     """Make sure that a table has a column for `identity`.
 
     Raises:
-        UserError: if it has none; the message names the digests that it has some for.
+        UserError: if it has none; the message names the identities that it has columns for.
     """
     cached = cached_features(schema)
     if identity.digest in (each.digest for each in cached):
@@ -57,28 +57,28 @@ def _named(identity: FeatureIdentity) -> str:
 
 
 def lacking(schema: pa.Schema, identity: FeatureIdentity) -> str:
-    """Return the condition for rows without features, in a table that has the column.
+    """Return the SQL condition for rows without features, in a table that has the column.
 
-    Tables of before there was a column of booleans are asked by the features, which reads them.
+    In older tables without the boolean column, it tests the features themselves, which reads them.
     """
     return f"{identity.presence} IS NOT TRUE" if identity.presence in schema.names else f"{identity.column} IS NULL"
 
 
 def count_lacking(dataset: LanceDataset, identity: FeatureIdentity) -> int:
-    """Return how many rows of a table have no such features."""
+    """Return the number of rows of a table without these features."""
     if identity.column not in dataset.schema.names:
         return int(dataset.count_rows())
     return int(dataset.count_rows(lacking(dataset.schema, identity)))
 
 
 def prepare(store: Store, identity: FeatureIdentity, superseded: Collection[FeatureIdentity] = ()) -> int:
-    """Make sure that the table has the columns, and return the newest version. Call it under `writer_lock`.
+    """Make sure that the table has the columns, and return the newest version. The caller must hold `writer_lock`.
 
     Args:
-        superseded: features that the newest version has and loses; the versions before it keep them.
+        superseded: features that are dropped from the newest version; earlier versions keep them.
     """
     dataset = store.dataset()
-    if superseded:  # first, so that there are never both, whenever this is killed
+    if superseded:  # dropped first, so that no version has both, even if this is killed
         own = {name for each in superseded for name in (each.column, each.presence)}
         dataset.drop_columns([name for name in dataset.schema.names if name in own])
     if identity.column not in dataset.schema.names:
@@ -89,7 +89,7 @@ def prepare(store: Store, identity: FeatureIdentity, superseded: Collection[Feat
 
 
 def missing(dataset: LanceDataset, identity: FeatureIdentity) -> dict[int, int]:
-    """Return how many rows have no features yet in each fragment where there are some."""
+    """Return the number of rows without features in each fragment that has such rows."""
     condition = lacking(dataset.schema, identity)
     counts = {fragment.fragment_id: fragment.count_rows(condition) for fragment in dataset.get_fragments()}
     return {fragment: count for fragment, count in counts.items() if count}
@@ -98,12 +98,12 @@ def missing(dataset: LanceDataset, identity: FeatureIdentity) -> dict[int, int]:
 def fill(
     store: Store, identity: FeatureIdentity, version: int, fragment: int, compute: Compute, batch_size: int
 ) -> str:
-    """Compute what is missing in one fragment, write it to a file that belongs to no version yet, and describe it.
+    """Compute the missing features of a fragment, and write them to a file that belongs to no version yet.
 
-    May run in any process. Holds the features of the fragment's missing rows in memory, at most some thousand rows'.
+    May run in any process. Keeps the features of the fragment's missing rows in memory, a few thousand rows at most.
 
     Returns:
-        What `commit` needs to adopt the file.
+        What `commit` needs to add the file to the table, as JSON.
     """
     dataset = store.dataset(version)
     part, parts = dataset.get_fragment(fragment), []
@@ -120,7 +120,7 @@ def fill(
 
 
 def commit(store: Store, filled: Sequence[str], version: int) -> int:
-    """Adopt what `fill` wrote for some fragments as one transaction, and return the new version.
+    """Commit what `fill` wrote for some fragments in one transaction, and return the new version.
 
     Raises:
         CommitConflictError: if another writer changed one of the fragments since `version`.
@@ -133,7 +133,7 @@ def commit(store: Store, filled: Sequence[str], version: int) -> int:
     operation = LanceOperation.Update(updated_fragments=fragments, fields_modified=modified)
     try:
         dataset = LanceDataset.commit(store.table_uri, operation, read_version=version)
-    except OSError as error:  # Lance has no exceptions of its own for these.
+    except OSError as error:  # Lance has no specific exceptions for these.
         if not any(reason in str(error).lower() for reason in ("conflict", "was not found")):
             raise
         raise CommitConflictError(f"another writer changed table {store.name!r}: {error}") from error
@@ -143,6 +143,6 @@ def commit(store: Store, filled: Sequence[str], version: int) -> int:
 def to_features(column: pa.ChunkedArray, identity: FeatureIdentity) -> Iterator[Features | None]:
     """Yield the features (C, H, W) of each value of the column; None where they are missing."""
     for chunk in column.chunks:
-        # Flattening leaves out what is null.
+        # Flattening skips nulls.
         present = iter(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, *identity.shape))
         yield from (next(present) if valid else None for valid in chunk.is_valid().to_pylist())

@@ -1,4 +1,4 @@
-"""Indexes over a table: vectors, chosen by size and with their recall measured, and the words of captions."""
+"""Indexes of a table: vector indexes, chosen by size and with measured recall, and a full-text index of captions."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
 from imagerag.retrieval.store import Store, compact
 
-# LanceDB takes seconds to import, and a configuration is made wherever a flow is.
+# LanceDB takes seconds to import, and every flow needs the configuration in this module.
 if TYPE_CHECKING:
     from lance.lance.indices import IndexDescription
     from lancedb.table import Table
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 EXACT = "exact"
 IVF_SQ = "IVF_SQ"
-"""At 100,000 rows of 512 dimensions on two cores it was built in 28 s and answered in 8 ms (p50, recall 0.98), where
+"""With 100,000 rows of 512 dimensions on two cores, it was built in 28 s and answered in 8 ms (p50, recall 0.98), while
 IVF_HNSW_SQ took 181 s and 10 ms (recall 0.99), and exact search 320 ms."""
 EXACT_BELOW = 5_000
-"""Exact search took 10 ms at 5,000 rows of 384 dimensions and 23 ms at 10,000; IVF_SQ took 7 ms at both."""
+"""Exact search took 10 ms for 5,000 rows of 384 dimensions and 23 ms for 10,000; IVF_SQ took 7 ms for both."""
 
 _EMBEDDINGS = ("text_embed", "image_embed")
 _NUM_QUERIES = 400
-"""With 100 the measured recall was up to 0.02 above that of 400."""
+"""Number of queries for measuring recall. With 100, the measured recall was up to 0.02 higher than with 400."""
 _MAX_GROWTH = 2
-"""Partitions are trained anew when the table has grown by this factor; up to then, new rows join the old partitions."""
+"""Growth factor of the table above which partitions are trained again; until then, they take in new rows."""
 _NUM_STEPS = 4
 
 
@@ -54,12 +54,12 @@ _UNINDEXED_SHARE = 0.01
 to then these rows are read by whoever looks something up."""
 
 _WORDS: dict[str, str | bool] = {"base_tokenizer": "icu/split", "remove_stop_words": False}
-"""Words of captions are split by the rules and dictionaries of Unicode's ICU, which Lance brings: scripts without
-spaces between words, too. `the who` is a query like any other; English is stemmed."""
+"""Settings of the full-text index. ICU, which Lance includes, splits captions into words by Unicode's rules and
+dictionaries, also in scripts without spaces. Stop words are kept, so `the who` can be found; English is stemmed."""
 
 
 class IndexConfig(Config):
-    """How an index is built."""
+    """How indexes are built."""
 
     exact_below: int = Field(
         default=EXACT_BELOW,
@@ -71,17 +71,17 @@ class IndexConfig(Config):
         default=0.99,
         ge=0.5,
         le=1.0,
-        description="A search looks into as few partitions of the index as reach this recall@10.",
+        description="Recall@10 that a search must reach; it probes as few partitions of the index as that requires.",
     )
 
 
 def build_index(
     store: Store, config: IndexConfig, on_progress: OnProgress = silent, *, from_scratch: bool = False
 ) -> IndexBuild:
-    """Bring the indexes of the newest version up to date, measure them, and commit the measurement with them.
+    """Update the indexes of the newest version, measure their recall, and commit it with them.
 
-    Nothing happens if that version was indexed with this config before. New rows are added to an existing index.
-    `from_scratch` rewrites everything, so that no deleted row remains in any file of the new version.
+    This does nothing if that version was already indexed with this config. New rows are added to an existing index.
+    `from_scratch` rewrites everything, so that no file of the new version contains a deleted row.
 
     Raises:
         UserError: if there is no such table.
@@ -118,7 +118,7 @@ def open_table(store: Store) -> "Table":
 
 
 def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progress: OnProgress) -> IndexRecord:
-    """Build on what the last build left, or from nothing."""
+    """Update the indexes of the last build, or build them from scratch if `last` is None."""
     compact(store.dataset(), deleted_share=0.1 if last else 0.0)
     on_progress(1, _NUM_STEPS, "compacted")
     if last is None:
@@ -212,7 +212,7 @@ def _index_words(store: Store) -> None:
 
 
 def _index_vectors(store: Store, kind: str, num_rows: int, last: IndexRecord | None) -> int:
-    """Make, keep or drop the vector indexes; return the number of rows that they were trained on."""
+    """Create, keep or drop the vector indexes; return the number of rows that they were trained on."""
     if kind == EXACT:
         dataset = store.dataset()
         for index in dataset.describe_indices():

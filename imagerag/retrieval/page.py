@@ -1,4 +1,4 @@
-"""Search results as one HTML page that needs nothing else: no scripts, no network, images inside."""
+"""Search results as a self-contained HTML page: no scripts, no network requests, embedded images."""
 
 import io
 from base64 import b64encode
@@ -17,21 +17,21 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 @dataclass(frozen=True)
 class Section:
-    """One query and what it found."""
+    """A query and its results."""
 
     title: str
     neighbours: Sequence[Neighbour]
-    """With their images."""
+    """Found rows, with their images."""
 
 
 def write_page(path: Path, *, title: str, sections: Sequence[Section]) -> None:
-    """Write the page, replacing the file at once if there is one."""
+    """Write the page; an existing file is replaced atomically."""
     filters: dict[str, Callable[..., object]] = {"data_uri": data_uri, "web_link": web_link}
     write_whole(path, render("imagerag.retrieval", "page.html", filters, title=title, sections=sections))
 
 
 def render(package: str, template: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
-    """Return the page that a package's template makes of `values`, which stay text whatever they hold."""
+    """Return the HTML of a package's template with `values`, which are escaped."""
     loaders = [PackageLoader(each, "") for each in (package, "imagerag.retrieval")]  # the latter has base.html
     environment = Environment(loader=ChoiceLoader(loaders), autoescape=True)
     environment.filters.update(filters)
@@ -39,7 +39,7 @@ def render(package: str, template: str, filters: Mapping[str, Callable[..., obje
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, replacing one that is there at once."""
+    """Write a file; an existing one is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
@@ -47,12 +47,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def data_uri(image: bytes) -> str:
-    """Return an encoded image as a URI that holds it."""
+    """Return an encoded image as a `data:` URI."""
     with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
         mime_type = opened.get_format_mimetype()
     return f"data:{mime_type};base64,{b64encode(image).decode()}"
 
 
 def web_link(url: str) -> str | None:
-    """Return the URL if a page may link to it: a caption's neighbour may come from anywhere, `javascript:` included."""
+    """Return the URL if it is safe to link to (http or https, not `javascript:`, for example), else None."""
     return url if urlsplit(url).scheme in ("http", "https") else None

@@ -1,11 +1,11 @@
-"""Pins: who keeps which version of a table, whatever is published since.
+"""Pins: keep a version of a table for a model, a training or a job, whatever is published since.
 
 A pin is a tag on a version that names its owner: a registered model, a training, or another job that reads it. A
-model's pin stays until the model is removed; that of a training or job is renewed while it runs and goes when it is
-done. One that fails or is killed leaves its pin to the next try, which has the same name and takes it over; a pin that
-was not renewed for as long as its kind may rest is removed by whoever publishes next. Publishing and cleaning up spare
-what is pinned. Takedowns drop every pin, because bytes would outlive them, and a reader whose version is gone is told
-so by `VersionGoneError`.
+model's pin stays until the model is removed. The pin of a training or job is renewed while it runs and removed when it
+finishes. If it fails or is killed, the pin stays for the next attempt, which has the same name and takes it over. A pin
+that was not renewed within the time limit of its kind is removed by the next publication. Publishing and cleaning up
+keep pinned versions. A takedown drops every pin, because pinned versions would keep the bytes that it removes; readers
+of such a version get a `VersionGoneError`.
 """
 
 import logging
@@ -20,15 +20,15 @@ from imagerag.retrieval.store import Store
 logger = logging.getLogger(__name__)
 
 JOB, TRAINING = "job-", "training-"
-"""What the labels of pins begin with that rest only for a while; a model's is its own."""
+"""Prefixes of the labels of pins that expire; a model's label has neither."""
 _MAY_REST = {JOB: timedelta(hours=1), TRAINING: timedelta(days=7)}
-"""A half-done training can be gone on with after a weekend."""
+"""Time without renewal after which a pin expires. An unfinished training can be continued after a weekend."""
 _PREFIX = "pin-"
 _RENEW_EVERY_S = 600.0
 
 
 def pin(store: Store, version: int, label: str) -> None:
-    """Keep `version` for `label`, whatever is published later. What the label kept before is let go.
+    """Keep `version` for `label`, whatever is published later. A version that the label kept before is released.
 
     Raises:
         VersionGoneError: if there is no such version.
@@ -39,7 +39,7 @@ def pin(store: Store, version: int, label: str) -> None:
 
 
 def unpin(store: Store, label: str) -> None:
-    """Let go what `label` keeps, if it keeps something. The files go when the next version is published."""
+    """Release the version that `label` keeps, if any. Its files are deleted when the next version is published."""
     with store.tags_lock():
         store.drop_tag(_PREFIX + label)
 
@@ -52,12 +52,12 @@ def pins(store: Store) -> dict[str, int]:
 
 @contextmanager
 def held(store: Store, version: int, label: str) -> Iterator[None]:
-    """Keep `version` while the block runs, and after it if it fails, for the next try.
+    """Keep `version` while the block runs; if the block fails, keep it for the next attempt.
 
     Args:
         store: the table.
-        version: of it.
-        label: begins with `JOB` or `TRAINING`, and is the same at the next try.
+        version: a version of the table.
+        label: begins with `JOB` or `TRAINING`, and is the same in the next attempt.
 
     Raises:
         VersionGoneError: if there is no such version.
@@ -76,7 +76,7 @@ def held(store: Store, version: int, label: str) -> Iterator[None]:
 
 
 def drop_resting(store: Store) -> None:
-    """Remove the pins that nobody has renewed for as long as they may rest."""
+    """Remove the pins that were not renewed within their time limit."""
     with store.tags_lock():
         tags = store.dataset().tags
         now = datetime.now(UTC)
@@ -93,7 +93,7 @@ def _renew(store: Store, version: int, label: str, done: Event) -> None:
         try:
             with store.tags_lock():
                 store.dataset(version).tags.update(_PREFIX + label, version)
-        except VersionGoneError:  # the reader is told when it reads
+        except VersionGoneError:  # the reader gets this error when it reads
             return
-        except Exception as error:  # noqa: BLE001 - stores have exceptions of their own; it is tried again
+        except Exception as error:  # noqa: BLE001 - stores raise their own exceptions; it is retried
             logger.warning("the pin %s of table %s could not be renewed: %s", label, store.name, error)

@@ -1,7 +1,8 @@
-"""Which version readers see: a tag that moves after checks, moves back, and never points at half a version.
+"""Publication of table versions: readers see the version of a tag, which moves only after checks and can move back.
 
-The tag `published` is what readers open. Each published version also has a tag of its own, which keeps its files for a
-rollback. The steps of every operation are ordered so that one that was killed is finished by repeating it.
+Readers open the version with the tag `published`, which is always complete. Each published version also has its own
+tag, which keeps its files for a rollback. The steps of every operation are ordered so that repeating an operation that
+was killed completes it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,21 +34,21 @@ _NORM_TOLERANCE = 1e-3
 
 
 class PublishConfig(Config):
-    """What a version must pass to be published."""
+    """Conditions for publishing a version."""
 
     max_shrink: float = Field(
         default=MAX_SHRINK,
         ge=0.0,
         le=1.0,
-        description="The largest share by which the table may shrink; checked before rows are deleted, too.",
+        description="Largest share of its rows that the table may lose; also checked before rows are deleted.",
     )
-    min_recall: float = Field(default=0.95, ge=0.0, le=1.0, description="The smallest recall@10 against exact search.")
+    min_recall: float = Field(default=0.95, ge=0.0, le=1.0, description="Minimum recall@10 compared with exact search.")
     keep: int = Field(
         default=5,
         ge=1,
         le=100,
-        description="How many publications are kept for a rollback, this one included. What only adds features to the "
-        "same rows takes the place of the publication without them.",
+        description="Number of publications kept for a rollback, including the current one. A publication that only "
+        "adds features to the same rows replaces the one without them.",
     )
 
 
@@ -69,17 +70,17 @@ class FeaturesEntry:
     fit: Fit
     digest: str
     num_rows: int
-    """Rows that have them."""
+    """Number of rows with these features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexStatus:
-    """What readers see, and what they do not see yet."""
+    """The published version of a table, and its unpublished changes."""
 
     encoder: EncoderIdentity
     published_version: int | None
     num_rows: int
-    """Rows that readers see."""
+    """Number of rows in the published version."""
     kind: str | None
     recall_at_10: float | None
     recalls: Mapping[str, float]
@@ -88,7 +89,7 @@ class IndexStatus:
     newest_version: int
     num_newest_rows: int
     history: tuple[HistoryEntry, ...]
-    """The publications that are kept, newest first. Those above the published version were rolled back."""
+    """Publications that are kept, newest first. Those newer than the published version were rolled back."""
 
     @property
     def unpublished_changes(self) -> bool:
@@ -122,7 +123,7 @@ def require_published(store: Store) -> int:
 
 
 def require_version(store: Store, version: int) -> None:
-    """Make sure that what needs `version` of the table gets it.
+    """Make sure that `version` of the table, which a model pins, exists.
 
     Raises:
         UserError: if the table can't be reached, or has no such version; the message names the published one.
@@ -149,10 +150,10 @@ def published_rows(store: Store) -> int:
 
 
 def publish(store: Store, index: IndexBuild, config: PublishConfig) -> Publication:
-    """Let readers see the version that `index` was built on, if it passes its checks.
+    """Publish the version that `index` was built on, if it passes the checks.
 
-    A version that is published already is not checked again. Older publications beyond `config.keep`, and all
-    versions that were never published, are deleted.
+    A version that is already published is not checked again. Publications beyond `config.keep` and all versions that
+    were never published are deleted, unless they are pinned.
 
     Raises:
         UserError: if the version is gone.
@@ -183,10 +184,10 @@ def publish(store: Store, index: IndexBuild, config: PublishConfig) -> Publicati
 
 
 def rollback(store: Store, to: int | None = None) -> Publication:
-    """Let readers see an earlier publication: version `to`, or the last one that has all features that they see now.
+    """Publish an earlier version again: version `to`, or the last one that has all features of the current version.
 
-    A version that was rolled back is not published again by itself; a rollback `to` it brings it back, until another
-    version is published.
+    A version that was rolled back is not published again automatically. Until another version is published, a rollback
+    `to` it restores it.
 
     Raises:
         UserError: if there is nothing to return to, or `to` is not one of the publications that are kept.
@@ -213,7 +214,7 @@ def rollback(store: Store, to: int | None = None) -> Publication:
 
 
 def status(store: Store) -> IndexStatus:
-    """Return what is published and what is not.
+    """Return what is published, and what is not published yet.
 
     Raises:
         UserError: if there is no such table.
@@ -251,7 +252,7 @@ def _complete_before(store: Store, current: int) -> int:
 
 
 def _superseded(store: Store) -> list[int]:
-    """Publications whose rows the next one has too, with at least their features."""
+    """Return publications whose rows the next publication also has, with at least as many features."""
     versions = [store.dataset(version) for version in _kept(store)]
     found = []
     for dataset, later in pairwise(versions):
@@ -263,7 +264,7 @@ def _superseded(store: Store) -> list[int]:
 
 
 def _num_lacking(dataset: LanceDataset, features: Sequence[FeatureIdentity]) -> int:
-    """Return how many features of these kinds rows lack."""
+    """Return how many features of these kinds are missing, summed over all rows."""
     return sum(count_lacking(dataset, each) for each in features)
 
 
@@ -274,14 +275,14 @@ def _features_of(dataset: LanceDataset) -> Iterator[FeaturesEntry]:
 
 
 def move_tag(store: Store, version: int) -> None:
-    """Let readers see `version` and keep it for a rollback."""
+    """Publish `version`, and keep it for a rollback."""
     store.set_tag(PUBLISHED, version)
     if _tag(version) not in store.dataset().tags.list():
         store.set_tag(_tag(version), version)
 
 
 def drop_history(store: Store) -> None:
-    """Forget all publications but the published one, so that nobody can return to them."""
+    """Drop all publications except the current one, so that no rollback to them is possible."""
     current = published_version(store)
     _drop_tags(store, [version for version in _kept(store) if version != current])
 
@@ -304,10 +305,10 @@ def check_rows(store: Store, dataset: LanceDataset, max_shrink: float) -> tuple[
 
 
 def require_rows(store: Store, num_rows: int, max_shrink: float) -> None:
-    """Make sure that a table may be brought down to so many rows, before what it can't have back is deleted.
+    """Make sure that a table may shrink to `num_rows` rows, before rows are deleted irreversibly.
 
     Raises:
-        UserError: if more than this share of the newest or the published rows would go.
+        UserError: if more than the share `max_shrink` of the newest or the published rows would be deleted.
     """
     num_before = max(store.count(), published_rows(store))
     if _check_shrink(num_rows, num_before, max_shrink).passed:
@@ -354,7 +355,7 @@ def _count_bad_embeddings(dataset: LanceDataset) -> int:
 
 
 def _kept(store: Store) -> list[int]:
-    """The versions that were published and are kept, in ascending order."""
+    """Return the published versions that are kept, in ascending order."""
     tags = store.dataset().tags.list()
     return sorted(int(tag["version"]) for name, tag in tags.items() if name == _tag(int(tag["version"])))
 

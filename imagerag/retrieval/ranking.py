@@ -1,7 +1,7 @@
-"""Which of the rows that a search found are shown to the model: not all the same, and something of each thing named.
+"""Selection of search results for the model: limits repeated captions, and covers each thing that a prompt names.
 
-The paper takes the nearest row of one search. With at most two rows of one caption, the right concept is more often
-among four rows where the prompt is not its name (`python -m tests.retrieval.quality`, on the sample corpus).
+The paper takes the nearest row of one search. With at most two rows per caption, four rows include the right
+concept more often if the prompt is not its name (`python -m tests.retrieval.quality`, on the sample corpus).
 """
 
 import re
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from imagerag.retrieval.search import Neighbour
 
 _RANK_CONSTANT = 60
-"""Of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)."""
+"""Constant of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)."""
 _BETWEEN_THINGS = re.compile(
     r"(?:\s*(?:[,;+&]|(?<![\w-])(?:and|with|next to|in front of|on top of|beside|behind|between|near|under|over|above"
     r"|below|on|in|inside|at|holding|wearing|riding|eating|carrying)(?![\w-]))\s*)+",
@@ -24,9 +24,9 @@ _ARTICLES = re.compile(r"^(?:an?|the|some|two|three|four|and)\s+", re.IGNORECASE
 
 
 def split_phrases(prompt: str) -> list[str]:
-    """Return the things that a prompt names, each without its article; none if it names only one.
+    """Return the things that a prompt names, without articles; empty if it names only one.
 
-    By conjunctions, prepositions and punctuation, so in English; another language's prompt is one thing.
+    Splits at punctuation and at English conjunctions and prepositions; in other languages, a prompt is one thing.
     """
     parts = [_ARTICLES.sub("", part.strip()) for part in _BETWEEN_THINGS.split(prompt)]
     phrases = list(dict.fromkeys(part for part in parts if part))
@@ -34,7 +34,7 @@ def split_phrases(prompt: str) -> list[str]:
 
 
 def diversify(ranking: "Sequence[Neighbour]", k: int, most: int) -> "list[Neighbour]":
-    """Return `k` rows, the nearest first, with at most `most` of one caption as long as there are others."""
+    """Return `k` rows, nearest first, with at most `most` rows per caption as long as there are others."""
     seen: Counter[str] = Counter()
     chosen: list[Neighbour] = []
     spare: list[Neighbour] = []
@@ -46,9 +46,9 @@ def diversify(ranking: "Sequence[Neighbour]", k: int, most: int) -> "list[Neighb
 
 
 def merge(rankings: "Sequence[Sequence[Neighbour]]", k: int) -> "list[Neighbour]":
-    """Return the `k` best rows of several searches by reciprocal rank fusion; of equals, the earlier search's is first.
+    """Return the `k` best rows of several searches by reciprocal rank fusion; ties go to the earlier search.
 
-    A row's `score` is the fused one, its `similarity` the highest that any search gave it.
+    A row's `score` is the fused score, its `similarity` the highest of all searches.
     """
     scores: dict[str, float] = {}
     best: dict[str, Neighbour] = {}

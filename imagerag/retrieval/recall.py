@@ -1,4 +1,4 @@
-"""Recall of the vector indexes of a table against exact search on its own rows.
+"""Recall of a table's vector indexes compared with exact search, with the table's own rows as queries.
 
 A neighbour counts as found when its similarity reaches that of the last exact neighbour, so that rows with equal
 embeddings can stand in for each other (as in ann-benchmarks, https://github.com/erikbern/ann-benchmarks).
@@ -72,9 +72,9 @@ class Probe:
 def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
     """Sample rows as queries and find their exact neighbours.
 
-    Captions are looked up among captions, images among images, and, as queries from elsewhere than what the index was
-    trained on, captions among images and what lies between two captions among captions: a prompt is no caption of the
-    table. Reads every embedding once.
+    Captions are searched among captions, and images among images. Since prompts differ from the captions that the index
+    was trained on, captions are also searched among images, and midpoints of two captions among captions. Reads every
+    embedding once.
     """
     num_rows = dataset.count_rows()
     assert num_rows > max(num_queries, K), num_rows
@@ -179,7 +179,7 @@ def measure(dataset: LanceDataset, probes: Sequence[Probe], record: IndexRecord)
 
 
 def to_numpy(column: pa.FixedSizeListArray | pa.ChunkedArray) -> Embeds:
-    """Return a column of embeddings as (N, D), without a copy where it is one chunk."""
+    """Return a column of embeddings as (N, D), without a copy if it has one chunk."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     values: Embeds = column.flatten().to_numpy(zero_copy_only=False)

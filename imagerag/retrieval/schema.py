@@ -1,4 +1,4 @@
-"""What a row of the index is: its identity, its columns, and which models made its embeddings and features."""
+"""The schema of the index: the ids of rows, their columns, and the models that made their embeddings and features."""
 
 import hashlib
 import json
@@ -21,47 +21,47 @@ _FEATURE_DIGITS = 16
 Embeds = npt.NDArray[np.float32]
 """Embeddings (N, D), L2-normalised, or one of them (D,)."""
 Features = npt.NDArray[np.float16]
-"""What a base model makes of rows (N, C, H, W), or of one."""
+"""A base model's features of rows (N, C, H, W), or of one row (C, H, W)."""
 Fit = Literal["auto", "pad", "crop"]
-"""How a picture of any shape becomes the square that a base model sees; see `hspace.fit`."""
+"""How an image of any shape is fitted into the base model's square; see `hspace.fit`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderIdentity:
-    """Which encoder made the embeddings of a table. Embeddings of two encoders can't be compared."""
+    """Identity of the encoder that made a table's embeddings. Embeddings of different encoders can't be compared."""
 
     id: str
-    """The encoder's name for people, for example `ViT-B-32/openai` or a folder."""
+    """Readable name of the encoder, for example `ViT-B-32/openai` or a folder."""
     digest: str
-    """SHA-256 over everything that its embeddings depend on."""
+    """SHA-256 of everything that its embeddings depend on."""
     dim: int
     """Length of an embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureIdentity:
-    """What made the features of a column. Features of two can't take each other's place."""
+    """Identity of the features in a column. Features of different identities are not interchangeable."""
 
     base: str
-    """The base model's name for people."""
+    """Readable name of the base model."""
     digest: str
-    """SHA-256 over all that the features depend on: the base model, the resolution and `fit`."""
+    """SHA-256 of everything that the features depend on: the base model, the resolution and `fit`."""
     fit: Fit
     shape: tuple[int, int, int]
     """(C, H, W)."""
 
     @property
     def column(self) -> str:
-        """The column's name."""
+        """Name of the column."""
         return f"{FEATURE_PREFIX}{self.digest[:_FEATURE_DIGITS]}"
 
     @property
     def presence(self) -> str:
-        """The name of a column of booleans beside it, true where a row has features: asking these reads no features."""
+        """Name of the boolean column that is true for rows with features; counting by it does not read the features."""
         return f"has_{self.column}"
 
     def to_field(self) -> pa.Field:
-        """Return the column."""
+        """Return the Arrow field of the column."""
         return pa.field(
             self.column,
             pa.list_(pa.float16(), prod(self.shape)),
@@ -70,9 +70,9 @@ class FeatureIdentity:
 
 
 def row_id(image_sha256: str, caption: str) -> str:
-    """Return the identity of an image and caption pair, 40 hexadecimal digits.
+    """Return the id of an image and caption pair, 40 hexadecimal digits.
 
-    The same pair is the same row wherever and whenever it was downloaded.
+    The same pair has the same id, wherever and whenever it was downloaded.
     """
     assert len(image_sha256) == 64, f"not a SHA-256 in hexadecimal: {image_sha256!r}"
     digest = hashlib.blake2b(person=b"imagerag.row", digest_size=_ID_BYTES)
@@ -90,10 +90,10 @@ def row_ids(image_sha256: pa.Array | pa.ChunkedArray, caption: pa.Array | pa.Chu
 
 
 def row_schema(encoder: EncoderIdentity) -> pa.Schema:
-    """Return the columns of a table that holds `encoder`'s rows, with the encoder in the schema's metadata.
+    """Return the schema of a table with embeddings of `encoder`, which is stored in the schema's metadata.
 
-    `image` holds the encoded bytes, `image_sha256` their digest. `source` and `licence` are empty where unknown. The
-    embeddings have length one.
+    `image` contains the encoded image, `image_sha256` its digest. `source` and `licence` are empty if unknown. The
+    embeddings are L2-normalised.
     """
     embedding = pa.list_(pa.float32(), encoder.dim)
     return pa.schema(

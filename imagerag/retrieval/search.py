@@ -20,7 +20,7 @@ from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, 
 from imagerag.retrieval.store import Store
 
 By = Literal["caption", "image", "words", "hybrid"]
-"""What a query is compared with: captions' embeddings, images' embeddings, captions' words, or captions both ways."""
+"""What a query is compared with: embeddings of captions or of images, words of captions, or captions in both ways."""
 
 MAX_K = 1_000
 _COLUMNS = ("id", "caption", "url", "source", "licence", "width", "height")
@@ -28,14 +28,14 @@ _COLUMNS = ("id", "caption", "url", "source", "licence", "width", "height")
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Only rows that have these values, where one is given."""
+    """A condition on rows: columns must have the given values, None for any."""
 
     source: str | None = None
     licence: str | None = None
     url: str | None = None
 
     def to_sql(self) -> str | None:
-        """Return the condition for LanceDB, which has no bound parameters; None if every row may be found."""
+        """Return the condition as SQL for LanceDB, which has no bound parameters; None if there is no condition."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         conditions = []
         for column, value in values.items():
@@ -63,30 +63,30 @@ class Neighbour:
     """Cosine similarity for `caption` and `image`; BM25 (at least 0, not bounded) for `words`; for `hybrid` the sum of
     1 / (60 + rank) over the ranks by meaning and by words. Higher is nearer; scores of two kinds can't be compared."""
     similarity: float | None = None
-    """Cosine of the caption's embedding and the query's; unknown for `image` and `words`."""
+    """Cosine similarity of the embeddings of the caption and the query; None for `image` and `words`."""
     image: bytes | None = None
-    """The encoded image, if it was asked for."""
+    """The encoded image, if requested."""
     features: Features | None = field(default=None, compare=False, repr=False)
-    """Cached features (C, H, W), if they were asked for and the row has some."""
+    """Cached features (C, H, W), if requested and present."""
 
 
 class Retriever:
-    """The published version of a table, or another that was published, opened for searching.
+    """The published version of a table, or another version that was published, opened for searching.
 
-    It stays on that version, whatever is published meanwhile, until `refresh` is called. Where that version is gone,
-    by a takedown or because nobody keeps it (see `pins`), everything that reads raises `VersionGoneError`.
+    It stays on that version, whatever is published meanwhile, until `refresh` is called. If that version is deleted, by
+    a takedown or because nothing keeps it (see `pins`), all methods that read rows raise `VersionGoneError`.
 
     Attributes:
-        uri: of the database.
-        name: of the table.
-        encoder: the encoder that queries must be made with.
-        version: the table's version that is searched.
-        num_rows: how many rows it has.
-        dataset: that version.
+        uri: URI of the database.
+        name: name of the table.
+        encoder: the encoder that queries must be embedded with.
+        version: the table version that is searched.
+        num_rows: number of rows in that version.
+        dataset: the Lance dataset at that version.
 
     Raises:
-        UserError: if there is no such table or version, nothing of it was published, or another encoder made its
-            embeddings.
+        UserError: if there is no such table or version, if no version of it is published, or if another encoder made
+            its embeddings.
     """
 
     def __init__(self, uri: str, name: str, encoder: EncoderIdentity | None = None, version: int | None = None) -> None:
@@ -98,11 +98,11 @@ class Retriever:
 
     @property
     def identity(self) -> list[str | int]:
-        """What tells this version from all others: name, number and time of making, but not where the table is."""
+        """What identifies this version: name, number and creation time, but not the table's location."""
         return [self.name, self.version, self._store.created_at(self.version).isoformat()]
 
     def refresh(self) -> None:
-        """Move to the version that is published now."""
+        """Move to the version that is now published."""
         self._open(require_published(self._store))
 
     def _open(self, version: int) -> None:
@@ -116,24 +116,24 @@ class Retriever:
         self._record = record
 
     def check_encoder(self, encoder: EncoderIdentity) -> None:
-        """Make sure that queries of `encoder` can be compared with the rows.
+        """Make sure that queries embedded with `encoder` can be compared with the rows.
 
         Raises:
-            UserError: if another encoder made their embeddings; the message names both digests.
+            UserError: if another encoder made the rows' embeddings; the message names both digests.
         """
         self._store.check_encoder(encoder)
 
     def check_version(self) -> None:
-        """Make sure that no takedown has deleted the version that is searched.
+        """Make sure that the version that is searched has not been deleted, for example by a takedown.
 
         Raises:
-            VersionGoneError: if one has.
+            VersionGoneError: if it has been deleted.
         """
         self._store.dataset(self.version)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Tell a version that is gone from what else may be wrong, where the block reads `dataset`.
+        """Replace errors of a block that reads `dataset` by `VersionGoneError` if the version was deleted.
 
         Raises:
             VersionGoneError: if the block fails and its version is gone.
@@ -142,7 +142,7 @@ class Retriever:
             yield
         except UserError:
             raise
-        except (OSError, ValueError):  # Lance's and Arrow's own, for a file that is not there
+        except (OSError, ValueError):  # what Lance and Arrow raise for a missing file
             self.check_version()
             raise
 
@@ -157,17 +157,17 @@ class Retriever:
         images: bool = False,
         features: FeatureIdentity | None = None,
     ) -> list[list[Neighbour]]:
-        """Return the `k` nearest rows of each query, the nearest first; all matching rows if they are fewer.
+        """Return the `k` nearest rows of each query, nearest first, or all matching rows if there are fewer.
 
         Args:
-            embeds: L2-normalised queries (Q, D) of the table's encoder; not used by `words`.
+            embeds: L2-normalised query embeddings (Q, D) of the table's encoder; not used by `words`.
             k: 1 to `MAX_K`.
             by: what the queries are compared with.
-            texts: the Q queries as texts; used by `words` and `hybrid` only. They are words to find, in any order and
-                number, and have no operators.
-            filters: rows to look among.
-            images: whether to fetch the images too.
-            features: whose cached features to fetch too.
+            texts: the Q queries as texts; used by `words` and `hybrid` only. Their words are searched for in any order
+                and number, without operators.
+            filters: condition that rows must meet.
+            images: whether to return the rows' images.
+            features: the cached features to return, if any.
 
         Raises:
             UserError: if an argument breaks these rules, or the index has no such features.
@@ -199,10 +199,10 @@ class Retriever:
         """Return the rows with these ids, in this order.
 
         Args:
-            ids: of rows of the version that is searched.
-            embed: a query (D,) to compare their captions with; their score is the cosine then, else 0.
-            images: whether to fetch the images too.
-            features: whose cached features to fetch too.
+            ids: ids of rows in the version that is searched.
+            embed: embedding (D,) of a query; rows get the cosine similarity of their caption as score, otherwise 0.
+            images: whether to return the rows' images.
+            features: the cached features to return, if any.
 
         Raises:
             UserError: if there is no such row, or the index has no such features.
@@ -222,7 +222,7 @@ class Retriever:
         return [by_id[each] for each in ids]
 
     def read(self, columns: Sequence[str], features: FeatureIdentity | None = None) -> pa.Table:
-        """Return these columns of all rows, the cached features' column among them if they are asked for.
+        """Return these columns of all rows. If a column of cached features is among them, pass its `features`, too.
 
         Raises:
             UserError: if the index has no such features.
@@ -233,22 +233,22 @@ class Retriever:
             return self.dataset.to_table(columns=list(columns))
 
     def count_without(self, features: FeatureIdentity) -> int:
-        """Return how many rows have no such cached features yet.
+        """Return the number of rows without these cached features.
 
         Raises:
-            UserError: if the index has no such features at all.
+            UserError: if the index has no column for these features.
         """
         require_cached(self._schema, features)
         with self.reading():
             return count_lacking(self.dataset, features)
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Return these columns of some rows, known by their place in what `read` returns, in this order."""
+        """Return these columns of some rows, in this order; `rows` are positions in the result of `read`."""
         with self.reading():
             return self.dataset.take(rows, columns=list(columns))
 
     def sample(self, num_rows: int) -> tuple[list[bytes], Embeds]:
-        """Return the images and the captions' embeddings (N, D) of some rows, of all if they are fewer."""
+        """Return the images and caption embeddings (N, D) of random rows, or of all rows if there are fewer."""
         count = self.dataset.count_rows()
         offsets = np.sort(np.random.default_rng(0).choice(count, min(num_rows, count), replace=False))
         rows = self.take(offsets, ["image", "text_embed"])
@@ -271,7 +271,7 @@ class Retriever:
         return _neighbours(found, wanted, found["_score"].to_numpy())
 
     def _search_hybrid(self, embed: Embeds, text: str, wanted: "_Wanted") -> list[Neighbour]:
-        from lancedb.rerankers import RRFReranker  # takes seconds, which workers that never search need not pay
+        from lancedb.rerankers import RRFReranker  # imported only here, because it takes seconds
 
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
         columns = [*wanted.columns, "text_embed"]
@@ -292,7 +292,7 @@ class Retriever:
         return self._record.probes(column, wanted.k, share)
 
     def _match(self, text: str, where: str | None, k: int, columns: Sequence[str]) -> pa.Table:
-        # As a text rather than a MatchQuery, Lance would be free to read operators in it.
+        # If the query were a string instead of a MatchQuery, Lance could interpret operators in it.
         with self.reading():
             return self.dataset.to_table(
                 columns=[*columns, "_score"],
@@ -338,7 +338,7 @@ def _neighbours(
 ) -> list[Neighbour]:
     num_rows = found.num_rows
     identity = wanted.features
-    # Not by way of Python's numbers: they are many.
+    # Features stay arrays: converting so many values to Python numbers would be slow.
     features = [None] * num_rows if identity is None else list(to_features(found[identity.column], identity))
     rows = found.select([*_COLUMNS, *(["image"] if wanted.images else [])]).to_pylist()
     near = [None] * num_rows if similarities is None else similarities.tolist()

@@ -1,7 +1,7 @@
-"""One LanceDB table of image and caption pairs: created, appended to, deleted from and cleaned up.
+"""A LanceDB table of image and caption pairs: creation, appending, deletion and cleaning up.
 
-Workers write fragments, which nobody sees; the driver commits them all at once. Every operation is one transaction or
-can be repeated, so a writer may die at any moment: the table is then as it was or as it should be.
+Workers write fragments, which are invisible until the driver commits them all at once. Every operation is one
+transaction or can be repeated, so a writer may be killed at any time: the table is then in its old or its new state.
 """
 
 import json
@@ -28,16 +28,16 @@ from imagerag.spool import MEMORY_ROWS
 logger = logging.getLogger(__name__)
 
 _FRAGMENT_ROWS = 2_048
-"""Fragments below this are merged. It bounds what a small update rewrites, images and features included, and is what a
-worker of the features job has in hand."""
+"""Fragments with fewer rows are merged. This limits what a small update rewrites, including images and features, and
+what a worker of the features job processes at a time."""
 _MOST_FRAGMENTS = 4_096
-"""That every version lists; a table of more rows gets larger fragments."""
+"""Intended maximum number of fragments, all of which every version lists; larger tables get larger fragments."""
 _FRAGMENT_BYTES = 2**29
-"""Of a row's embeddings and features, in a fragment that is larger than `_FRAGMENT_ROWS`."""
+"""Maximum bytes of embeddings and features in a fragment that has more than `_FRAGMENT_ROWS` rows."""
 _REWRITTEN_SHARE = 1 / 8
-"""Of a table, at most, that one compaction rewrites to make fragments larger; the next one goes on."""
+"""Maximum share of a table that one compaction rewrites to enlarge fragments; the next one continues."""
 _LOOK_UPS = 1_000
-"""Values that are looked up by an index; more of them are found by reading the column."""
+"""Maximum number of values that are looked up in an index; for more, the column is read."""
 
 
 class CommitConflictError(RuntimeError):
@@ -54,12 +54,12 @@ class Store:
 
     @property
     def table_uri(self) -> str:
-        """Where the table's files are."""
+        """URI of the table's folder."""
         return f"{self.uri.rstrip('/')}/{self.name}.lance"
 
     @property
     def exists(self) -> bool:
-        """Whether the table was created."""
+        """Whether the table exists."""
         return self._open() is not None
 
     def dataset(self, version: int | None = None) -> LanceDataset:
@@ -67,7 +67,7 @@ class Store:
 
         Raises:
             UserError: if there is no such table.
-            VersionGoneError: if there is no longer such a version.
+            VersionGoneError: if the table exists, but not (or no longer) in this version.
         """
         dataset = self._open(version)
         if dataset is not None:
@@ -83,27 +83,27 @@ class Store:
         )
 
     def has(self, version: int) -> bool:
-        """Whether the table is there, and has this version."""
+        """Return whether the table exists and has this version."""
         return self._open(version) is not None
 
     def index_version(self, version: int) -> IndexVersion:
-        """Return a version of the table as others are told of it.
+        """Return the artifact that refers to a version of the table.
 
         Raises:
-            UserError: as of `dataset`.
+            UserError: see `dataset`.
         """
         created_at = self.created_at(version).isoformat()
         return IndexVersion(uri=self.uri, name=self.name, version=version, created_at=created_at)
 
     def created_at(self, version: int) -> datetime:
-        """Return when a version was made. It tells it from one of the same number in a table made anew."""
+        """Return the creation time of a version, which distinguishes it from the same number in a re-created table."""
         timestamp: datetime = self.dataset(version).get_version()["timestamp"]
         return timestamp.astimezone(UTC)
 
     def copy(self, version: int, uri: str) -> "Store":
-        """Copy a version with its indexes into another database. It has the same number there, and is the only one.
+        """Copy a version with its indexes into another database, where it has the same number and is the only version.
 
-        Rows come in the same order and searches find the same as here.
+        Rows have the same order there, and searches the same results.
         """
         copy = Store(uri, self.name)
         if (folder := local_folder(uri)) is not None:
@@ -114,7 +114,7 @@ class Store:
     def _open(self, version: int | None = None) -> LanceDataset | None:
         try:
             return lance.dataset(self.table_uri, version=version)
-        except ValueError as error:  # Lance has no exception of its own for this.
+        except ValueError as error:  # Lance has no specific exception for this.
             if "was not found" not in str(error):
                 raise
             return None
@@ -138,16 +138,16 @@ class Store:
         return self.dataset().to_table(columns=["id"])["id"]
 
     def create(self, encoder: EncoderIdentity) -> None:
-        """Make an empty table for `encoder`'s rows."""
+        """Create an empty table for embeddings of `encoder`."""
         if (folder := local_folder(self.uri)) is not None:
             folder.mkdir(parents=True, exist_ok=True)
         lance.write_dataset(row_schema(encoder).empty_table(), self.table_uri, mode="create")
 
     def open_or_create(self, encoder: EncoderIdentity) -> None:
-        """Make the table unless it is there.
+        """Create the table if it does not exist.
 
         Raises:
-            UserError: if the table holds another encoder's rows.
+            UserError: if the table has embeddings of another encoder.
         """
         with self.writer_lock():
             if not self.exists:
@@ -169,12 +169,12 @@ class Store:
             )
 
     def write_fragments(self, rows: pa.Table) -> list[str]:
-        """Write rows to files that belong to no version yet, and return what `commit` needs to adopt them.
+        """Write rows to files that belong to no version yet, and return what `commit` needs to add them.
 
-        May run in any process. The driver must hold `writer_lock` until it has committed, because whoever holds the
+        May run in any process. The driver must hold `writer_lock` until it has committed, because any holder of the
         lock may delete files that belong to no version.
         """
-        # Cached features are computed later, by base models that this writer doesn't know.
+        # Cached features, the nullable columns, are computed later, by base models that are unknown here.
         schema = pa.schema([field for field in self.dataset().schema if field.nullable is False])
         fragments = write_fragments(rows.select(schema.names).cast(schema), self.table_uri, schema=schema)
         return [json.dumps(fragment.to_json()) for fragment in fragments]
@@ -183,16 +183,16 @@ class Store:
         """Append fragments as one transaction and return the new version.
 
         Raises:
-            CommitConflictError: if the table is no longer the one of `read_version`, the version in which the caller
-                looked which rows are missing. The rows of the fragments are then not in the table.
+            CommitConflictError: if the table is no longer at `read_version`, the version in which the caller determined
+                the missing rows. The rows of the fragments are then not in the table.
         """
         return append(self.dataset(), fragments, read_version)
 
     def delete(self, ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> int:
-        """Delete the rows with these ids in one transaction, and return how many there were.
+        """Delete the rows with these ids in one transaction; return their number.
 
-        Where there are none, no version is made. The bytes stay in the files until the table is compacted and its older
-        versions are removed.
+        If there are none, no new version is made. The bytes stay in the files until the table is compacted and its
+        older versions are removed.
         """
         dataset = self.dataset()
         doomed = rows_with(dataset, "id", ids, ["id"])["id"]
@@ -202,20 +202,20 @@ class Store:
         return len(doomed)
 
     def set_tag(self, tag: str, version: int) -> None:
-        """Let a tag name a version, whatever it named before. Call it under a lock that its other writers take."""
+        """Create a tag for a version, or move it there. The caller must hold a lock that all the tag's writers take."""
         check_locks()
         tags = self.dataset().tags
         try:
             if tag not in tags.list():
                 tags.create(tag, version)
                 return
-        except ValueError as error:  # Lance doesn't know its own of a store that wrote it and answered by an error.
+        except ValueError as error:  # A retry fails if the store had written the tag but answered with an error.
             if "already exists" not in str(error):
                 raise
         tags.update(tag, version)
 
     def drop_tag(self, tag: str) -> None:
-        """Remove a tag, if there is one."""
+        """Remove a tag, if it exists."""
         check_locks()
         tags = self.dataset().tags
         if tag not in tags.list():
@@ -227,10 +227,10 @@ class Store:
                 raise
 
     def clean_up(self) -> None:
-        """Delete the files of versions that are neither tagged nor the newest, and what killed writers left behind.
+        """Delete the files of versions that are neither tagged nor the newest, and files left by killed writers.
 
-        Call it under `writer_lock`. On an object store, where a worker may outlive the lock of its driver for a moment,
-        left-over files are deleted when they are seven days old.
+        The caller must hold `writer_lock`. On an object store, where a worker may briefly outlive the lock of its
+        driver, left-over files are deleted only once they are seven days old.
         """
         with self.tags_lock():
             check_locks()
@@ -241,20 +241,20 @@ class Store:
             )
 
     def writer_lock(self) -> AbstractContextManager[None]:
-        """Keep this table's other writers out, see `imagerag.locks`."""
+        """Lock out this table's other writers; see `imagerag.locks`."""
         return writer_lock(self.uri, self.name)
 
     def update_lock(self, on_wait: OnWait = logger.info) -> AbstractContextManager[None]:
-        """Keep others out who bring the table up to date in several steps; each of these takes `writer_lock`, too."""
+        """Lock out other jobs that update the table in several steps, each of which also takes `writer_lock`."""
         return writer_lock(self.uri, f"{self.name}.update", on_wait)
 
     def tags_lock(self) -> AbstractContextManager[None]:
-        """Keep a version from being cleaned up while it is tagged. Held for moments, while writers take hours."""
+        """Lock out cleaning up while a version is being tagged. Held briefly, whereas writers may take hours."""
         return writer_lock(self.uri, f"{self.name}.tags")
 
 
 def batches_of(dataset: LanceDataset, columns: Sequence[str], num_rows: int) -> Iterator[pa.Table]:
-    """Yield columns of all rows, about so many at a time, however small the table's fragments are."""
+    """Yield columns of all rows in batches of about `num_rows`, however small the table's fragments are."""
     held: list[pa.RecordBatch] = []
     for batch in dataset.scanner(columns=list(columns), batch_size=num_rows).to_reader():
         held.append(batch)
@@ -271,14 +271,14 @@ def rows_with(
     values: pa.Array | pa.ChunkedArray | Collection[str],
     columns: Sequence[str],
 ) -> pa.Table:
-    """Return `columns` of the rows that have one of `values` in a column of texts.
+    """Return `columns` of the rows that have one of `values` in a text column.
 
-    A few values are asked of the column's index, where there is one; for many, the columns are read once, in batches.
+    A few values are looked up in the column's index, if it has one; for many, the columns are read once, in batches.
     """
     if len(values) > _LOOK_UPS:
         wanted = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(list(values), pa.string())
         read = sorted({column, *columns})
-        # Of many rows at a time, because each time the values are hashed anew.
+        # Large batches, because the values are hashed again for each batch.
         parts = batches_of(dataset, read, MEMORY_ROWS)
         found = [part.filter(pc.is_in(part[column], wanted)) for part in parts]
         empty = pa.schema([dataset.schema.field(name) for name in read]).empty_table()
@@ -289,11 +289,11 @@ def rows_with(
 
 
 def list_stores(uri: str) -> list[Store]:
-    """Return the tables of a database, in the order of their names; none if there is no database."""
+    """Return the tables of a database, sorted by name; empty if there is no database."""
     filesystem, folder = fsspec.url_to_fs(uri)
     tables = filesystem.glob(f"{folder.rstrip('/')}/*.lance")
     names = sorted(PurePosixPath(table).stem for table in tables)
-    # A name with a dot is not a corpus but belongs to one, such as the list of what was taken down.
+    # A table with a dot in its name belongs to a corpus, such as its blocklist.
     return [Store(uri, name) for name in names if "." not in name]
 
 
@@ -307,7 +307,7 @@ def append(dataset: LanceDataset, fragments: Sequence[str], read_version: int) -
     adopted = [FragmentMetadata.from_json(fragment) for fragment in fragments]
     dataset = LanceDataset.commit(dataset.uri, LanceOperation.Append(adopted), read_version=read_version)
     if dataset.version != read_version + 1:
-        # Lance sees no conflict between appends. Where no lock keeps writers apart, both may get here.
+        # Lance detects no conflict between appends. If no lock separates writers, both may get here.
         _drop_fragments(dataset, adopted)
         raise CommitConflictError(
             f"{dataset.uri} was read at version {read_version} and another writer committed meanwhile"
@@ -323,9 +323,9 @@ def _drop_fragments(dataset: LanceDataset, fragments: Sequence[FragmentMetadata]
 
 
 def compact(dataset: LanceDataset, deleted_share: float) -> None:
-    """Merge small fragments, and rewrite those of which more than `deleted_share` is deleted.
+    """Merge small fragments, and rewrite those with a larger share of deleted rows than `deleted_share`.
 
-    The size of fragments follows that of the table. Those that were made when it was smaller grow a part at a time.
+    The size of fragments grows with the table. Fragments from when it was smaller are enlarged a few at a time.
     """
     dataset.optimize.compact_files(
         target_rows_per_fragment=_FRAGMENT_ROWS, materialize_deletions_threshold=deleted_share
@@ -334,14 +334,14 @@ def compact(dataset: LanceDataset, deleted_share: float) -> None:
     row_bytes = sum(_bytes_of(field.type) for field in dataset.schema)
     target = min(2 ** (num_rows // _MOST_FRAGMENTS).bit_length(), _FRAGMENT_BYTES // max(row_bytes, 1))
     if target > _FRAGMENT_ROWS and num_fragments > num_rows // target:
-        most = max(int(num_rows * _REWRITTEN_SHARE), 2 * target)  # what is merged into one is less than that
+        most = max(int(num_rows * _REWRITTEN_SHARE), 2 * target)  # exceeds what is merged into one fragment
         dataset.optimize.compact_files(
             target_rows_per_fragment=target, materialize_deletions_threshold=deleted_share, max_source_rows=most
         )
 
 
 def _bytes_of(kind: pa.DataType) -> int:
-    """Return the bytes of a value of a column of arrays, 0 for others."""
+    """Return the bytes per value of a column of arrays, 0 for other columns."""
     if not pa.types.is_fixed_size_list(kind):
         return 0
     return int(kind.list_size * kind.value_type.bit_width // 8)

@@ -1,4 +1,4 @@
-"""Takedown: rows leave every version of a table, their bytes leave every file, and they do not come back."""
+"""Takedown: removes rows from all versions of a table, their bytes from all files, and blocks their return."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,34 +22,34 @@ class Removal:
     urls: tuple[str, ...]
     image_sha256s: tuple[str, ...]
     version: int
-    """The table's version without the rows: the published one, if any was published before."""
+    """The table's version without the rows: the published one, if there was a published version before."""
     published: bool
     pinned_by: tuple[str, ...]
-    """Labels of the pins whose version held a removed row."""
+    """Labels of the pins whose version contained a removed row."""
     unpinned: tuple[str, ...]
-    """Labels of all pins there were: their versions are gone, whether they held such a row or not."""
+    """Labels of all previous pins: their versions are gone, whether or not they contained such a row."""
 
     @property
     def num_rows(self) -> int:
-        """How many rows were removed."""
+        """Number of removed rows."""
         return len(self.ids)
 
 
 def remove(
     store: Store, *, urls: Sequence[str] = (), ids: Sequence[str] = (), image_sha256s: Sequence[str] = ()
 ) -> Removal:
-    """Take down every row with one of these URLs, ids or image hashes, and what files still hold of earlier ones.
+    """Take down all rows with one of these URLs, ids or image hashes, and such rows deleted before but still in files.
 
     The values and the ids of the rows are blocked first, so that no later version with such a row is published. Then
-    the rows are deleted, the remaining ones are rewritten and indexed anew, readers are moved to the result, and all
-    earlier versions are deleted, pinned ones too: **no rollback past a takedown is possible**, and readers that are
-    still on an earlier version must refresh. Rows that were not published yet are dropped: the next re-indexing embeds
-    them again. If it is killed, call it again with the same values.
+    the rows are deleted, the remaining ones are rewritten and indexed again, readers are moved to the result, and all
+    earlier versions are deleted, including pinned ones: **no rollback past a takedown is possible**, and readers that
+    are still on an earlier version must refresh. Unpublished rows are dropped; the next re-indexing embeds them again.
+    If it is killed, call it again with the same values.
 
-    Everything is rewritten where no row has one of the values, too: a row that a re-indexing deleted stays in its file
-    until a tenth of that is gone.
+    Everything is rewritten even if no row has one of the values, because a row that a re-indexing deleted stays in its
+    file until a tenth of the file's rows are deleted.
 
-    On an object store, files that a killed writer left there may hold the bytes for up to seven days more.
+    On an object store, files that a killed writer left there may contain the bytes for up to seven more days.
     """
     wanted: dict[Column, list[str]] = {"id": list(ids), "url": list(urls), "image_sha256": list(image_sha256s)}
     with store.writer_lock():
@@ -85,11 +85,11 @@ def remove(
 
 
 def reachable_rows(store: Store, wanted: Mapping[Column, Collection[str]]) -> pa.Table:
-    """Return id, url and image_sha256 of rows of all versions that readers can get at, or soon may.
+    """Return id, url and image_sha256 of the wanted rows of all versions that readers can open, or soon may.
 
     Args:
         store: the table.
-        wanted: a row has one of these values in one of these columns.
+        wanted: values by column; a row is wanted if it has one of them.
     """
     tagged = {int(tag["version"]) for tag in store.dataset().tags.list().values()}
     versions = [store.dataset(version) for version in sorted(tagged | {store.version})]
@@ -99,21 +99,21 @@ def reachable_rows(store: Store, wanted: Mapping[Column, Collection[str]]) -> pa
 
 
 def holds(dataset: LanceDataset, ids: pa.Array) -> bool:
-    """Whether a copy of a table may hold one of the rows: it has one, or has deleted rows, which stay in its files."""
+    """Return whether a copy of a table may contain one of the rows, also as a deleted row, which stays in its files."""
     deleted = any(fragment.num_deletions for fragment in dataset.get_fragments())
     return deleted or rows_with(dataset, "id", ids, ["id"]).num_rows > 0
 
 
 def _versions_with(store: Store, versions: set[int], ids: pa.ChunkedArray) -> set[int]:
-    """Return those of the versions that hold one of the rows."""
+    """Return those of the versions that contain one of the rows."""
     return {version for version in versions if rows_with(store.dataset(version), "id", ids, ["id"]).num_rows > 0}
 
 
 def _return_to_published(store: Store) -> None:
-    """Make the published rows the newest ones again, if anything was published.
+    """Restore the published version as the newest one, if anything was published.
 
-    The takedown publishes what it leaves. Rows that are not published were never checked, or are those of a job that
-    was killed halfway, or a person rolled them back: readers must not get them on that way.
+    The takedown publishes its result. Unpublished rows were never checked, or come from a job that was killed halfway,
+    or were rolled back: the takedown must not publish them.
     """
     version = published_version(store)
     if version is not None and version != store.dataset().version:

@@ -1,7 +1,8 @@
 """The sample corpus: real drawings with names, small enough to ship in the package.
 
-Concepts are emoji, drawn in several styles at 64x64 pixels on white. Every concept belongs to one split for good; all
-claims about generalisation rest on it. `data/ATTRIBUTION.md` names authors and licences, `build.py` rebuilds the data.
+Concepts are emoji, drawn in several styles at 64x64 pixels on white. Every concept belongs permanently to one split;
+all claims about generalisation rest on this. `data/ATTRIBUTION.md` names authors and licences; `build.py` rebuilds the
+data.
 """
 
 import csv
@@ -51,7 +52,7 @@ class Concept:
     keywords: tuple[str, ...]
     group: str
     family: str
-    """Variants of one concept share it, and a family lies in one split."""
+    """Shared by the variants of a concept; a family belongs to one split."""
     split: str
 
 

@@ -1,4 +1,4 @@
-"""What a web site may answer that is no usable image: a fixed set of URLs, each with the fate that it must meet."""
+"""Answers of a web site that are no usable images: a fixed set of URLs, each with its expected outcome."""
 
 import io
 import struct
@@ -31,7 +31,7 @@ class BadUrl:
     path: str
     caption: str
     reason: str | None
-    """Why a download must fail, as a value of `imagerag.corpus.guard.Reason`; None: it must succeed all the same."""
+    """Expected reason of failure, a value of `imagerag.corpus.guard.Reason`; None if the download must succeed."""
     answer: Answer
 
 
@@ -63,7 +63,7 @@ def _drawn(image_format: str) -> bytes:
 
 
 def _bomb() -> bytes:
-    """A PNG that claims 900 million pixels and brings the first rows of them."""
+    """Return a PNG whose header claims 900 million pixels, with data of the first rows only."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -103,7 +103,7 @@ def _fail_once() -> Answer:
 
 
 def bad_urls() -> tuple[BadUrl, ...]:
-    """Return the set anew: the URL that fails once has not failed yet."""
+    """Return a new set, in which the URL that fails once has not failed yet."""
     png, html = _drawn("PNG"), b"<!doctype html><title>Not found</title>"
     half_jpeg = _drawn("JPEG")[:700]
     noai = _sends(lambda: png, "image/png", X_Robots_Tag="noai")

@@ -4,18 +4,18 @@
 
 Two runs on the same packages write the same bytes (with the same versions of Pillow, resvg and pyarrow).
 
-**Concepts** are the emoji of emojibase without flags, skin tones, hair components and regional indicators, as far as
-two styles or more draw them. A concept's code point is emojibase's `hexcode` in lower case without U+FE0F, which only
+**Concepts** are the emoji of emojibase without flags, skin tones, hair components and regional indicators, if
+at least two styles draw them. A concept's code point is emojibase's `hexcode` in lower case without U+FE0F, which only
 asks for the coloured presentation. Its name is emojibase's label with straight quotes.
 
 **Drawings** are trimmed, put on white, scaled down with a Lanczos filter to at most 60 pixels a side, never enlarged
 beyond the canvas of their set (a small square stays smaller than a large one), centred in 64x64 and kept as WebP.
 The iconify packages name their icons instead of numbering them: an icon belongs to the concept whose label or Unicode
-name it spells, and `matches.csv` names the exceptions, each of them looked at.
+name it spells, and `matches.csv` lists the exceptions, each checked by eye.
 
 A drawing that a set uses for two concepts (a man for "person running") is kept for the first only.
 
-**The split** is by family, so that no variant of a concept is known to a model that is tested on another variant. A
+**The split** is by family, so that a model tested on a concept has not been trained on a variant of it. A
 family is one of `SERIES` (the clock faces, the phases of the moon, one heart in many colours, ...) or else all
 concepts whose names differ in person and gender only (man, woman and person of one trade). The digest of the family's
 name decides, about 60 % base, 30 % adapter, 10 % held out. A new concept therefore never moves an old one.
@@ -53,7 +53,7 @@ INNER_SIZE = 60
 SVG_SIZE = 4 * SIZE
 SPLIT_SHARES = (0.6, 0.3, 0.1)
 SALT = "sample corpus 9"
-"""One of those that bring the shares of concepts, whose families differ in size, close to the shares of families."""
+"""A salt for which the shares of concepts are close to those of families, although families differ in size."""
 
 _COLOUR = "(red|orange|yellow|green|blue|light blue|purple|brown|black|white|grey|pink)"
 SERIES = {
@@ -138,7 +138,7 @@ _FLAGS_AND_COMPONENTS = ("flags", "component")
 
 
 def family_of(name: str) -> str:
-    """Return the family of the concept called `name`: two variants of one concept have the same."""
+    """Return the family of the concept called `name`: variants of one concept have the same family."""
     name = name.lower()
     for family, pattern in SERIES.items():
         if re.fullmatch(pattern, name):
@@ -186,14 +186,14 @@ def read_concepts(packages: Path) -> list[Concept]:
 
 
 def spelling(name: str) -> str:
-    """Return the letters and digits of `name`, which is what icon names keep of it."""
+    """Return the letters and digits of `name`, which is all that icon names keep."""
     return re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", name).lower())
 
 
 def match_icons(
     style: str, icons: set[str], aliases: dict[str, str], concepts: list[Concept], unicode_names: dict[str, str]
 ) -> dict[str, str]:
-    """Return the icon of each code point that has one, and no icon twice.
+    """Return the icon of each code point that has one; no icon is used twice.
 
     `aliases` maps other names to icons. An icon's own name wins over its aliases, a concept's label over its Unicode
     name, and `matches.csv` over all of them.
@@ -262,7 +262,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 def without_repeats(drawn: dict[str, bytes], concepts: list[Concept]) -> dict[str, bytes]:
-    """Return one drawing for each image of a style, that of the first concept which it stands for."""
+    """Return the drawings without repeated images; an image is kept for its first concept only."""
     first = {
         drawn[concept.codepoint]: concept.codepoint for concept in reversed(concepts) if concept.codepoint in drawn
     }

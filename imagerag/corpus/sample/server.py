@@ -1,4 +1,4 @@
-"""The sample corpus as a web site on loopback: its drawings, and a fixed set of bad URLs among them."""
+"""The sample corpus as a web site on loopback: its drawings, and a fixed set of bad URLs."""
 
 import errno
 import hashlib
@@ -24,7 +24,7 @@ LATER_STYLE = "emojione"
 _LATER_EVERY = 8
 
 BAD_URLS = bad_urls()
-"""What the bad URLs are and how each must end. Every server answers with a set of its own, which begins anew."""
+"""The bad URLs, with the expected outcome of each. Every server uses a new set, with its own state."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -32,17 +32,17 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 256
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are what the bad URLs are for."""
+        """Ignore errors: the bad URLs make clients hang up."""
 
 
 class SampleServer:
-    """Serves while the block runs."""
+    """A web server that runs while the block runs."""
 
     def __init__(self, port: int = 0) -> None:
-        """Take a port of the loopback address, any free one by default.
+        """Bind a port of the loopback address, by default any free one.
 
         Raises:
-            UserError: if it is taken.
+            UserError: if the port is in use.
         """
         self._closing = Event()
         self._bad = {bad.path: bad for bad in bad_urls()}
@@ -72,8 +72,8 @@ class SampleServer:
         """Return url, caption, source and licence of all drawings and bad URLs, always in the same mixed order.
 
         Args:
-            limit: how many drawings; a smaller list's are also in every larger one. The bad URLs are always there.
-            later: whether what a corpus might get later is among them: one style, and `later_concepts`.
+            limit: number of drawings; a smaller list is a subset of every larger one. All bad URLs are included.
+            later: whether to include what is added to a corpus later: one style, and `later_concepts`.
         """
         import pyarrow as pa
 
@@ -113,7 +113,7 @@ class SampleServer:
                     send(self, b"no such drawing", "text/plain", HTTPStatus.NOT_FOUND)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Say nothing: thousands of requests are the normal case."""
+                """Log nothing, because thousands of requests are normal."""
 
         return Handler
 
@@ -123,12 +123,12 @@ def _path(drawing: Drawing) -> str:
 
 
 def remembered_port(home: Path) -> int:
-    """Return the port that this home's sample corpus is served on: a free one, and from then on the same.
+    """Return the port of this home's sample corpus: a free one at first, and from then on the same.
 
-    The URLs stay the same that way, so that what was downloaded is known again.
+    So the URLs stay the same, and earlier downloads are recognised.
 
     Raises:
-        UserError: if another process listens on it now.
+        UserError: if another process is listening on it.
     """
     record = home / "sample" / "port"
     if not record.exists():
@@ -149,12 +149,12 @@ def remembered_port(home: Path) -> int:
 
 
 def later_concepts() -> tuple[Concept, ...]:
-    """Return some concepts that nothing is trained on, which the sample corpus can do without at first."""
+    """Return some held-out concepts, which can be added to the sample corpus later."""
     return tuple(concept for concept in load_concepts() if concept.split == "held_out")[::_LATER_EVERY]
 
 
 def write_url_list(server: SampleServer, home: Path, limit: int | None = None, *, later: bool = True) -> Path:
-    """Write the server's list to the home's `sample/urls.parquet`, replacing it at once; return the path."""
+    """Write the server's list to the home's `sample/urls.parquet`, replacing it atomically; return the path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -166,7 +166,7 @@ def write_url_list(server: SampleServer, home: Path, limit: int | None = None, *
 
 
 def write_held_out(home: Path) -> Path:
-    """Write the names of the concepts that nothing may learn from to the home's `sample/held_out.txt`."""
+    """Write the names of the held-out concepts to the home's `sample/held_out.txt`; return the path."""
     path = home / "sample" / "held_out.txt"
     names = [concept.name for concept in load_concepts() if concept.split == "held_out"]
     _write(path, "".join(f"{name}\n" for name in names).encode())
@@ -174,7 +174,7 @@ def write_held_out(home: Path) -> Path:
 
 
 def write_prompts(home: Path) -> Path:
-    """Write the same names with their groups, but for `later_concepts`, to the home's `sample/prompts.txt`."""
+    """Write held-out names and groups, except `later_concepts`, to the home's `sample/prompts.txt`; return the path."""
     path = home / "sample" / "prompts.txt"
     later = later_concepts()
     concepts = [each for each in load_concepts() if each.split == "held_out" and each not in later]
