@@ -234,14 +234,12 @@ class ReferenceMixin:
             prompt: a prompt or a batch of prompts.
             query: search query, or one per prompt, that also determines the similarity of references; by default the
                 prompts. Required for a search with `prompt_embeds`, because embeddings can't be searched for.
-            num_references: number of references per prompt; by default 4 for the adapter and 1 for slerp, or all rows
-                of a smaller index.
+            num_references: number per prompt; by default 4 for the adapter and 1 for slerp, at most the index's rows.
             fusion: fusion of references; by default the adapter if there is one, otherwise slerp if there are
                 references. LoRA trained with the adapter is active only with this fusion.
             w: slerp weight: 1 is the base model, 0 the reference; by default the pipeline's `slerp_w`.
-            adapter_scale: scale of the adapter's contribution, 0 to 10; 0 is the base model, bit for bit, and larger
-                values follow the references more. By default the scale of `set_reference_scale`, or the adapter's own
-                `default_scale`.
+            adapter_scale: scale of the adapter's contribution, 0 to 10; 0 is the base model, bit for bit. By default
+                the scale of `set_reference_scale`, or the adapter's own `default_scale`.
             similarity_threshold: threshold for this call; by default the pipeline's own.
             compose: whether to also search for each thing that a prompt names.
             reference_ids: ids of index rows to use instead of a search: one list for all prompts, or one per prompt.
@@ -252,8 +250,7 @@ class ReferenceMixin:
             reference_weights: factors of each reference's lambda, 0 to 10: one list for all prompts, or one per prompt.
             reference_masks: masks, white where a reference applies: one list for all prompts, or one per prompt. The
                 H-space is coarse (8x8 at 512² for SD), and the decoder blends the edges.
-            strict: whether to raise an error for references without cached features, instead of computing them with a
-                warning.
+            strict: whether references without cached features are an error; otherwise computed, with a warning.
             num_inference_steps: number of scheduler steps; 1 for a student.
             guidance_scale: scale of classifier-free guidance; off at 1 and below, which halves the cost, and by
                 default. For a student with guidance as an input (LCM), the value of that input, by default 8.5.
