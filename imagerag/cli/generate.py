@@ -33,7 +33,7 @@ ScaleOption = Annotated[
     typer.Option(
         min=0,
         max=10,
-        help="Scale of the adapter's contribution; 0 is the base model. Default: the adapter's own scale.",
+        help="Scale of the adapter's contribution; 0 is the base model, more is bolder. Default: the adapter's own.",
     ),
 ]
 

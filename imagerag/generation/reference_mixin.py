@@ -238,8 +238,8 @@ class ReferenceMixin:
             fusion: fusion of references; by default the adapter if there is one, otherwise slerp if there are
                 references. LoRA trained with the adapter is active only with this fusion.
             w: slerp weight: 1 is the base model, 0 the reference; by default the pipeline's `slerp_w`.
-            adapter_scale: scale of the adapter's contribution, 0 to 10; 0 is the base model, bit for bit. By default
-                the scale of `set_reference_scale`, or the adapter's own `default_scale`.
+            adapter_scale: scale of the adapter's contribution, 0 to 10; 0 is the base model, bit for bit, and
+                more is bolder. By default the scale of `set_reference_scale`, or the adapter's own `default_scale`.
             similarity_threshold: threshold for this call; by default the pipeline's own.
             compose: whether to also search for each thing that a prompt names.
             reference_ids: ids of index rows to use instead of a search: one list for all prompts, or one per prompt.
