@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml infra/constraints.txt
 demo: $(STAMP)  ## Run the whole mission on the sample corpus: from a list of URLs to a registered model.
 	@$(BIN)/imagerag demo
 
-JOBS ?= 4
+JOBS ?= 3
 
 test: $(STAMP)  ## Run the unit and engine tests, JOBS files at a time.
 	@# More than there are cores: much of an engine test is waiting. The long ones first. A job takes 2 GB, and its Ray more.

@@ -1,11 +1,11 @@
 """Let torchvision import next to a CPU build of torch.
 
-The wheels of torchvision on PyPI are built for CUDA. Beside a CPU-only torch their compiled operators do not load, and
-`import torchvision` (so open_clip, timm, parts of transformers) fails with "operator torchvision::nms does not exist".
-Declaring the two schemas is enough for everything that does not call them. The hook below does so when torchvision is
-first imported, and only where torch is a CPU build and torchvision is not, so that a CUDA machine is untouched, and
-importing `imagerag` does not import torch. Without `imagerag`, or before it, the way is a torchvision that fits: the
-CPU build that PyTorch publishes beside torch's.
+torchvision's wheels on PyPI are built for CUDA. With a CPU-only torch, their compiled operators do not load, and
+`import torchvision` (and so open_clip, timm and parts of transformers) fails with "operator torchvision::nms does not
+exist". Declaring the schemas of `nms` and `qnms` is enough for code that does not call them. The hook in this module
+does so when torchvision is first imported, and only if torch is a CPU build and torchvision is not: CUDA machines are
+not affected, and `import imagerag` does not import torch. To import torchvision without or before `imagerag`, install
+its CPU build from PyTorch's package index.
 """
 
 import importlib.machinery
@@ -34,7 +34,7 @@ class _Hook(MetaPathFinder):
 
 
 def is_misfit() -> bool:
-    """Whether torch is a CPU build and torchvision is not, so that it loads by the hook alone."""
+    """Return whether torch is a CPU build and torchvision is not, so that torchvision needs the hook."""
     return version("torch").endswith("+cpu") and not version("torchvision").endswith("+cpu")
 
 
@@ -49,6 +49,6 @@ def _declare_missing_operators(library: Path) -> None:
 
 
 def install() -> None:
-    """Put the hook in place, once a process."""
+    """Install the hook, once per process."""
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Hook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Hook())

@@ -1,4 +1,4 @@
-"""`imagerag compare`: pictures with and without references, side by side."""
+"""`imagerag compare`: generate pictures with and without references, side by side."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,25 +28,24 @@ if TYPE_CHECKING:
 
 
 def compare(
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to make pictures of.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
     name: NameOption = None,
     base: BaseOption = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A registered model, by alias or version, with its own adapter and index; can be repeated."),
+        typer.Option(help="Registered model, by alias or version, with its own adapter and index; repeatable."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="The multi-step model to compare with; `tiny-teacher` for `tiny`, else none.")
+        str | None,
+        typer.Option(help="Multi-step model to compare with. Default: `tiny-teacher` for `tiny`, otherwise none."),
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, or its URI.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder or URI of an adapter.")] = None,
     scale: ScaleOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, which is the same everywhere.")] = 0,
-    out: Annotated[Path, typer.Option(help="The folder to write to: index.html, grid.png and scores.json.")] = Path(
-        "compare"
-    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, which is the same for all pictures.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder: index.html, grid.png and scores.json.")] = Path("compare"),
 ) -> None:
-    """Make a page of pictures: the base model, slerp, the best w of slerp, the adapter if there is one, the teacher."""
+    """Write a page of pictures by the base model, slerp, slerp with the best w, the adapter, and the teacher."""
     wanted = read_prompts(prompts or [], prompt_file)
     check_seeds(seed)
     if out.exists() and not out.is_dir():
@@ -81,7 +80,7 @@ def run_comparison(
     seed: int,
     out: Path,
 ) -> "list[Comparison]":
-    """Make the comparisons of a pipeline with an index, and of registered models, and write them to `out`."""
+    """Compare a pipeline with an index, and registered models, on prompts, and write the pages to `out`."""
     from imagerag.settings import Settings
 
     with_many_steps = None if teacher is None else open_pipeline(teacher, None)

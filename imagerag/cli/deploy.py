@@ -1,4 +1,4 @@
-"""`imagerag deploy`: every flow's deployment on a Prefect server, without undoing what people changed there."""
+"""`imagerag deploy`: create or update the flows' deployments on a Prefect server; changes made in its UI stay."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ _NIGHTLY = "imagerag_nightly"
 
 
 def deploy() -> None:
-    """Apply infra/prefect.yaml to the Prefect server; schedules and switches that people set in its UI stay."""
+    """Apply infra/prefect.yaml to the Prefect server; schedules and switches set in its UI stay."""
     import asyncio
 
     from imagerag.cli.project import project as find_project
@@ -46,10 +46,10 @@ def deploy() -> None:
 
 
 def nightly_parameters(settings: "Settings") -> dict[str, Any] | None:
-    """Return what the nightly re-indexing is started with, if the settings say.
+    """Return the parameters of the nightly `reindex` from the settings, or None.
 
     Raises:
-        UserError: if these are no parameters of `reindex`.
+        UserError: if they are not valid parameters of `reindex`.
     """
     if settings.nightly is None:
         return None
@@ -83,13 +83,13 @@ async def _deploy(path: Path, project: Path, nightly: dict[str, Any] | None, *, 
         changed = []
         for definition in file["deployments"]:
             name, version = definition["name"], _version(definition, file["pull"], project)
-            # A deployment is there before its automations are, and what made it may have been killed in between.
+            # A deployment is created before its automations, and a killed command may not have created them.
             has_automations = all(each["name"] in enabled for each in definition.get("triggers", []))
             if versions.get(name) == version and has_automations:
                 typer.echo(f"{name}: unchanged")
                 continue
             triggers = [each | {"enabled": enabled.get(each["name"], True)} for each in definition.get("triggers", [])]
-            # Prefect would put the file's schedules in the place of those that were made in its UI.
+            # Otherwise the file's schedules would replace those that were made in Prefect's UI.
             schedules = [] if name in versions else definition.get("schedules", [])
             changed.append(definition | {"version": version, "triggers": triggers, "schedules": schedules})
         if changed:
@@ -122,7 +122,7 @@ async def _make_pool(client: "PrefectClient") -> None:
 
 
 def _version(definition: dict[str, Any], pull: list[dict[str, Any]], project: Path) -> str:
-    """Return a digest of all that a deployment is made from, the form for its parameters included."""
+    """Return a digest of a deployment's inputs: definition, pull steps, project folder and parameter schema."""
     from prefect.flows import load_flow_from_entrypoint
     from prefect.utilities.callables import parameter_schema
 
@@ -134,7 +134,7 @@ def _version(definition: dict[str, Any], pull: list[dict[str, Any]], project: Pa
 def _apply(file: dict[str, Any], project: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prefect.yaml"
-        path.write_text(json.dumps(file))  # which is YAML, too
+        path.write_text(json.dumps(file))  # JSON is valid YAML
         _prefect("deploy", "--all", "--prefect-file", str(path), cwd=project)
     for definition in file["deployments"]:
         typer.echo(f"{definition['name']}: deployed")
@@ -143,9 +143,10 @@ def _apply(file: dict[str, Any], project: Path) -> None:
 async def _schedule_nightly(
     client: "PrefectClient", definitions: list[dict[str, Any]], nightly: dict[str, Any]
 ) -> None:
-    """Have the schedule of `reindex` run with these parameters; where a person paused it since, it stays paused.
+    """Create or update the nightly schedule of `reindex`.
 
-    Prefect forgets a schedule's parameters when its UI pauses it, so what was set last is kept in a variable.
+    A schedule that was paused in the UI stays paused if the parameters are unchanged. Prefect drops a schedule's
+    parameters when it is paused in the UI, so the last ones are also stored in a variable.
     """
     from prefect.client.schemas.actions import DeploymentScheduleCreate, VariableCreate, VariableUpdate
     from prefect.client.schemas.schedules import CronSchedule
@@ -172,7 +173,7 @@ async def _schedule_nightly(
 
 
 def _check_schedules(deployment: "DeploymentResponse") -> None:
-    """Say which schedules start runs that can only fail: what a flow takes may have changed since they were made."""
+    """Warn of schedules with parameters that the flow no longer has, because their runs fail."""
     from imagerag.cli.run import load_flow
 
     _, model = load_flow(cast("FlowName", deployment.name))

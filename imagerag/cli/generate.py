@@ -1,4 +1,4 @@
-"""`imagerag generate`: pictures of prompts."""
+"""`imagerag generate`: generate pictures of prompts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,8 +22,8 @@ DEFAULT_BASE = "tiny"
 BaseOption = Annotated[
     str | None,
     typer.Option(
-        help="`tiny`, `tiny-teacher`, a hub id and commit (`org/name@<commit>`), or a diffusers folder; `tiny` if not "
-        "given."
+        help="Base model: `tiny`, `tiny-teacher`, a hub id and commit (`org/name@<commit>`), or a diffusers folder. "
+        "Default: `tiny`."
     ),
 ]
 
@@ -31,13 +31,15 @@ BaseOption = Annotated[
 ScaleOption = Annotated[
     float | None,
     typer.Option(
-        min=0, max=10, help="Of what the adapter adds: 0 is the base model, more is bolder; the adapter's own if unset."
+        min=0,
+        max=10,
+        help="Scale of the adapter's contribution; 0 is the base model. Default: the adapter's own scale.",
     ),
 ]
 
 
 class FusionOption(StrEnum):
-    """How references are fused."""
+    """Fusions of references."""
 
     ADAPTER = "adapter"
     SLERP = "slerp"
@@ -45,36 +47,47 @@ class FusionOption(StrEnum):
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to make pictures of.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
     base: BaseOption = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A registered model instead, by alias or version: its base model, adapter and index."),
+        typer.Option(help="Registered model, by alias or version: uses its base model, adapter and index."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="1 for a student, 25 to 50 for a teacher.")] = 1,
+    steps: Annotated[
+        int, typer.Option(min=1, max=1000, help="Denoising steps: 1 for a student, 25 to 50 for a teacher.")
+    ] = 1,
     guidance: Annotated[
-        float, typer.Option(min=0, help="Classifier-free guidance; 1 and less mean none. A teacher needs some.")
+        float,
+        typer.Option(min=0, help="Scale of classifier-free guidance; off at 1 and below. Teachers need guidance."),
     ] = 0.0,
-    name: Annotated[str | None, typer.Option(help="The corpus whose index references come from.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the corpus with the index of references.")] = None,
     references: Annotated[
-        int | None, typer.Option(min=0, help="How many each prompt is given; 4 for the adapter, 1 for slerp if unset.")
+        int | None,
+        typer.Option(min=0, help="Number of references per prompt. Default: 4 for the adapter, 1 for slerp."),
     ] = None,
-    fusion: Annotated[FusionOption | None, typer.Option(help="The adapter if there is one, else slerp.")] = None,
+    fusion: Annotated[
+        FusionOption | None,
+        typer.Option(help="Fusion of references. Default: the adapter if there is one, otherwise slerp."),
+    ] = None,
     w: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Of slerp: 1 is the base model, 0 the reference; the base's own if unset."),
+        typer.Option(
+            min=0, max=1, help="Slerp weight: 1 is the base model, 0 the reference. Default: the base model's own."
+        ),
     ] = None,
     scale: ScaleOption = None,
-    compose: Annotated[bool, typer.Option("--compose", help="Look for each thing that a prompt names.")] = False,
-    adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, or its URI.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures of each prompt.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="The first seed; the same seed gives the same picture.")] = 0,
-    out: Annotated[Path, typer.Option(help="The folder to write to: all in grid.png, and each by itself.")] = Path(
+    compose: Annotated[bool, typer.Option("--compose", help="Also search for each thing that a prompt names.")] = False,
+    adapter: Annotated[str | None, typer.Option(help="Folder or URI of an adapter.")] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of pictures per prompt, with consecutive seeds.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="First seed; the same seed gives the same picture.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder: a PNG per picture, and all in grid.png.")] = Path(
         "generated"
     ),
 ) -> None:
-    """Make pictures of prompts with a base model, which is shown what an index has of them."""
+    """Generate pictures of prompts with a base model and references from an index."""
     wanted = read_prompts(prompts or [], prompt_file)
     check_seeds(seed, seeds)
     check_guidance(guidance)
@@ -130,10 +143,10 @@ def _write(
 
 
 def check_alone(models: Sequence[str], **others: object) -> None:
-    """Make sure that nothing is named that a registered model has of its own.
+    """Check that no option is given together with a registered model that has its own value of it.
 
     Raises:
-        UserError: if something is.
+        UserError: if one is.
     """
     given = [name for name, value in others.items() if value is not None]
     if models and given:
@@ -144,10 +157,10 @@ def check_alone(models: Sequence[str], **others: object) -> None:
 
 
 def check_scale(scale: float | None, adapter: str | None) -> None:
-    """Make sure that there is something to scale.
+    """Check that there is an adapter if a scale is given.
 
     Raises:
-        UserError: if not.
+        UserError: if there is none.
     """
     if scale is not None and adapter is None:
         raise UserError(f"--scale is of what an adapter adds: name one by --adapter; got --scale {scale:g} alone")
@@ -155,7 +168,7 @@ def check_scale(scale: float | None, adapter: str | None) -> None:
 
 @contextmanager
 def open_model(alias_or_version: str) -> "Iterator[ImageRAGTurboPipeline]":
-    """Yield the pipeline of a registered model, fetched and verified, for as long as the block lasts."""
+    """Download and verify a registered model, and yield its pipeline."""
     from imagerag.cli.quiet import quiet_models
     from imagerag.registry.fetch import opened
     from imagerag.settings import Settings
@@ -166,7 +179,7 @@ def open_model(alias_or_version: str) -> "Iterator[ImageRAGTurboPipeline]":
 
 
 def open_pipeline(base: str, adapter: str | None) -> "ImageRAGTurboPipeline":
-    """Load a base model, and an adapter of it where a folder or an object store's URI is given."""
+    """Load a pipeline of a base model, with an adapter from a folder or an object store's URI if given."""
     from imagerag.generation.spec import check_spec
 
     check_spec(base)
@@ -188,7 +201,7 @@ def open_pipeline(base: str, adapter: str | None) -> "ImageRAGTurboPipeline":
 
 
 def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
-    """Return the prompts of the command line and of a file.
+    """Return the prompts from the command line and from a file.
 
     Raises:
         UserError: if there are none, one is empty, or the file can't be read.

@@ -1,4 +1,4 @@
-"""Where the flows are, and that they are ours."""
+"""Find the packages `flows` and `tasks`, and check that they belong to this project."""
 
 from importlib import import_module
 from pathlib import Path
@@ -9,12 +9,12 @@ DISTRIBUTION = "imagerag-turbo"
 
 
 def project() -> Path:
-    """Return the folder that has the packages `flows` and `tasks`: a checkout, or where the wheel was installed.
+    """Return the folder with the packages `flows` and `tasks`: a checkout, or the wheel's installation folder.
 
-    Others may have packages of these names too, and where both are installed, one overwrites or hides the other.
+    Other distributions may have packages with these names; if both are installed, one overwrites or shadows the other.
 
     Raises:
-        UserError: if one is not ours.
+        UserError: if a package is missing or belongs to another distribution.
     """
     folders = set()
     for name in ("flows", "tasks"):

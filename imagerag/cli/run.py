@@ -23,16 +23,16 @@ def run_flow(
     parameters_file: Path | None = None,
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """Check the parameters, then run a flow and return its report.
+    """Validate the parameters, run a flow, and return its report.
 
     Args:
-        flow: Which one.
-        options: Parameters that win over those in the file; nested ones are merged.
-        parameters_file: JSON of more parameters.
-        defaults: Parameters that both win over.
+        flow: name of the flow.
+        options: parameters that override the file's; nested ones are merged.
+        parameters_file: JSON file with further parameters.
+        defaults: parameters that options and the file override.
 
     Raises:
-        UserError: if a parameter breaks its rule; nothing has been started then.
+        UserError: if a parameter is invalid, before anything is started.
     """
     from imagerag.config import validated
     from imagerag.services import prefect_environment
@@ -48,12 +48,12 @@ def run_flow(
 
 
 def load_flow(flow: FlowName) -> tuple[Any, Any]:
-    """Return the flow, and the model of its parameters."""
+    """Return a flow and the pydantic model of its parameters."""
     from importlib import import_module
 
     from imagerag.cli.project import project
 
-    project()  # which makes sure that `flows` is ours
+    project()  # checks that `flows` is this project's package
     module = import_module(f"flows.{flow}")
     model = {"ingest": "Corpus", "reindex": "Corpus"}.get(flow, flow.capitalize())
     return getattr(module, flow), getattr(module, f"{model}Parameters")
@@ -61,7 +61,7 @@ def load_flow(flow: FlowName) -> tuple[Any, Any]:
 
 @contextmanager
 def prefect_session(settings: "Settings") -> Iterator[str]:
-    """Have every flow inside the block report to the home's Prefect server; yields its API URL."""
+    """Connect flows in the block to the home's Prefect server, and yield its API URL."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -72,7 +72,7 @@ def prefect_session(settings: "Settings") -> Iterator[str]:
         try:
             yield api_url
         finally:
-            # What is still queued has to leave before the server does; else Prefect retries for a minute at exit.
+            # Send queued logs and events before the server stops; otherwise Prefect retries for a minute at exit.
             APILogWorker.drain_all(timeout=10)
             EventsWorker.drain_all(timeout=10)
 

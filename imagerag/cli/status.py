@@ -1,4 +1,4 @@
-"""`imagerag status`: a corpus at a glance."""
+"""`imagerag status`: show the status of a corpus."""
 
 import os
 
@@ -6,9 +6,9 @@ from imagerag.cli.names import NameOption, corpus_name
 
 
 def status(name: NameOption = None) -> None:
-    """Show what is published of a corpus, its features and failures, its champion, the last runs and the next one.
+    """Show a corpus's published index, features, failures and champion, the last runs and the next scheduled run.
 
-    In Prefect's UI it is the artifact `status-<name>`, which every flow brings up to date as it ends.
+    Prefect's UI shows the same as the artifact `status-<name>`, which every flow updates when it ends.
     """
     from rich.markdown import Markdown
 
@@ -21,7 +21,7 @@ def status(name: NameOption = None) -> None:
     api_url = prefect_api(settings)
     # Prefect reads its settings when it is first imported.
     os.environ.update(prefect_environment(settings, api_url))
-    project()  # which makes sure that `tasks` is ours
+    project()  # checks that `tasks` is this project's package
     from prefect.client.orchestration import get_client
 
     from tasks.dashboard import collect

@@ -1,4 +1,4 @@
-"""`imagerag submit`: a command as a job of a Ray cluster, by Ray's Jobs API."""
+"""`imagerag submit`: run a command as a job on a Ray cluster, with Ray's Jobs API."""
 
 import os
 import secrets
@@ -20,29 +20,30 @@ if TYPE_CHECKING:
 _FORWARDED = ("PREFECT_API_URL", "PREFECT__FLOW_RUN_ID")
 _OF_THIS_MACHINE = ("IMAGERAG_HOME", "IMAGERAG_RAY_ADDRESS")
 _PATIENCE_S = 60.0
-"""How long the cluster may be out of reach, and a stopped job take to end."""
+"""Maximum time without a connection to the cluster, and for a stopped job to end."""
 
 
 def submit(
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="A program and its arguments: -- imagerag ingest URLS.")
+        list[str], typer.Argument(metavar="-- COMMAND...", help="Program with its arguments: -- imagerag ingest URLS.")
     ],
     address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard: http://host:8265.")
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard: http://host:8265.")
     ],
     job_id: Annotated[
         str | None,
         typer.Option(
             "--id",
             envvar="PREFECT__FLOW_RUN_ID",
-            help="Names the job. One of this name that still runs is followed, not started again.",
+            help="Id of the job. A running job with this id is followed instead of started again.",
         ),
     ] = None,
 ) -> None:
-    """Run a command on a Ray cluster that this machine has not joined, and follow it to its end.
+    """Run a command as a job on a Ray cluster that this machine is not part of, and follow it until it ends.
 
-    What it writes is shown as it comes. Ctrl-C and a cancelled flow run stop it. Settings (IMAGERAG_...) go along, but
-    for this machine's own; files have to be where the cluster finds them, and credentials are those of its nodes.
+    The job's output is streamed. Ctrl-C or cancelling the flow run stops it. IMAGERAG_... settings are passed on,
+    except IMAGERAG_HOME and IMAGERAG_RAY_ADDRESS; files must be accessible to the cluster, and credentials set on its
+    nodes.
     """
     client = _connect(address)
     try:
@@ -55,8 +56,8 @@ def submit(
 
 
 def _run(client: "JobSubmissionClient", command: list[str], job_id: str | None) -> int:
-    """Return the exit status of the command."""
-    name = job_id or f"imagerag-{secrets.token_hex(8)}"  # chosen here, so that the job can be stopped at any moment
+    """Run or follow the job, and return the exit status of its command."""
+    name = job_id or f"imagerag-{secrets.token_hex(8)}"  # chosen here, to stop the job at any time
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         _start(client, command, name)
@@ -91,7 +92,7 @@ def _connect(address: str) -> "JobSubmissionClient":
 
 
 def _start(client: "JobSubmissionClient", command: list[str], name: str) -> None:
-    """Have a job of this name run the command, unless one does already."""
+    """Start a job with this id, unless it runs already."""
     if known := [job for job in client.list_jobs() if job.submission_id == name]:
         if not known[0].status.is_terminal():
             typer.echo(f"following job {name}, which runs already", err=True)
@@ -112,7 +113,7 @@ def _start(client: "JobSubmissionClient", command: list[str], name: str) -> None
                     runtime_env={"env_vars": forwarded | {"IMAGERAG_RAY_ADDRESS": "auto", "PYTHONUNBUFFERED": "1"}},
                 )
         except RuntimeError as error:
-            # A dashboard that has just started knows no node yet.
+            # A dashboard that has just started has no nodes yet.
             if "try again later" not in str(error) or time.monotonic() > deadline:
                 raise UserError(f"Ray takes no job: {error}") from error
             time.sleep(1)
@@ -122,7 +123,7 @@ def _start(client: "JobSubmissionClient", command: list[str], name: str) -> None
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Keep signals back until Ray has answered: a request that is given up may still start a job."""
+    """Block signals until Ray has answered, because an abandoned request may still start a job."""
     held = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
@@ -132,14 +133,14 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _follow(client: "JobSubmissionClient", name: str) -> None:
-    """Show what the job writes until it ends, whatever becomes of the connection meanwhile."""
+    """Stream the job's output until it ends, and reconnect if the connection is lost."""
     import asyncio
 
     num_shown, last_heard = 0, time.monotonic()
 
     async def show() -> None:
         nonlocal num_shown, last_heard
-        position = 0  # a new connection begins with what was shown before
+        position = 0  # a new connection repeats the output from its start
         async for text in client.tail_job_logs(name):
             sys.stdout.write(text[max(0, num_shown - position) :])
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What a call of the pipeline may be given, checked before anything is computed."""
+"""Validation of the pipeline's call arguments, before anything is computed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from imagerag.errors import UserError
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_STEPS = 1000
 MAX_PROMPT_CHARACTERS = 2000
-"""Text encoders see the first 77 tokens at most; what is much longer is a mistake."""
+"""Text encoders use at most the first 77 tokens; a much longer prompt is a mistake."""
 _LEAST_SIDE = 8
 _MAX_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
 class Given:
-    """References that the caller chose, one list for each prompt."""
+    """References that the caller chose, one list per prompt."""
 
     ids: list[list[str]] | None = None
     images: list[list[Image.Image]] | None = None
@@ -27,32 +27,32 @@ class Given:
 
     @property
     def any(self) -> bool:
-        """Whether there are some."""
+        """Whether the caller chose references."""
         return self.ids is not None or self.images is not None
 
 
 def in_list(value: Any) -> list[Any]:
-    """Return what is a list or stands for one of itself as a list; None is an empty one."""
+    """Return a sequence as a list, any other value as a list of one, and None as an empty list."""
     if value is None:
         return []
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def check_output_type(output_type: str) -> None:
-    """Make sure that pictures can be had like this.
+    """Check that an output type is supported.
 
     Raises:
-        UserError: if not.
+        UserError: if it is not.
     """
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type is one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
 
 
 def count_prompts(prompt: str | Sequence[str] | None, embeds: torch.Tensor | None) -> int:
-    """Return how many prompts there are.
+    """Return the number of prompts.
 
     Raises:
-        UserError: if there are none, or one is no text.
+        UserError: if there are none, or one is not a string.
     """
     if prompt is None and embeds is None:
         raise UserError("a prompt, or prompt_embeds, says what to make a picture of; got neither")
@@ -69,15 +69,15 @@ def _check_text(prompt: Any) -> None:
         raise UserError(f"a prompt is a text; got {prompt!r}")
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # half of a pair, as JSON's \ud83d by itself, which no tokenizer takes
+    except UnicodeEncodeError as error:  # a lone surrogate, as JSON's \ud83d, which tokenizers refuse
         raise UserError(f"a prompt is text in Unicode; at character {error.start}, {prompt!r} is not") from None
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Make sure that there are prompts, and that each says something, so that it can be searched for.
+    """Check that there are prompts, and that none is blank or too long.
 
     Raises:
-        UserError: if not.
+        UserError: if there are none, or one is blank or too long.
     """
     if not prompts:
         raise UserError("at least one prompt is needed")
@@ -92,10 +92,10 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def check_queries(size: int, query: str | Sequence[str] | None, given: Given) -> list[str]:
-    """Return what references are compared with, one text for each of `size` prompts, or none for given pictures.
+    """Return the search queries, one for each of `size` prompts; empty if pictures are given without queries.
 
     Raises:
-        UserError: if there are none, or one says nothing or too much.
+        UserError: if queries are missing, or one is blank or too long.
     """
     queries = in_list(query)
     if not queries and given.images is not None:
@@ -116,10 +116,10 @@ def check_queries(size: int, query: str | Sequence[str] | None, given: Given) ->
 def check_sampling(
     num_prompts: int, steps: int, images_per_prompt: int, generator: torch.Generator | list[torch.Generator] | None
 ) -> None:
-    """Make sure that there is a step, a picture and a generator for each.
+    """Check the number of steps, of pictures per prompt, and of generators.
 
     Raises:
-        UserError: if not.
+        UserError: if one is out of bounds.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise UserError(f"the number of steps must be between 1 and {MAX_STEPS}; got {steps}")
@@ -131,7 +131,7 @@ def check_sampling(
 
 
 def check_given(num_prompts: int, prompts: Sequence[str], ids: Any, images: Any, captions: Any) -> Given:
-    """Return the references that the caller chose, as one list for each prompt.
+    """Return the references that the caller chose, one list per prompt.
 
     Raises:
         UserError: if they don't fit the prompts or each other.
@@ -165,10 +165,10 @@ def check_given(num_prompts: int, prompts: Sequence[str], ids: Any, images: Any,
 
 
 def check_weights(num_prompts: int, weights: Any) -> list[list[float]]:
-    """Return weights of references as one list for each prompt.
+    """Return the weights of references, one list per prompt.
 
     Raises:
-        UserError: if they don't fit the prompts, or one is out of its bounds.
+        UserError: if they don't fit the prompts, or one is out of bounds.
     """
     lists = _per_prompt("reference_weights", weights, float | int, num_prompts)
     for weight in (weight for own in lists for weight in own):
@@ -178,7 +178,7 @@ def check_weights(num_prompts: int, weights: Any) -> list[list[float]]:
 
 
 def check_masks(num_prompts: int, masks: Any) -> list[list[Image.Image]]:
-    """Return masks of references as one list for each prompt.
+    """Return the masks of references, one list per prompt.
 
     Raises:
         UserError: if they don't fit the prompts.
@@ -187,7 +187,7 @@ def check_masks(num_prompts: int, masks: Any) -> list[list[Image.Image]]:
 
 
 def _per_prompt(name: str, values: Any, kind: Any, num_prompts: int) -> list[list[Any]]:
-    """Return one list for each prompt of a value, a list of them for all prompts, or lists for each."""
+    """Return one list per prompt, from a single value, a list for all prompts, or a list per prompt."""
     outer = in_list(values)
     if not outer:
         raise UserError(f"{name} is empty: leave it out to search the index, or use fusion 'none'")

@@ -1,4 +1,4 @@
-"""A base model: what a prompt and noise become a picture with, one-step student or multi-step teacher alike."""
+"""Base models: text-to-image models in diffusers' format, one-step students and multi-step teachers."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The parts of one base model, on one device."""
+    """The parts of a base model, on one device."""
 
     identity: BaseIdentity
     vae: AutoencoderKL
@@ -30,11 +30,11 @@ class BaseModel:
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     text_encoders: tuple[PreTrainedModel, ...]
     slerp_w: float = PAPERS_W
-    """The default weight of the base model in slerp."""
+    """Default slerp weight of the base model."""
 
     @property
     def conditioner(self) -> TextConditioner:
-        """What turns prompts into text features."""
+        """The text encoders with their tokenizers."""
         return TextConditioner(self.tokenizers, self.text_encoders)
 
 
@@ -43,12 +43,12 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
 
     Args:
         spec: `tiny`, `tiny-teacher`, a hub id and full commit (`stabilityai/sd-turbo@<40 hexadecimal digits>`), or a
-            folder in diffusers' format. SD 1 and 2, SDXL and what was distilled from them.
-        device: a torch device; by default the GPU where there is one.
-        dtype: of weights and computation; by default fp32 on the CPU and fp16 elsewhere.
+            folder in diffusers' format. SD 1 and 2, SDXL, and models distilled from them.
+        device: torch device; by default the GPU, if there is one.
+        dtype: dtype of weights and computation; by default fp32 on the CPU and fp16 elsewhere.
 
     Raises:
-        UserError: if there is no such model, a part of it is missing or of a wrong kind, or its weights are pickled.
+        UserError: if there is no such model, a part is missing or of a wrong class, or its weights are pickles.
     """
     files = resolve(spec)
     parts, names = files.parts, _towers(files.parts)
@@ -67,17 +67,17 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
 
 
 def default_device() -> str:
-    """Return the device to compute on: the GPU where there is one."""
+    """Return the default device: the GPU, if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_dtype(device: str) -> Dtype:
-    """Return what a device computes in."""
+    """Return the default dtype on a device."""
     return "fp32" if torch.device(device).type == "cpu" else "fp16"
 
 
 def load_conditioner(spec: str) -> TextConditioner:
-    """Load only what turns prompts into text features, on the CPU. Arguments and errors as of `load_base`."""
+    """Load only tokenizers and text encoders, in fp32 on the CPU; `spec` and errors as in `load_base`."""
     parts = parts_of(spec, only=("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
     names = _towers(parts)
     encoders = [_load_text_encoder(parts[f"text_encoder{name}"], torch.float32) for name in names]
@@ -101,7 +101,7 @@ def load_scheduler(part: Part) -> Any:
     """Load a base model's scheduler.
 
     Raises:
-        UserError: if it is none of diffusers'.
+        UserError: if it is not a scheduler of diffusers.
     """
     import diffusers
 
@@ -141,7 +141,7 @@ def _load_text_encoder(part: Part, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def _readable(part: Part) -> Iterator[None]:
-    """Name the part whose weights are cut off or do not fit their configuration."""
+    """Raise a `UserError` with the part's folder if its weights are truncated or don't fit their configuration."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

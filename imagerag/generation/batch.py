@@ -1,4 +1,4 @@
-"""Many pictures of many prompts, each known by its prompt and its seed."""
+"""Batched generation of pictures, each identified by its prompt and seed."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from imagerag.generation.sheet import to_png
 
 @dataclass(frozen=True)
 class Generated:
-    """One picture."""
+    """A generated picture with its prompt, seed and references."""
 
     prompt: str
     seed: int
@@ -33,11 +33,14 @@ def generate(
     batch_size: int = 8,
     **arguments: Any,
 ) -> Iterator[Generated]:
-    """Yield a picture for each prompt and seed, prompt by prompt. A seed's noise is the same for every prompt.
+    """Yield a picture for each prompt and seed, in the order of prompts; a seed gives every prompt the same noise.
 
     Args:
-        batch_size: pictures that are made at a time.
-        arguments: of the pipeline's call.
+        pipeline: the pipeline to call.
+        prompts: prompts.
+        seeds: seeds, used for every prompt.
+        batch_size: number of pictures per call.
+        arguments: further arguments of the pipeline's call.
     """
     wanted = list(product(prompts, seeds))
     for start in range(0, len(wanted), batch_size):
@@ -47,9 +50,9 @@ def generate(
 def make(
     pipeline: ImageRAGTurboPipeline, wanted: Sequence[tuple[str, int]], arguments: Mapping[str, Any]
 ) -> list[Generated]:
-    """Return the pictures of some prompts and seeds, all made at a time."""
+    """Return the pictures of prompts with seeds, generated in one call."""
     generators = [torch.Generator().manual_seed(seed) for _, seed in wanted]
-    if negative := arguments.get("negative_prompt"):  # diffusers wants one for each prompt
+    if negative := arguments.get("negative_prompt"):  # diffusers needs one per prompt
         arguments = {**arguments, "negative_prompt": [negative] * len(wanted)}
     made = pipeline([prompt for prompt, _ in wanted], generator=generators, **arguments)
     return [
@@ -59,12 +62,12 @@ def make(
 
 
 def labelled_png(generated: Generated, about: Mapping[str, Any]) -> bytes:
-    """Return the picture as a PNG file whose text `imagerag` says, as JSON, what it is of and what made it."""
+    """Return the picture as a PNG file with a text chunk `imagerag`: JSON of prompt, seed, references and `about`."""
     own = {"prompt": generated.prompt, "seed": generated.seed, "references": list(map(asdict, generated.references))}
     return to_png(generated.image, json.dumps({**own, **about}))
 
 
 def file_name(number: int, generated: Generated) -> str:
-    """Return a name that sorts by `number` and says what is in the file."""
+    """Return a file name with the number first, then words of the prompt and the seed."""
     words = re.sub(r"[^a-z0-9]+", "-", generated.prompt.lower())[:48].strip("-")
     return f"{number:04d}-{words}-seed{generated.seed}.png"

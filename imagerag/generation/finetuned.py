@@ -1,4 +1,4 @@
-"""What a fine-tuning made, put onto its base model."""
+"""Load the results of a fine-tuning onto its base model."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from imagerag.hspace.adapter import HSpaceAdapter
 
 ADAPTER, LORA = "adapter", "lora"
-"""Its folders."""
+"""Subfolders of a fine-tuning's folder."""
 MANIFEST = "finetune.json"
 
 
 def load_finetuned(folder: Path, base: "BaseModel") -> "HSpaceAdapter":
-    """Load an adapter, and attach LoRA to its base model's UNet if there is some.
+    """Load an adapter, and attach its LoRA, if there is one, to the base model's UNet.
 
     Args:
-        folder: what `imagerag finetune` wrote, or an adapter's alone.
-        base: the base model, which the adapter was trained for.
+        folder: folder that `imagerag finetune` wrote, or the folder of an adapter alone.
+        base: base model that the adapter was trained for.
 
     Raises:
-        UserError: if the folder holds no adapter, or one for another base model.
+        UserError: if the folder has no adapter, or one for another base model.
     """
     from imagerag.hspace.adapter import load_adapter
     from imagerag.hspace.lora import load_lora

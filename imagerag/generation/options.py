@@ -1,4 +1,4 @@
-"""How a call of the pipeline fuses references: what the caller chose, and for the rest what suits the pipeline."""
+"""Fusion options of a pipeline call: the caller's arguments, with defaults that depend on the pipeline."""
 
 import warnings
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 MAX_REFERENCES = 64
 MAX_SCALE = 10.0
-"""Of what an adapter adds. The decoder knows nothing of what lies that far out."""
+"""Maximum adapter scale; the decoder was not trained on features so far from its usual inputs."""
 _REFERENCES = {"adapter": 4, "slerp": 1}
 
 
 def check_scale(what: str, scale: float) -> None:
-    """Make sure that a scale is within its bounds.
+    """Check that a scale is within its bounds.
 
     Raises:
-        UserError: if not.
+        UserError: if it is not.
     """
     if not 0 <= scale <= MAX_SCALE:
         raise UserError(f"{what} must be between 0 and {MAX_SCALE:g}; got {scale}")
 
 
 def warn_of_no_effect(why: str, **arguments: Any) -> None:
-    """Tell the pipeline's caller which arguments were given for nothing."""
+    """Warn the pipeline's caller of arguments that have no effect."""
     names = [name for name, value in arguments.items() if value is not None and value is not False]
     if names:
         warnings.warn(f"{why}: {', '.join(names)} has no effect", stacklevel=6)
@@ -39,7 +39,7 @@ def warn_of_no_effect(why: str, **arguments: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FusionOptions:
-    """Options of one call, all of them set and within their bounds."""
+    """Fusion options of one call, all set and within their bounds."""
 
     fusion: FusionName
     num_references: int
@@ -59,10 +59,10 @@ class FusionOptions:
         adapter_scale: float | None,
         threshold: float | None,
     ) -> Self:
-        """Return what the caller chose; what is None is taken from the adapter, the base model and the index.
+        """Return the caller's options, with defaults from the adapter, the base model and the index for None.
 
         Raises:
-            UserError: if references can't be fused like this.
+            UserError: if an option is out of bounds, or the adapter is missing.
         """
         adapter, config = pipeline.adapter, pipeline.config
         if fusion is None:
@@ -98,7 +98,7 @@ class FusionOptions:
         weights: "torch.Tensor",
         masks: "torch.Tensor | None" = None,
     ) -> Fusion:
-        """Return `F` of references (B, K, C, H, W) with lambda (B, K), within masks (B, K, H, W) if there are some."""
+        """Return the fusion `F` of references (B, K, C, H, W) with lambda (B, K) and optional masks (B, K, H, W)."""
         if masks is not None:
             each = [slice(k, k + 1) for k in range(weights.shape[1])]
             parts = tuple(self.fuse(adapter, h_references[:, own], weights[:, own]) for own in each)
@@ -109,7 +109,7 @@ class FusionOptions:
         return SlerpFusion(h_references, weights, self.w)
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Check the bounds of all options."""
         if self.fusion not in get_args(FusionName):
             raise UserError(f"fusion is one of {', '.join(get_args(FusionName))}; got {self.fusion!r}")
         if not 0 <= self.num_references <= MAX_REFERENCES:

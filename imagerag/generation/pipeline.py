@@ -1,4 +1,4 @@
-"""ImageRAGTurbo as pipelines of diffusers: Stable Diffusion's, with references of an index (paper, Sec. 3)."""
+"""ImageRAGTurbo as diffusers pipelines: Stable Diffusion with references from an index (paper, Sec. 3)."""
 
 import warnings
 from typing import Any
@@ -23,11 +23,11 @@ __all__ = ["ImageRAGTurboOutput", "ImageRAGTurboPipeline", "ImageRAGTurboXLPipel
 
 
 class ImageRAGTurboPipeline(ReferenceMixin, StableDiffusionPipeline):  # type: ignore[misc]
-    """Pictures of prompts by a base model of SD 1 or 2, which is shown what an index has of them.
+    """Generates pictures with an SD 1 or 2 base model and references from an index.
 
-    Any base model works: one step of a student, or many of a teacher with guidance. It is diffusers' own
-    `StableDiffusionPipeline`, so all that works with that does with this, and without references its pictures are the
-    same, bit for bit. `from_base` and `from_pretrained` make an `ImageRAGTurboXLPipeline` for a base model of SDXL.
+    Base models are one-step students or multi-step teachers with guidance. The class extends diffusers'
+    `StableDiffusionPipeline` and supports its features; without references, pictures are the same bit for bit.
+    `from_base` and `from_pretrained` return an `ImageRAGTurboXLPipeline` for SDXL base models.
     """
 
     _optional_components = [*StableDiffusionPipeline._optional_components, "adapter"]  # noqa: RUF012 - as in diffusers
@@ -54,24 +54,24 @@ class ImageRAGTurboPipeline(ReferenceMixin, StableDiffusionPipeline):  # type: i
         slerp_w: float = PAPERS_W,
         weight_dtype: str | None = None,
     ) -> None:
-        """Make a pipeline of its parts; `from_base` and `from_pretrained` are easier.
+        """Create a pipeline from its components; `from_base` and `from_pretrained` are easier.
 
         Args:
-            vae: and what follows, as `StableDiffusionPipeline` takes them.
-            adapter: fuses references; without one there is slerp.
-            base_id: the base model's name for people.
-            base_digest: which base model it is, and so whose cached features it can use; by default of the folder that
-                the pipeline is loaded from.
-            index_uri: the LanceDB database with the index that references come from.
-            index_name: its corpus.
-            index_version: the version of it that is used, whatever is published; by default what is published.
-            has_lora: whether LoRA belongs to the adapter, which `from_pretrained` then finds beside it.
+            vae: as in `StableDiffusionPipeline`, like all arguments up to `requires_safety_checker`.
+            adapter: adapter that fuses references; without one, slerp is used.
+            base_id: human-readable name of the base model.
+            base_digest: digest of the base model, which selects its cached features; by default computed from the
+                folder that the pipeline is loaded from.
+            index_uri: URI of the LanceDB database with the index.
+            index_name: name of the index's corpus.
+            index_version: pinned version of the index; by default the published version.
+            has_lora: whether the adapter was trained with LoRA, which `from_pretrained` loads from the same folder.
             similarity_threshold: references whose caption is less similar to the prompt have no effect.
-            slerp_w: the weight of the base model in slerp, unless a call names another.
-            weight_dtype: what `from_pretrained` loads it in unless it is told another; `save_pretrained` sets it.
+            slerp_w: default slerp weight of the base model.
+            weight_dtype: default dtype of `from_pretrained`, set by `save_pretrained`.
         """
         with warnings.catch_warnings():
-            # Of a scheduler's configuration that is old in diffusers' eyes, as Euler's own default is.
+            # Raised for scheduler configurations that diffusers considers outdated, such as Euler's own default.
             warnings.filterwarnings("ignore", "The configuration file of this scheduler", FutureWarning)
             super().__init__(
                 vae=vae,
@@ -103,12 +103,12 @@ class ImageRAGTurboPipeline(ReferenceMixin, StableDiffusionPipeline):  # type: i
 
     @passing_on(ReferenceMixin.__call__, StableDiffusionPipeline.__call__)
     def __call__(self, **arguments: Any) -> Any:
-        """Make pictures; see `ReferenceMixin`, and diffusers for the rest."""
+        """Generate pictures; see `ReferenceMixin.__call__`, and diffusers for its other arguments."""
         return super().__call__(**arguments)
 
 
 class ImageRAGTurboXLPipeline(ReferenceMixin, StableDiffusionXLPipeline):  # type: ignore[misc]
-    """The same for a base model of SDXL, as `StableDiffusionXLPipeline`."""
+    """Generates pictures with an SDXL base model and references; extends diffusers' `StableDiffusionXLPipeline`."""
 
     _optional_components = [*StableDiffusionXLPipeline._optional_components, "adapter"]  # noqa: RUF012
 
@@ -136,7 +136,7 @@ class ImageRAGTurboXLPipeline(ReferenceMixin, StableDiffusionXLPipeline):  # typ
         slerp_w: float = PAPERS_W,
         weight_dtype: str | None = None,
     ) -> None:
-        """Make a pipeline of its parts, as `ImageRAGTurboPipeline` and `StableDiffusionXLPipeline` take them."""
+        """Create a pipeline from its components; arguments as in `ImageRAGTurboPipeline` and its base class."""
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -165,5 +165,5 @@ class ImageRAGTurboXLPipeline(ReferenceMixin, StableDiffusionXLPipeline):  # typ
 
     @passing_on(ReferenceMixin.__call__, StableDiffusionXLPipeline.__call__)
     def __call__(self, **arguments: Any) -> Any:
-        """Make pictures; see `ReferenceMixin`, and diffusers for the rest."""
+        """Generate pictures; see `ReferenceMixin.__call__`, and diffusers for its other arguments."""
         return super().__call__(**arguments)

@@ -1,4 +1,4 @@
-"""What a pipeline of diffusers is given to show its base model pictures of an index (paper, Sec. 3)."""
+"""Mix-in that gives diffusers pipelines references from an index (paper, Sec. 3)."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -43,18 +43,18 @@ from imagerag.retrieval.schema import Embeds
 
 @dataclass
 class ImageRAGTurboOutput(BaseOutput):  # type: ignore[misc]
-    """Pictures, and where they come from."""
+    """Generated pictures with their references."""
 
     images: Any
-    """As `output_type` says."""
+    """Pictures, in the form that `output_type` selects."""
     references: list[tuple[Reference, ...]]
-    """What each picture was given of the index, the best first."""
+    """References of each picture, best first."""
     nsfw_content_detected: list[bool] | None = None
-    """What a safety checker says, where the pipeline has one."""
+    """Result of the safety checker, if the pipeline has one."""
 
 
 class ReferenceMixin:
-    """Beside one of diffusers' pipelines: its base model is shown what an index has of a prompt."""
+    """Mixed into a diffusers pipeline: fuses references of each prompt into the UNet's H-space."""
 
     config: Any
     vae: AutoencoderKL | AutoencoderTiny
@@ -69,7 +69,7 @@ class ReferenceMixin:
     _execution_device: torch.device
 
     def _register_references(self, adapter: HSpaceAdapter | None, **config: Any) -> None:
-        """Take what the constructor was given beside the base model's parts."""
+        """Register the constructor's arguments that diffusers' pipeline does not have."""
         self.register_modules(adapter=adapter)
         self.register_to_config(**config)
         self._index: ReferenceIndex | None = None
@@ -79,12 +79,12 @@ class ReferenceMixin:
 
     @classmethod
     def _kind(cls, *, two_text_encoders: bool) -> Any:
-        """Return the class for a base model."""
+        """Return the pipeline class for base models with one or two text encoders."""
         return cls
 
     @classmethod
     def from_base(cls, base: BaseModel, adapter: HSpaceAdapter | None = None) -> Self:
-        """Return the pipeline of a loaded base model."""
+        """Return a pipeline of a loaded base model, with an optional adapter."""
         kind: Any = cls._kind(two_text_encoders=len(base.text_encoders) > 1)
         parts: dict[str, Any] = {}
         for name, tokenizer, encoder in zip(("", "_2"), base.tokenizers, base.text_encoders, strict=False):
@@ -104,15 +104,15 @@ class ReferenceMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
-        """Load what `save_pretrained` or `imagerag pull` wrote, or any base model in diffusers' format.
+        """Load a pipeline that `save_pretrained` or `imagerag pull` wrote, or any base model in diffusers' format.
 
         Raises:
-            UserError: if LoRA belongs to it and is not there.
+            UserError: if the pipeline's LoRA is missing.
         """
         name = str(pretrained_model_name_or_path)
         listed = DiffusionPipeline.load_config(name, **arguments)
         if not arguments.keys() & {"dtype", "torch_dtype"}:
-            # Without one, diffusers loads its own models in float32 and others as they were saved.
+            # Without a dtype, diffusers loads its own models in float32, and others in their saved dtype.
             arguments["dtype"] = getattr(torch, listed.get("weight_dtype") or "float32")
         kind: Any = cls._kind(two_text_encoders="text_encoder_2" in listed)
         folder = Path(name) if Path(name).is_dir() else Path(kind.download(name, **arguments))
@@ -121,18 +121,18 @@ class ReferenceMixin:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **arguments: Any) -> Self:
-        """Make it of another pipeline's parts, as `DiffusionPipeline.from_pipe` does; LoRA is on the UNet already."""
+        """Create a pipeline from another's components, as diffusers does; LoRA stays attached to the UNet."""
         has_lora = LORA_NAME in getattr(getattr(pipeline, "unet", None), "peft_config", {})
         made: Self = super().from_pipe(pipeline, **{"has_lora": has_lora} | arguments)  # type: ignore[misc]
         return made
 
     def register_to_config(self, **config: Any) -> None:
-        """Note what the configuration says. That it came from a folder, diffusers notes as the last act of loading it.
+        """Update the configuration; when diffusers sets `_name_or_path`, its last step of loading, also attach LoRA.
 
-        So what belongs to it beside its parts is attached here, whoever loads it: `DiffusionPipeline`, too.
+        LoRA and the index in the pipeline's folder are thus found even if `DiffusionPipeline` loads it.
 
         Raises:
-            UserError: if LoRA belongs to it and is not there.
+            UserError: if the pipeline's LoRA is missing.
         """
         super().register_to_config(**config)  # type: ignore[misc]
         if (folder := config.get("_name_or_path")) is not None:
@@ -141,22 +141,22 @@ class ReferenceMixin:
             align(self)
 
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> None:
-        """Write the pipeline as `from_pretrained` reads it: base model, adapter, LoRA, and which index it uses.
+        """Write a folder for `from_pretrained`: base model, adapter, LoRA, and a reference to the index.
 
         Raises:
-            UserError: if LoRA is attached that is not the adapter's.
+            UserError: if another LoRA than the adapter's is attached.
         """
         savable: Any = save_beside(self, Path(save_directory))
         savable.register_to_config(weight_dtype=str(self.unet.dtype).removeprefix("torch."))
         super(ReferenceMixin, savable).save_pretrained(save_directory, **arguments)  # type: ignore[misc]
 
     def use_index(self, uri: str, name: str, version: int | None = None) -> Self:
-        """Take references from the index of a corpus, opened now.
+        """Open the index of a corpus, and use its rows as references.
 
         Args:
-            uri: the LanceDB database.
-            name: the corpus.
-            version: the one to stay on; by default the published one.
+            uri: URI of the LanceDB database.
+            name: name of the corpus.
+            version: version of the index to pin; by default the published version.
 
         Raises:
             UserError: if there is no such index or version, or it is empty.
@@ -170,7 +170,7 @@ class ReferenceMixin:
 
     @property
     def index(self) -> ReferenceIndex | None:
-        """Where references come from, if there is an index."""
+        """The index that references come from, or None."""
         if self._index is None and self.config.index_name is not None:
             config, base = self.config, self._base_identity()
             self._index = ReferenceIndex(
@@ -185,17 +185,17 @@ class ReferenceMixin:
         return BaseIdentity(id=self.config.base_id or "unnamed", digest=self.config.base_digest)
 
     def set_reference_scale(self, scale: float | None) -> None:
-        """Have the adapter add this much unless a call names another `adapter_scale`; None is the adapter's own.
+        """Set the default of `adapter_scale`; None restores the adapter's own `default_scale`.
 
         Raises:
-            UserError: if it is not between 0 and 10.
+            UserError: if the scale is not between 0 and 10.
         """
         if scale is not None:
             check_scale("the scale of references", scale)
         self._reference_scale = scale
 
     def encode_queries(self, texts: Sequence[str]) -> Embeds:
-        """Return texts as the index's encoder sees them (N, D).
+        """Return embeddings of texts by the index's encoder (N, D).
 
         Raises:
             UserError: if the pipeline has no index.
@@ -228,41 +228,44 @@ class ReferenceMixin:
         return_dict: bool = True,
         **arguments: Any,
     ) -> ImageRAGTurboOutput | tuple[Any, ...]:
-        """Make pictures, as the pipeline of diffusers that this one is, which takes all arguments that are not here.
+        """Generate pictures with references; further arguments are those of diffusers' pipeline.
 
         Args:
-            prompt: one, or a batch of them.
-            query: what the index is searched for, and references compared with, instead of the prompts; with
-                `prompt_embeds`, which can't be read, there are no references without it.
-            num_references: how many rows of the index each prompt is given; by default 4 for the adapter and 1 for
-                slerp, or all of a smaller index.
-            fusion: how they are fused; by default by the adapter if there is one, else by slerp if there is an index.
-                LoRA that was trained with the adapter is used with it alone; without it there is the base model.
-            w: of slerp: 1 is the base model, 0 the reference; by default the base model's own `slerp_w`.
-            adapter_scale: of what the adapter adds, 0 to 10: 0 is the base model, bit for bit, and more is bolder; by
-                default what `set_reference_scale` set, else the adapter's own `default_scale`.
-            similarity_threshold: instead of the pipeline's own.
-            compose: whether to look for each thing that a prompt names by itself.
-            reference_ids: rows of the index to use instead of a search, the same for all prompts or a list for each.
-            reference_images: pictures of any shape to use instead of a search, likewise. They are fitted into the base
-                model's square as the index's are, and without an index as `fit_square` does it by `auto`.
-            reference_captions: what they show; by default each prompt itself.
-            reference_weights: what each reference's lambda is multiplied by, 0 to 10, likewise.
-            reference_masks: pictures that are white where each reference is used, likewise. The H-space is coarse (8x8
-                at 512² for SD), and the decoder blends its edges.
-            strict: whether references without cached features are an error, rather than computed now with a warning.
-            num_inference_steps: of the scheduler; 1 for a student.
-            guidance_scale: of classifier-free guidance; 1 and less mean none, which costs half, and is the default. A
-                student that was distilled with guidance as an input (LCM) is given it as that, by default 8.5.
-            num_images_per_prompt: pictures of a prompt follow each other.
-            generator: of the noise; a list has one for each picture, which makes a picture the same in any batch.
-            output_type: `pil`, `np` (N, H, W, 3), `pt` (N, 3, H, W), each 0 to 1, or `latent`.
-            return_dict: whether to return the output rather than a tuple of what it has.
-            arguments: of diffusers' pipeline. References of another height and width than the base model's own are
-                resampled in the H-space.
+            prompt: a prompt or a batch of prompts.
+            query: search query, or one per prompt, that also determines the similarity of references; by default the
+                prompts. Required for a search with `prompt_embeds`, because embeddings can't be searched for.
+            num_references: number of references per prompt; by default 4 for the adapter and 1 for slerp, or all rows
+                of a smaller index.
+            fusion: fusion of references; by default the adapter if there is one, otherwise slerp if there are
+                references. LoRA trained with the adapter is active only with this fusion.
+            w: slerp weight: 1 is the base model, 0 the reference; by default the pipeline's `slerp_w`.
+            adapter_scale: scale of the adapter's contribution, 0 to 10; 0 is the base model, bit for bit, and larger
+                values follow the references more. By default the scale of `set_reference_scale`, or the adapter's own
+                `default_scale`.
+            similarity_threshold: threshold for this call; by default the pipeline's own.
+            compose: whether to also search for each thing that a prompt names.
+            reference_ids: ids of index rows to use instead of a search: one list for all prompts, or one per prompt.
+            reference_images: pictures of any shape to use instead of a search: one list for all prompts, or one per
+                prompt. They are fitted into the base model's square like the index's images; without an index, by
+                `fit_square` with `auto`.
+            reference_captions: captions of `reference_images`; by default each prompt.
+            reference_weights: factors of each reference's lambda, 0 to 10: one list for all prompts, or one per prompt.
+            reference_masks: masks, white where a reference applies: one list for all prompts, or one per prompt. The
+                H-space is coarse (8x8 at 512² for SD), and the decoder blends the edges.
+            strict: whether to raise an error for references without cached features, instead of computing them with a
+                warning.
+            num_inference_steps: number of scheduler steps; 1 for a student.
+            guidance_scale: scale of classifier-free guidance; off at 1 and below, which halves the cost, and by
+                default. For a student with guidance as an input (LCM), the value of that input, by default 8.5.
+            num_images_per_prompt: number of pictures per prompt, which are consecutive in the output.
+            generator: generator of the noise; with a list of one per picture, a picture is the same in any batch.
+            output_type: `pil`, `np` (N, H, W, 3), `pt` (N, 3, H, W), both 0 to 1, or `latent`.
+            return_dict: whether to return an `ImageRAGTurboOutput` instead of a tuple.
+            arguments: further arguments of diffusers' pipeline. If the height and width are not the base model's own,
+                references are resampled in the H-space.
 
         Raises:
-            UserError: if an argument is out of its bounds, or references can't be had.
+            UserError: if an argument is out of bounds, or references are unavailable.
         """
         check_output_type(output_type)
         prompt = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
@@ -319,9 +322,9 @@ class ReferenceMixin:
         return output if return_dict else output.to_tuple()
 
     def _encode_once(self, arguments: dict[str, Any], *, self_queried: bool) -> tuple[Embeds | None, dict[str, Any]]:
-        """Return what the prompts are searched by, and the arguments with what it was made from in their place.
+        """Return the prompts' sentence features, and the arguments with embeddings in place of the prompts.
 
-        So prompts are encoded once where the index has the base model's own text encoder.
+        Prompts are thus encoded once for retrieval and generation, if the index has the base model's own text encoder.
         """
         prompt, negative = arguments["prompt"], arguments.get("negative_prompt_embeds")
         shares = self._makes_sentences and (self.index is None or self.index.shares_encoder)
@@ -342,7 +345,7 @@ class ReferenceMixin:
         return _host(self._conditioner.sentences(in_list(prompt), embeds)), arguments | encoded
 
     def _fusion(self, references: References, options: FusionOptions) -> Fusion:
-        """Return `F`, with all that it needs on the device."""
+        """Return the fusion `F`, with its tensors on the pipeline's device."""
         device = self._execution_device
         h_references = references.features.to(device, self.unet.dtype)
         weights = references.gated(options.threshold).to(device)  # lambda
@@ -352,7 +355,7 @@ class ReferenceMixin:
     def _find_references(
         self, queries: list[str], sentences: Embeds | None, given: Given, k: int, compose: bool, strict: bool
     ) -> References:
-        """Return what is nearest to each query, or what was given."""
+        """Return the given references, or the nearest rows of each query."""
 
         def encode_texts(texts: Sequence[str]) -> Embeds | None:
             return self._sentences(texts) if sentences is None or list(texts) != queries else sentences
@@ -378,7 +381,7 @@ class ReferenceMixin:
         return self.index
 
     def _sentences(self, texts: Sequence[str]) -> Embeds | None:
-        """Return the base model's own features of texts to compare them by (N, D), where it has some."""
+        """Return the base model's sentence features of texts (N, D), or None if it has none."""
         if not self._makes_sentences:
             return None
         return _host(self._conditioner.encode(texts, self._execution_device).sentences)

@@ -1,4 +1,4 @@
-"""References of a prompt: which rows of the index, how near they are, and their cached features."""
+"""References of prompts: rows of the index, their similarities and cached features."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 _MOST_OF_ONE_CAPTION = 2
 _MASK_SIDE = 64
-"""Of a mask; an H-space is not as fine."""
+"""Side of a mask; H-spaces are coarser."""
 _OVERFETCH = 2
-"""Rows that are fetched for each wanted one, so that there are others than those of one caption."""
+"""Rows fetched per reference, so that rows with different captions are left after diversification."""
 
 R = TypeVar("R")
 EncodeTexts = Callable[[Sequence[str]], Embeds | None]
-"""Texts to the base model's own sentence features (N, D), L2-normalised, where it has some."""
+"""Maps texts to the base model's sentence features (N, D), L2-normalised, or None if it has none."""
 EncodeReferences = Callable[[Sequence["Image.Image"], Sequence[str]], torch.Tensor]
-"""Pictures and captions to `h_retr` (N, C, H, W)."""
+"""Maps pictures and captions to `h_retr` (N, C, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Where a picture comes from: one row of the index that it was given."""
+    """A reference that a picture was generated with."""
 
     id: str
-    """Of the row; empty where the reference was given as a picture."""
+    """Id of the row; empty if the reference was given as a picture."""
     caption: str
     url: str
     source: str
@@ -52,26 +52,26 @@ class Reference:
     similarity: float
     """Cosine of the caption's and the prompt's text features."""
     weight: float
-    """Lambda: how much of it was used; 0 where the gate was shut."""
+    """Lambda, the reference's weight; 0 if the gate was closed."""
 
 
 @dataclass(frozen=True)
 class References:
-    """References of a batch of B prompts, K each; what a prompt lacks is filled up with zeros."""
+    """References of a batch of B prompts, up to K each; missing ones are padded with zeros."""
 
     rows: "tuple[tuple[Neighbour, ...], ...]"
     features: torch.Tensor
     """`h_retr` (B, K, C, H, W)."""
     similarities: torch.Tensor
-    """(B, K); -1 where there is none."""
+    """Similarities (B, K); -1 for padding."""
     factors: torch.Tensor | None = None
-    """Of lambda (B, K), by the caller's choice."""
+    """Factors of lambda (B, K), set by the caller."""
     masks: torch.Tensor | None = None
-    """Where in the picture each is used (B, K, H, W), 0 to 1, by the caller's choice."""
+    """Masks of the regions where references apply (B, K, H, W), 0 to 1, set by the caller."""
 
     @classmethod
     def of(cls, rows: "Sequence[Sequence[Neighbour]]", h: Sequence[Sequence[torch.Tensor]]) -> "References":
-        """Return the references of each prompt, with features (C, H, W) of each row."""
+        """Return the references of prompts from their rows and the features (C, H, W) of each row."""
         most, shape = max(map(len, rows)), next(each.shape for own in h for each in own)
         features = torch.zeros(len(rows), most, *shape)
         similarities = torch.full((len(rows), most), -1.0)
@@ -82,7 +82,7 @@ class References:
         return cls(tuple(map(tuple, rows)), features, similarities)
 
     def repeat_interleave(self, times: int) -> "References":
-        """Return each prompt's references `times` times, one after the other."""
+        """Repeat each prompt's references `times` times, consecutively."""
         return References(
             tuple(row for row in self.rows for _ in range(times)),
             self.features.repeat_interleave(times, dim=0),
@@ -92,10 +92,10 @@ class References:
         )
 
     def times(self, weights: Sequence[Sequence[float]]) -> "References":
-        """Return them with lambda multiplied by a weight for each.
+        """Return the references with lambda multiplied by a weight per reference.
 
         Raises:
-            UserError: if a prompt has not as many weights as references.
+            UserError: if a prompt's numbers of weights and references differ.
         """
         factors = torch.zeros_like(self.similarities)
         for number, (own, rows) in enumerate(zip(weights, self.rows, strict=True)):
@@ -105,10 +105,10 @@ class References:
         return replace(self, factors=factors)
 
     def within(self, masks: "Sequence[Sequence[Image.Image]]") -> "References":
-        """Return them with a mask for each, stretched over the whole picture: white where it is used, black where not.
+        """Return the references with a mask each, resized to the whole picture: white where the reference applies.
 
         Raises:
-            UserError: if a prompt has not as many masks as references.
+            UserError: if a prompt's numbers of masks and references differ.
         """
         grids = torch.zeros(*self.similarities.shape, _MASK_SIDE, _MASK_SIDE)
         for number, (own, rows) in enumerate(zip(masks, self.rows, strict=True)):
@@ -125,7 +125,7 @@ class References:
         return weights if self.factors is None else weights * self.factors
 
     def used(self, weights: torch.Tensor) -> list[tuple[Reference, ...]]:
-        """Return what each picture was given, with lambda (B, K)."""
+        """Return the references of each picture, with lambda (B, K) as their weights."""
         return [
             tuple(
                 Reference(
@@ -144,11 +144,11 @@ class References:
 
 
 class ReferenceIndex:
-    """The index of a corpus, searched by prompts, with the features of one base model.
+    """The index of a corpus, searched by prompts, with cached features of one base model.
 
     Attributes:
-        identity: of the features; how pictures are fitted is for the index to say.
-        retriever: what searches.
+        identity: identity of the features, with the index's setting of how images are fitted.
+        retriever: retriever of the index.
 
     Raises:
         UserError: if nothing is published, the pinned version is gone, or the index is empty.
@@ -166,15 +166,15 @@ class ReferenceIndex:
         """Open the index.
 
         Args:
-            uri: of the database.
-            name: of the corpus.
-            base: the base model.
-            unet_config: of its UNet.
-            text_encoder: its own, which may be the index's as well.
-            version: the pinned one; by default the published one.
+            uri: URI of the database.
+            name: name of the corpus.
+            base: identity of the base model.
+            unet_config: configuration of its UNet.
+            text_encoder: its text encoder, which may also be the index's encoder.
+            version: version of the index to pin; by default the published version.
         """
         from imagerag.retrieval.publish import require_version
-        from imagerag.retrieval.search import Retriever  # takes a second, which only an index's users pay
+        from imagerag.retrieval.search import Retriever  # takes a second, needed only with an index
         from imagerag.retrieval.store import Store
 
         if version is not None:
@@ -189,19 +189,20 @@ class ReferenceIndex:
 
     @cached_property
     def shares_encoder(self) -> bool:
-        """Whether the base model's text encoder is the one that made the index, so that prompts are encoded once."""
+        """Whether the base model's text encoder is the index's encoder, so that prompts are encoded once."""
         files = resolve(self.retriever.encoder.id)
         return files.text_tower is not None and is_text_tower(self._text_encoder, files.text_tower)
 
     def search(
         self, prompts: Sequence[str], encode_texts: EncodeTexts, k: int, *, compose: bool
     ) -> "list[list[Neighbour]]":
-        """Return the `k` nearest rows of each prompt, with their features where the index has some.
+        """Return the `k` nearest rows of each prompt, with their cached features, if there are any.
 
         Args:
-            encode_texts: the base model's, used where it `shares_encoder`.
-            k: how many.
-            compose: whether to search for each thing that a prompt names.
+            prompts: prompts to search for.
+            encode_texts: text encoding by the base model, used if it `shares_encoder`.
+            k: number of rows per prompt.
+            compose: whether to also search for each thing that a prompt names.
 
         Raises:
             UserError: if there are fewer rows than `k`, or the index has no features of this base model.
@@ -223,7 +224,7 @@ class ReferenceIndex:
     def fetch(
         self, ids: Sequence[Sequence[str]], prompts: Sequence[str], encode_texts: EncodeTexts
     ) -> "list[list[Neighbour]]":
-        """Return the rows with these ids for each prompt. Errors as of `Retriever.fetch`."""
+        """Return the rows with each prompt's ids; errors as `Retriever.fetch`."""
 
         def fetch_all() -> "list[list[Neighbour]]":
             embeds = self.encode(prompts, encode_texts)
@@ -232,17 +233,17 @@ class ReferenceIndex:
         return self._on_what_is_there(fetch_all)
 
     def encode(self, texts: Sequence[str], encode_texts: EncodeTexts) -> Embeds:
-        """Return texts as the index's encoder sees them (N, D)."""
+        """Return embeddings of texts by the index's encoder (N, D)."""
         own = encode_texts(texts) if self.shares_encoder else None
         return self._encoder.encode_texts(list(texts)) if own is None else own
 
     def features_of(
         self, rows: "Sequence[Sequence[Neighbour]]", encode_references: EncodeReferences, *, strict: bool
     ) -> list[list[torch.Tensor]]:
-        """Return `h_retr` (C, H, W) of each row; what the cache lacks is computed now, with a warning.
+        """Return `h_retr` (C, H, W) of each row; uncached features are computed, with a warning.
 
         Raises:
-            UserError: if `strict` and some are missing, or some hold a NaN.
+            UserError: if `strict` and features are missing, or if cached ones have a NaN or an infinity.
         """
         missing = list({row.id for own in rows for row in own if row.features is None})
         computed: dict[str, torch.Tensor] = {}
@@ -255,10 +256,10 @@ class ReferenceIndex:
         return [[_checked(row, computed) for row in own] for own in rows]
 
     def _on_what_is_there(self, read: Callable[[], R]) -> R:
-        """Return what `read` does, on the version that is published now where the one that was opened is gone.
+        """Return the result of `read`; if the opened version was deleted, retry on the published version.
 
         Raises:
-            VersionGoneError: if the one that is gone is pinned.
+            VersionGoneError: if the deleted version is pinned.
         """
         try:
             return read()
@@ -266,7 +267,7 @@ class ReferenceIndex:
             if self._is_pinned:
                 raise
         self.retriever.refresh()
-        # The table may have been made anew, with another encoder and other features.
+        # The table may have been recreated with another encoder and other features.
         for name in ("_encoder", "shares_encoder"):
             self.__dict__.pop(name, None)
         self.identity = self._identity()
@@ -298,9 +299,9 @@ def given_references(
     encode_texts: EncodeTexts,
     encode_references: EncodeReferences,
 ) -> References:
-    """Return the references that the caller chose as pictures.
+    """Return references from the caller's pictures.
 
-    Their similarity is that of caption and prompt, or 1 where nothing can tell: who gives a picture wants it used.
+    Their similarity is that of caption and prompt; without text features it is 1, so that the pictures are used.
     """
     from imagerag.retrieval.search import Neighbour
 

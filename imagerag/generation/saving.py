@@ -1,4 +1,4 @@
-"""What a pipeline's folder has beside a base model's parts, and where its weights are in memory."""
+"""Saving and loading of a pipeline's LoRA and index, and the dtype and memory alignment of its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ from imagerag.hspace.lora import LORA_NAME, WEIGHTS_NAME, copy_without_lora, loa
 from imagerag.locks import local_folder
 
 _CODE = "pipeline.py"
-"""What diffusers calls the file of a pipeline's own class, see `DiffusionPipeline.from_pretrained`."""
+"""Name that diffusers expects for the file of a custom pipeline class, see `DiffusionPipeline.from_pretrained`."""
 _ALIGNMENT = 64
-"""Of torch's own tensors on a CPU, in bytes."""
+"""Alignment in bytes of tensors that torch allocates on a CPU."""
 
 
 def save_beside(pipeline: Any, folder: Path) -> Any:
-    """Write the pipeline's LoRA, if it has some, and return a pipeline without it, which shares all weights.
+    """Write the pipeline's LoRA, if there is one, and return a pipeline without it that shares all other weights.
 
-    Beside them is a file by which diffusers' own `DiffusionPipeline` finds the class, for those who let it run code.
+    Also writes a file from which `DiffusionPipeline` loads the pipeline's class, if the user allows custom code.
 
     Raises:
-        UserError: if LoRA is attached that was not trained with an adapter.
+        UserError: if another LoRA than the adapter's is attached.
     """
     names = set(getattr(pipeline.unet, "peft_config", {}))
     if others := names - {LORA_NAME}:
@@ -38,17 +38,17 @@ def save_beside(pipeline: Any, folder: Path) -> Any:
     savable.register_to_config(has_lora=bool(names))
     kind = type(pipeline)
     folder.mkdir(parents=True, exist_ok=True)
-    # Always under the same name: diffusers runs it in one module, whatever folder it lies in.
+    # Always the same class name: diffusers runs this file in one module for all folders.
     code = f"from {kind.__module__} import {kind.__name__} as Pipeline  # noqa: F401\n"
     (folder / _CODE).write_text(code, encoding="utf-8")
     return savable
 
 
 def attach_beside(pipeline: Any, folder: Path) -> None:
-    """Attach the LoRA that belongs to a pipeline of a folder, if it isn't yet, and find the index that lies there.
+    """Attach the LoRA in a pipeline's folder, unless it is attached, and resolve the index's path in the folder.
 
     Raises:
-        UserError: if LoRA belongs to it and is not there.
+        UserError: if the pipeline's LoRA is missing.
     """
     if pipeline.config.has_lora and LORA_NAME not in getattr(pipeline.unet, "peft_config", {}):
         if not (folder / LORA / WEIGHTS_NAME).is_file():
@@ -59,13 +59,13 @@ def attach_beside(pipeline: Any, folder: Path) -> None:
         load_lora(pipeline.unet, folder / LORA)
     uri = pipeline.config.index_uri
     if uri is not None and (index := local_folder(uri)) is not None:
-        pipeline.register_to_config(index_uri=str(folder.absolute() / index))  # an absolute one stays as it is
+        pipeline.register_to_config(index_uri=str(folder.absolute() / index))  # absolute paths stay unchanged
 
 
 def unify(pipeline: Any) -> None:
-    """Cast the pipeline to the dtype that it was saved in, where diffusers was told none and mixed two.
+    """Cast a pipeline that diffusers loaded in two dtypes to the dtype that it was saved in.
 
-    It then loads its own models in float32, and those of transformers as they were saved.
+    Without a `dtype` argument, diffusers loads its own models in float32, and transformers' in their saved dtype.
     """
     encoder, saved = pipeline.text_encoder, pipeline.config.weight_dtype
     if None in (encoder, saved) or encoder.dtype == pipeline.unet.dtype:
@@ -75,10 +75,10 @@ def unify(pipeline: Any) -> None:
 
 
 def align(pipeline: Any) -> None:
-    """Have all weights where torch puts its own tensors.
+    """Align all CPU weights in memory like tensors that torch allocates.
 
-    Files are mapped into memory as they are, and the last digits of a product depend on where its factors are. So a
-    picture is the same bit for bit, whatever file its pipeline was loaded from.
+    Weights in memory-mapped files have any alignment, and the last digits of a matrix product depend on it. Aligned
+    weights make pictures bit-for-bit independent of the file that the pipeline was loaded from.
     """
     modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     for tensor in (each for module in modules for each in (*module.parameters(), *module.buffers())):

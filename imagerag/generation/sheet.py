@@ -1,4 +1,4 @@
-"""Pictures as files, and beside and under each other with the prompt of each row."""
+"""PNG files of pictures, and contact sheets: a grid of pictures with the prompt of each row."""
 
 import io
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from PIL.PngImagePlugin import PngInfo
 _GAP = 4
 _LABEL_HEIGHT = 18
 _LEAST_SIDE = 96
-"""Smaller pictures are enlarged, so that one sees something on today's screens."""
+"""Smaller pictures are enlarged, to be recognisable on high-resolution screens."""
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Return one image of all `rows`, each a label and pictures, which are all of one size."""
+    """Return an image of all `rows`; each is a label and pictures, all of the same size."""
     first = rows[0][1][0]
     factor = -(-_LEAST_SIDE // first.width)
     width, height = first.width * factor, first.height * factor
@@ -31,7 +31,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
 
 
 def to_png(image: Image.Image, about: str | None = None) -> bytes:
-    """Return a picture as a PNG file, with a text `imagerag` about it if there is one."""
+    """Return a picture as a PNG file, with the text chunk `imagerag` if `about` is given."""
     buffer, text = io.BytesIO(), PngInfo()
     if about is not None:
         text.add_text("imagerag", about)

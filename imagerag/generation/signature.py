@@ -1,4 +1,4 @@
-"""A call that passes its arguments on to another, and says so in its signature."""
+"""Explicit signatures for methods that pass `**arguments` on to another method."""
 
 import inspect
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from typing import Any
 Call = Callable[..., Any]
 
 _OLDER = {"callback", "callback_steps"}
-"""What diffusers still takes without naming it."""
+"""Deprecated arguments that diffusers accepts by `**kwargs`."""
 
 
 def passing_on(own: Call, peer: Call) -> Callable[[Call], Call]:
-    """Give a method the arguments of `peer`, in its order, and after them those of `own` that it has not.
+    """Return a decorator that gives a method `peer`'s arguments, followed by the arguments that only `own` has.
 
-    What neither has is a TypeError, as for any function, though `peer` would take it without a word.
+    An unknown argument raises a TypeError, although `peer` would ignore it.
 
     Args:
-        own: passes `**arguments` on to `peer`. Where both have an argument, its default is the one that counts.
-        peer: a method.
+        own: method that passes `**arguments` on to `peer`; its defaults override those of `peer`.
+        peer: method of the parent class.
     """
     mine, theirs = dict(inspect.signature(own).parameters), dict(inspect.signature(peer).parameters)
     del mine["arguments"]

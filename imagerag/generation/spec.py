@@ -1,4 +1,4 @@
-"""How a base model is named, and the files on this machine that the name stands for."""
+"""Names of base models, and their resolution to local files."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from imagerag.errors import UserError
 TINY = "tiny"
 TINY_TEACHER = "tiny-teacher"
 PAPERS_W = 0.8
-"""Of slerp (paper, Sec. 3.2), for a base model that names no other."""
+"""Slerp weight of base models that don't define one (paper, Sec. 3.2)."""
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[0-9a-f]{40}))?")
 _INDEX = "model_index.json"
 _REQUIRED = ("vae", "unet", "scheduler", "tokenizer", "text_encoder")
@@ -30,12 +30,12 @@ _FORMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """Which base model it is."""
+    """Identity of a base model."""
 
     id: str
     """`tiny`, a hub id and commit, or a folder."""
     digest: str
-    """Of all weights and configurations."""
+    """Digest of all weights and configurations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,29 +43,29 @@ class Part:
     """One part of a base model: `unet`, `vae` and so on."""
 
     folder: Path
-    """Of its configuration."""
+    """Folder of its configuration."""
     weights_folder: Path
     variant: str | None
-    """Of its weights: `fp16` where there are no others."""
+    """Variant of its weights: `fp16` if only these exist, otherwise None."""
     files: tuple[Path, ...]
-    """All that it is loaded from."""
+    """All files that it is loaded from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseFiles:
-    """What a base model is made of. Nothing of it is loaded yet."""
+    """The files of a base model, before it is loaded."""
 
     identity: BaseIdentity
     parts: dict[str, Part]
     slerp_w: float
-    """The default weight of the base model in slerp."""
+    """Default slerp weight of the base model."""
 
 
 def check_spec(spec: str) -> str:
-    """Return `spec` if it has one of the forms that name a base model. Reads no weights and no network.
+    """Return `spec` if it has the form of a base model's name, without access to weights or the network.
 
     Raises:
-        UserError: if it has not.
+        UserError: if it has another form.
     """
     if spec in (TINY, TINY_TEACHER) or _is_folder(spec):
         return spec
@@ -81,10 +81,10 @@ def check_spec(spec: str) -> str:
 
 
 def resolve(spec: str) -> BaseFiles:
-    """Return the files of the base model `spec`, after downloading them if they are on the hub and not cached.
+    """Return the files of the base model `spec`; those on the hub are downloaded unless they are cached.
 
     Raises:
-        UserError: if there is no such model, a part of it is missing or of a wrong kind, or its weights are pickled.
+        UserError: if there is no such model, a part of it is missing, or its weights are pickles.
     """
     parts = parts_of(spec)
     files = {f"{name}/{file.name}": file for name, part in parts.items() for file in part.files}
@@ -95,10 +95,10 @@ def resolve(spec: str) -> BaseFiles:
 
 
 def identity_of_folder(folder: str | None) -> BaseIdentity:
-    """Return which base model was loaded from a folder.
+    """Return the identity of a base model that was loaded from a folder.
 
     Raises:
-        UserError: if it was from none.
+        UserError: if it was not loaded from a folder.
     """
     if folder is None or not Path(folder).is_dir():
         raise UserError(
@@ -109,7 +109,7 @@ def identity_of_folder(folder: str | None) -> BaseIdentity:
 
 
 def parts_of(spec: str, only: Collection[str] = ()) -> dict[str, Part]:
-    """Return the parts of `resolve(spec)` by name, or `only` some of them, without computing a digest."""
+    """Return the parts of the base model `spec` by name, all or `only` these, without computing a digest."""
     check_spec(spec)
     weights_folders: dict[str, Path] = {}
     if spec in (TINY, TINY_TEACHER):
@@ -125,10 +125,10 @@ def parts_of(spec: str, only: Collection[str] = ()) -> dict[str, Part]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a configuration file of a base model says.
+    """Return the contents of a JSON configuration file of a base model.
 
     Raises:
-        UserError: if it is no JSON.
+        UserError: if it is not JSON.
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _slerp_w(spec: str, parts: Mapping[str, Part]) -> float:
-    """Return the weight that a base model's own manifest names: a folder's is `slerp_w` in model_index.json."""
+    """Return a base model's default slerp weight: `slerp_w` of its model_index.json, otherwise the paper's."""
     if spec == TINY:
         return tiny.SLERP_W
     index = parts["unet"].folder.parent / _INDEX
@@ -153,7 +153,7 @@ def _is_folder(spec: str) -> bool:
 
 
 def _tiny_folders(unet: str, only: Collection[str]) -> dict[str, Path]:
-    # Its training needs the text encoder before there are weights.
+    # The training of `tiny` needs its text encoder before there are UNet weights.
     if not only and not (tiny.FOLDER / unet).is_dir():
         raise UserError(
             f"the weights of `tiny` are missing: {tiny.FOLDER / unet} is not there. Install the package again, train "
@@ -168,7 +168,7 @@ def _snapshot(spec: str) -> Path:
 
     match = _HUB.fullmatch(spec)
     assert match is not None, "checked before"
-    # Neither other variants nor the checkpoint of all in one file that lies beside the folders.
+    # Without other variants, and without the single-file checkpoint next to the folders.
     parts, endings = (*_REQUIRED, *_OPTIONAL), (".json", ".txt", ".safetensors")
     try:
         folder = snapshot_download(

@@ -1,4 +1,4 @@
-"""Prompts to what a UNet is conditioned on, the way the pipelines of SD 1/2, SDXL and their distilled forms do it."""
+"""Text conditioning of UNets, as in diffusers' pipelines of SD 1/2, SDXL and models distilled from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LCM_GUIDANCE = 8.5
-"""LatentConsistencyModelPipeline's own."""
+"""Default guidance scale of diffusers' LatentConsistencyModelPipeline."""
 
 
 @dataclass(frozen=True)
@@ -19,27 +19,27 @@ class Condition:
     """Text features of a batch of prompts."""
 
     embeds: torch.Tensor
-    """A feature for each token (B, L, D): the UNet's `encoder_hidden_states`."""
+    """Token features (B, L, D): the UNet's `encoder_hidden_states`."""
     pooled: torch.Tensor | None
-    """A feature for each prompt (B, D), where there are two text encoders (SDXL): the UNet's `text_embeds`."""
+    """Prompt features (B, D) of models with two text encoders (SDXL): the UNet's `text_embeds`."""
     sentences: torch.Tensor | None = None
-    """A feature for each prompt (B, D) to compare it with others by cosine, of length one, where the text encoder was
-    trained for that: sentence-transformers. A UNet doesn't see it, so what is made of a condition lacks it."""
+    """Sentence features (B, D) for retrieval, L2-normalised, if the text encoder is a sentence-transformer. The UNet
+    does not use them."""
 
 
 class TextConditioner:
-    """One text encoder with its tokenizer, or two of each (SDXL)."""
+    """A text encoder with its tokenizer, or two of each (SDXL)."""
 
     def __init__(self, tokenizers: Sequence[PreTrainedTokenizerBase], encoders: Sequence[PreTrainedModel]) -> None:
         self._towers = list(zip(tokenizers, encoders, strict=True))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Condition:
-        """Return the features of `prompts`; what exceeds the tokenizer's length is cut off.
+        """Return the text features of prompts, truncated to the tokenizer's maximum length.
 
         Args:
-            prompts: any number of them.
-            device: what computes, where weights are offloaded to another one.
+            prompts: any number of prompts.
+            device: device to compute on, if the weights are offloaded to another one.
         """
         outputs = [self._run(*tower, prompts, device) for tower in self._towers]
         if len(outputs) == 1:
@@ -50,16 +50,16 @@ class TextConditioner:
 
     @property
     def makes_sentences(self) -> bool:
-        """Whether it makes `Condition.sentences`."""
+        """Whether the encoder provides `Condition.sentences`."""
         (_, encoder), *others = self._towers
         return not others and encoder.config.model_type == "bert" and _uses_mask(encoder)
 
     def sentences(self, prompts: Sequence[str], embeds: torch.Tensor) -> torch.Tensor | None:
-        """Return `Condition.sentences` of prompts whose `embeds` (B, L, D) are known, if the encoder makes some."""
+        """Return `Condition.sentences` of prompts from their `embeds` (B, L, D), or None if the encoder has none."""
         if not self.makes_sentences:
             return None
         weights = _tokens(self._towers[0][0], prompts).attention_mask.to(embeds).unsqueeze(-1)
-        mean = (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)  # as sentence-transformers pool
+        mean = (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)  # mean pooling, as in sentence-transformers
         return torch.nn.functional.normalize(mean, dim=-1)
 
     def _run(
@@ -89,21 +89,21 @@ def _uses_mask(encoder: PreTrainedModel) -> bool:
 
 
 def is_text_tower(encoder: PreTrainedModel, weights: Path) -> bool:
-    """Whether a text encoder's weights are all in this file of safetensors, whatever else is."""
+    """Return whether a safetensors file contains all of a text encoder's weights."""
     own = encoder.state_dict()
     with safe_open(weights, "pt") as file:
         if not own.keys() <= set(file.keys()) or any(each.is_meta for each in own.values()):
-            return False  # what is offloaded can't be compared
+            return False  # offloaded weights can't be compared
         return all(torch.equal(file.get_tensor(name).to(each.device, each.dtype), each) for name, each in own.items())
 
 
 def unet_arguments(unet: UNet2DConditionModel, condition: Condition, *, side: int) -> dict[str, Any]:
-    """Return what a UNet is called with beside the sample and the timestep.
+    """Return the arguments of a UNet's call other than the sample and the timestep.
 
     Args:
-        unet: which asks for them. One that was distilled with guidance (LCM, arXiv 2310.04378) is told of none.
-        condition: of the prompts.
-        side: of the picture, in pixels, which SDXL is told.
+        unet: UNet to call. If it has guidance as an input (LCM, arXiv 2310.04378), the guidance scale is 0.
+        condition: text features of the prompts.
+        side: side of the square picture in pixels, an input of SDXL.
     """
     arguments: dict[str, Any] = {"encoder_hidden_states": condition.embeds}
     if condition.pooled is not None:
@@ -114,13 +114,13 @@ def unet_arguments(unet: UNet2DConditionModel, condition: Condition, *, side: in
 
 
 def added_conditions(pooled: torch.Tensor, side: int) -> dict[str, torch.Tensor]:
-    """Return what SDXL is told beside the text: a feature of each prompt (B, D), and that the picture is a square."""
+    """Return SDXL's additional inputs: the prompt features (B, D), and the size of a square picture."""
     sizes = torch.tensor([side, side, 0, 0, side, side]).to(pooled)
     return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
 
 
 def embed_guidance(unet: UNet2DConditionModel, guidance_scale: float) -> torch.Tensor | None:
-    """Return the `timestep_cond` (1, D) of a UNet that was distilled with guidance, and None for any other."""
+    """Return `timestep_cond` (1, D) for a UNet with guidance as an input (LCM), and None for others."""
     from diffusers.models.embeddings import get_timestep_embedding
 
     dim = unet.config.time_cond_proj_dim

@@ -1,4 +1,4 @@
-"""The adapter: what references add to the target's H-space by cross-attention (paper, Sec. 3.3)."""
+"""The adapter: cross-attention of the target's H-space features to those of references (paper, Sec. 3.3)."""
 
 import math
 from dataclasses import dataclass
@@ -12,33 +12,33 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.utils import BaseOutput
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
+from torch.nn import functional as F  # noqa: N812 - the conventional name
 
 from imagerag.errors import UserError
 from imagerag.hspace.attention import HSpaceAttention
 
 _SHARPNESS = 50.0
-"""Of the choice among references; a difference in nearness of 0.1 is one of shares by a factor of 150."""
+"""Inverse temperature of the softmax over references: a similarity larger by 0.1 gives a share 150 times as large."""
 _TEXT = 4.0
-"""How much nearness by text counts beside that in the H-space. With as much, a new reference of just what was asked for
-lost against one that is more like the picture without references, in 5 of 21 cases."""
+"""Weight of text similarity (lambda) relative to similarity in the H-space. With weight 1, a new reference that matches
+the prompt lost to one closer to the picture without references in 5 of 21 cases."""
 
 
 def gate(similarities: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return lambda of each reference: its similarity, cut to 0 to 1, and 0 where it is under the threshold.
+    """Return lambda (B, K) of references: similarities clamped to 0 to 1, and 0 below the threshold.
 
     Args:
-        similarities: cosines (B, K) of the prompt's and the references' text features.
-        threshold: references less similar than this have no effect at all.
+        similarities: cosine similarities (B, K) of the prompts' and the references' text features.
+        threshold: references less similar than this have no effect.
     """
     return torch.where(similarities >= threshold, similarities.clamp(0, 1), 0.0)
 
 
 def load_adapter(folder: Path, unet: UNet2DConditionModel) -> "HSpaceAdapter":
-    """Load an adapter for a base model's UNet, in its dtype and on its device.
+    """Load an adapter for a base model's UNet, in the UNet's dtype and on its device.
 
     Raises:
-        UserError: if the folder holds no adapter, or one for another H-space.
+        UserError: if the folder has no adapter, or one for an H-space with another number of channels.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"an adapter's folder has config.json, as save_pretrained writes it; {folder} has none")
@@ -57,24 +57,28 @@ def load_adapter(folder: Path, unet: UNet2DConditionModel) -> "HSpaceAdapter":
 
 @dataclass
 class HSpaceAdapterOutput(BaseOutput):  # type: ignore[misc]
-    """What an adapter returns."""
+    """Output of an adapter."""
 
     sample: torch.Tensor
-    """The fused features (B, C, H, W)."""
+    """Fused features (B, C, H, W)."""
 
 
 class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
-    """`h = h_target + dh`, `dh = W_O softmax(Q K^T / sqrt(d)) (lambda V)`; Q is the target's, K and V the references'.
+    """`h = h_target + dh`, `dh = W_O softmax(Q K^T / sqrt(d)) (lambda V)`, Q of the target, K and V of references.
 
-    Beyond the paper, first: the keys and values of all references are in one attention, each value weighted by its
-    reference's own lambda, which for one reference is the paper's formula. Second: to what attention gathers, dh adds
-    `g * sum_k a_k lambda_k (h_k - h_target)`, position by position, with a gate g of the target in -1 to 1 for each
-    channel, and with shares a_k that favour the reference that is nearest by text, and of those in the H-space, since
-    a mean of pictures is no picture. Attention alone can only add to the target; this can also put a reference in its
-    place, as slerp does (paper, Sec. 3.2), and training finds that at once. Third: output projection and gate start at
-    zero, so that training starts at the base model. 36M parameters for SD 2.1.
+    Differences from the paper:
 
-    LoRA's target modules are `to_q.0`, `to_q.2`, `to_k`, `to_v` and `to_out`.
+    1. One attention has the keys and values of all references, and each value is weighted by its reference's own
+       lambda. For a single reference, this is the paper's formula.
+    2. `dh` has a second term, `g * sum_k a_k lambda_k (h_k - h_target)`, computed at each position. The gate g, -1 to 1
+       per channel, is a function of the target. The shares a_k are a softmax that favours the reference with the most
+       similar text, then the most similar H-space features, because a mean of pictures is not a picture. Attention
+       alone can only add to the target; this term can also replace it by a reference, as slerp does (paper, Sec. 3.2),
+       and training finds that immediately.
+    3. Output projection and gate are initialised with zeros, so that training starts from the base model.
+
+    The adapter has 36M parameters for SD 2.1. LoRA's target modules are `to_q.0`, `to_q.2`, `to_k`, `to_v` and
+    `to_out`.
     """
 
     _supports_gradient_checkpointing = True
@@ -83,16 +87,16 @@ class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
     def __init__(
         self, channels: int = 1280, inner_dim: int | None = None, num_heads: int = 8, default_scale: float = 1.0
     ) -> None:
-        """Make an adapter that changes nothing.
+        """Create an adapter whose initial weights leave the target unchanged.
 
         Args:
-            channels: of the H-space.
-            inner_dim: of queries, keys and values; by default twice the channels.
-            num_heads: of the attention.
-            default_scale: what a pipeline takes as `scale` unless it is told another.
+            channels: number of H-space channels.
+            inner_dim: dimension of queries, keys and values; by default twice the channels.
+            num_heads: number of attention heads.
+            default_scale: default `scale` in pipelines.
 
         Raises:
-            ValueError: if the dimensions can't be divided.
+            ValueError: if `inner_dim` is not divisible by `num_heads`, or `channels` by 4.
         """
         super().__init__()
         inner_dim = inner_dim or 2 * channels
@@ -102,8 +106,8 @@ class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
             )
         self.norm_target = nn.LayerNorm(channels)
         self.norm_reference = nn.LayerNorm(channels)
-        # Most of the parameters are here, where positions are the fewest: as many in `to_v` learnt the same, and cost
-        # twice the time with four references.
+        # Most parameters are here, where there are the fewest positions: the same number in `to_v` learnt equally well,
+        # but took twice the time with four references.
         self.to_q = nn.Sequential(
             nn.Linear(channels, 5 * channels), nn.GELU(), nn.Linear(5 * channels, inner_dim, bias=False)
         )
@@ -117,10 +121,10 @@ class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
             nn.init.zeros_(zero)
 
     def start_gate(self, gate: float) -> None:
-        """Have each position and channel start with the same gate, 0 to less than 1: the share of references in `h`.
+        """Initialise all gates to a constant from 0 to below 1: the share of references in `h`.
 
-        With 0 an adapter starts as the base model. With more it starts as an interpolation towards the references, as
-        slerp is, and what is learnt is where that is too much or too little.
+        With 0, training starts from the base model. With more, it starts from an interpolation towards the references,
+        like slerp, and learns where to use more or less of them.
         """
         nn.init.zeros_(self.to_gate.weight)
         nn.init.constant_(self.to_gate.bias, math.atanh(gate))
@@ -136,12 +140,11 @@ class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
         """Return the fused features.
 
         Args:
-            h_target: (B, C, H, W).
-            h_references: (B, K, C, H, W).
-            weights: lambda (B, K); what has 0 is as if it were not there. A row without any other is its target, bit
-                for bit.
-            scale: of what is added; 0 is the target, bit for bit.
-            return_dict: whether to return them as `sample` of an output rather than in a tuple.
+            h_target: features of the target (B, C, H, W).
+            h_references: features of the references (B, K, C, H, W).
+            weights: lambda (B, K); references with 0 are ignored. Rows with only zeros return the target, bit for bit.
+            scale: factor of the addition `dh`; 0 returns the target, bit for bit.
+            return_dict: whether to return an `HSpaceAdapterOutput` instead of a tuple.
         """
         if scale == 0 or h_references.shape[1] == 0:
             fused = h_target
@@ -162,7 +165,7 @@ class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
         key = self.to_k(references + positions).flatten(1, 2)
         value = (self.to_v(references) * weights.to(references.dtype)[:, :, None, None]).flatten(1, 2)
         present = weights > 0
-        # A row without references attends to everything, so that no softmax is over nothing; it is put right below.
+        # Rows without references attend to all, because an empty softmax is NaN; the last line returns their target.
         seen = torch.where(present.any(1, keepdim=True), present, True).repeat_interleave(height * width, dim=1)
         added = self.to_out(self.attn(query, key, value, seen[:, None, None, :]))
         gates = torch.tanh(self.to_gate(target))
@@ -173,9 +176,9 @@ class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
     def _difference(
         self, target: torch.Tensor, references: torch.Tensor, weights: torch.Tensor, h: torch.Tensor, hs: torch.Tensor
     ) -> torch.Tensor:
-        """Return how references `hs` differ from the target `h` (B, H * W, C), by their shares and lambda.
+        """Return the difference of references `hs` and the target `h`, weighted by shares and lambda (B, H * W, C).
 
-        `target` (B, H * W, C) and `references` (B, K, H * W, C) are the same, normalised.
+        `target` (B, H * W, C) and `references` (B, K, H * W, C) are the same features after layer norm.
         """
         near = F.cosine_similarity(target[:, None], references, dim=-1).mean(-1) + _TEXT * weights
         shares = torch.softmax((_SHARPNESS * near.float()).masked_fill(weights <= 0, -1e9), dim=1) * weights

@@ -1,1 +1,1 @@
-"""The model registry: versions that pin all that their pictures depend on, kept by MLflow."""
+"""The model registry: model versions in MLflow that pin everything their pictures depend on."""

@@ -1,4 +1,4 @@
-"""A registered model's card: what it is, how good, of which data, and what it is not for."""
+"""The model card of a registered model: contents, results, data sources and limits."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -20,20 +20,20 @@ _LIMITS = """\
 
 
 def sources_of(retriever: "Retriever") -> Mapping[tuple[str, str], int]:
-    """Return how many rows of the index have each source and licence, the most first."""
+    """Return the number of rows per source and licence of the index, largest first."""
     rows = retriever.read(["source", "licence"])
     counts = rows.group_by(["source", "licence"]).aggregate([([], "count_all")]).sort_by([("count_all", "descending")])
     return {(each["source"], each["licence"]): each["count_all"] for each in counts.to_pylist()}
 
 
 def model_card(manifest: Manifest, sources: Mapping[tuple[str, str], int], results: str, *, has_grid: bool) -> str:
-    """Return the card in markdown.
+    """Return the model card in markdown.
 
     Args:
-        manifest: what the model depends on.
-        sources: rows of the index by source and licence, the most first.
-        results: a table, or any markdown.
-        has_grid: whether there is a picture beside the card.
+        manifest: manifest of the model.
+        sources: number of rows per source and licence, as `sources_of` returns it.
+        results: evaluation results in markdown, e.g. a table.
+        has_grid: whether the card's folder has a picture grid, to embed in the card.
     """
     shown = list(sources.items())[:_MAX_SOURCES]
     rest = sum(sources.values()) - sum(count for _, count in shown)

@@ -1,4 +1,4 @@
-"""The present champion, as an evaluation compares a candidate with it: its own weights with its own index."""
+"""The current champion as a baseline of an evaluation: its own weights with its own index."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +20,20 @@ _DIGITS = 16
 
 @dataclass(frozen=True)
 class Champion:
-    """The version in use, where it is not what the candidate would be."""
+    """The champion, if its weights or index differ from the candidate's."""
 
     version: int
     deployed: Deployed | None
-    """None where it is for another base model, and so can't be compared."""
+    """None if it has another base model, and so can't be compared."""
     is_same_weights: bool
-    """As the candidate's, which then differs in its index alone."""
+    """Whether it has the candidate's weights, so that only the index differs."""
 
 
 def present_champion(settings: Settings, finetuned: Finetuned) -> Champion | None:
-    """Fetch the champion, verified, unless there is none or it has the candidate's weights and index.
+    """Fetch and verify the champion; None if there is none, or if it has the candidate's weights and index.
 
     Raises:
-        UserError: if MLflow can't be used, nothing is published, or the champion's files are not what was registered.
+        UserError: if MLflow can't be used, nothing is published, or the champion's files were changed.
     """
     info = next((each for each in list_versions(settings) if CHAMPION in each.aliases), None)
     if info is None:
@@ -47,16 +47,16 @@ def present_champion(settings: Settings, finetuned: Finetuned) -> Champion | Non
     if info.pinned("base_digest") != finetuned.base_digest:
         return Champion(info.version, None, is_same_weights)
     folder = _shared_copy(settings, info, finetuned.index_name)
-    # Where it was, or in this home, which may have been moved since.
+    # The index at its recorded URI, or in this home, which may have been moved since.
     uris = [f"{folder}/{package.INDEX}"] if info.portable else [info.pinned("index_uri"), settings.index_uri]
     own = next((each for each in (Store(uri, name) for uri in uris) if each.has(version)), None)
-    # Where a takedown deleted its own, there is no other than the present one that it could be used with.
+    # If a takedown deleted its version of the index, the only one left to use is the published version.
     index = present if own is None else own.index_version(version)
     return Champion(info.version, Deployed(folder=folder, index=index), is_same_weights)
 
 
 def _shared_copy(settings: Settings, info: VersionInfo, index_name: str) -> str:
-    """Return the model's own folder where all workers can read it: beside trainings, not in this machine's home."""
+    """Return a copy of the model's own folder that all workers can read, in the folder of trainings."""
     shared = f"{settings.training_of(index_name)}/champions/{info.version}-{info.pinned('content')[:_DIGITS]}"
     filesystem, path = fsspec.url_to_fs(shared)
     if not filesystem.exists(f"{path}/{package.MANIFEST}"):
@@ -65,7 +65,7 @@ def _shared_copy(settings: Settings, info: VersionInfo, index_name: str) -> str:
             manifest = folder / package.MANIFEST
             for file in sorted(each for each in folder.rglob("*") if each.is_file() and each != manifest):
                 _put(filesystem, file, f"{path}/{file.relative_to(folder).as_posix()}")
-            _put(filesystem, manifest, f"{path}/{package.MANIFEST}")  # the last: a folder that has it is whole
+            _put(filesystem, manifest, f"{path}/{package.MANIFEST}")  # last: its presence marks a complete folder
     return shared
 
 
@@ -77,7 +77,7 @@ def _put(filesystem: Any, file: Path, path: str) -> None:
 def champion_behind(settings: Settings, cached: CachedFeatures, index_version: int) -> str | None:
     """Return the folder of the champion's training, if the champion uses an older version of this index.
 
-    Only an index that has features of the champion's base model can be one for it.
+    Only an index with features of the champion's base model counts.
 
     Raises:
         UserError: if MLflow can't be used.

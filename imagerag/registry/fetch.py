@@ -1,4 +1,4 @@
-"""A version's files, fetched from MLflow and verified, as they are or as a diffusers folder."""
+"""Download and verify a version's files from MLflow, unchanged or converted to a diffusers folder."""
 
 import shutil
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 def download(settings: Settings, version: int, to: Path) -> Path:
-    """Fetch a version's files, make sure that they are what was registered, and return the model's own folder.
+    """Download a version's files, verify that they are as registered, and return the model's own folder.
 
-    Nothing of them is run or unpickled. `to` is written as a whole, or not at all.
+    No file is run or unpickled. `to` is written completely or not at all.
 
     Raises:
-        UserError: if MLflow or the version is not to be had, the version was not registered by this package, has a
-            pickle or was changed, or there is something at `to`.
+        UserError: if MLflow or the version is unavailable, the version was not registered by this package, has a pickle
+            or was changed, or `to` exists.
     """
     from mlflow.artifacts import download_artifacts
 
@@ -54,10 +54,10 @@ def download(settings: Settings, version: int, to: Path) -> Path:
 
 
 def pull_served(settings: Settings, alias_or_version: str, out: Path) -> VersionInfo:
-    """Write a version as `mlflow models serve` and `load_model` take it, after checking what they will run of it.
+    """Write a version as `mlflow models serve` and `load_model` read it, after verifying the code that they run.
 
     Raises:
-        UserError: as of `download`, and if nothing tells whether that is what was registered.
+        UserError: as `download`, and if the version has no digest to verify its code with.
     """
     info = resolve_version(settings, alias_or_version)
     if CODE_TAG not in info.tags:
@@ -71,10 +71,10 @@ def pull_served(settings: Settings, alias_or_version: str, out: Path) -> Version
 
 @contextmanager
 def opened(settings: Settings, alias_or_version: str) -> "Iterator[ImageRAGTurboPipeline]":
-    """Yield a version's pipeline, with its own base model, adapter and index, for as long as the block lasts.
+    """Yield a version's pipeline with its base model, adapter and index; its files are deleted after the block.
 
     Raises:
-        UserError: as of `pull`.
+        UserError: as `pull`.
     """
     info = resolve_version(settings, alias_or_version)
     with TemporaryDirectory() as temporary:
@@ -84,10 +84,10 @@ def opened(settings: Settings, alias_or_version: str) -> "Iterator[ImageRAGTurbo
 def pull(settings: Settings, alias_or_version: str, out: Path) -> VersionInfo:
     """Write a version as `ImageRAGTurboPipeline.from_pretrained` loads it: base model, adapter, LoRA, card.
 
-    A portable version brings its index; another one names the index's place and version.
+    The folder of a portable version has a copy of its index; others have the index's URI and version.
 
     Raises:
-        UserError: as of `download`, and if the base model or the index is not the pinned one.
+        UserError: as `download`, and if the base model or the index is not the pinned one.
     """
     _check_free(out)
     info = resolve_version(settings, alias_or_version)
@@ -114,7 +114,7 @@ def _check_free(path: Path) -> None:
 
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path`, for what is moved there when it is whole."""
+    """Yield a temporary folder next to `path`, whose complete contents can then be moved to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}-", suffix=".partial", dir=path.parent) as folder:
         yield Path(folder)

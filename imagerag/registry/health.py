@@ -1,4 +1,4 @@
-"""Whether registered versions can be had: their files, and the index that they pin."""
+"""Check that registered versions are usable: their files, and the index that they pin."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from imagerag.settings import Settings
 
 
 def check_versions(settings: Settings) -> Iterator[tuple[VersionInfo, str | None]]:
-    """Yield every version of the registered model, the newest first, and what is wrong with it.
+    """Yield every version of the registered model, newest first, with a description of its fault or None.
 
     Raises:
         UserError: if MLflow can't be used.
@@ -23,7 +23,7 @@ def _fault(settings: Settings, info: VersionInfo) -> str | None:
         source = client.get_model_version_download_uri(MODEL_NAME, str(info.version))
     try:
         found = any(path.endswith("MLmodel") for path, _ in files_of(settings, source))
-    except Exception as error:  # noqa: BLE001 - artifact stores have exceptions of their own
+    except Exception as error:  # noqa: BLE001 - artifact stores raise their own exceptions
         return f"its files in {source} can't be read: {error}"
     if not found:
         return f"its files are not in {source}"

@@ -1,4 +1,4 @@
-"""Where a version comes from: its training's run, and the index's versions among that run's inputs."""
+"""Lineage of a version: its training's MLflow run, with the versions of the index as inputs."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _DIGITS = 16
 
 
 def run_of(client: "MlflowClient", finetuned: Finetuned, settings: Settings) -> Any:
-    """Return a training's run; where MLflow has lost it, one that names it.
+    """Return a training's MLflow run; if MLflow has lost it, a new run with its name.
 
     Raises:
         UserError: if MLflow can't be used.
@@ -35,7 +35,7 @@ def run_of(client: "MlflowClient", finetuned: Finetuned, settings: Settings) -> 
 
 
 def log_inputs(client: "MlflowClient", finetuned: Finetuned, manifest: Manifest) -> None:
-    """Name the index's versions among the inputs of the training's run."""
+    """Log the versions of the index as dataset inputs of the training's run."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     uses = {manifest.index_version: "retrieval", finetuned.index_version: "training"}

@@ -1,8 +1,8 @@
-"""The folder that MLflow loads and serves: a registered model's own folder, code that loads it, and the card.
+"""The folder that MLflow loads and serves: a registered model's own folder, its loading code, and the card.
 
-MLflow runs what is in it: `model_code.py`, whatever `MLmodel` names, a portable model's copy of this package, and,
-where it makes an environment, what `requirements.txt` has installed. `code_digest` tells all of that from what was
-registered.
+MLflow runs code from this folder: `model_code.py`, anything that `MLmodel` names, a portable model's copy of this
+package, and, if it creates an environment, the packages in `requirements.txt`. `code_digest` detects changes of all
+these files.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from imagerag.registry.card import CARD, GRID
 from imagerag.registry.package import INDEX, MANIFEST, Manifest, read
 
 PACKAGE = "package"
-"""The artifact that is the model's own folder."""
+"""Name of MLflow's artifact for the model's own folder."""
 FOLDER = Path("artifacts", PACKAGE)
-"""Where MLflow puts it."""
+"""Path of that artifact in MLflow's folder."""
 _SOURCE = Path(__file__).parent.parent
 _METADATA = (
     "base",
@@ -30,12 +30,12 @@ _METADATA = (
     "training",
     "portable",
 )
-"""What of the manifest MLflow shows and hands out as the model's metadata."""
+"""Manifest fields copied to MLflow's model metadata."""
 _PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 
 def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: Path | None) -> Path:
-    """Write MLflow's folder `model` around a model's own `folder`, and return it."""
+    """Write MLflow's folder `model`, which contains the model's own `folder`, and return it."""
     import pandas as pd
     from mlflow.pyfunc import save_model
 
@@ -63,13 +63,13 @@ def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: 
 
 
 def _not_for_pictures(folder: str, names: list[str]) -> set[str]:
-    """Return what a copy of this package can do without: the sample corpus, and what Python makes anew."""
+    """Return the names to leave out of a copy of this package: the sample corpus and bytecode caches."""
     at = Path(folder).relative_to(_SOURCE)
     return {name for name in names if name == "__pycache__" or at / name == Path("corpus", "sample", "data")}
 
 
 def code_digest(model: Path) -> str:
-    """Return a digest of all that MLflow may run of its folder: every file but the model's own and the card's."""
+    """Return a digest of all files that MLflow may run: all but the model's own folder, the card and its grid."""
     found = (path for path in sorted(model.rglob("*")) if path.is_file() and (model / FOLDER) not in path.parents)
     files = ((path.relative_to(model).as_posix(), path) for path in found)
     lines = [f"{name}\0{sha256_of(path)}\n" for name, path in files if name not in (CARD, GRID)]
@@ -77,20 +77,20 @@ def code_digest(model: Path) -> str:
 
 
 def check_model(model: Path, digest: str, code: str | None) -> None:
-    """Make sure that MLflow's folder has the manifest of this digest, the files that it lists, and no pickle.
+    """Check that MLflow's folder has a manifest with this digest, exactly the files that it lists, and no pickle.
 
     Args:
-        model: the folder.
-        digest: of the manifest, as the version's tag has it.
-        code: the `code_digest`, likewise; None of a version that was registered without one.
+        model: MLflow's folder.
+        digest: SHA-256 of the manifest, from the version's tag.
+        code: `code_digest` of the folder, from the version's tag; None for versions registered without one.
 
     Raises:
-        UserError: if not.
+        UserError: if a check fails.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    index = model / FOLDER / INDEX  # only Lance reads that, which has no pickles but files named *.bin
+    index = model / FOLDER / INDEX  # read only by Lance, which has no pickles, but files named *.bin
     for path in sorted(model.rglob("*")):
         if path.suffix in _PICKLED and index not in path.parents:
             raise UserError(f"the model has {path.relative_to(model)}, a pickle, which can run code when it is loaded")

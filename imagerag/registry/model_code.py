@@ -1,4 +1,4 @@
-"""What MLflow runs to make the model ("models from code"): it copies this file into each version's folder."""
+"""Code that MLflow runs to create the model ("models from code"), copied into each version's folder."""
 
 from mlflow.models import set_model
 

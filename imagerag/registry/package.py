@@ -1,10 +1,11 @@
-"""A registered model's own folder: the trained weights, all that a picture depends on beside them, and every digest.
+"""A registered model's own folder: trained weights, and a manifest of everything its pictures depend on.
 
     imagerag.json       the manifest
     adapter/  lora/     safetensors
     index/              a copy of the index's version, if the model is portable
 
-The base model is pinned by its digest and not in it. Nothing is loaded before every file has the manifest's digest.
+The base model is pinned by its digest and not included. All files are checked against the manifest's digests before
+any is loaded.
 """
 
 import hashlib
@@ -43,64 +44,64 @@ _WEIGHTS_SUFFIXES = (".json", ".safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a picture depends on."""
+    """Everything that a picture depends on."""
 
     base_id: str
     """`tiny`, a hub id or a folder."""
     base_revision: str | None
-    """The commit, of a base model from the hub."""
+    """Commit of a base model from the hub, otherwise None."""
     base_digest: str
     encoder_id: str
-    """Of the retriever."""
+    """Encoder of the index."""
     encoder_digest: str
     index_uri: str
-    """Where the index was when the model was registered."""
+    """URI of the index at registration."""
     index_name: str
     index_version: int
     index_created_at: str
     portable: bool
-    """Whether the folder has a copy of that index's version, which is used instead."""
+    """Whether the folder has a copy of the index version, which is then used instead of `index_uri`."""
     features_digest: str
     training: str
-    """The training's name: a digest of all that it depended on."""
+    """Name of the training: a digest of all its inputs."""
     run_id: str
-    """Of the training, in MLflow."""
+    """MLflow run of the training."""
     dtype: "Dtype" = "fp32"
-    """What it is loaded in, on any machine, so that the same picture can be had on all of them."""
+    """Dtype to load the model in on every machine, so that all of them generate the same pictures."""
     packages: Mapping[str, str]
-    """Versions of this package and of what it depends on."""
+    """Versions of this package and its dependencies."""
     files: Mapping[str, str]
-    """SHA-256 of every file beside the manifest, by its path."""
+    """SHA-256 of every file but the manifest, by path."""
 
     @property
     def base(self) -> str:
-        """What `load_base` is given."""
+        """The argument of `load_base`."""
         return self.base_id if self.base_revision is None else f"{self.base_id}@{self.base_revision}"
 
     @property
     def content(self) -> str:
-        """A digest of it all, but for where the index is, which may be moved, and for the files of its copy.
+        """A digest of the manifest without the index's URI, which may change, and without the files of its copy.
 
-        These are other ones each time it is made; what tells the index from others is its name and when it was made.
+        Each copy has different files; the index is identified by its name, version and time of creation.
         """
         files = {path: digest for path, digest in self.files.items() if not path.startswith(f"{INDEX}/")}
         return hashlib.sha256(_to_json(replace(self, index_uri="", files=files))).hexdigest()
 
     @property
     def requirements(self) -> list[str]:
-        """What has to be installed beside this package, for pip."""
-        # A local version (`2.13.0+cpu`) names a build that package indexes do not have.
+        """Requirements of this package, with exact versions, for pip."""
+        # Local versions (`2.13.0+cpu`) are builds that package indexes don't have.
         return [f"{name}=={own.split('+')[0]}" for name, own in self.packages.items() if name != DISTRIBUTION]
 
 
 def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable: bool) -> Manifest:
-    """Write the folder of a trained adapter and of the index's version that `retriever` has opened.
+    """Write the folder of a trained adapter with the index version that `retriever` has opened.
 
-    A portable one lacks its index still, see `add_index`.
+    `add_index` then adds the index of a portable model.
 
     Raises:
-        UserError: if the base model at hand is not the one that was trained for, the index has no features of it, or
-            what was trained is not safetensors.
+        UserError: if the base model differs from the one that the adapter was trained for, the index has no features of
+            it, or the trained weights are not safetensors.
     """
     _copy_weights(finetuned.uri, folder)
     from imagerag.generation.base import default_device, default_dtype
@@ -108,7 +109,7 @@ def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable
     base = resolve(finetuned.base)
     _check_base(base, finetuned.base_digest)
     features = identity_of(base, retriever.dataset.schema)
-    retriever.count_without(features)  # which has to have some
+    retriever.count_without(features)  # raises if there are none
     hub = _HUB.fullmatch(base.identity.id)
     index_folder = local_folder(retriever.uri)
     manifest = Manifest(
@@ -134,7 +135,7 @@ def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable
 
 
 def add_index(folder: Path, manifest: Manifest) -> Manifest:
-    """Put a copy of the index into a folder, published there, and return its manifest then."""
+    """Add a published copy of the index to a folder, and return the updated manifest."""
     store = Store(manifest.index_uri, manifest.index_name)
     move_tag(store.copy(manifest.index_version, str(folder / INDEX)), manifest.index_version)
     manifest = replace(manifest, files=_digests(folder))
@@ -143,10 +144,10 @@ def add_index(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def read(folder: Path) -> Manifest:
-    """Return the manifest, after making sure that the folder's files are those that it lists.
+    """Return the manifest, after checking the folder's files against it.
 
     Raises:
-        UserError: if a file is missing, is another one or is not listed, or the manifest is none.
+        UserError: if a file is missing, changed or not listed, or the manifest can't be read.
     """
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
@@ -164,12 +165,12 @@ def read(folder: Path) -> Manifest:
 
 
 def load(folder: Path, device: str | None = None, dtype: "Dtype | None" = None) -> "ImageRAGTurboPipeline":
-    """Load the pipeline of a registered model's folder. The device is as `load_base` takes it.
+    """Load the pipeline of a registered model's folder.
 
     Args:
-        folder: the model's.
-        device: a torch device.
-        dtype: instead of the one in the manifest, and then pictures are not the same bit for bit.
+        folder: the model's own folder.
+        device: torch device; by default as `load_base`.
+        dtype: dtype instead of the manifest's; pictures are then not bit-for-bit the same.
 
     Raises:
         UserError: if a file was changed, or the base model or the index is not the pinned one.
@@ -204,10 +205,10 @@ def _check_base(base: BaseFiles, digest: str) -> None:
 
 
 def _find_index(manifest: Manifest) -> str:
-    """Return where the pinned version is: where it was, or in this home, which may have been moved since."""
+    """Return the URI of the pinned version: the recorded one, or this home's, which may have been moved since."""
     for uri in (manifest.index_uri, Settings().index_uri):
         store = Store(uri, manifest.index_name)
-        with suppress(OSError):  # another machine's, or a store that can't be reached
+        with suppress(OSError):  # another machine's folder, or an unreachable store
             if store.has(manifest.index_version) and _made_at(store, manifest) == manifest.index_created_at:
                 return uri
     return manifest.index_uri

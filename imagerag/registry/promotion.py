@@ -1,4 +1,4 @@
-"""Which version of the registered model is in use: promoted and rolled back, by whom and why."""
+"""Promotion and rollback of versions of the registered model, with author and reason."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -27,7 +27,7 @@ _ROLLED_BACK_TAG = f"{TAG}rolled_back_by"
 
 
 def rolled_back(settings: Settings, training: str) -> str:
-    """Return who rolled a training's weights back and why, if somebody did and nobody has promoted them since.
+    """Return who rolled back a training's weights and why; empty if nobody did, or if a person promoted them since.
 
     Raises:
         UserError: if MLflow can't be used.
@@ -44,20 +44,20 @@ def promote(
     author: str,
     tags: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Make a version the champion, and the champion so far `previous`. Nothing moves if it is the champion already.
+    """Make a version `champion`, and the current champion `previous`. Does nothing if it is the champion already.
 
-    What a person rolled back, with whatever index, is promoted again only by a person, and from then on is as others.
+    After a person rolled back a training's weights, with any index, the gate can't promote them until a person does.
 
     Args:
-        settings: where MLflow is.
-        version: of the registered model.
-        reason: why.
-        author: who, or `THE_GATE`.
-        tags: of the version.
+        settings: location of MLflow.
+        version: number of the version.
+        reason: reason for the promotion.
+        author: name of the person, or `THE_GATE`.
+        tags: tags to add to the version.
 
     Raises:
-        UserError: if there is no such version, it was not registered by this package, no reason is given, or the gate
-            promotes what a person rolled back.
+        UserError: if there is no such version, it was not registered by this package, the reason is empty, or the gate
+            promotes weights that a person rolled back.
     """
     _check_reason(reason)
     with writing_registry(settings) as client:
@@ -77,10 +77,10 @@ def promote(
 
 
 def rollback(settings: Settings, *, reason: str, author: str) -> int:
-    """Make the previous champion the champion again, and return its version. There is no previous one then.
+    """Make the version `previous` the champion again, remove the alias `previous`, and return the version.
 
     Raises:
-        UserError: if there is none, or no reason is given.
+        UserError: if there is no previous champion, or the reason is empty.
     """
     _check_reason(reason)
     with writing_registry(settings) as client:
@@ -91,7 +91,7 @@ def rollback(settings: Settings, *, reason: str, author: str) -> int:
             raise UserError(f"{MODEL_NAME} has no previous champion to go back to; {now}. `imagerag promote` makes one")
         _tag(client, champion, {_ROLLED_BACK_TAG: author, f"{TAG}rollback_reason": reason})
         client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(previous))
-        # Twice in a panic is not once and back.
+        # Without `previous`, a second rollback in a panic can't undo the first.
         client.delete_registered_model_alias(MODEL_NAME, PREVIOUS)
         return previous
 
@@ -109,7 +109,7 @@ def _rolled_back(client: "MlflowClient", training: str) -> str:
 
 
 def _forget_rollbacks(client: "MlflowClient", training: str) -> None:
-    """Let the gate promote a training again. Why it was rolled back stays to be read."""
+    """Let the gate promote a training's weights again; the tags with the reasons of its rollbacks stay."""
     for info in versions_in(client):
         if info.pinned("training") == training and _ROLLED_BACK_TAG in info.tags:
             client.delete_model_version_tag(MODEL_NAME, str(info.version), _ROLLED_BACK_TAG)

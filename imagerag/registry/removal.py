@@ -1,7 +1,7 @@
-"""Versions of the registered model that go, by their number or by a limit, and what that frees.
+"""Removal of versions of the registered model, by number or by a limit, and the space that it frees.
 
-A version pins a version of its index and has its files in MLflow. The automation makes one a night, so the limit is
-what keeps a disk from filling. What has an alias stays, and what people promoted or rolled back, too.
+A version pins a version of its index, and has files in MLflow. The automation registers one a night, so without a limit
+the disk would fill up. Versions with an alias, and those that people promoted or rolled back, are kept.
 """
 
 import logging
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """A version that is gone."""
+    """A removed version."""
 
     version: int
     num_bytes: int
-    """Of its files."""
+    """Size of its files."""
     index: str
-    """Number and name of what it kept, whose files go when the next version of the index is published."""
+    """Version and name of the index that it pinned; the next publication of the index deletes its files."""
 
 
 def remove(settings: Settings, version: int) -> Removed:
-    """Remove a version, its files and its pin. If it is killed, call it again.
+    """Remove a version, its files and its pin. Call it again if it was killed.
 
     Raises:
         UserError: if MLflow can't be used, there is no such version, or it has an alias.
@@ -57,7 +57,7 @@ def remove(settings: Settings, version: int) -> Removed:
 
 
 def prune(settings: Settings, keep: int) -> list[Removed]:
-    """Remove all versions but the `keep` newest of those that nobody named; these stay as well.
+    """Remove old versions: all but the `keep` newest, not counting those with an alias or a person's decision.
 
     Raises:
         UserError: if MLflow can't be used.
@@ -68,7 +68,7 @@ def prune(settings: Settings, keep: int) -> list[Removed]:
 
 
 def remove_version(client: "MlflowClient", settings: Settings, info: VersionInfo) -> Removed:
-    """Remove a version, whatever names it."""
+    """Remove a version, even if it has aliases."""
     store = Store(info.pinned("index_uri"), info.pinned("index_name"))
     if info.signed and store.exists:
         unpin(store, info.pin_label)
@@ -81,7 +81,7 @@ def remove_version(client: "MlflowClient", settings: Settings, info: VersionInfo
 
 
 def files_of(settings: Settings, uri: str) -> Iterator[tuple[str, int]]:
-    """Yield the path and size of every artifact below a URI; nothing where there is none."""
+    """Yield path and size in bytes of every artifact below a URI."""
     repository = _repository(settings, uri)
     folders: list[str | None] = [None]
     while folders:
@@ -93,7 +93,7 @@ def files_of(settings: Settings, uri: str) -> Iterator[tuple[str, int]]:
 
 
 def delete_files(settings: Settings, uri: str) -> bool:
-    """Delete an artifact, or a folder of them, and return whether it was there."""
+    """Delete an artifact or a folder of artifacts, and return whether it existed."""
     folder, name = uri.rstrip("/").rsplit("/", 1)
     repository = _repository(settings, folder)
     found = any(each.path == name for each in repository.list_artifacts())

@@ -1,4 +1,4 @@
-"""A registered model as MLflow calls it: prompts and parameters in, pictures and where they come from out."""
+"""MLflow's interface to a registered model: prompts and parameters in, pictures with their references out."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -54,22 +54,22 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-"""Images are PNGs in base64. Parameters that MLflow's own flavour of diffusers has, too, have its names."""
+"""Images are base64-encoded PNGs. Parameters are named as in MLflow's own diffusers flavour, where it has them."""
 MODEL_CONFIG: Mapping[str, Any] = dict.fromkeys(_LOADING) | WaitingConfig().model_dump()
-"""What `load_model(..., model_config=...)` may set, and SERVING_MODEL_CONFIG as JSON for `mlflow models serve`."""
+"""Options of `load_model(..., model_config=...)`; for `mlflow models serve`, as JSON in SERVING_MODEL_CONFIG."""
 _REQUIRED = {spec.name for spec in SIGNATURE.params.params if spec.default is not None}
 _RENAMED = {"steps": "num_inference_steps"}
-"""Parameters of versions that were registered by earlier releases."""
+"""Old names of parameters, in versions that earlier releases registered."""
 
 
 class ImageRAGTurboModel(PythonModel):  # type: ignore[misc]
     """A pipeline that MLflow loads and serves."""
 
     def load_context(self, context: Any) -> None:
-        """Load the pipeline and make a picture, so that a server that says that it is healthy is, and is warm.
+        """Load the pipeline and generate a picture, so that a server that reports healthy is tested and warmed up.
 
-        `device` and `dtype` of MLflow's `model_config`, and errors, are as of `package.load`; the rest is a
-        `WaitingConfig`.
+        In MLflow's `model_config`, `device` and `dtype` are arguments of `package.load`, whose errors apply; other
+        options are those of `WaitingConfig`.
         """
         config = {name: value for name, value in (context.model_config or {}).items() if value is not None}
         loading = {name: config.pop(name, None) for name in _LOADING}
@@ -80,10 +80,10 @@ class ImageRAGTurboModel(PythonModel):  # type: ignore[misc]
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Return the rows of all prompts, prompt by prompt.
+        """Return the rows of all prompts, in the order of the prompts.
 
         Raises:
-            MlflowException: for what is a `UserError` elsewhere, because the server shows the message of no other.
+            MlflowException: instead of a `UserError`, because MLflow's server shows only its messages.
         """
         try:
             named = {_RENAMED.get(name, name): value for name, value in (params or {}).items()}
@@ -98,7 +98,7 @@ class ImageRAGTurboModel(PythonModel):  # type: ignore[misc]
 
 
 def _prompts(frame: pd.DataFrame) -> list[Any]:
-    """Return the prompts of what MLflow hands on: of a dict of lists, it makes a frame whose one row is the list."""
+    """Return the prompts of MLflow's input frame, whose only row is a list if the input was a dict of lists."""
     rows = frame["prompt"].tolist()
     return [prompt for row in rows for prompt in (row if isinstance(row, list | np.ndarray) else [row])]
 
@@ -119,29 +119,29 @@ def make_rows(
     height: int | None = None,
     width: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Make pictures of prompts, and return for each its `image` (PNG in base64), its `seed` and its `references`.
+    """Generate pictures, and return the `image` (base64-encoded PNG), `seed` and `references` of each.
 
-    By default each is made by itself, so that it does not depend, not even in its last digits, on what is asked for
-    with it. The PNG's text `imagerag` says what made it, with its references and their licences.
+    By default pictures are generated one by one, so that a picture is bit-for-bit independent of other prompts and
+    requests. The PNG's text chunk `imagerag` has the model, the arguments, and the references with their licences.
 
     Args:
-        waiting: what makes them.
-        prompts: at least one.
-        seed: of the first picture of each prompt; the next ones have the next seeds.
-        num_images: of each prompt.
-        num_references: of each prompt; by default as many as suit the fusion.
-        fusion: how references are used.
-        scale: of what the adapter adds; by default the adapter's own.
-        w: of the base model in slerp; by default the base model's own.
-        num_inference_steps: of the scheduler.
-        guidance_scale: of classifier-free guidance; 1 and less mean none, which is the default.
-        negative_prompt: what guidance leads away from.
-        height: of a picture, in pixels, with `width`; by default the base model's own.
-        width: likewise.
+        waiting: queue of the pipeline.
+        prompts: one or more prompts.
+        seed: seed of the first picture of each prompt; further pictures have the following seeds.
+        num_images: number of pictures per prompt.
+        num_references: number of references per prompt; by default the fusion's default.
+        fusion: fusion of references.
+        scale: scale of the adapter's contribution; by default the adapter's own.
+        w: slerp weight of the base model; by default the base model's own.
+        num_inference_steps: number of scheduler steps.
+        guidance_scale: scale of classifier-free guidance; off at 1 and below, and by default.
+        negative_prompt: negative prompt of the guidance.
+        height: height in pixels, given together with `width`; by default the base model's own.
+        width: width in pixels.
 
     Raises:
-        UserError: if an argument is out of its bounds, or references can't be had.
-        BusyError: if too much waits.
+        UserError: if an argument is out of bounds, or references are unavailable.
+        BusyError: if too many pictures wait, or these have waited too long.
     """
     most = waiting.config.max_images
     if not 1 <= num_images <= most:
@@ -155,7 +155,7 @@ def make_rows(
     for name, side in (("height", height), ("width", width)):
         if side is not None and (side % _SIDE_OF_LATENT or not _SIDE_OF_LATENT <= side <= _MAX_SIDE):
             raise UserError(f"{name} is a multiple of {_SIDE_OF_LATENT} up to {_MAX_SIDE} pixels; got {side}")
-    if (height is None) != (width is None):  # which diffusers would ignore
+    if (height is None) != (width is None):  # diffusers would ignore a single one
         raise UserError(f"height and width are given together; got {height} and {width}")
     given = {
         "num_references": num_references, "fusion": fusion, "adapter_scale": scale, "w": w,

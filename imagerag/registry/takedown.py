@@ -1,4 +1,4 @@
-"""What MLflow keeps of an image that is taken down: pages and pictures of runs, and models with a copy of the index."""
+"""Takedown of images in MLflow: result pages and pictures of runs, and models with a copy of the index."""
 
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -35,14 +35,14 @@ _VALIDATION = "validation"
 def sweep_models(
     settings: Settings, name: str, ids: pa.Array, evaluation_runs: Collection[str], training_sets: Collection[str]
 ) -> Sweep:
-    """Delete what MLflow has of rows that are taken down, and name what can't be reached.
+    """Delete artifacts in MLflow that show taken-down rows, and report copies that can't be deleted.
 
     Args:
-        settings: where MLflow is.
-        name: the corpus.
-        ids: of the rows.
-        evaluation_runs: whose pages show one of them.
-        training_sets: names of the tables of references that list one of them.
+        settings: location of MLflow.
+        name: name of the corpus.
+        ids: ids of the rows.
+        evaluation_runs: ids of evaluation runs whose pages show one of the rows.
+        training_sets: names of reference tables that list one of the rows.
 
     Raises:
         UserError: if MLflow can't be used.
@@ -68,11 +68,11 @@ def sweep_models(
 def _artifacts(
     client: "MlflowClient", evaluation_runs: Collection[str], training_sets: Collection[str]
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Yield runs with the URI of their artifacts and which of these have to go."""
+    """Yield the id and artifact URI of runs, with the names of the artifacts to delete."""
     from mlflow.exceptions import MlflowException
 
     for run_id in evaluation_runs:
-        with suppress(MlflowException):  # it may have been lost
+        with suppress(MlflowException):  # the run may be lost
             yield run_id, client.get_run(run_id).info.artifact_uri, _PAGES
     for run in _trainings(client):
         if run.data.tags.get("references_uri", "").rsplit("/", 1)[-1] in training_sets:
@@ -80,7 +80,7 @@ def _artifacts(
 
 
 def _trainings(client: "MlflowClient") -> Iterator[Any]:
-    """Yield the runs of all trainings, those that were deleted too: their artifacts may be there."""
+    """Yield the runs of all trainings, including deleted ones, whose artifacts may still exist."""
     from mlflow.entities import ViewType
 
     experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -96,7 +96,7 @@ def _trainings(client: "MlflowClient") -> Iterator[Any]:
 def _sweep(settings: Settings, what: str, uri: str) -> Sweep:
     try:
         return Sweep(deleted=(what,)) if delete_files(settings, uri) else Sweep()
-    except Exception as error:  # noqa: BLE001 - artifact stores have exceptions of their own; a person has to see to it
+    except Exception as error:  # noqa: BLE001 - artifact stores raise their own exceptions; reported for a person to fix
         return Sweep(left=(f"{what} can't be deleted from {uri}: {error}",))
 
 

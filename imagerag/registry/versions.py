@@ -1,8 +1,8 @@
-"""Versions of the registered model in MLflow: made and listed; `promotion` says which one is in use.
+"""Versions of the registered model in MLflow: registration and look-up (`promotion` moves the champion).
 
-A version's tag holds the digest of its manifest, which holds those of all files: what has no such tag, or other
-files, was not registered by this package and is not used. Aliases are what others ask for: `candidate` is what was
-registered last, `champion` the one in use, `previous` the champion before it.
+A tag of a version has the digest of its manifest, which has the digests of all files: a version without the tag, or
+with different files, was not registered by this package and is not used. Versions are looked up by alias: `candidate`
+is the last registered version, `champion` the one in use, `previous` the champion before it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "imagerag-turbo"
 THE_GATE = "the gate"
-"""Who promotes where no person does."""
+"""Author of automatic promotions."""
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 TAG = "imagerag."
 _MANIFEST_TAG, _CONTENT_TAG, CODE_TAG = f"{TAG}manifest", f"{TAG}content", f"{TAG}code"
 _INDEX_KEYS = ("index_uri", "index_name", "index_version")
 _PINNED = ("base", "base_digest", "encoder_id", *_INDEX_KEYS, "features_digest", "training", "portable")
-"""What of the manifest is a tag, so that it can be seen and searched for."""
+"""Manifest fields copied to version tags, to view and search."""
 _MAX_DESCRIPTION = 5_000
-"""Characters; the column of MLflow's database."""
+"""Maximum number of characters, from the column in MLflow's database."""
 _DIGITS = 16
 
 
@@ -54,26 +54,26 @@ class VersionInfo:
     aliases: tuple[str, ...]
     created_at: datetime
     run_id: str
-    """Of the training."""
+    """MLflow run of the training."""
     tags: Mapping[str, str]
 
     @property
     def signed(self) -> bool:
-        """Whether it was registered by this package."""
+        """Whether this package registered it."""
         return _MANIFEST_TAG in self.tags
 
     @property
     def portable(self) -> bool:
-        """Whether it carries a copy of its index."""
+        """Whether it includes a copy of its index."""
         return self.pinned("portable") == "True"
 
     @property
     def pin_label(self) -> str:
-        """What its index's version is kept for, see `retrieval.pins`."""
+        """Label of the pin on its version of the index, see `retrieval.pins`."""
         return _pin_label(self.version, self.pinned("content"))
 
     def pinned(self, name: str) -> str:
-        """Return what it pins: `base`, `index_name`, `index_version` and so on; nothing where it is not signed."""
+        """Return a tag of this package by name: `base`, `index_name`, `index_version` etc.; empty if there is none."""
         return self.tags.get(TAG + name, "")
 
 
@@ -88,24 +88,23 @@ def register(
     portable: bool = False,
     flow_run_url: str | None = None,
 ) -> Registered:
-    """Make a version of a trained adapter and an index, and let `candidate` name it.
+    """Register a trained adapter with an index version as `candidate`.
 
-    The same content is one version, however often it is registered. The index's version is pinned in its store, and so
-    outlives later publications.
+    Registering the same content again returns the same version. The index version is pinned in its store, so that later
+    publications keep it.
 
     Args:
-        finetuned: what was trained.
-        settings: where MLflow and the index are.
-        index_version: of the index; by default the published one.
-        results: a table for the card, in markdown.
-        grid: a picture for the card, a PNG.
-        tags: of the version.
-        portable: whether it carries a copy of the index, for machines that can't reach the store.
-        flow_run_url: link to the run that registers it, for the version's description.
+        finetuned: result of the training.
+        settings: locations of MLflow and the index.
+        index_version: version of the index; by default the published one.
+        results: evaluation results for the model card, in markdown.
+        grid: PNG file with a picture grid, for the model card.
+        tags: tags of a new version.
+        portable: whether to include a copy of the index, for machines that can't reach the store.
+        flow_run_url: URL of the flow run that registers it, for the version's description.
 
     Raises:
-        UserError: if MLflow, the base model or the index is not to be had, or what was trained
-            does not fit them.
+        UserError: if MLflow, the base model or the index is unavailable, or the adapter does not fit them.
     """
     from imagerag.retrieval.search import Retriever
 
@@ -145,14 +144,14 @@ def resolve_version(settings: Settings, alias_or_version: str) -> VersionInfo:
     """Return the version with this alias or number.
 
     Raises:
-        UserError: if MLflow can't be used, or there is none.
+        UserError: if MLflow can't be used, or there is no such version.
     """
     with reading_registry(settings) as client:
         return find_version(client, alias_or_version)
 
 
 def list_versions(settings: Settings) -> list[VersionInfo]:
-    """Return all versions, the newest first.
+    """Return all versions, newest first.
 
     Raises:
         UserError: if MLflow can't be used.
@@ -162,12 +161,12 @@ def list_versions(settings: Settings) -> list[VersionInfo]:
 
 
 def has_registry(settings: Settings) -> bool:
-    """Whether there is an MLflow to ask: none is made by asking."""
+    """Return whether an MLflow server is configured or a local database exists; creates none."""
     return settings.mlflow_tracking_uri is not None or (settings.home / "mlflow" / "mlflow.db").is_file()
 
 
 def versions_of_index(settings: Settings, index_name: str) -> list[VersionInfo]:
-    """Return the versions that use an index, the newest first. Makes no MLflow where there is none.
+    """Return the versions that use an index, newest first; creates no MLflow database.
 
     Raises:
         UserError: if MLflow can't be used.
@@ -195,16 +194,16 @@ def reading_registry(settings: Settings) -> Iterator["MlflowClient"]:
 
 @contextmanager
 def writing_registry(settings: Settings) -> Iterator["MlflowClient"]:
-    """Yield MLflow's client, while no other process with the same `training_uri` changes versions or aliases.
+    """Yield MLflow's client, and hold a lock on versions and aliases against processes with the same `training_uri`.
 
-    MLflow itself has nothing that would keep two writers apart.
+    MLflow itself has no locks.
     """
     with writer_lock(settings.training_uri, "registry"), reading_registry(settings) as client:
         yield client
 
 
 def versions_in(client: "MlflowClient") -> list[VersionInfo]:
-    """Return all versions, the newest first."""
+    """Return all versions, newest first."""
     names: dict[int, list[str]] = {}
     for alias, version in sorted(aliases_of(client).items()):
         names.setdefault(version, []).append(alias)
@@ -223,13 +222,13 @@ def versions_in(client: "MlflowClient") -> list[VersionInfo]:
 
 
 def aliases_of(client: "MlflowClient") -> dict[str, int]:
-    """Return the version that each alias names."""
+    """Return the version of each alias."""
     found = client.search_registered_models(f"name = '{MODEL_NAME}'")
     return {alias: int(version) for model in found for alias, version in model.aliases.items()}
 
 
 def find_version(client: "MlflowClient", alias_or_version: str) -> VersionInfo:
-    """Return the version with this alias or number; errors as of `resolve_version`."""
+    """Return the version with this alias or number; raises a `UserError` if there is none."""
     infos = versions_in(client)
     for info in infos:
         if alias_or_version in (str(info.version), *info.aliases):
@@ -251,7 +250,7 @@ def check_signed(info: VersionInfo) -> str:
     """Return the digest of the version's manifest.
 
     Raises:
-        UserError: if it has none.
+        UserError: if it has no digest, so that this package did not register it.
     """
     if not info.signed:
         raise UserError(
@@ -274,10 +273,10 @@ def _create(
     from mlflow.exceptions import MlflowException
 
     digest = sha256_of(folder / package.MANIFEST)
-    # A place of its own: a run may have several versions, and what a killed call left must not get into one.
+    # A separate folder: a run may have several versions, and files of a killed call must not get into one.
     place = f"models/{digest[:_DIGITS]}"
     client.log_artifacts(run.info.run_id, str(model), place)
-    # MLflow shows no artifact within a description.
+    # MLflow's descriptions can't embed artifacts.
     text = card.replace(PICTURE, f"Pictures of each prompt: `{GRID}` among the source run's artifacts.")
     if flow_run_url is not None:
         text = f"Registered by [a flow run]({flow_run_url}).\n\n{text}"

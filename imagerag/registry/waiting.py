@@ -1,4 +1,4 @@
-"""Pictures that several threads of a server ask for, made one batch after another by one pipeline."""
+"""A queue in front of one pipeline: threads of a server request pictures, which are generated in batches."""
 
 import threading
 import time
@@ -16,22 +16,26 @@ from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 
 class BusyError(UserError):
-    """What is asked for would wait for too long: ask again later."""
+    """Too many pictures wait, or these have waited too long: retry later."""
 
 
 class WaitingConfig(Config):
-    """How much may be asked for at a time, and how much of it is made at a time."""
+    """Limits of requests, and the batch size."""
 
     batch_size: int = Field(
         default=1,
         ge=1,
         le=256,
-        description="Pictures of requests that wait at the same time which are made together. More than 1 is several "
-        "times faster, and a picture's last digits then depend on what else was asked for.",
+        description="Pictures per batch, from all waiting requests. More than 1 is several times faster, but a "
+        "picture's last digits then depend on the other requests.",
     )
-    max_images: int = Field(default=64, ge=1, description="Pictures of one request.")
-    max_waiting: int = Field(default=256, ge=1, description="Pictures that may wait; beyond, requests are refused.")
-    max_wait_s: float = Field(default=60.0, gt=0, description="Seconds that a request may wait for its first picture.")
+    max_images: int = Field(default=64, ge=1, description="Maximum number of pictures per request.")
+    max_waiting: int = Field(
+        default=256, ge=1, description="Maximum number of waiting pictures; further requests are refused."
+    )
+    max_wait_s: float = Field(
+        default=60.0, gt=0, description="Maximum time in seconds that a request waits for its first picture."
+    )
 
 
 @dataclass(eq=False)
@@ -44,9 +48,9 @@ class _Job:
 
 
 class Waiting:
-    """A pipeline, and the pictures that wait for it.
+    """A pipeline with a queue of pictures.
 
-    There is no thread of its own: whoever waits while nothing is made makes the next batch, of whosoever pictures.
+    It has no thread of its own: a waiting thread generates the next batch, including pictures of other threads.
     """
 
     def __init__(self, pipeline: ImageRAGTurboPipeline, config: WaitingConfig | None = None) -> None:
@@ -56,15 +60,15 @@ class Waiting:
         self._is_making = False
 
     def make(self, wanted: Sequence[tuple[str, int]], arguments: dict[str, Any]) -> list[Generated]:
-        """Return the picture of each prompt and seed.
+        """Return a picture for each prompt and seed.
 
         Args:
-            wanted: prompts and seeds.
-            arguments: of the pipeline's call.
+            wanted: prompts with seeds.
+            arguments: further arguments of the pipeline's call.
 
         Raises:
-            UserError: as of the pipeline.
-            BusyError: if too many pictures wait, or these have waited for too long.
+            UserError: as the pipeline's call.
+            BusyError: if too many pictures wait, or these have waited too long.
         """
         jobs = [_Job(prompt, seed, arguments) for prompt, seed in wanted]
         deadline = time.monotonic() + self.config.max_wait_s
@@ -81,7 +85,7 @@ class Waiting:
                     if not self._changed.wait(None if begun else deadline - time.monotonic()) and not begun:
                         raise BusyError(f"no picture was begun in {self.config.max_wait_s:g} s")
             finally:
-                self._jobs = deque(job for job in self._jobs if job not in jobs)  # nobody waits for these any more
+                self._jobs = deque(job for job in self._jobs if job not in jobs)  # after a timeout, some still wait
         results = [job.result for job in jobs]
         for result in results:
             if isinstance(result, Exception):
@@ -89,7 +93,7 @@ class Waiting:
         return [result for result in results if isinstance(result, Generated)]
 
     def _make_next(self) -> None:
-        """Make the next batch, while others may ask for more."""
+        """Generate the next batch with the lock released, so that other threads can add pictures."""
         batch = self._take()
         self._is_making = True
         self._changed.release()
@@ -103,7 +107,7 @@ class Waiting:
             self._changed.notify_all()
 
     def _take(self) -> list[_Job]:
-        """Return the job that has waited longest, and others that are made in the same way."""
+        """Return the oldest job and further jobs with the same arguments, up to the batch size."""
         alike = (job for job in self._jobs if job.arguments == self._jobs[0].arguments)
         batch = [job for job, _ in zip(alike, range(self.config.batch_size), strict=False)]
         self._jobs = deque(job for job in self._jobs if job not in batch)
@@ -114,8 +118,8 @@ class Waiting:
     def _run(self, batch: list[_Job]) -> None:
         try:
             made = make(self.pipeline, [(job.prompt, job.seed) for job in batch], batch[0].arguments)
-        except Exception as error:  # noqa: BLE001 - raised by the call that asked for the picture
-            if len(batch) > 1:  # one request's fault is not the others'
+        except Exception as error:  # noqa: BLE001 - raised in the thread that requested the picture
+            if len(batch) > 1:  # one by one, so that one request's error does not fail the others
                 for job in batch:
                     self._run([job])
             else:
