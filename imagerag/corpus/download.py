@@ -50,16 +50,16 @@ def download(
     refresh: bool = False,
     on_progress: OnProgress = silent,
 ) -> Download:
-    """Add a list to what the corpus at `uri` wants, or replace that by the list, and fetch what is missing.
+    """Add a list to the rows that the corpus at `uri` wants, or replace them by the list, and fetch what is missing.
 
     This fetches URLs that were never tried, that an earlier run left unfinished, or for which the list has a new
     caption or SHA-256; and it retries transient failures, in at most five runs, or with `retry_failed` all failures. A
     URL that was fetched before must return the same bytes again, unless the list states another SHA-256. A run that was
     killed at any time is continued by the next call.
 
-    With `refresh`, all images that were fetched by URL are requested again, conditionally on the version that their
-    servers stated. A changed image replaces the previous one, which stays if the request fails, unless the server
-    opts out.
+    With `refresh`, all images that were fetched by URL, and whose SHA-256 no list states, are requested again,
+    conditionally on the version that their servers stated. A changed image replaces the previous one, which stays if
+    the request fails, unless the server opts out.
 
     Progress counts URLs. Images that several lists want are fetched once. Concurrent calls for a corpus wait for each
     other.
@@ -114,7 +114,7 @@ def _count(uri: str) -> tuple[int, Counter[str], dict[str, Sequence[str]]]:
 
 
 def _want(uri: str, rows: Spool, mode: Literal["add", "replace"]) -> int:
-    """Add `rows` to what the corpus wants, or replace that by them; return how many rows are no longer wanted."""
+    """Add `rows` to those that the corpus wants, or replace these by them; return how many are no longer wanted."""
     before = shards.iter_wanted(uri)
     if (first := next(before, None)) is None:
         shards.write_wanted(uri, rows)
@@ -278,7 +278,7 @@ def _fetch_shard(
 
 
 def _peak_bytes(config: DownloadConfig) -> int:
-    """Return the peak memory of a worker: the process, the files that it holds, and the largest image in decoding."""
+    """Return a worker's peak memory: the process, the files that it holds, and the largest image while decoding."""
     return _WORKER_BYTES + max(config.max_bytes, shards.IN_FLIGHT_BYTES) + BYTES_PER_PIXEL * config.max_pixels
 
 

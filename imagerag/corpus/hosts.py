@@ -18,7 +18,7 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import PASSING, UNREACHABLE, FetchError, Reason
 
 _MAX_BACK_OFF_S = 60.0
-_CATCH_UP_S = 0.02  # delay of a late wake-up that may be made up for
+_CATCH_UP_S = 0.02  # maximum delay of a wake-up that the next requests may make up for
 _MIN_RATE = 0.1
 _CUT = 0.97
 _GROWTH_S = 40.0  # initial time in which a cut rate doubles

@@ -14,7 +14,7 @@ import idna
 
 from imagerag.errors import UserError
 
-_FRESH_S = 60.0  # for which an answer is cached
+_FRESH_S = 60.0  # seconds for which an answer is cached
 _NUM_ASKED = 10
 _ALWAYS_THERE = "a.root-servers.net"
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f#%/:<>?@\[\\\]^|]")  # characters that the URL standard forbids in a host

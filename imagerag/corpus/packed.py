@@ -110,7 +110,7 @@ class Sample:
 def read_samples(part: Part, file: IO[bytes]) -> Iterator[Sample]:
     """Yield the samples of a webdataset tar: consecutive entries whose names are equal up to the first dot.
 
-    Nothing is extracted to disk, so names are never used as paths. Links, devices and sparse files are faults.
+    Nothing is extracted to disk, so names are never used as paths. Links, devices and sparse files count as faults.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for _, entries in groupby(filter(lambda entry: not entry.isdir(), tar), lambda entry: _key_and_kind(entry)[0]):

@@ -22,7 +22,7 @@ from imagerag.errors import UserError
 
 BATCH_ROWS = 10_000
 """Number of rows read at a time."""
-_MAX_QUOTED_LINES = 1_000  # lines of one quoted cell
+_MAX_QUOTED_LINES = 1_000  # maximum number of lines of a quoted cell
 _CHUNK = 2**20  # characters of a JSON array read at a time
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 

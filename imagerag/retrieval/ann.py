@@ -27,12 +27,12 @@ class IndexRecord:
     """`exact`, or LanceDB's index type."""
     num_rows: int
     num_trained_rows: int
-    """Rows when the partitions were trained; 0 for `exact`."""
+    """Number of rows when the partitions were trained; 0 for `exact`."""
     nprobes: dict[str, dict[str, int]]
-    """Partitions that a search by a column looks into, by the number of neighbours wanted; nothing for `exact`."""
+    """Number of partitions to probe, by column and number of requested neighbours; empty for `exact`."""
     recall_at_10: float
     recalls: dict[str, float] = field(default_factory=dict)
-    """What else was measured, by its name; nothing for `exact`."""
+    """Measured recalls, by name of the measurement; empty for `exact`."""
     num_unindexed_rows: int
     rows: str = ""
     """Digest of the rows without their features. Recall is not measured again if rows and partitions are the same."""
@@ -42,19 +42,20 @@ class IndexRecord:
     """Settings of the full-text index of captions."""
 
     def probes(self, column: str, k: int, share: float = 1.0) -> int | None:
-        """Return how many partitions a search by a column looks into; None if there are none.
+        """Return the number of partitions that a search of a column probes; None if it has no partitions.
 
         Args:
-            column: of embeddings.
-            k: how many neighbours are wanted.
-            share: of the rows that they are among: the `k` nearest of a tenth are among the `10 k` nearest of all.
+            column: name of a column of embeddings.
+            k: number of requested neighbours.
+            share: share of the rows that meet the search's condition: the `k` nearest of a tenth of the rows are
+                expected among the `10 k` nearest of all.
         """
         if column not in self.nprobes:
             return None
         levels, numbers = zip(*((int(level), number) for level, number in self.nprobes[column].items()), strict=True)
         wanted = k / max(share, 1 / max(self.num_rows, 1))
         if wanted > levels[-1]:
-            return isqrt(self.num_trained_rows)  # all of them
+            return isqrt(self.num_trained_rows)  # all partitions
         return ceil(float(np.exp(np.interp(np.log(wanted), np.log(levels), np.log(numbers)))) - 1e-6)
 
 
@@ -64,7 +65,7 @@ def read_record(dataset: LanceDataset) -> IndexRecord | None:
     if record is None:
         return None
     values = json.loads(record)
-    # The first records were of ten neighbours alone.
+    # Records of early versions are for ten neighbours only.
     nprobes = {name: {"10": own} if isinstance(own, int) else own for name, own in values["nprobes"].items()}
     return IndexRecord(**values | {"nprobes": nprobes})
 

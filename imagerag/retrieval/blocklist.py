@@ -42,7 +42,7 @@ def blocked(store: Store, column: Column) -> list[str]:
 
 
 def count_blocked(store: Store, dataset: LanceDataset) -> int:
-    """Return how many rows of a version must not be in the table."""
+    """Return the number of rows of a version that are blocked."""
     columns: tuple[Column, ...] = ("id", "url", "image_sha256")
     found = [rows_with(dataset, column, blocked(store, column), ["id"])["id"] for column in columns]
     return len(pc.unique(pa.chunked_array([chunk for ids in found for chunk in ids.chunks], pa.string())))

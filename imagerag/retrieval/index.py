@@ -47,11 +47,11 @@ _LOOKED_UP: dict[str, Literal["BTREE", "BITMAP"]] = {
     "source": "BITMAP",
     "licence": "BITMAP",
 }
-"""What rows are looked up, filtered and taken down by. Of a million rows, the one with an id was found in 12 ms by the
-index and in 803 ms without."""
+"""Columns by which rows are looked up, filtered and taken down, with the types of their indexes. In a million rows, a
+lookup by id took 12 ms with the index and 803 ms without."""
 _UNINDEXED_SHARE = 0.01
-"""Of the rows, before new ones join the indexes of `_LOOKED_UP`, which are rewritten for it (10 s, a million rows); up
-to then these rows are read by whoever looks something up."""
+"""Share of unindexed rows above which they are added to the indexes of `_LOOKED_UP`, which rewrites these (10 s for a
+million rows). Until then, every lookup reads the unindexed rows."""
 
 _WORDS: dict[str, str | bool] = {"base_tokenizer": "icu/split", "remove_stop_words": False}
 """Settings of the full-text index. ICU, which Lance includes, splits captions into words by Unicode's rules and
@@ -92,7 +92,7 @@ def build_index(
         record = read_record(dataset)
         if record is None or (record.config, record.words) != (config.model_dump(), _WORDS):
             from_scratch, record = True, None
-        # A record of before was of ten neighbours alone.
+        # Records of early versions are for ten neighbours only.
         is_partial = record is not None and record.kind != EXACT and not record.recalls
         if from_scratch or is_partial or record is None or record.version != dataset.version:
             record = _build(store, config, record if not from_scratch else None, on_progress)
@@ -155,7 +155,7 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
 
 
 def _measured(dataset: LanceDataset, record: IndexRecord, last: IndexRecord | None, config: IndexConfig) -> IndexRecord:
-    """Return a record with how searches are made, and their recall: the last one's where rows and partitions are."""
+    """Return the record with measured `nprobes` and recalls, taken from `last` if rows and partitions are the same."""
     known: Mapping[str, Mapping[str, int]] = {}
     if last is not None and (last.kind, last.num_trained_rows) == (record.kind, record.num_trained_rows):
         if last.recalls and last.rows == record.rows:
@@ -169,9 +169,9 @@ def _measured(dataset: LanceDataset, record: IndexRecord, last: IndexRecord | No
 
 
 def _digest_of_rows(dataset: LanceDataset) -> str:
-    """Return a digest of all that tells rows apart, but for their features, and not of their order.
+    """Return a digest of everything that distinguishes rows, except their features, independently of their order.
 
-    Lance hashes each row; what is kept is the sum of the hashes, as four numbers of 64 bits.
+    Lance hashes each row; the digest is the sum of the hashes, as four numbers of 64 bits.
     """
     total = np.zeros(4, np.uint64)
     for batch in dataset.to_batches(columns={"digest": "sha256(concat_ws(chr(0), id, url, source, licence))"}):
@@ -181,7 +181,7 @@ def _digest_of_rows(dataset: LanceDataset) -> str:
 
 
 def _index_looked_up(store: Store) -> None:
-    """Make the indexes of `_LOOKED_UP` that are not there."""
+    """Create the indexes of `_LOOKED_UP` that do not exist."""
     own = {index.field_names[0] for index in store.dataset().describe_indices()}
     for column, kind in _LOOKED_UP.items():
         if column not in own:
@@ -189,7 +189,7 @@ def _index_looked_up(store: Store) -> None:
 
 
 def _add_new_rows(dataset: LanceDataset) -> None:
-    """Let new rows join the indexes that are searched, and others where many rows are not in them."""
+    """Add new rows to the search indexes, and to indexes of `_LOOKED_UP` that lack many rows."""
     few = dataset.count_rows() * _UNINDEXED_SHARE
     names = [
         index.name
@@ -197,7 +197,7 @@ def _add_new_rows(dataset: LanceDataset) -> None:
         if _num_unindexed(dataset, index) > (few if index.field_names[0] in _LOOKED_UP else 0)
     ]
     if names:
-        # Merging with the one index that is there keeps it one: a search would look into every further one as well.
+        # Merges them into the existing index, because a search would also have to query every further index.
         dataset.optimize.optimize_indices(num_indices_to_merge=1, index_names=names)
 
 

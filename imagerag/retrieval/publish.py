@@ -84,7 +84,7 @@ class IndexStatus:
     kind: str | None
     recall_at_10: float | None
     recalls: Mapping[str, float]
-    """What was measured of the published version's index, by its name; nothing where search is exact."""
+    """Measured recalls of the published version's index, by name; empty if search is exact."""
     features: tuple[FeaturesEntry, ...]
     newest_version: int
     num_newest_rows: int
@@ -288,9 +288,9 @@ def drop_history(store: Store) -> None:
 
 
 def check_rows(store: Store, dataset: LanceDataset, max_shrink: float) -> tuple[Check, ...]:
-    """Check the rows of a version, whatever its index is like."""
+    """Check the rows of a version, independently of its index."""
     num_rows = int(dataset.count_rows())
-    # Those of equal ids are in one part.
+    # Rows with the same id are in the same part.
     parts = Parts(batches_of(dataset, ["id"], MEMORY_ROWS), by_id)
     num_repeated = sum(len(part) - len(pc.unique(part["id"])) for part in parts)
     num_bad = _count_bad_embeddings(dataset)

@@ -1,7 +1,7 @@
 """Recall of a table's vector indexes compared with exact search, with the table's own rows as queries.
 
-A neighbour counts as found when its similarity reaches that of the last exact neighbour, so that rows with equal
-embeddings can stand in for each other (as in ann-benchmarks, https://github.com/erikbern/ann-benchmarks).
+A neighbour counts as found if its similarity reaches that of the last exact neighbour, so that rows with equal
+embeddings are interchangeable (as in ann-benchmarks, https://github.com/erikbern/ann-benchmarks).
 """
 
 from bisect import bisect_left
@@ -20,9 +20,9 @@ from imagerag.retrieval.ann import IndexRecord, nearest
 from imagerag.retrieval.schema import Embeds
 
 K = 10
-"""What an index is judged by."""
+"""Number of neighbours for which an index must reach its target recall."""
 LEVELS = (10, 100, 1_000)
-"""Numbers of neighbours for which it is found out how far a search has to look; it is interpolated between them."""
+"""Numbers of neighbours for which the number of partitions to probe is measured; others are interpolated."""
 _SHOWN = (1, 4, 10, 100)
 _FILTER_SHARE = 0.01
 _TOLERANCE = 1e-5
@@ -36,26 +36,26 @@ Similarities = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Probe:
-    """Queries against one column, and how similar the nearest rows are to each."""
+    """Queries against one column, and the similarities of the exact nearest rows."""
 
     column: str
     embeds: Embeds
     """(Q, D), L2-normalised."""
     is_own: bool
-    """Whether each query is itself a row of the column: that row is found first and does not count."""
+    """Whether the queries are rows of the column: each finds itself first, which does not count."""
     similarities: Similarities
-    """(Q, N), of the nearest rows, the nearest first."""
+    """Similarities (Q, N) of the nearest rows, nearest first."""
     where: str | None
-    """A condition that a few of the rows meet."""
+    """A SQL condition that few rows meet."""
     share: float
-    """Of the rows that meet it."""
+    """Share of the rows that meet the condition `where`."""
     among: Similarities
-    """(Q, M): as `similarities`, of the nearest rows that meet the condition; not for queries that are rows."""
+    """Similarities (Q, M) of the nearest rows that meet the condition, nearest first; empty if `is_own`."""
 
     def recall(self, dataset: LanceDataset, k: int, nprobes: int | None, where: str | None = None) -> float:
-        """Return the share of the `k` nearest neighbours that the index finds with `nprobes`; 1 where there are none.
+        """Return the share of the `k` nearest neighbours that the index finds with `nprobes`; 1 if there are none.
 
-        Asks fewer queries for more neighbours: what counts is the number of neighbours.
+        For a larger `k`, fewer queries are made, because the precision depends on the total number of neighbours.
         """
         exact = self.similarities if where is None else self.among
         own = int(self.is_own)
@@ -85,7 +85,7 @@ def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
     between /= np.maximum(np.linalg.norm(between, axis=1, keepdims=True), 1e-6)
     queries = [("text_embed", text, True), ("text_embed", between, False)]
     queries += [("image_embed", image, True), ("image_embed", text, False)]
-    last = rows["id"].sort()[max(0, int(num_queries * _FILTER_SHARE) - 1)].as_py()  # ids are as good as random
+    last = rows["id"].sort()[max(0, int(num_queries * _FILTER_SHARE) - 1)].as_py()  # ids are evenly distributed
     most = min(max(LEVELS) + 1, num_rows)
     nearest_of = [_Nearest(most, num_queries) for _ in queries]
     nearest_among = [_Nearest(K, num_queries) for _ in queries]
@@ -113,18 +113,18 @@ def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
 
 
 class _Nearest:
-    """The similarities of the nearest rows so far (N, Q)."""
+    """The similarities (N, Q) of the nearest rows so far."""
 
     def __init__(self, most: int, num_queries: int) -> None:
         self._most, self._best = most, np.empty((0, num_queries), np.float32)
 
     def add(self, similarities: Similarities) -> None:
-        """Take in those of further rows (R, Q)."""
+        """Add the similarities (R, Q) of further rows."""
         best = np.concatenate([self._best, similarities])
         self._best = best if len(best) <= self._most else np.partition(best, -self._most, axis=0)[-self._most :]
 
     def sorted(self) -> Similarities:
-        """Return them by query (Q, N), the nearest first."""
+        """Return the similarities by query (Q, N), nearest first."""
         return np.ascontiguousarray(np.sort(self._best, axis=0)[::-1].T)
 
 
@@ -135,11 +135,11 @@ def fewest_probes(
     target: float,
     known: Mapping[str, Mapping[str, int]],
 ) -> dict[str, dict[str, int]]:
-    """Return how many partitions a search by each column must look into to reach the target, for each of `LEVELS`.
+    """Return the number of partitions to probe in a search of each column to reach the target, for each of `LEVELS`.
 
-    A column's worst probe decides. Where even all partitions do not reach the target, they are the answer. Recall grows
-    with the partitions and shrinks with the neighbours, so few of the numbers in question have to be tried; of these
-    partitions before they were given more rows it is `known` how many reached the target, and no fewer are tried.
+    A column's worst probe decides. If not even all partitions reach the target, all are used. Recall grows with the
+    number of partitions and shrinks with that of neighbours, so a binary search tries only few numbers. `known` are the
+    numbers that reached the target in the same partitions before rows were added; smaller numbers are not tried.
     """
     numbers = [min(_FEWEST_PROBES, num_partitions)]
     while numbers[-1] < num_partitions:
@@ -163,9 +163,9 @@ def fewest_probes(
 
 
 def measure(dataset: LanceDataset, probes: Sequence[Probe], record: IndexRecord) -> dict[str, float]:
-    """Return the worst recall of searches as a record says they are made, by how many neighbours are wanted.
+    """Return the worst recall of searches with a record's numbers of partitions, by number of requested neighbours.
 
-    The last entry is `K` neighbours among the rows that meet a condition.
+    The last entry is for `K` neighbours among the rows that meet a condition.
     """
     found = {
         f"recall@{k}": min(probe.recall(dataset, k, record.probes(probe.column, k)) for probe in probes) for k in _SHOWN

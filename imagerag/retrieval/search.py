@@ -288,7 +288,7 @@ class Retriever:
     def _probes(self, column: str, wanted: "_Wanted") -> int | None:
         if wanted.where is None or column not in self._record.nprobes:
             return self._record.probes(column, wanted.k)
-        share = self.dataset.count_rows(wanted.where) / max(self.num_rows, 1)  # which the columns' indexes tell
+        share = self.dataset.count_rows(wanted.where) / max(self.num_rows, 1)  # counted by the columns' indexes
         return self._record.probes(column, wanted.k, share)
 
     def _match(self, text: str, where: str | None, k: int, columns: Sequence[str]) -> pa.Table:
