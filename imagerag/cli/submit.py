@@ -123,13 +123,23 @@ def _start(client: "JobSubmissionClient", command: list[str], name: str) -> None
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Block signals until Ray has answered, because an abandoned request may still start a job."""
-    held = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    """Defer signals until Ray has answered, because an abandoned request may still start a job.
+
+    Blocking them would not do: the kernel hands a blocked signal to another thread of the process.
+    """
+    arrived: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        arrived.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived:
+            raise KeyboardInterrupt
 
 
 def _follow(client: "JobSubmissionClient", name: str) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engines
 
 ROOT = Path(__file__).parent.parent.parent
 NAME = "mine"
-WAIT_S = 120
+WAIT_S = 300
 
 
 class Server:

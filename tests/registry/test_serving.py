@@ -236,7 +236,7 @@ def test_a_portable_model_needs_no_store(home: Home, tmp_path: Path) -> None:
 
 ELSEWHERE = """
 import json, sys
-sys.path[:] = [path for path in sys.path if not path.startswith(sys.argv[2])]
+sys.path[:] = [path for path in sys.path if path != sys.argv[2]]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 import mlflow
 model = mlflow.pyfunc.load_model(sys.argv[1])

@@ -29,7 +29,7 @@ from tests.training.conftest import HELD_OUT, NAME, World
 @pytest.mark.usefixtures("ray_session")
 def test_a_job_that_was_stopped_goes_on(own_world: World) -> None:
     """On Ray: what was committed stays, and a third call has nothing to do."""
-    config = own_world.config(num_teacher_latents=3)
+    config = own_world.config(num_teacher_latents=3, commit_every_s=0)
 
     class StoppedError(Exception):
         pass
@@ -110,7 +110,7 @@ def test_a_training_that_pinned_an_earlier_version_keeps_its_latents(own_world: 
     store.delete([gone])
     own_world.fill()
     keep_one = PublishConfig(keep=1)
-    index_and_publish(store, keep_one)
+    assert index_and_publish(store, keep_one).published
     drop_unreachable(table, store)
     assert gone in table.ids()
     unpin(store, f"{TRAINING}one")
