@@ -13,7 +13,7 @@ from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.features import encode_latents
-from imagerag.retrieval.pins import TRAINING, pin, unpin
+from imagerag.retrieval.pins import TRAINING, pin, pins, unpin
 from imagerag.retrieval.publish import PublishConfig, require_published
 from imagerag.table import from_column, shape_of
 from imagerag.training.config import ReferenceChoice, SynthesizeConfig, tiny
@@ -106,6 +106,8 @@ def test_a_training_that_pinned_an_earlier_version_keeps_its_latents(own_world: 
     own_world.synthesize()
     table, store = own_world.examples().real_table, own_world.store
     gone = store.ids().to_pylist()[0]
+    for label in pins(store):  # of trainings that other tests stopped in the world that this one is a copy of
+        unpin(store, label)
     pin(store, require_published(store), f"{TRAINING}one")
     store.delete([gone])
     own_world.fill()
