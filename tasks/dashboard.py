@@ -66,7 +66,7 @@ class Dashboard:
         """Return the page in markdown, for Prefect's UI and the terminal."""
         pages = [f"# {self.name}", table(self._index_figures() | self._champion_figures() | self._next_figures())]
         if self.history is None:
-            pages.append("What was run is known to Prefect's server, which does not run: `imagerag up` starts it.")
+            pages.append("Runs are kept by Prefect's server, which is stopped: `imagerag up` starts it.")
         else:
             pages += ["## Failed rows by reason", _failures(self.history), "## Last runs", _runs(self.history)]
         return "\n\n".join(pages) + "\n"
@@ -112,7 +112,6 @@ def collect(settings: Settings, name: str, client: SyncPrefectClient | None) -> 
         settings: locations of the index and MLflow.
         name: name of the corpus.
         client: client of the Prefect server, None if none runs.
-
     """
     store, champion, fault = Store(settings.index_uri, name), None, ""
     try:
