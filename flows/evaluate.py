@@ -8,7 +8,7 @@ from imagerag.config import Config
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.registry.champion import present_champion
 from imagerag.settings import DEFAULT_NAME, Settings, check_name
-from imagerag.training.job import newest_finetuned, read_finetuned
+from imagerag.training.finetune import newest_finetuned, read_finetuned
 from tasks.evaluate import evaluate_adapter, pass_gate, register_model
 from tasks.parameters import flow_of
 from tasks.policy import named_run

@@ -9,7 +9,7 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.source import check_source
 from imagerag.corpus.url_list import BadRows, UrlColumns
 from imagerag.embedding.config import EmbedConfig
-from imagerag.embedding.spec import check_spec
+from imagerag.embedding.encoder_files import check_spec
 from imagerag.errors import UserError
 from imagerag.retrieval.index import IndexConfig
 from imagerag.retrieval.publish import PublishConfig, published_rows

@@ -25,8 +25,8 @@ import psutil
 
 from imagerag import credentials
 from imagerag.errors import UserError
-from imagerag.locks import writer_lock
 from imagerag.settings import Settings
+from imagerag.storage.locks import writer_lock
 
 WORK_POOL = "imagerag"
 LOGIN_PATH = "/imagerag/login"

@@ -26,15 +26,15 @@ from imagerag.artifacts import Sweep
 from imagerag.corpus.takedown import fetched_images
 from imagerag.corpus.takedown import take_down as take_down_of_shards
 from imagerag.errors import UserError
-from imagerag.files import read_json, write_file
-from imagerag.locks import writer_lock
 from imagerag.retrieval.blocklist import Column, blocked, matches
 from imagerag.retrieval.pins import JOB, TRAINING, pins
 from imagerag.retrieval.schema import row_ids
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove
 from imagerag.settings import Settings
-from imagerag.table import Table
+from imagerag.storage.files import read_json, write_file
+from imagerag.storage.locks import writer_lock
+from imagerag.storage.table import Table
 
 REPORTS = "takedowns"
 """Folder of the reports, inside the corpus's shards folder."""

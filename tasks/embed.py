@@ -4,7 +4,7 @@ from prefect import get_run_logger
 
 from imagerag.artifacts import Download, Embedded
 from imagerag.embedding.config import EmbedConfig
-from imagerag.embedding.job import embed
+from imagerag.embedding.embed import embed
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from tasks.policy import stage

@@ -30,7 +30,7 @@ def evaluate_adapter(
     finetuned: Finetuned, config: EvaluateConfig, gate: GateConfig, champion: Champion | None
 ) -> Evaluated:
     """Generate pictures with every compared method, and compute their metrics."""
-    from imagerag.evaluation.job import evaluate  # imports torch, which is slow and which other flows don't need
+    from imagerag.evaluation.evaluate import evaluate  # imports torch, which is slow and which other flows don't need
 
     with StageProgress("evaluate", "pictures") as on_progress:
         deployed = None if champion is None else champion.deployed

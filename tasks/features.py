@@ -3,8 +3,8 @@
 from prefect import get_run_logger
 
 from imagerag.artifacts import CachedFeatures
+from imagerag.hspace.cache import cache_features
 from imagerag.hspace.config import FeaturesConfig
-from imagerag.hspace.job import cache_features
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from tasks.policy import stage

@@ -10,7 +10,7 @@ from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
 from imagerag.training.examples import Examples
-from imagerag.training.job import finetune
+from imagerag.training.finetune import finetune
 from imagerag.training.plan import Plan, plan
 from imagerag.training.resume import version_to_learn_from
 from imagerag.training.synthesize import synthesize

@@ -11,9 +11,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 
 from imagerag.errors import UserError
-from imagerag.locks import named_job
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
+from imagerag.storage.locks import named_job
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -22,7 +22,7 @@ from imagerag.registry.versions import list_versions, register
 from imagerag.retrieval import store as store_module
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.search import Retriever
-from imagerag.table import Table
+from imagerag.storage.table import Table
 from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
 from tests.embedding.shards import Sample, want, write_shard
 from tests.evaluation.conftest import finetuned

@@ -39,7 +39,7 @@ def demo(
 
 
 def _demo(settings: "Settings", limit: int | None) -> None:
-    from imagerag.files import read_json, write_json
+    from imagerag.storage.files import read_json, write_json
 
     folder = settings.home / CORPUS
     done = read_json(f"{folder}/demo.json")
@@ -88,7 +88,7 @@ def _one_prefect(settings: "Settings") -> Iterator[None]:
 def _pipeline(settings: "Settings", limit: int | None) -> "PipelineReport":
     from imagerag.cli.evaluate import show_evaluation
     from imagerag.cli.run import run_flow
-    from imagerag.corpus.sample.server import (
+    from imagerag.embedded.sample.server import (
         SampleServer,
         remembered_port,
         write_held_out,
@@ -139,7 +139,7 @@ def _grow(settings: "Settings", limit: int | None) -> None:
     from imagerag.cli.corpus import show_report
     from imagerag.cli.features import show_features
     from imagerag.cli.run import run_flow
-    from imagerag.corpus.sample.server import SampleServer, remembered_port, write_url_list
+    from imagerag.embedded.sample.server import SampleServer, remembered_port, write_url_list
 
     with SampleServer(port=remembered_port(settings.home)) as server:
         url_list = write_url_list(server, settings.home, limit=limit)
@@ -151,7 +151,7 @@ def _compare(settings: "Settings", model: Path) -> "Growth":
     from imagerag.cli.quiet import quiet_models
 
     quiet_models()
-    from imagerag.corpus.sample.server import later_concepts
+    from imagerag.embedded.sample.server import later_concepts
     from imagerag.evaluation.growth import measure_growth
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
 

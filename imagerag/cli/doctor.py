@@ -71,9 +71,9 @@ def doctor() -> None:
 
 
 def _object_stores() -> Iterator[Finding]:
-    from imagerag.files import keeps_writers_apart
-    from imagerag.locks import local_folder
     from imagerag.settings import Settings
+    from imagerag.storage.files import keeps_writers_apart
+    from imagerag.storage.locks import local_folder
 
     settings = Settings()
     uris = [uri for uri in (settings.shards_uri, settings.index_uri, settings.training_uri) if not local_folder(uri)]
@@ -140,8 +140,8 @@ def _gpu() -> str:
 
 
 def _models() -> Iterator[Finding]:
-    from imagerag.embedding import spec as encoders
-    from imagerag.generation import spec as bases
+    from imagerag.embedding import encoder_files as encoders
+    from imagerag.generation import base_files as bases
 
     try:
         identity = encoders.resolve("tiny").identity

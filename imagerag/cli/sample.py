@@ -18,7 +18,7 @@ def serve(
     """Serve the sample corpus over HTTP on loopback, including URLs that must fail, until Ctrl-C."""
     import signal
 
-    from imagerag.corpus.sample.server import HOST, SampleServer, remembered_port, write_held_out, write_url_list
+    from imagerag.embedded.sample.server import HOST, SampleServer, remembered_port, write_held_out, write_url_list
     from imagerag.settings import Settings
 
     home = Settings().home

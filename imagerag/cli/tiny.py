@@ -32,7 +32,7 @@ def report(
     """Measure the shipped teacher and student on training concepts and on held-out concepts."""
     if readme is not None:
         _read(readme)  # fail before a measurement that takes minutes
-    from imagerag.tiny.report import make_report
+    from imagerag.recipes.tiny_base.report import make_report
 
     tables = make_report(out, pictures, photos).markdown()
     typer.echo(tables)

@@ -23,11 +23,11 @@ from imagerag.corpus.ledger import PAIR, read_parts
 from imagerag.corpus.takedown import remove_taken_down
 from imagerag.corpus.url_list import UrlList
 from imagerag.errors import UserError
-from imagerag.locks import check_locks
 from imagerag.plain import printable
 from imagerag.progress import OnProgress, silent
 from imagerag.settings import Settings
-from imagerag.spool import Spool, distinct, in_order
+from imagerag.storage.locks import check_locks
+from imagerag.storage.spool import Spool, distinct, in_order
 
 _SHARD_RETRIES = 3
 _MAX_FAILED_RUNS = 5  # of a URL, after which only `retry_failed` tries it again

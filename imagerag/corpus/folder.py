@@ -23,10 +23,10 @@ from imagerag.corpus.forms import some_of
 from imagerag.corpus.packed import SUFFIXES
 from imagerag.corpus.stores import BUFFER_BYTES, member_of
 from imagerag.corpus.url_list import SCHEMA, BadRows, Count, UrlColumns, UrlList, read_columns
-from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
-from imagerag.spool import Spool, first_of_each
+from imagerag.storage.digests import sha256_of
+from imagerag.storage.spool import Spool, first_of_each
 
 _FILE_GUESSES = {"file": ("file", "file_name", "filename", "file_path", "filepath", "path", "image", "image_path")}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in Hugging Face's `imagefolder`

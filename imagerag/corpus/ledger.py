@@ -8,7 +8,7 @@ import pyarrow.dataset as ds
 
 from imagerag.corpus import shards
 from imagerag.corpus.guard import Reason, reason_of
-from imagerag.spool import Parts, by_url, numbered, paired
+from imagerag.storage.spool import Parts, by_url, numbered, paired
 
 SCHEMA = pa.schema(
     [

@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagerag.corpus import url_list
-from imagerag.files import ConflictError, put_file, read_tagged, replace_file
-from imagerag.locks import OnWait, check_locks, writer_lock
+from imagerag.storage.files import ConflictError, put_file, read_tagged, replace_file
+from imagerag.storage.locks import OnWait, check_locks, writer_lock
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def update_takedowns(uri: str, change: Callable[[pa.Table], pa.Table]) -> tuple[
 
 @contextmanager
 def locked(uri: str, shard: int | None = None, on_wait: OnWait = logger.info) -> Iterator[None]:
-    """Hold the lock of a corpus, or of one of its shards; see `imagerag.locks`."""
+    """Hold the lock of a corpus, or of one of its shards; see `imagerag.storage.locks`."""
     folder, name = (uri, "corpus") if shard is None else (f"{uri.rstrip('/')}/plan", shard_name(shard))
     with writer_lock(folder, name, on_wait):
         yield

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.corpus import ledger, shards
-from imagerag.files import write_file
+from imagerag.storage.files import write_file
 
 
 def take_down(uri: str, *, urls: Collection[str] = (), sha256s: Collection[str] = ()) -> int:

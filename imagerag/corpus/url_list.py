@@ -18,7 +18,7 @@ from imagerag.corpus.forms import folder_of, read_batches
 from imagerag.corpus.records import Batch, exploded
 from imagerag.errors import UserError
 from imagerag.plain import printable
-from imagerag.spool import Spool, distinct
+from imagerag.storage.spool import Spool, distinct
 
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("url", "caption", "source", "licence", "sha256", "folder", "member")]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from PIL import Image
 
-from imagerag.embedding import spec as specs
-from imagerag.embedding import tiny
+from imagerag.embedded import tiny_encoder
+from imagerag.embedding import encoder_files as specs
 from imagerag.images import upright_srgb
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.workers import Dtype
@@ -139,7 +139,7 @@ def load_encoder(spec: str, device: str | None = None, dtype: Dtype | None = Non
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("fp32" if torch.device(device).type == "cpu" else "fp16")
     if spec == specs.TINY:
-        model, tokenizer = tiny.load_model(), tiny.load_tokenizer()
+        model, tokenizer = tiny_encoder.load_model(), tiny_encoder.load_tokenizer()
     else:
         model = open_clip.create_model(f"local-dir:{files.folder}", require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{files.folder}")

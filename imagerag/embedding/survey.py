@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from imagerag.retrieval.schema import row_ids
 from imagerag.retrieval.store import Store, batches_of
-from imagerag.spool import MEMORY_ROWS, Parts, by_id, paired
+from imagerag.storage.spool import MEMORY_ROWS, Parts, by_id, paired
 
 _COMPARED = ["id", "url", "source", "licence"]
 """Columns by which a row of the table is compared with the corpus."""

@@ -15,7 +15,7 @@ from imagerag.generation.references import Reference
 
 ORACLE_WS = tuple(number / 10 for number in range(1, 10))
 TEACHER_STEPS = 25
-TEACHER_GUIDANCE = {"tiny-teacher": 3.0}
+_TEACHER_GUIDANCE = {"tiny-teacher": 3.0}
 _PAPERS_GUIDANCE = 7.5
 
 
@@ -39,6 +39,11 @@ class Comparison:
 
     prompt: str
     cells: tuple[Cell, ...]
+
+
+def teacher_guidance(base: str) -> float:
+    """Return the default guidance scale of a teacher, by its spec."""
+    return _TEACHER_GUIDANCE.get(base, _PAPERS_GUIDANCE)
 
 
 class Comparer:
@@ -85,14 +90,13 @@ class Comparer:
             title = "adapter" if self._scale is None else f"adapter, scale = {self._scale:g}"
             yield self._cell(title, pipeline, prompt, fusion="adapter", adapter_scale=self._scale)
         if self._teacher is not None:
-            guidance = TEACHER_GUIDANCE.get(self._teacher.config.base_id, _PAPERS_GUIDANCE)
             yield self._cell(
                 f"teacher, {TEACHER_STEPS} steps",
                 self._teacher,
                 prompt,
                 fusion="none",
                 num_inference_steps=TEACHER_STEPS,
-                guidance_scale=guidance,
+                guidance_scale=teacher_guidance(self._teacher.config.base_id),
             )
 
     def _oracle(self, prompt: str) -> Cell:

@@ -5,15 +5,15 @@ from PIL import Image
 
 from imagerag.artifacts import TrainingSet
 from imagerag.embedding.encoder import to_rgb
-from imagerag.evaluation.features import Features
+from imagerag.evaluation.efficientnet import Features
 from imagerag.evaluation.metrics import Pictures, Real
 from imagerag.evaluation.recognition import Floats, Ints
 from imagerag.evaluation.results import Copies, Leakage
-from imagerag.hspace.features import open_images
+from imagerag.hspace.encode import open_images
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
-from imagerag.table import Table
+from imagerag.storage.table import Table
 
 _QUANTILE = 0.999
 _THUMBNAIL = 32

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from imagerag.evaluation.features import Features
+from imagerag.evaluation.efficientnet import Features
 
 _SUBSETS = 100
 _SUBSET_SIZE = 100

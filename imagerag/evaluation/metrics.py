@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from imagerag.embedded.judge import contrastive_features
 from imagerag.evaluation.config import MetricName
-from imagerag.evaluation.contrastive import contrastive_features
 from imagerag.evaluation.distances import frechet, measure_distances
-from imagerag.evaluation.features import Features, features_of, to_batches
+from imagerag.evaluation.efficientnet import Features, features_of, to_batches
 from imagerag.evaluation.intervals import Estimate, estimate, jackknifed
 from imagerag.evaluation.pictures import Made
 from imagerag.evaluation.recognition import NUM_NAMES, Floats, Judge
 from imagerag.evaluation.scorer import NUM_ROWS, Scorer
 from imagerag.generation.references import Reference
-from imagerag.hspace.features import open_images
+from imagerag.hspace.encode import open_images
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever

@@ -24,12 +24,12 @@ from imagerag.compute import start_ray, stop_ray
 from imagerag.evaluation.config import EvaluateConfig
 from imagerag.evaluation.results import Latency
 from imagerag.evaluation.ways import Way
-from imagerag.files import local_copy
 from imagerag.generation.references import Reference
 from imagerag.generation.sheet import to_png
 from imagerag.progress import OnProgress
 from imagerag.settings import Settings
-from imagerag.table import Table
+from imagerag.storage.files import local_copy
+from imagerag.storage.table import Table
 from imagerag.workers import mapped, watched
 
 if TYPE_CHECKING:

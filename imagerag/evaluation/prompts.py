@@ -10,7 +10,7 @@ from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.evaluation.config import EvaluateConfig
 from imagerag.generation.arguments import MAX_PROMPT_CHARACTERS, check_prompts
-from imagerag.table import Table
+from imagerag.storage.table import Table
 
 logger = logging.getLogger(__name__)
 

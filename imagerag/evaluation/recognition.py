@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from imagerag.evaluation.features import Features
+from imagerag.evaluation.efficientnet import Features
 
 NUM_NAMES = 100
 _RIDGE = 100.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from imagerag.evaluation.config import MetricName
 from imagerag.evaluation.intervals import Estimate
-from imagerag.files import read_json
+from imagerag.storage.files import read_json
 
 PAGE, TABLE, GRID, RESULTS = "index.html", "table.md", "grid.png", "results.json"
 """Files in an evaluation's folder."""

@@ -13,9 +13,9 @@ from tempfile import NamedTemporaryFile
 import numpy as np
 from PIL import Image
 
-from imagerag.evaluation.features import Features, features_of
+from imagerag.evaluation.efficientnet import Features, features_of
 from imagerag.evaluation.recognition import ClipJudge, Floats
-from imagerag.hspace.features import open_images
+from imagerag.hspace.encode import open_images
 from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
 

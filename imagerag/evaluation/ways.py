@@ -9,14 +9,13 @@ import fsspec
 
 from imagerag.artifacts import Deployed, Finetuned, IndexVersion
 from imagerag.errors import UserError
-from imagerag.evaluation.compare import TEACHER_GUIDANCE
+from imagerag.evaluation.compare import teacher_guidance
 from imagerag.evaluation.config import EvaluateConfig, WayName
-from imagerag.files import read_json
+from imagerag.generation.base_files import PAPERS_W, resolve
 from imagerag.generation.finetuned import ADAPTER, LORA
-from imagerag.generation.spec import PAPERS_W, resolve
 from imagerag.retrieval.store import Store
+from imagerag.storage.files import read_json
 
-_PAPERS_GUIDANCE = 7.5
 _NUM_REFERENCES = 4
 _NOT_IN_KEY = ("name", "title", "base", "adapter", "is_column", "curve", "index")
 
@@ -77,9 +76,7 @@ def ways_of(
     """
     base: dict[str, Any] = {"base": finetuned.base, "base_digest": finetuned.base_digest}
     k = config.num_references
-    guidance = config.teacher_guidance
-    if guidance is None:
-        guidance = TEACHER_GUIDANCE.get(teacher, _PAPERS_GUIDANCE)
+    guidance = teacher_guidance(teacher) if config.teacher_guidance is None else config.teacher_guidance
     w = resolve(finetuned.base).slerp_w if config.slerp_w is None else config.slerp_w
     slerp = Way(
         name="slerp", title=f"slerp, w = {w}", fusion="slerp", num_references=_number(k, 1, index), w=w, curve="slerp",

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagerag.digests import digest_of
 from imagerag.errors import UserError
 from imagerag.evaluation.config import MetricFiles
+from imagerag.storage.digests import digest_of
 
 if TYPE_CHECKING:
     import torch

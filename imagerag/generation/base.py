@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imagerag.errors import UserError
-from imagerag.generation.spec import PAPERS_W, BaseIdentity, Part, parts_of, read_json, resolve
+from imagerag.generation.base_files import PAPERS_W, BaseIdentity, Part, parts_of, read_json, resolve
 from imagerag.generation.text import TextConditioner
 from imagerag.workers import Dtype
 

@@ -26,19 +26,19 @@ from imagerag.generation.arguments import (
     in_list,
 )
 from imagerag.generation.base import BaseModel
+from imagerag.generation.base_files import BaseIdentity, identity_of_folder
 from imagerag.generation.options import FusionOptions, check_scale, warn_of_no_effect
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
 from imagerag.generation.saving import align, attach_beside, save_beside, unify
-from imagerag.generation.spec import BaseIdentity, identity_of_folder
 from imagerag.generation.text import LCM_GUIDANCE, TextConditioner
 from imagerag.hspace.adapter import HSpaceAdapter
-from imagerag.hspace.features import encode_references
+from imagerag.hspace.encode import encode_references
 from imagerag.hspace.fit import DEFAULT_FIT
 from imagerag.hspace.fusion import Fusion, FusionName
 from imagerag.hspace.lora import LORA_NAME, without_lora
 from imagerag.hspace.midblock import fusing, prepare
-from imagerag.locks import local_folder
 from imagerag.retrieval.schema import Embeds
+from imagerag.storage.locks import local_folder
 
 
 @dataclass

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL.Image import Resampling
 
-from imagerag.embedding.spec import resolve
+from imagerag.embedding.encoder_files import resolve
 from imagerag.errors import UserError, VersionGoneError
-from imagerag.generation.spec import BaseIdentity
+from imagerag.generation.base_files import BaseIdentity
 from imagerag.generation.text import is_text_tower
 from imagerag.hspace.adapter import gate
-from imagerag.hspace.features import identity_in
+from imagerag.hspace.encode import identity_in
 from imagerag.retrieval.ranking import diversify, merge, split_phrases
 from imagerag.retrieval.schema import Embeds, FeatureIdentity, Features
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from imagerag.embedding.encoder import Encoder
     from imagerag.retrieval.search import Neighbour
 
-_MOST_OF_ONE_CAPTION = 2
 _MASK_SIDE = 64
 """Side of a mask; H-spaces are coarser."""
 _OVERFETCH = 2
@@ -217,7 +216,7 @@ class ReferenceIndex:
         near = self._on_what_is_there(
             lambda: self.retriever.search(self.encode(queries, encode_texts), _OVERFETCH * k, features=self.identity)
         )
-        found = iter([diversify(ranking, k, _MOST_OF_ONE_CAPTION) for ranking in near])
+        found = iter([diversify(ranking, k) for ranking in near])
         rankings = [[next(found) for _ in own] for own in phrases]
         return [own[0] if len(own) == 1 else merge(own, k) for own in rankings]
 
@@ -277,7 +276,7 @@ class ReferenceIndex:
         return identity_in(self.retriever.dataset.schema, self._base, self._unet_config)
 
     def _compute(self, ids: Sequence[str], encode_references: EncodeReferences) -> dict[str, torch.Tensor]:
-        from imagerag.hspace.features import open_images
+        from imagerag.hspace.encode import open_images
 
         found = self.retriever.fetch(ids, images=True)
         h = encode_references(open_images([row.image or b"" for row in found]), [row.caption for row in found])

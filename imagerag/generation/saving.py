@@ -8,7 +8,7 @@ import torch
 from imagerag.errors import UserError
 from imagerag.generation.finetuned import LORA
 from imagerag.hspace.lora import LORA_NAME, WEIGHTS_NAME, copy_without_lora, load_lora, save_lora
-from imagerag.locks import local_folder
+from imagerag.storage.locks import local_folder
 
 _CODE = "pipeline.py"
 """Name that diffusers expects for the file of a custom pipeline class, see `DiffusionPipeline.from_pretrained`."""

@@ -8,7 +8,7 @@ from imagerag.artifacts import Finetuned
 from imagerag.registry.package import Manifest
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-from imagerag.training.job import EXPERIMENT
+from imagerag.training.finetune import EXPERIMENT
 from imagerag.training.tracking import find_run, start_run
 
 if TYPE_CHECKING:

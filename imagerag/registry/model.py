@@ -10,16 +10,17 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.registry.card import CARD, GRID
 from imagerag.registry.package import INDEX, MANIFEST, Manifest, read
+from imagerag.storage.digests import sha256_of
 
 PACKAGE = "package"
 """Name of MLflow's artifact for the model's own folder."""
 FOLDER = Path("artifacts", PACKAGE)
 """Path of that artifact in MLflow's folder."""
 _SOURCE = Path(__file__).parent.parent
+_NOT_FOR_PICTURES = ("embedded/sample/data", "recipes")
 _METADATA = (
     "base",
     "base_digest",
@@ -63,9 +64,9 @@ def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: 
 
 
 def _not_for_pictures(folder: str, names: list[str]) -> set[str]:
-    """Return the names to leave out of a copy of this package: the sample corpus and bytecode caches."""
+    """Return the names to leave out of a copy of this package: sample drawings, recipes, bytecode caches."""
     at = Path(folder).relative_to(_SOURCE)
-    return {name for name in names if name == "__pycache__" or at / name == Path("corpus", "sample", "data")}
+    return {name for name in names if name == "__pycache__" or (at / name).as_posix() in _NOT_FOR_PICTURES}
 
 
 def code_digest(model: Path) -> str:

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from imagerag.artifacts import Finetuned
-from imagerag.digests import sha256_of
 from imagerag.errors import UserError
+from imagerag.generation.base_files import BaseFiles, resolve
 from imagerag.generation.finetuned import ADAPTER, LORA, load_finetuned
-from imagerag.generation.spec import BaseFiles, resolve
-from imagerag.hspace.job import identities_of, identity_of
-from imagerag.locks import local_folder
+from imagerag.hspace.cache import identities_of, identity_of
 from imagerag.retrieval.publish import move_tag
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
+from imagerag.storage.digests import sha256_of
+from imagerag.storage.locks import local_folder
 
 if TYPE_CHECKING:
     from imagerag.generation.pipeline import ImageRAGTurboPipeline

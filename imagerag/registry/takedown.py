@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from imagerag.artifacts import Sweep
-from imagerag.locks import local_folder
 from imagerag.registry.card import GRID
 from imagerag.registry.model import FOLDER
 from imagerag.registry.package import INDEX
@@ -23,7 +22,8 @@ from imagerag.registry.versions import (
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import holds
 from imagerag.settings import Settings
-from imagerag.training.job import EXPERIMENT
+from imagerag.storage.locks import local_folder
+from imagerag.training.finetune import EXPERIMENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,9 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from imagerag.artifacts import Finetuned, Registered
-from imagerag.digests import sha256_of
 from imagerag.errors import UserError
-from imagerag.locks import writer_lock
 from imagerag.registry import package
 from imagerag.registry.card import GRID, PICTURE, model_card, sources_of
 from imagerag.registry.lineage import log_inputs, run_of
@@ -27,6 +25,8 @@ from imagerag.retrieval.pins import JOB, held, pin
 from imagerag.retrieval.publish import require_published, require_version
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
+from imagerag.storage.digests import sha256_of
+from imagerag.storage.locks import writer_lock
 from imagerag.training.tracking import mlflow_client, tracking_uri
 
 if TYPE_CHECKING:

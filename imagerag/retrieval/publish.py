@@ -21,12 +21,12 @@ from imagerag.config import Config
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import count_blocked
-from imagerag.retrieval.features import cached_features, count_lacking
+from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.pins import drop_resting
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, Fit
 from imagerag.retrieval.store import Store, batches_of
-from imagerag.spool import MEMORY_ROWS, Parts, by_id
+from imagerag.storage.spool import MEMORY_ROWS, Parts, by_id
 
 PUBLISHED = "published"
 MAX_SHRINK = 0.5

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from imagerag.retrieval.search import Neighbour
 
+MOST_OF_ONE_CAPTION = 2
 _RANK_CONSTANT = 60
 """Constant of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)."""
 _BETWEEN_THINGS = re.compile(
@@ -33,7 +34,7 @@ def split_phrases(prompt: str) -> list[str]:
     return phrases if len(phrases) > 1 else []
 
 
-def diversify(ranking: "Sequence[Neighbour]", k: int, most: int) -> "list[Neighbour]":
+def diversify(ranking: "Sequence[Neighbour]", k: int, most: int = MOST_OF_ONE_CAPTION) -> "list[Neighbour]":
     """Return `k` rows, nearest first, with at most `most` rows per caption as long as there are others."""
     seen: Counter[str] = Counter()
     chosen: list[Neighbour] = []

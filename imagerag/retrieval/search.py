@@ -13,7 +13,7 @@ from lance.query import MatchQuery
 
 from imagerag.errors import UserError
 from imagerag.retrieval.ann import nearest, read_record
-from imagerag.retrieval.features import count_lacking, require_cached, to_features
+from imagerag.retrieval.feature_column import count_lacking, require_cached, to_features
 from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, Features, encoder_of

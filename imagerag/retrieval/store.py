@@ -21,9 +21,9 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from imagerag.artifacts import IndexVersion
 from imagerag.errors import UserError, VersionGoneError
-from imagerag.locks import OnWait, check_locks, local_folder, writer_lock
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
-from imagerag.spool import MEMORY_ROWS
+from imagerag.storage.locks import OnWait, check_locks, local_folder, writer_lock
+from imagerag.storage.spool import MEMORY_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ class Store:
             )
 
     def writer_lock(self) -> AbstractContextManager[None]:
-        """Lock out this table's other writers; see `imagerag.locks`."""
+        """Lock out this table's other writers; see `imagerag.storage.locks`."""
         return writer_lock(self.uri, self.name)
 
     def update_lock(self, on_wait: OnWait = logger.info) -> AbstractContextManager[None]:

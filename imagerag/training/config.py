@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from imagerag.config import Config
 from imagerag.errors import UserError
-from imagerag.generation.spec import check_spec
+from imagerag.generation.base_files import check_spec
 from imagerag.limits import MAX_SEED
 from imagerag.workers import CommittingConfig, WorkersConfig
 

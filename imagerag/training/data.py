@@ -21,11 +21,11 @@ from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.base import BaseModel
 from imagerag.generation.text import added_conditions
-from imagerag.hspace.features import identity_in, side_of
-from imagerag.retrieval.features import require_cached
+from imagerag.hspace.encode import identity_in, side_of
+from imagerag.retrieval.feature_column import require_cached
 from imagerag.retrieval.schema import Embeds, Features
 from imagerag.retrieval.search import Retriever
-from imagerag.table import Arrays, Table, from_column, shape_of
+from imagerag.storage.table import Arrays, Table, from_column, shape_of
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
 
 _READ_AHEAD = 2

@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.errors import UserError
-from imagerag.generation.spec import BaseFiles, read_json, resolve
-from imagerag.hspace.job import identity_of
+from imagerag.generation.base_files import BaseFiles, read_json, resolve
+from imagerag.hspace.cache import identity_of
 from imagerag.retrieval.schema import FeatureIdentity
 from imagerag.retrieval.search import Retriever
-from imagerag.table import Table, array_field
+from imagerag.storage.table import Table, array_field
 from imagerag.training.config import SynthesizeConfig
 
-MAX_REFERENCES = 16
-"""Kept of each example."""
+STORED_REFERENCES = 16
+"""Number of nearest references stored per example; a training chooses among them."""
 _SHARED = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
 """UNet settings in which student and teacher must agree. A teacher for larger images runs at the student's size."""
 _BATCH_ROWS = 8_192

@@ -12,9 +12,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
-from imagerag import tiny
-from imagerag.digests import digest_of
+from imagerag.embedded import tiny_base
 from imagerag.errors import UserError
+from imagerag.storage.digests import digest_of
 
 _ELATENTLPIPS = "elatentlpips:"
 _ENCODERS = ("sd15", "sd21", "sdxl")
@@ -84,7 +84,7 @@ def load_perceptual(spec: str, device: torch.device) -> Perceptual:
 
 
 def _folder_of(spec: str) -> Path:
-    return tiny.FOLDER / "perceptual" if spec == "tiny" else Path(spec).expanduser()
+    return tiny_base.FOLDER / "perceptual" if spec == "tiny" else Path(spec).expanduser()
 
 
 class LatentNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagerag.generation.spec import read_json
+from imagerag.generation.base_files import read_json
 from imagerag.training.config import FinetuneConfig
 from imagerag.training.examples import Examples
 

@@ -14,7 +14,7 @@ from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig
 from imagerag.training.examples import Examples
-from imagerag.training.job import key_of
+from imagerag.training.finetune import key_of
 from imagerag.training.synthesize import describe
 
 

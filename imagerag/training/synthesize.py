@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 
 from imagerag.artifacts import TrainingSet
 from imagerag.compute import start_ray, stop_ray
-from imagerag.locks import writer_lock
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.pins import JOB, held
 from imagerag.retrieval.ranking import diversify
@@ -28,9 +27,10 @@ from imagerag.retrieval.search import Neighbour, Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import reachable_rows
 from imagerag.settings import Settings
-from imagerag.table import Table, to_column
+from imagerag.storage.locks import writer_lock
+from imagerag.storage.table import Table, to_column
 from imagerag.training.config import SynthesizeConfig
-from imagerag.training.examples import MAX_REFERENCES, Examples
+from imagerag.training.examples import STORED_REFERENCES, Examples
 from imagerag.workers import Commits, mapped, watched
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
     from imagerag.generation.text import TextConditioner
 
-_CANDIDATES = 4 * MAX_REFERENCES
-_MOST_OF_ONE_CAPTION = 2
+_CANDIDATES = 4 * STORED_REFERENCES
 _ROWS_OF_A_TASK = 256
 """What is lost when a worker dies, at most."""
 
@@ -216,7 +215,7 @@ class RealWorker(_Worker):
         self._retriever = Retriever(uri, name, version=version)
 
     def _make(self, rows: pa.Table) -> pa.Table:
-        from imagerag.hspace.features import encode_latents, open_images
+        from imagerag.hspace.encode import encode_latents, open_images
 
         images = self._retriever.take(rows["row"].to_numpy(), ["image"])["image"].to_pylist()
         latents = encode_latents(self._base.vae, self._base.unet, open_images(images), self._fit)
@@ -230,7 +229,7 @@ class TeacherWorker(_Worker):
         super().__init__(**common)
         from imagerag.generation.base import load_base
         from imagerag.generation.pipeline import ImageRAGTurboPipeline
-        from imagerag.hspace.features import side_of
+        from imagerag.hspace.encode import side_of
 
         self._pipeline = ImageRAGTurboPipeline.from_base(load_base(config.teacher, device, dtype))
         self._pipeline.set_progress_bar_config(disable=True)
@@ -307,13 +306,13 @@ class ReferencesWorker(_Worker):
             for row in found
             if self._sha256[row.id] != own_sha256 and (is_held_out or row.caption not in self._held_out)
         ]
-        return diversify(others, MAX_REFERENCES, _MOST_OF_ONE_CAPTION)
+        return diversify(others, STORED_REFERENCES)
 
 
 def _to_rows(
     ids: Iterable[str], prompts: pa.ChunkedArray, latents: "torch.Tensor", conditioner: "TextConditioner"
 ) -> pa.Table:
-    from imagerag.hspace.features import to_cache
+    from imagerag.hspace.encode import to_cache
 
     unique = prompts.combine_chunks().dictionary_encode()
     condition = conditioner.encode(unique.dictionary.to_pylist())

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from PIL import Image
 
 from imagerag.errors import UserError
-from imagerag.files import read_json, write_json
 from imagerag.settings import Settings
+from imagerag.storage.files import read_json, write_json
 from imagerag.training.relocation import ARTIFACTS, follow_home
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from imagerag.generation.base import BaseModel
     from imagerag.training.data import RagData
-    from imagerag.training.finetune import Finetuning
+    from imagerag.training.trainer import Finetuning
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +119,8 @@ def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Fin
     import torch
 
     from imagerag.generation.base import load_base
-    from imagerag.training.finetune import Finetuning
     from imagerag.training.perceptual import load_perceptual
+    from imagerag.training.trainer import Finetuning
 
     own = task.training_set
     base, teacher = load_base(own.base, str(device), task.dtype), load_base(own.teacher, str(device), task.dtype)

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from imagerag.compute import start_ray
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
-from imagerag.corpus.sample import load_drawings
 from imagerag.corpus.url_list import read_url_list
+from imagerag.embedded.sample import load_drawings
 from imagerag.settings import Settings
 
 HOST = "127.0.0.1"

@@ -13,9 +13,9 @@ from pathlib import Path
 from PIL import Image
 
 from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.sample import load_drawings
+from imagerag.embedded.sample import load_drawings
 from imagerag.embedding.config import EmbedConfig
-from imagerag.embedding.job import embed
+from imagerag.embedding.embed import embed
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from tests.bench.corpus import HOST, make_shards, serving, write_url_list

@@ -4,11 +4,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-from imagerag.corpus.sample import load_drawings
+from imagerag.embedded.sample import load_drawings
 from imagerag.generation.base import load_base
+from imagerag.hspace.cache import cache_features
 from imagerag.hspace.config import FeaturesConfig
-from imagerag.hspace.features import encode_references, open_images
-from imagerag.hspace.job import cache_features
+from imagerag.hspace.encode import encode_references, open_images
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings

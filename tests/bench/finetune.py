@@ -12,20 +12,20 @@ import numpy as np
 import torch
 
 from imagerag.artifacts import TrainingSet
-from imagerag.corpus.sample import load_drawings
+from imagerag.embedded.sample import load_drawings
 from imagerag.embedding.encoder import load_encoder
 from imagerag.generation.base import load_base
+from imagerag.hspace.cache import cache_features
 from imagerag.hspace.config import FeaturesConfig
-from imagerag.hspace.job import cache_features
 from imagerag.hspace.split import EncoderOutput, encode
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig, tiny
 from imagerag.training.data import Loaded, Loader, RagData
-from imagerag.training.finetune import Finetuning
-from imagerag.training.job import finetune
+from imagerag.training.finetune import finetune
 from imagerag.training.perceptual import load_perceptual
 from imagerag.training.synthesize import synthesize
+from imagerag.training.trainer import Finetuning
 from tests.bench.harness import Row, Scale, alternate, in_fresh_process, median
 from tests.retrieval.rows import append, fixed_size_lists, index_and_publish, make_rows
 

@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from imagerag.embedding.spec import resolve
+from imagerag.embedding.encoder_files import resolve
+from imagerag.generation.base_files import BaseIdentity
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.generation.spec import BaseIdentity
 from imagerag.hspace.adapter import HSpaceAdapter
-from imagerag.hspace.features import feature_identity
-from imagerag.retrieval import features
+from imagerag.hspace.encode import feature_identity
+from imagerag.retrieval import feature_column
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
 from imagerag.retrieval.schema import FeatureIdentity, Features
@@ -163,9 +163,9 @@ def make_index(folder: Path, num_rows: int, identity: FeatureIdentity) -> Store:
     def compute(images: list[bytes], captions: list[str]) -> Features:
         return random.standard_normal((len(images), *identity.shape), dtype=np.float32).astype(np.float16)
 
-    version = features.prepare(store, identity)
-    for fragment in features.missing(store.dataset(version), identity):
-        features.commit(store, [features.fill(store, identity, version, fragment, compute, 512)], version)
+    version = feature_column.prepare(store, identity)
+    for fragment in feature_column.missing(store.dataset(version), identity):
+        feature_column.commit(store, [feature_column.fill(store, identity, version, fragment, compute, 512)], version)
     publication = publish(store, build_index(store, IndexConfig()), PublishConfig())
     assert publication.published, publication.checks
     return store

@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from imagerag.generation.base import BaseModel
-from imagerag.generation.spec import BaseIdentity
+from imagerag.generation.base_files import BaseIdentity
 from imagerag.training.config import FinetuneConfig, LossWeights
 from imagerag.training.data import Loaded, RagBatch
-from imagerag.training.finetune import Finetuning
 from imagerag.training.plan import PEAK_TFLOPS
+from imagerag.training.trainer import Finetuning
 from tests.bench.generate import NUM_REFERENCES, SD21_UNET
 from tests.bench.harness import Row, Scale, median
 

@@ -13,7 +13,7 @@ from imagerag.corpus.download import _plan as plan_shards
 from imagerag.corpus.download import _want
 from imagerag.corpus.url_list import read_url_list
 from imagerag.embedding.config import EmbedConfig
-from imagerag.embedding.job import embed
+from imagerag.embedding.embed import embed
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from tests.bench.corpus import HOST, make_shards, serving, write_drawings, write_url_list

@@ -14,7 +14,7 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
 from imagerag.corpus.url_list import read_url_list
 from imagerag.embedding.config import EmbedConfig
-from imagerag.embedding.job import embed
+from imagerag.embedding.embed import embed
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
 from imagerag.retrieval.store import Store

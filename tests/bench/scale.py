@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from imagerag.embedding.survey import survey
-from imagerag.retrieval import features
+from imagerag.retrieval import feature_column
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, check_rows, publish, status
 from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, row_ids, row_schema
@@ -94,14 +94,14 @@ def _make(folder: str, num_rows: int) -> None:
         fragments += store.write_fragments(rows.select(schema.names))
     store.commit(fragments, store.version)
     assert publish(store, build_index(store, IndexConfig()), PublishConfig(min_recall=0.5)).published
-    version = features.prepare(store, _FEATURES)
-    missing = features.missing(store.dataset(version), _FEATURES)
+    version = feature_column.prepare(store, _FEATURES)
+    missing = feature_column.missing(store.dataset(version), _FEATURES)
     zeros = np.zeros((max(missing.values()), *_FEATURES.shape), np.float16)
     filled = [
-        features.fill(store, _FEATURES, version, fragment, lambda images, _: zeros[: len(images)], len(zeros))
+        feature_column.fill(store, _FEATURES, version, fragment, lambda images, _: zeros[: len(images)], len(zeros))
         for fragment in missing
     ]
-    features.commit(store, filled, version)
+    feature_column.commit(store, filled, version)
     assert publish(store, build_index(store, IndexConfig()), PublishConfig(min_recall=0.5)).published
 
 
@@ -132,7 +132,7 @@ def _status(store: Store, num_rows: int) -> None:
 
 
 def _lacking(store: Store, num_rows: int) -> None:
-    assert features.count_lacking(store.dataset(), _FEATURES) == 0
+    assert feature_column.count_lacking(store.dataset(), _FEATURES) == 0
 
 
 def _look_up(store: Store, num_rows: int) -> None:

@@ -20,15 +20,15 @@ import psutil
 import torch
 
 from imagerag.artifacts import Finetuned
-from imagerag.corpus.sample import load_drawings
+from imagerag.embedded.sample import load_drawings
 from imagerag.embedding.encoder import load_encoder
 from imagerag.generation.base import load_base
 from imagerag.generation.batch import generate
 from imagerag.generation.finetuned import ADAPTER
 from imagerag.hspace.adapter import HSpaceAdapter
+from imagerag.hspace.cache import cache_features
 from imagerag.hspace.config import FeaturesConfig
-from imagerag.hspace.features import feature_identity
-from imagerag.hspace.job import cache_features
+from imagerag.hspace.encode import feature_identity
 from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
 from imagerag.registry.promotion import promote
@@ -226,7 +226,7 @@ def _clients(folder: Path) -> Row:
 
 
 def _identity(pipeline: Any) -> Any:
-    from imagerag.generation.spec import BaseIdentity
+    from imagerag.generation.base_files import BaseIdentity
 
     return BaseIdentity(id=pipeline.config.base_id, digest=pipeline.config.base_digest)
 

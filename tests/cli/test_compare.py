@@ -9,22 +9,22 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from imagerag import tiny
 from imagerag.cli import app
-from imagerag.corpus.sample import load_drawings
-from imagerag.embedding.spec import resolve
+from imagerag.embedded import tiny_base
+from imagerag.embedded.sample import load_drawings
+from imagerag.embedding.encoder_files import resolve
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.hspace.adapter import HSpaceAdapter
-from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
-from imagerag.retrieval import features
+from imagerag.hspace.encode import encode_references, feature_identity, open_images, to_cache
+from imagerag.retrieval import feature_column
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
 from imagerag.retrieval.schema import Features
 from tests.retrieval.quality import Texts, write_index
 
 NUM_ROWS = 120
-SLERP = f"slerp, w = {tiny.SLERP_W}"
+SLERP = f"slerp, w = {tiny_base.SLERP_W}"
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pictures = open_images(images)
         return to_cache(encode_references(base.vae, base.unet, base.conditioner, pictures, captions, "auto"))
 
-    version = features.prepare(store, identity)
-    for fragment in features.missing(store.dataset(version), identity):
-        features.commit(store, [features.fill(store, identity, version, fragment, compute, 32)], version)
+    version = feature_column.prepare(store, identity)
+    for fragment in feature_column.missing(store.dataset(version), identity):
+        feature_column.commit(store, [feature_column.fill(store, identity, version, fragment, compute, 32)], version)
     publish(store, build_index(store, IndexConfig()), PublishConfig())
     return home
 
@@ -77,7 +77,7 @@ def test_a_page_a_grid_and_numbers(tmp_path: Path) -> None:
         assert cells["base"]["references"] == cells["teacher, 25 steps"]["references"] == []
     (reference,) = scores[0]["cells"][1]["references"]
     assert reference["caption"] == "castle"
-    assert reference["weight"] == pytest.approx(1 - tiny.SLERP_W)
+    assert reference["weight"] == pytest.approx(1 - tiny_base.SLERP_W)
 
     page = (out / "index.html").read_text()
     assert page.count('<img class="made"') == 8

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from imagerag.corpus.sample.server import SampleServer
+from imagerag.embedded.sample.server import SampleServer
 from tests.cluster.engines import POSTGRES, Cluster, cluster
 
 MARKS = [

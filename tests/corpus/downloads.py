@@ -13,7 +13,7 @@ from imagerag.corpus.download import download
 from imagerag.corpus.ledger import read_ledger
 from imagerag.corpus.url_list import SCHEMA, UrlList
 from imagerag.settings import Settings
-from imagerag.spool import Spool
+from imagerag.storage.spool import Spool
 from tests.corpus.web import Web
 
 

@@ -14,10 +14,10 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
 from imagerag.corpus.guard import Reason
 from imagerag.corpus.ledger import read_attempts, wanted_images
-from imagerag.corpus.sample.bad import bad_urls
-from imagerag.corpus.sample.server import SampleServer
 from imagerag.corpus.takedown import take_down
 from imagerag.corpus.url_list import read_url_list
+from imagerag.embedded.sample.bad import bad_urls
+from imagerag.embedded.sample.server import SampleServer
 from imagerag.errors import UserError
 from imagerag.settings import Settings
 from tests.corpus.downloads import Corpus

@@ -10,9 +10,9 @@ from imagerag.corpus.download import download
 from imagerag.corpus.ledger import read_attempts, wanted_images
 from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import UrlColumns, read_url_list
-from imagerag.digests import sha256_of
 from imagerag.errors import UserError
 from imagerag.settings import Settings
+from imagerag.storage.digests import sha256_of
 from tests.corpus.web import picture
 
 MAX_BYTES = 10_000

@@ -6,7 +6,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from imagerag import spool
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import _count, _plan, _want
 from imagerag.corpus.fetch import fetch_shard
@@ -14,7 +13,8 @@ from imagerag.corpus.ledger import wanted_images
 from imagerag.corpus.shards import planned_shards, read_plans, read_wanted
 from imagerag.corpus.takedown import take_down
 from imagerag.corpus.url_list import SCHEMA
-from imagerag.spool import Spool
+from imagerag.storage import spool
+from imagerag.storage.spool import Spool
 from tests.corpus.web import Web, picture
 
 

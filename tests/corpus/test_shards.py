@@ -8,7 +8,7 @@ from fsspec import AbstractFileSystem
 
 from imagerag.corpus import shards, url_list
 from imagerag.corpus.ledger import read_ledger
-from imagerag.files import ConflictError
+from imagerag.storage.files import ConflictError
 
 PLAN = pa.table({name: ["x", "y"] for name in shards.PLAN_SCHEMA.names})
 

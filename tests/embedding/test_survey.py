@@ -5,11 +5,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from imagerag import spool
 from imagerag.corpus.ledger import iter_images
 from imagerag.embedding.survey import compare, first_rows, survey, with_ids
 from imagerag.retrieval.schema import row_id
 from imagerag.retrieval.store import Store
+from imagerag.storage import spool
 from tests.embedding.shards import sample, want, write_shard
 from tests.retrieval.rows import ENCODER, append, make_rows
 

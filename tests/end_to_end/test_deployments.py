@@ -15,14 +15,14 @@ import psutil
 import pytest
 from prefect.flow_engine import load_flow, load_flow_run, run_flow
 
-from imagerag.corpus.sample import load_drawings
-from imagerag.retrieval.features import cached_features
+from imagerag.embedded.sample import load_drawings
+from imagerag.retrieval.feature_column import cached_features
 from imagerag.retrieval.publish import published_version
 from imagerag.retrieval.store import Store
 from imagerag.services import prefect_environment
 from imagerag.settings import Settings
 from imagerag.training.config import tiny
-from imagerag.training.job import read_finetuned
+from imagerag.training.finetune import read_finetuned
 from imagerag.training.tracking import mlflow_client, tracking_uri
 from tests.end_to_end.prefect_api import call
 

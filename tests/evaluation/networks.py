@@ -18,7 +18,7 @@ from transformers import (
     ViltProcessor,
 )
 
-from imagerag import tiny
+from imagerag.embedded import tiny_base
 from tests.generation.folders import bytes_tokenizer
 
 CLIP_DIM = 24
@@ -53,7 +53,7 @@ def write_head(path: Path, *widths: int) -> Path:
 
 def write_vilt(folder: Path) -> Path:
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(tiny.FOLDER / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base.FOLDER / "tokenizer")
     config = ViltConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2,
         image_size=32, patch_size=8, id2label=dict(enumerate(ANSWERS)), num_labels=len(ANSWERS),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from imagerag.corpus.sample import Drawing, load_drawings
+from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.errors import UserError
 from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid
 from imagerag.evaluation.config import MetricFiles

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from imagerag.corpus.sample import load_concepts, load_drawings
+from imagerag.embedded.sample import load_concepts, load_drawings
 from imagerag.embedding.encoder import load_encoder
 from imagerag.evaluation.distances import frechet, measure_distances
-from imagerag.evaluation.features import load_feature_network
+from imagerag.evaluation.efficientnet import load_feature_network
 from imagerag.evaluation.intervals import estimate, jackknifed
 from imagerag.evaluation.recognition import ClipJudge, Judge, is_nearest
-from imagerag.tiny.data import Pictures
-from imagerag.tiny.vae import to_input
+from imagerag.recipes.tiny_base.data import Pictures
+from imagerag.recipes.tiny_base.vae import to_input
 
 STYLES = ("noto", "twemoji")
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from flows.ingest import NotPublishedError, ingest
 from flows.reindex import reindex
 from imagerag.cli import app
-from imagerag.corpus.sample.server import BAD_URLS, SampleServer
+from imagerag.embedded.sample.server import BAD_URLS, SampleServer
 from imagerag.errors import UserError
 from imagerag.retrieval.publish import rollback, status
 from imagerag.retrieval.store import Store

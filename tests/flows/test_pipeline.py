@@ -10,7 +10,7 @@ from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 
 from flows.pipeline import PipelineParameters, pipeline
-from imagerag.corpus.sample.server import SampleServer
+from imagerag.embedded.sample.server import SampleServer
 from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.registry.versions import list_versions

@@ -22,7 +22,7 @@ from prefect.runtime import flow_run
 
 @flow(name="logs")
 def logs():
-    logging.getLogger("imagerag.locks").warning("images is being written by another process")
+    logging.getLogger("imagerag.storage.locks").warning("images is being written by another process")
     return flow_run.id
 
 print(logs())
@@ -36,7 +36,7 @@ def test_the_librarys_log_is_in_the_runs(prefect_api_url: str) -> None:
     done = subprocess.run([sys.executable, "-c", LOGGING], env=environment, capture_output=True, text=True, check=True)
     with get_client(sync_client=True) as client:
         found = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[done.stdout.split()[-1]])))
-    assert ("imagerag.locks", "images is being written by another process") in [
+    assert ("imagerag.storage.locks", "images is being written by another process") in [
         (log.name, log.message) for log in found
     ]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from imagerag import tiny
-from imagerag.digests import sha256_of as digests_sha256_of
+from imagerag.embedded import tiny_base
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
+from imagerag.generation.base_files import check_spec, resolve
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.generation.spec import check_spec, resolve
+from imagerag.storage.digests import sha256_of as digests_sha256_of
 
 PROMPTS = ["a fox", "two slices of watermelon"]
 FORMATS = ["sd-turbo", "sd-2-teacher", "fp16-only", "sharded", "sdxl-turbo", "lcm"]
@@ -69,7 +69,7 @@ def test_a_large_files_digest_is_remembered_until_it_changes(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IMAGERAG_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("imagerag.digests._LARGE_BYTES", 1000)
+    monkeypatch.setattr("imagerag.storage.digests._LARGE_BYTES", 1000)
     copy = shutil.copytree(bases["sd-turbo"], tmp_path / "copy")
     first = resolve(str(copy)).identity
 
@@ -79,7 +79,7 @@ def test_a_large_files_digest_is_remembered_until_it_changes(
         hashed.append(path)
         return digests_sha256_of(path)
 
-    monkeypatch.setattr("imagerag.digests.sha256_of", sha256_of)
+    monkeypatch.setattr("imagerag.storage.digests.sha256_of", sha256_of)
     assert resolve(str(copy)).identity == first
     assert not any(path.suffix == ".safetensors" for path in hashed)
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -89,7 +89,7 @@ def test_a_large_files_digest_is_remembered_until_it_changes(
 
 
 def test_a_base_model_names_its_weight_in_slerp(bases: dict[str, Path], tmp_path: Path) -> None:
-    assert resolve("tiny").slerp_w == load_base("tiny", "cpu").slerp_w == tiny.SLERP_W
+    assert resolve("tiny").slerp_w == load_base("tiny", "cpu").slerp_w == tiny_base.SLERP_W
     assert resolve(str(bases["sd-turbo"])).slerp_w == 0.8, "the paper's"
     copy = shutil.copytree(bases["sd-turbo"], tmp_path / "copy")
     index = json.loads((copy / "model_index.json").read_text())
@@ -188,5 +188,5 @@ def test_a_missing_shard_is_named(bases: dict[str, Path], tmp_path: Path) -> Non
 def test_a_model_out_of_reach_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     spec = f"stabilityai/sd-turbo@{'0' * 40}"
-    with pytest.raises(UserError, match=f"{spec} is not on this machine and could not be fetched"):
+    with pytest.raises(UserError, match=f"{spec} is not on this machine and could not be downloaded"):
         load_base(spec)

@@ -11,11 +11,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from imagerag.embedding.spec import resolve
+from imagerag.embedding.encoder_files import resolve
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
-from imagerag.hspace.features import feature_identity
+from imagerag.hspace.encode import feature_identity
 from imagerag.hspace.fit import FITS, fit_square
 from imagerag.retrieval.schema import EncoderIdentity, Fit
 from imagerag.retrieval.store import Store

@@ -9,8 +9,8 @@ from PIL import Image
 
 from imagerag.errors import UserError
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.hspace.features import feature_identity
-from imagerag.retrieval import features
+from imagerag.hspace.encode import feature_identity
+from imagerag.retrieval import feature_column
 from imagerag.retrieval.schema import Features
 from imagerag.retrieval.store import Store
 from tests.generation.with_index import BASE, make_pipeline, write_store
@@ -22,12 +22,12 @@ NARROW = Image.new("RGB", (4, 400))
 def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
     broken = write_store(tmp_path, plain)
     identity = feature_identity(BASE, plain.unet.config, "auto")
-    version = features.prepare(broken, identity)
+    version = feature_column.prepare(broken, identity)
 
     def compute(images: list[bytes], captions: list[str]) -> Features:
         return np.full((len(images), *identity.shape), np.nan, np.float16)
 
-    features.commit(broken, [features.fill(broken, identity, version, 0, compute, 8)], version)
+    feature_column.commit(broken, [feature_column.fill(broken, identity, version, 0, compute, 8)], version)
     index_and_publish(broken)
     with pytest.raises(UserError, match=r"features of row [0-9a-f]{40} \('castle'\) hold a NaN"):
         make_pipeline().use_index(broken.uri, broken.name)("a castle")

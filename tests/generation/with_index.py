@@ -10,14 +10,14 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from imagerag import tiny
-from imagerag.embedding.spec import resolve
-from imagerag.embedding.tiny import text_folder
+from imagerag.embedded import tiny_base
+from imagerag.embedded.tiny_encoder import text_folder
+from imagerag.embedding.encoder_files import resolve
+from imagerag.generation.base_files import BaseIdentity
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.generation.spec import BaseIdentity
 from imagerag.hspace.adapter import HSpaceAdapter
-from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
-from imagerag.retrieval import features
+from imagerag.hspace.encode import encode_references, feature_identity, open_images, to_cache
+from imagerag.retrieval import feature_column
 from imagerag.retrieval.schema import Features, Fit
 from imagerag.retrieval.store import Store
 from tests.generation.folders import small_unet, small_vae
@@ -30,13 +30,13 @@ BASE = BaseIdentity(id="test", digest="c" * 64)
 def make_pipeline(adapter: HSpaceAdapter | None = None, **changes: Any) -> ImageRAGTurboPipeline:
     """A base model of random weights that reads prompts with the text tower that made the index."""
     torch.manual_seed(0)
-    config = BertConfig.from_pretrained(tiny.FOLDER / "text_encoder")
+    config = BertConfig.from_pretrained(tiny_base.FOLDER / "text_encoder")
     parts = {
         "vae": small_vae().eval(),
         "unet": UNet2DConditionModel(**small_unet() | {"cross_attention_dim": 384}).eval(),
         "scheduler": DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                                    timestep_spacing="trailing", clip_sample=False),
-        "tokenizer": AutoTokenizer.from_pretrained(tiny.FOLDER / "tokenizer"),
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_base.FOLDER / "tokenizer"),
         "text_encoder": BertModel.from_pretrained(text_folder(), config=config).eval(),
         "adapter": adapter,
         "base_id": BASE.id,
@@ -86,9 +86,9 @@ def fill(store: Store, plain: ImageRAGTurboPipeline, fit: Fit = "auto") -> None:
     def compute(images: list[bytes], captions: list[str]) -> Features:
         return to_cache(encode(plain, images, captions, fit))
 
-    version = features.prepare(store, identity)
-    for fragment in features.missing(store.dataset(version), identity):
-        features.commit(store, [features.fill(store, identity, version, fragment, compute, 4)], version)
+    version = feature_column.prepare(store, identity)
+    for fragment in feature_column.missing(store.dataset(version), identity):
+        feature_column.commit(store, [feature_column.fill(store, identity, version, fragment, compute, 4)], version)
 
 
 def encode(plain: ImageRAGTurboPipeline, images: list[bytes], captions: list[str], fit: Fit = "auto") -> torch.Tensor:

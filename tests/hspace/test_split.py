@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from imagerag.hspace.split import decode, encode
-from imagerag.tiny.teacher import build_unet
+from imagerag.recipes.tiny_base.teacher import build_unet
 
 SMALL: dict[str, Any] = {"block_out_channels": (32, 64), "norm_num_groups": 8, "cross_attention_dim": 32}
 UNETS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,6 @@ import torch  # noqa: F401
 
 import flows.ingest  # noqa: F401
 import imagerag.cli.corpus
-import imagerag.evaluation.job
+import imagerag.evaluation.evaluate
 import imagerag.generation.pipeline  # noqa: F401
 import tests.kills.stages  # noqa: F401

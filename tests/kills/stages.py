@@ -17,10 +17,10 @@ from imagerag.corpus.download import download
 from imagerag.corpus.ledger import wanted_images
 from imagerag.corpus.source import read_images
 from imagerag.embedding.config import EmbedConfig
-from imagerag.embedding.job import embed
+from imagerag.embedding.embed import embed
 from imagerag.evaluation.config import EvaluateConfig, MetricFiles
+from imagerag.hspace.cache import cache_features
 from imagerag.hspace.config import FeaturesConfig
-from imagerag.hspace.job import cache_features
 from imagerag.registry.promotion import promote
 from imagerag.registry.versions import list_versions, register
 from imagerag.retrieval.index import IndexConfig, build_index
@@ -37,7 +37,7 @@ from imagerag.training.config import (
     SynthesizeConfig,
     TrainWorkersConfig,
 )
-from imagerag.training.job import finetune, newest_finetuned
+from imagerag.training.finetune import finetune, newest_finetuned
 from imagerag.training.synthesize import synthesize
 
 NAME = "images"
@@ -125,7 +125,7 @@ def _train(world: World) -> None:
 
 
 def _evaluate(world: World) -> None:
-    from imagerag.evaluation.job import evaluate
+    from imagerag.evaluation.evaluate import evaluate
 
     files = MetricFiles(clip=str(world.inputs / "clip"))
     config = EvaluateConfig(ways=("base", "best_slerp", "adapter"), num_prompts=3, files=files)

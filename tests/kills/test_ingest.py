@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from imagerag.corpus.sample.server import SampleServer, write_url_list
+from imagerag.embedded.sample.server import SampleServer, write_url_list
 from imagerag.retrieval.publish import status
 from imagerag.retrieval.store import Store
 from tests.kills.conftest import Ray

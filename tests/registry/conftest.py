@@ -14,11 +14,11 @@ from PIL import Image
 from imagerag.artifacts import Finetuned
 from imagerag.generation.base import load_base
 from imagerag.generation.finetuned import ADAPTER, LORA, MANIFEST
-from imagerag.hspace.features import encode_references, feature_identity, open_images, to_cache
+from imagerag.hspace.encode import encode_references, feature_identity, open_images, to_cache
 from imagerag.hspace.lora import LORA_NAME, save_lora
 from imagerag.registry.promotion import promote
 from imagerag.registry.versions import register
-from imagerag.retrieval import features
+from imagerag.retrieval import feature_column
 from imagerag.retrieval.schema import Features, Fit
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
@@ -55,10 +55,10 @@ class Home:
             pictures = open_images(images)
             return to_cache(encode_references(base.vae, base.unet, base.conditioner, pictures, captions, fit))
 
-        superseded = [each for each in features.cached_features(store.dataset().schema) if each != identity]
-        version = features.prepare(store, identity, superseded)
-        for fragment in features.missing(store.dataset(version), identity):
-            features.commit(store, [features.fill(store, identity, version, fragment, compute, 4)], version)
+        superseded = [each for each in feature_column.cached_features(store.dataset().schema) if each != identity]
+        version = feature_column.prepare(store, identity, superseded)
+        for fragment in feature_column.missing(store.dataset(version), identity):
+            feature_column.commit(store, [feature_column.fill(store, identity, version, fragment, compute, 4)], version)
         return index_and_publish(store).version or 0
 
     def finetuned(self, name: str) -> Finetuned:

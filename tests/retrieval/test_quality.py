@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imagerag.embedding.spec import resolve
+from imagerag.embedding.encoder_files import resolve
 from imagerag.retrieval.search import Retriever
 from tests.retrieval.quality import Texts, composed_prompts, found_by, prompt_sets, ranks, write_index
 

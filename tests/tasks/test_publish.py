@@ -7,7 +7,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 import tasks.publish
-from imagerag.retrieval.features import prepare
+from imagerag.retrieval.feature_column import prepare
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.schema import FeatureIdentity

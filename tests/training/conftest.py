@@ -9,10 +9,10 @@ import pytest
 
 from imagerag.artifacts import TrainingSet
 from imagerag.generation.base import load_base
-from imagerag.generation.spec import resolve
-from imagerag.hspace.features import encode_references, open_images, to_cache
-from imagerag.hspace.job import _choose, identity_of
-from imagerag.retrieval import features
+from imagerag.generation.base_files import resolve
+from imagerag.hspace.cache import _choose, identity_of
+from imagerag.hspace.encode import encode_references, open_images, to_cache
+from imagerag.retrieval import feature_column
 from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
@@ -73,9 +73,9 @@ class World:
             pictures = open_images(images)
             return to_cache(encode_references(base.vae, base.unet, base.conditioner, pictures, captions, identity.fit))
 
-        version = features.prepare(store, identity, superseded)
-        for fragment in features.missing(store.dataset(version), identity):
-            features.commit(store, [features.fill(store, identity, version, fragment, compute, 4)], version)
+        version = feature_column.prepare(store, identity, superseded)
+        for fragment in feature_column.missing(store.dataset(version), identity):
+            feature_column.commit(store, [feature_column.fill(store, identity, version, fragment, compute, 4)], version)
 
     def data(self, training_set: TrainingSet) -> RagData:
         """Open a training set."""

@@ -7,7 +7,7 @@ import torch
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.base import BaseModel, load_base
-from imagerag.hspace.features import encode_latents, encode_references, open_images
+from imagerag.hspace.encode import encode_latents, encode_references, open_images
 from imagerag.retrieval.takedown import remove
 from imagerag.training import data as data_module
 from imagerag.training.config import FinetuneConfig, ReferenceChoice

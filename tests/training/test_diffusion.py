@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
-from imagerag.tiny.teacher import build_scheduler
+from imagerag.recipes.tiny_base.teacher import build_scheduler
 from imagerag.training.diffusion import Diffusion
 
 

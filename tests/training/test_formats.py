@@ -18,9 +18,9 @@ from imagerag.training import generator as training_generator
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
 from imagerag.training.data import Loader, RagBatch, RagData
 from imagerag.training.diffusion import Diffusion
-from imagerag.training.finetune import Finetuning
 from imagerag.training.generator import Generator
 from imagerag.training.plan import plan
+from imagerag.training.trainer import Finetuning
 from tests.generation.folders import write_lcm, write_sd, write_sdxl
 from tests.generation.with_index import drawing, make_pipeline, write_store
 from tests.training.conftest import HELD_OUT, World

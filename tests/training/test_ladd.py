@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from imagerag.tiny.teacher import build_scheduler, build_unet
+from imagerag.recipes.tiny_base.teacher import build_scheduler, build_unet
 from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import build_discriminator, discriminator_loss, generator_loss

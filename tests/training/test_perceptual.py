@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagerag import tiny
-from imagerag.corpus.sample import load_drawings
+from imagerag.embedded import tiny_base
+from imagerag.embedded.sample import load_drawings
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
-from imagerag.tiny.data import Pictures
-from imagerag.tiny.vae import encode_all
+from imagerag.recipes.tiny_base.data import Pictures
+from imagerag.recipes.tiny_base.vae import encode_all
 from imagerag.training.perceptual import LatentNetwork, augment, check_perceptual, load_perceptual
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_it_sees_what_a_drawing_shows_better_than_the_latents_do() -> None:
     """Of held-out concepts: how often the nearest other drawing shows the same. Measured: 0.56 against 0.48."""
     pictures = Pictures.of(load_drawings(splits=["held_out"]))
     latents = encode_all(load_base("tiny", "cpu").vae, pictures.pixels, CPU)
-    network: LatentNetwork = LatentNetwork.from_pretrained(tiny.FOLDER / "perceptual", local_files_only=True)
+    network: LatentNetwork = LatentNetwork.from_pretrained(tiny_base.FOLDER / "perceptual", local_files_only=True)
 
     def found(rows: torch.Tensor) -> float:
         similarities = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(rows, dim=1).T

@@ -7,8 +7,8 @@ import torch
 
 from imagerag.generation.base import load_base
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
-from imagerag.training.finetune import Finetuning
 from imagerag.training.plan import PEAK_TFLOPS, UTILISATION, plan
+from imagerag.training.trainer import Finetuning
 from tests.training.conftest import World
 
 CONFIG = FinetuneConfig(

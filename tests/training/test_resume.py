@@ -6,7 +6,7 @@ from imagerag.retrieval.pins import TRAINING, pin
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.takedown import remove
 from imagerag.training.config import FinetuneConfig, LossWeights, SynthesizeConfig
-from imagerag.training.job import key_of
+from imagerag.training.finetune import key_of
 from imagerag.training.resume import version_to_learn_from
 from tests.generation.with_index import drawing
 from tests.retrieval.rows import append, index_and_publish, make_rows

@@ -12,12 +12,12 @@ from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
-from imagerag.hspace.features import encode_latents
+from imagerag.hspace.encode import encode_latents
 from imagerag.retrieval.pins import TRAINING, pin, pins, unpin
 from imagerag.retrieval.publish import PublishConfig, require_published
-from imagerag.table import from_column, shape_of
+from imagerag.storage.table import from_column, shape_of
 from imagerag.training.config import ReferenceChoice, SynthesizeConfig, tiny
-from imagerag.training.job import key_of
+from imagerag.training.finetune import key_of
 from imagerag.training.synthesize import drop_unreachable, synthesize
 from tests.generation.folders import write_sd
 from tests.generation.with_index import drawing

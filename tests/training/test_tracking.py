@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from imagerag.errors import UserError
-from imagerag.files import write_json
 from imagerag.settings import Settings
+from imagerag.storage.files import write_json
 from imagerag.training import tracking
 from imagerag.training.tracking import MlflowTracker, lasting_run, start_run, tracking_uri
 

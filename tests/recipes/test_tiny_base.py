@@ -1,0 +1,111 @@
+"""The whole recipe, with a few drawings and steps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from imagerag.embedded.sample import Drawing, load_drawings
+from imagerag.errors import UserError
+from imagerag.recipes.tiny_base.latents import Latents
+from imagerag.recipes.tiny_base.train import Recipe, Training
+from imagerag.storage.digests import sha256_of
+from tests.training.test_loop import Kept as _Kept
+
+RECIPE = Recipe(
+    vae_steps=2, hspace_steps=2, prior_steps=2, teacher_steps=2, student_steps=2, perceptual_steps=2, batch_size=4
+)
+PARTS = ["vae", "teacher", "unet", "perceptual"]
+
+
+class Kept(_Kept):
+    def metrics(self, values: object, step: int) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def drawings() -> list[Drawing]:
+    return load_drawings(styles=["noto", "twemoji"], splits=["base"])[::120]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few PNG files of anything."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(rng.integers(256, size=(40, 30 + number, 4), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def _weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {part: load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in PARTS}
+
+
+def test_it_makes_all_parts_and_a_killed_run_goes_on(
+    drawings: list[Drawing], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagerag.recipes.tiny_base.prior._NUM_NOISES", 32)
+    monkeypatch.setattr("imagerag.recipes.loop._GRIDS", 1)
+    monkeypatch.setattr("imagerag.recipes.tiny_base.teacher._GRID_STEPS", (1, 2))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    kept = Kept()
+    Training(RECIPE, drawings, [pictures], whole, kept).run()
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert set(manifest["code_points"]) == {drawing.concept.codepoint for drawing in drawings}
+    assert manifest["recipe"]["student_steps"] == RECIPE.student_steps
+    assert {name.split("/")[0] for name in kept.images} == {
+        "vae",
+        "hspace",
+        "prior",
+        "teacher",
+        "student",
+        "perceptual",
+    }
+    expected = _weights(whole)
+    assert expected["unet"].keys() == expected["teacher"].keys()
+    assert all(value.dtype == torch.float16 for value in expected["unet"].values())
+    assert any(not torch.equal(expected["unet"][name], value) for name, value in expected["teacher"].items())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_train_student", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            Training(RECIPE, drawings, [pictures], killed, Kept()).run()
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_train_vae", lambda *_: pytest.fail("done already"))
+        patched.setattr(Training, "_train_teacher", lambda *_: pytest.fail("done already"))
+        Training(RECIPE, drawings, [pictures], killed, Kept()).run()
+    for part, weights in _weights(killed).items():
+        assert all(torch.equal(value, expected[part][name]) for name, value in weights.items()), part
+    with pytest.raises(UserError, match=r"weights of another recipe.*choose --out"):
+        Training(replace(RECIPE, seed=1), drawings, [pictures], killed, Kept()).run()
+
+    started = tmp_path / "started"
+    started.mkdir()
+    Training(RECIPE, drawings, [pictures], started, Kept(), start=whole).run()
+    for part, weights in _weights(started).items():
+        same = all(torch.equal(value, expected[part][name]) for name, value in weights.items())
+        assert same == (part in ("vae", "perceptual")), part
+    digests = json.loads((started / "manifest.json").read_text())["recipe"]["start"]
+    assert digests["unet"] == sha256_of(whole / "unet" / "diffusion_pytorch_model.safetensors")
+    assert digests["checkpoint"] == sha256_of(whole / "student.checkpoint")
+    with pytest.raises(UserError, match="weights of another recipe"):
+        Training(RECIPE, drawings, [pictures], started, Kept()).run()
+
+
+def test_the_noise_chooses_among_a_concepts_drawings_evenly() -> None:
+    latents = Latents(torch.zeros(6, 4, 16, 16), torch.zeros(6, dtype=torch.long), torch.arange(6).view(1, 6))
+    noise = torch.randn(6000, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    counts = latents.chosen_by(noise, torch.zeros(6000, dtype=torch.long)).bincount(minlength=6)
+    assert counts.min() > 900
+    assert counts.max() < 1100
+    lacking = Latents(latents.values, latents.concepts, torch.tensor([[0, -1, 2, -1, -1, 5]]))
+    chosen = lacking.chosen_by(noise, torch.zeros(6000, dtype=torch.long))
+    assert set(chosen.tolist()) == {0, 2, 5}
