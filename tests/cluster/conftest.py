@@ -20,6 +20,7 @@ MARKS = [
     pytest.mark.cluster,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a machine's home from Ray's nodes"),
     pytest.mark.skipif(POSTGRES is None, reason="there is no PostgreSQL on this machine"),
 ]
 NUM_IMAGES = 64
@@ -32,6 +33,14 @@ PARAMETERS = {
     "finetune": {
         "training": {"steps": 4, "checkpoint_every": 1, "batch_size": 8, "micro_batch_size": 4, "num_validated": 4},
         "workers": {"num_workers": 2},
+    },
+    "evaluate": {
+        "evaluation": {
+            "ways": ["base", "best_slerp", "adapter", "champion"],
+            "num_prompts": 4,
+            "slerp_ws": [0.2],
+            "adapter_scales": [],
+        },
     },
 }
 
@@ -56,7 +65,7 @@ class Flow:
 
     def __init__(self, engines: Cluster, flow: str, *arguments: str, **environment: str) -> None:
         self._engines = engines
-        home = {"IMAGERAG_HOME": str(engines.folder / "home")}
+        home = {"IMAGERAG_HOME": str(engines.home)}
         self._environment = os.environ | engines.environment | home | environment
         self._command = [sys.executable, "-m", "imagerag.cli", flow, *arguments]
         if flow in PARAMETERS:

@@ -111,6 +111,8 @@ class Cluster:
     secrets: list[str]
     """What must be seen nowhere."""
     folder: Path
+    home: Path
+    """Of the machine that runs the flows; Ray's nodes don't see what is in it."""
     logs: list[Path]
     """Folders of them."""
     jobs_address: str = ""
@@ -172,6 +174,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         }
         (folder / "token").write_text(token := secrets.token_hex(32))
         (folder / "prefect").mkdir()
+        home = folder / "home"
+        home.mkdir(0o700)
 
         def run(name: str, *command: str | Path, user: str | None = None, **environment: str) -> Process:
             process = Process(command, folder / f"{name}.log", here | environment, user)
@@ -188,10 +192,11 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             database=f"imagerag:{database_password}@127.0.0.1:{port['postgres']}",
             secrets=[database_password, auth_string, token, machine["AWS_SECRET_ACCESS_KEY"]],
             folder=folder,
+            home=home,
             logs=[folder, sockets],
         )
         head = run(
-            "ray-head", *_ray(0), "--head", f"--port={port['ray']}", f"--ray-client-server-port={port['client']}",
+            "ray-head", *_ray(0, home), "--head", f"--port={port['ray']}", f"--ray-client-server-port={port['client']}",
             f"--temp-dir={sockets}", f"--dashboard-port={port['jobs']}", "--disable-usage-stats", **machine,
         )  # fmt: skip
         postgres.await_ready(lambda: _accepts(made))
@@ -214,7 +219,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             PATH=f"{_BIN}{os.pathsep}{here['PATH']}", **machine,
         )  # fmt: skip
         head.await_ready(lambda: b"Next steps" in head.log.read_bytes())
-        node = run("ray-node", *_ray(1), f"--address={NODE_IPS[0]}:{port['ray']}", **machine)
+        node = run("ray-node", *_ray(1, home), f"--address={NODE_IPS[0]}:{port['ray']}", **machine)
         node.await_ready(lambda: b"Ray runtime started" in node.log.read_bytes())
         prefect.await_ready(lambda: _is_healthy(f"{prefect_url}/api/health"))
         mlflow.await_ready(lambda: answers(f"{mlflow_url}/health"))
@@ -231,10 +236,12 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         yield made
 
 
-def _ray(number: int) -> list[str | Path]:
+def _ray(number: int, home: Path) -> list[str | Path]:
+    """The command of a node for which `home` is an empty folder of its own, as on another machine."""
     memory = f"--object-store-memory={200 * 2**20}"
     agent = f"--dashboard-agent-listen-port={free_port()}"  # by default the same on every machine
-    return [_BIN / "ray", "start", "--block", f"--node-ip-address={NODE_IPS[number]}", "--num-cpus=1", memory, agent]
+    apart = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', home]
+    return [*apart, _BIN / "ray", "start", "--block", f"--node-ip-address={NODE_IPS[number]}", "--num-cpus=1", memory, agent]
 
 
 def _start_postgres(stack: ExitStack, run: Callable[..., Process], port: int, password: str) -> Process:

@@ -32,8 +32,16 @@ def test_flows_run_on_a_cluster_and_go_on_where_they_were_killed(engines: Cluste
     kept = engines.objects("")
     for end in ("adapter/diffusion_pytorch_model.safetensors", "finetune.json", "000004.png"):
         assert any(key.endswith(end) for key in kept), end
-    home = engines.folder / "home"
-    assert not any((home / name).exists() for name in ("shards", "index", "training", "mlflow"))
+
+    evaluated = Flow(engines, "evaluate", "--name", NAME).run()
+    Flow(engines, "promote", "1", "--reason", "to be compared with").run()
+    Flow(engines, "finetune", "--name", NAME, "--steps", "5").run()
+    compared = Flow(engines, "evaluate", "--name", NAME).run()
+    assert "champion, with its index's version" not in evaluated
+    assert "better than the champion" in compared, "its files reach nodes that don't see the home of this machine"
+    said += evaluated + compared
+
+    assert not any((engines.home / name).exists() for name in ("shards", "index", "training", "mlflow"))
 
     seen = said + "".join(engines.traces())
     assert [secret for secret in engines.secrets if secret in seen] == []
