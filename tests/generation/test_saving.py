@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from imagerag.errors import UserError
 from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline, ImageRAGTurboXLPipeline
+from imagerag.generation.saving import align
 from imagerag.hspace.lora import LORA_NAME
 from imagerag.retrieval.pins import pin
 from imagerag.retrieval.publish import PublishConfig
@@ -176,3 +178,14 @@ def test_a_pipeline_of_anothers_parts_has_the_lora_that_they_have(tmp_path: Path
     loaded.unload_lora_weights()
     assert not ImageRAGTurboPipeline.from_pipe(loaded).config.has_lora
     assert not hasattr(loaded.unet, "peft_config")
+
+
+def test_weights_are_aligned_as_torch_allocates_them() -> None:
+    module = torch.nn.Linear(8, 8)
+    raw = torch.zeros(8 * 8 * 4 + 64 + 4, dtype=torch.uint8)
+    offset = -raw.data_ptr() % 64 + 4  # as in a memory-mapped file whose header has any length
+    module.weight.data = raw[offset : offset + 256].view(torch.float32).view(8, 8).fill_(0.5)
+    assert module.weight.data_ptr() % 64 == 4
+    align(SimpleNamespace(components={"unet": module, "scheduler": object()}))
+    assert [tensor.data_ptr() % 64 for tensor in module.parameters()] == [0, 0]
+    assert module.weight.eq(0.5).all()
