@@ -286,7 +286,7 @@ class Retriever:
         return _neighbours(found, wanted, found["_relevance_score"].to_numpy(), to_numpy(found["text_embed"]) @ embed)
 
     def _probes(self, column: str, wanted: "_Wanted") -> int | None:
-        if wanted.where is None or column not in self._record.nprobes:
+        if wanted.where is None or column not in self._record.nprobes:  # which a count of rows would not change
             return self._record.probes(column, wanted.k)
         share = self.dataset.count_rows(wanted.where) / max(self.num_rows, 1)  # counted by the columns' indexes
         return self._record.probes(column, wanted.k, share)

@@ -241,7 +241,8 @@ def _ray(number: int, home: Path) -> list[str | Path]:
     memory = f"--object-store-memory={200 * 2**20}"
     agent = f"--dashboard-agent-listen-port={free_port()}"  # by default the same on every machine
     apart = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', home]
-    return [*apart, _BIN / "ray", "start", "--block", f"--node-ip-address={NODE_IPS[number]}", "--num-cpus=1", memory, agent]
+    start = [_BIN / "ray", "start", "--block", f"--node-ip-address={NODE_IPS[number]}", "--num-cpus=1"]
+    return [*apart, *start, memory, agent]
 
 
 def _start_postgres(stack: ExitStack, run: Callable[..., Process], port: int, password: str) -> Process:

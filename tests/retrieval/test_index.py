@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -173,18 +173,23 @@ def test_more_neighbours_and_narrower_filters_are_looked_for_in_more(large: Stor
     assert min(probe.recall(dataset, 10, 1, probe.where) for probe in others) < 0.9, (
         "the measure must be able to say no"
     )
+    searched = replace(record, config={"exact_below": 0})  # not exactly, although so few rows meet the condition
+    numbers = {probe.column: searched.probes(probe.column, 10, probe.share) for probe in others}
+    assert min(probe.recall(dataset, 10, numbers[probe.column], probe.where) for probe in others) >= 0.99
 
 
 def test_probes_follow_the_neighbours_and_the_share_of_rows() -> None:
     record = IndexRecord(
         version=1, kind="IVF_SQ", num_rows=10_000, num_trained_rows=10_000, recall_at_10=1.0, num_unindexed_rows=0,
-        nprobes={"text_embed": {"10": 10, "100": 20, "1000": 80}}, config={},
+        nprobes={"text_embed": {"10": 10, "100": 20, "1000": 80}}, config={"exact_below": 1_000},
     )  # fmt: skip
     assert record.probes("image_embed", 10) is None
     assert [record.probes("text_embed", k) for k in (1, 10, 32, 100, 1_000)] == [10, 10, 15, 20, 80]
-    assert record.probes("text_embed", 10, share=0.1) == 20
-    assert record.probes("text_embed", 100, share=0.01) == 100, "all of them"
-    assert record.probes("text_embed", 10, share=0.0) == 100
+    assert 20 < (with_margin := record.probes("text_embed", 10, share=0.1)) < 80
+    assert with_margin == record.probes("text_embed", 174), "not all of the nearest have a rank below the mean"
+    assert record.probes("text_embed", 100, share=0.1) == 100, "all of them"
+    assert record.probes("text_embed", 10, share=0.099) is None, "so few are searched exactly"
+    assert record.probes("text_embed", 10, share=0.0) is None
 
 
 def test_a_record_of_before_is_read_and_completed(tmp_path: Path) -> None:
