@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ from imagerag.registry.versions import (
 )
 from imagerag.settings import Settings
 from imagerag.training.tracking import tracking_uri
+
+_TRACES = ("registered_model_meta", "__pycache__")
+"""What MLflow and Python write next to a version's files if a process loads it in place, from a folder."""
 
 if TYPE_CHECKING:
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
@@ -48,6 +52,8 @@ def download(settings: Settings, version: int, to: Path) -> Path:
             fetched = download_artifacts(source, dst_path=str(partial), tracking_uri=tracking_uri(settings))
         except Exception as error:
             raise UserError(f"the files of {MODEL_NAME} {version} can't be fetched from {source}: {error}") from error
+        for trace in chain.from_iterable(Path(fetched).rglob(name) for name in _TRACES):
+            shutil.rmtree(trace) if trace.is_dir() else trace.unlink()
         check_model(Path(fetched), digest, info.tags.get(CODE_TAG))
         Path(fetched).rename(to)
     return to / FOLDER

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from imagerag import credentials
 
 _CLIENT = "tests"
+_ATTEMPTS = 10
 
 
 def call(url: str, home: Path, method: str, path: str, body: object = None) -> Any:
@@ -19,8 +22,18 @@ def call(url: str, home: Path, method: str, path: str, body: object = None) -> A
         csrf = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": _CLIENT}
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": basic(home)} | csrf
-    with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", data, headers, method=method)) as response:
-        text = response.read()
+    request = urllib.request.Request(f"{url}{path}", data, headers, method=method)
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            with urllib.request.urlopen(request) as response:
+                text = response.read()
+                break
+        except urllib.error.HTTPError as error:
+            if (
+                error.code != 503 or not left
+            ):  # which Prefect answers while its database is busy, and its client retries
+                raise
+            time.sleep(1)
     return json.loads(text) if text else None
 
 

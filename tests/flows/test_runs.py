@@ -81,14 +81,14 @@ def test_a_scheduled_run_that_fails_has_its_tag_and_is_on_the_corpus_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IMAGERAG_HOME", str(tmp_path))
-    edited = {"name": "mine", "portable": {"__prefect_kind": "json", "value": "true"}}
+    edited = {"name": "failing", "portable": {"__prefect_kind": "json", "value": "true"}}
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(evaluate.evaluate, parameters=edited)
         state = run_flow(evaluate.evaluate, flow_run=run, return_type="state")
         assert state.is_failed()
-        assert "mine" in state.message, "nothing was trained on it"
+        assert "failing" in state.message, "nothing was trained on it"
         run = client.read_flow_run(run.id)
-        assert (run.name, run.tags) == ("evaluate mine", ["corpus:mine"])
-        (page,) = [each.data for each in client.read_artifacts() if each.key == "status-mine"]
+        assert (run.name, run.tags) == ("evaluate failing", ["corpus:failing"])
+        (page,) = [each.data for each in client.read_artifacts() if each.key == "status-failing"]
     assert "nothing: there is no table yet" in page
-    assert "| Failed |" in page.partition("[evaluate mine]")[2]
+    assert "| Failed |" in page.partition("[evaluate failing]")[2]
