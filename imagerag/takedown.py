@@ -33,8 +33,8 @@ from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove
 from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_file
+from imagerag.storage.keyed_table import KeyedTable
 from imagerag.storage.locks import writer_lock
-from imagerag.storage.table import Table
 
 REPORTS = "takedowns"
 """Folder of the reports, inside the corpus's shards folder."""
@@ -168,7 +168,7 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
     # Without the locks, uncommitted files of another writer would be deleted too.
     with writer_lock(folder, "training"), writer_lock(f"{folder}/evaluations", "pictures"):
         for uri in _tables(folder, "real"):
-            if count := Table.at(uri).drop(pa.chunked_array([ids])):
+            if count := KeyedTable.at(uri).drop(pa.chunked_array([ids])):
                 deleted.append(f"{count} latents in {uri}")
         pictures = [uri for uri in _tables(f"{folder}/evaluations", "pictures") if _shows(uri, ids)]
         # Their index version is gone, so nothing reads them any more.
@@ -212,13 +212,13 @@ def _tables(folder: str, kind: str) -> list[str]:
 
 
 def _lists(uri: str, ids: pa.Array) -> bool:
-    rows = Table.at(uri).open().to_table(columns=["id", "references"])
+    rows = KeyedTable.at(uri).dataset().to_table(columns=["id", "references"])
     named = pc.is_in(rows["id"], ids), pc.is_in(pc.list_flatten(rows["references"]), ids)
     return any(pc.any(each).as_py() for each in named)
 
 
 def _shows(uri: str, ids: pa.Array) -> bool:
-    own = Table.at(uri).open().to_table(columns=["references"])["references"].to_pylist()
+    own = KeyedTable.at(uri).dataset().to_table(columns=["references"])["references"].to_pylist()
     shown = {reference["id"] for text in own for reference in json.loads(text)}
     return bool(shown & set(ids.to_pylist()))
 

@@ -33,6 +33,10 @@ ALLOWED = {
 }
 
 
+# Which other modules of the library a package may import, where it has to stand without the rest.
+LAYERS = {"imagerag/storage/": ("imagerag.storage", "imagerag.errors", "imagerag.settings")}
+
+
 @cache
 def _imports(path: Path) -> frozenset[str]:
     names: set[str] = set()
@@ -57,6 +61,12 @@ def test_only_its_own_modules_import(package: str) -> None:
     }
     assert importers, f"nothing imports {package}: the rule guards nothing"
     assert {importer for importer in importers if not importer.startswith(ALLOWED[package])} == set()
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_a_layer_imports_only_what_is_below_it(folder: str) -> None:
+    imported = {name for path in (ROOT / folder).glob("*.py") for name in _imports(path) if name.startswith("imagerag")}
+    assert {name for name in imported if not name.startswith(LAYERS[folder])} == set()
 
 
 def _patched(path: Path, package: str) -> set[str]:

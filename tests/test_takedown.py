@@ -19,10 +19,10 @@ from imagerag.evaluation.compare_page import write_comparison
 from imagerag.generation.references import Reference
 from imagerag.registry.promotion import promote
 from imagerag.registry.versions import list_versions, register
-from imagerag.retrieval import store as store_module
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.search import Retriever
-from imagerag.storage.table import Table
+from imagerag.storage import lance_table
+from imagerag.storage.keyed_table import KeyedTable
 from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
 from tests.embedding.shards import Sample, want, write_shard
 from tests.evaluation.conftest import finetuned
@@ -57,7 +57,7 @@ class Everything:
         table = world.store.dataset().to_table(filter=f"url = '{URL}'")
         (self.row,) = table.select(["id", "image", "image_sha256"]).to_pylist()
         self.image = self.row["image"]
-        own_latents = world.examples().real_table.open().to_table(filter=f"id = '{self.row['id']}'")["latents"]
+        own_latents = world.examples().real_table.dataset().to_table(filter=f"id = '{self.row['id']}'")["latents"]
         features = table[world.identity.column]
         arrays = [column.combine_chunks().flatten().to_numpy() for column in (own_latents, features)]
         self.traces = (self.image, b64encode(self.image), *(array.tobytes() for array in arrays))
@@ -82,11 +82,11 @@ class Everything:
         (folder / "results.json").write_text(json.dumps({"evaluated": {"run_id": self.evaluation_run}}))
         shown = [[{"id": self.row["id"]}], [{"id": "another"}]]
         columns = (pa.field("image", pa.large_binary()), pa.field("references", pa.string()))
-        table = Table.keyed(str(folder.parent), "pictures", {"index": 1}, columns)
+        table = KeyedTable.of(str(folder.parent), "pictures", {"index": 1}, columns)
         rows = {"id": ["a", "b"], "image": [self.image, b""], "references": [json.dumps(own) for own in shown]}
-        table.open()
-        table.commit(table.write(pa.table(rows)), table.open().version)
-        validation = {"references_uri": self.world.examples().references_table.uri}
+        table.dataset()
+        table.commit(table.write_fragments(pa.table(rows)), table.dataset().version)
+        validation = {"references_uri": self.world.examples().references_table.table_uri}
         self.training_run = start_run(self.settings, "finetune", "t1", {}, validation)
         for run_id, name in (
             (self.evaluation_run, "index.html"), (self.evaluation_run, "grid.png"), (self.training_run, "000001.png"),
@@ -112,7 +112,7 @@ class Everything:
 @pytest.fixture
 def everything(own_world: World, finetuned: Callable[..., Finetuned], monkeypatch: pytest.MonkeyPatch) -> Everything:
     # Fragments of three rows are as large as they may be: none is rewritten but for what was deleted of it.
-    monkeypatch.setattr(store_module, "_FRAGMENT_ROWS", 3)
+    monkeypatch.setattr(lance_table, "_FRAGMENT_ROWS", 3)
     own_world.add(10, ["green castle"], [drawing(30)])
     monkeypatch.setenv("IMAGERAG_HOME", str(own_world.settings.home))
     return Everything(own_world, finetuned(own_world, tracked=True))
@@ -134,8 +134,8 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
     assert done.removal is not None
     assert done.removal.num_rows == 1
     assert everything.world.store.count() == 10
-    assert everything.row["id"] not in everything.world.examples().real_table.ids()
-    assert len(everything.world.examples().real_table.ids()) == 10
+    assert everything.row["id"] not in everything.world.examples().real_table.ids().to_pylist()
+    assert len(everything.world.examples().real_table.ids().to_pylist()) == 10
     assert [info.version for info in list_versions(settings)] == [1]
     report = Path(done.uri).read_text()
     assert Path(done.uri).parent == Path(settings.shards_of(NAME), "takedowns")

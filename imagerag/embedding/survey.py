@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from imagerag.retrieval.schema import row_ids
-from imagerag.retrieval.store import Store, batches_of
+from imagerag.retrieval.store import Store
+from imagerag.storage.lance_table import batches_of
 from imagerag.storage.spool import MEMORY_ROWS, Parts, by_id, paired
 
 _COMPARED = ["id", "url", "source", "licence"]

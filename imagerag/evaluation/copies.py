@@ -13,7 +13,7 @@ from imagerag.hspace.encode import open_images
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
-from imagerag.storage.table import Table
+from imagerag.storage.keyed_table import KeyedTable
 
 _QUANTILE = 0.999
 _THUMBNAIL = 32
@@ -61,7 +61,7 @@ def threshold_of(real: Real) -> float | None:
 
 def measure_leakage(retriever: Retriever, prompts: tuple[str, ...], training_set: TrainingSet) -> Leakage:
     """Count prompts and real pictures of the evaluation that were also used in training."""
-    examples = Table.at(training_set.references_uri).open().to_table(columns=["id", "prompt", "is_held_out"])
+    examples = KeyedTable.at(training_set.references_uri).dataset().to_table(columns=["id", "prompt", "is_held_out"])
     learnt_rows = examples.filter(np.logical_not(examples["is_held_out"].to_numpy()))
     learnt = {prompt.strip() for prompt in learnt_rows["prompt"].to_pylist()}
     rows = retriever.read(["id", "caption", "image_sha256", "image_embed"])

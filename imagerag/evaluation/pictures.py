@@ -29,7 +29,7 @@ from imagerag.generation.sheet import to_png
 from imagerag.progress import OnProgress
 from imagerag.settings import Settings
 from imagerag.storage.files import local_copy
-from imagerag.storage.table import Table
+from imagerag.storage.keyed_table import KeyedTable
 from imagerag.workers import mapped, watched
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class PictureJob:
         self.ways, self.images_per_prompt = ways, config.images_per_prompt
         self._config = config
         key = {"version": VERSION, "device": config.device, "dtype": config.dtype}
-        self._tables = {way.name: Table.keyed(folder, "pictures", key | way.key(), _COLUMNS) for way in ways}
+        self._tables = {way.name: KeyedTable.of(folder, "pictures", key | way.key(), _COLUMNS) for way in ways}
         seeds = [
             _seed_of(prompt, number, config.seed) for prompt in prompts for number in range(self.images_per_prompt)
         ]
@@ -92,7 +92,7 @@ class PictureJob:
 
     def run(self, settings: Settings, on_progress: OnProgress) -> dict[str, Latency]:
         """Make the missing pictures, and return the latency of each way."""
-        versions = {name: int(table.open().version) for name, table in self._tables.items()}
+        versions = {name: table.version for name, table in self._tables.items()}
         missing = {way.name: self._missing(self._tables[way.name]) for way in self.ways}
         for name, rows in missing.items():
             if rows.num_rows:
@@ -128,12 +128,12 @@ class PictureJob:
         return [tuple(Reference(**each) for each in json.loads(text)) for text in self._column(way, "references")]
 
     def _column(self, way: Way, name: str) -> list[Any]:
-        rows = self._tables[way.name].open().to_table(columns=["id", name])
+        rows = self._tables[way.name].dataset().to_table(columns=["id", name])
         column: list[Any] = rows[name].take(pc.index_in(self._wanted["id"], rows["id"].combine_chunks())).to_pylist()
         return column
 
-    def _missing(self, table: Table) -> pa.Table:
-        present = pa.array(table.ids(), pa.string())
+    def _missing(self, table: KeyedTable) -> pa.Table:
+        present = table.ids()
         return self._wanted.filter(pc.invert(pc.is_in(self._wanted["id"], present)))
 
     def _results(self, parts: list[pa.Table], settings: Settings) -> Iterator[dict[str, Any]]:
@@ -156,7 +156,7 @@ class Worker:
         self,
         *,
         ways: Sequence[Way],
-        tables: dict[str, Table],
+        tables: dict[str, KeyedTable],
         config: EvaluateConfig,
         device: str,
         dtype: Any,
@@ -179,7 +179,7 @@ class Worker:
             latencies = json.dumps(self._time_all(rows["prompt"].to_pylist()))
         else:
             made = [self._make(self._ways[name], rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
-            fragments = self._tables[name].write(pa.concat_tables(made))
+            fragments = self._tables[name].write_fragments(pa.concat_tables(made))
         values = {"way": [name], "fragments": [fragments], "num_rows": [rows.num_rows], "latencies": [latencies]}
         return pa.table(values, schema=_RESULT)
 

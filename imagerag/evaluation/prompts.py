@@ -10,7 +10,7 @@ from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.evaluation.config import EvaluateConfig
 from imagerag.generation.arguments import MAX_PROMPT_CHARACTERS, check_prompts
-from imagerag.storage.table import Table
+from imagerag.storage.keyed_table import KeyedTable
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _of_file(path: str) -> dict[str, str]:
 
 
 def _held_out(training_set: TrainingSet) -> dict[str, str]:
-    examples = Table.at(training_set.references_uri).open()
+    examples = KeyedTable.at(training_set.references_uri).dataset()
     rows = examples.to_table(columns=["prompt"], filter="is_held_out")
     prompts = {prompt.strip() for prompt in rows["prompt"].to_pylist()}
     too_long = {prompt for prompt in prompts if len(prompt) > MAX_PROMPT_CHARACTERS}

@@ -3,12 +3,12 @@
 from datetime import UTC, datetime
 from typing import Literal
 
-import lance
 import pyarrow as pa
 import pyarrow.compute as pc
 from lance import LanceDataset
 
-from imagerag.retrieval.store import Store, rows_with
+from imagerag.retrieval.store import Store
+from imagerag.storage.lance_table import LanceTable, rows_with
 
 Column = Literal["id", "url", "image_sha256"]
 
@@ -28,16 +28,15 @@ def block(store: Store, column: Column, values: list[str]) -> None:
         return
     now = datetime.now(UTC)
     rows = pa.table({"column": [column] * len(new), "value": new, "blocked_at": [now] * len(new)}, schema=_SCHEMA)
-    lists = _list_of(store)
-    lance.write_dataset(rows, lists.table_uri, mode="append" if lists.exists else "create")
+    _list_of(store).append(rows)
 
 
 def blocked(store: Store, column: Column) -> list[str]:
     """Return the blocked values of `column`."""
-    lists = _list_of(store)
-    if not lists.exists:
+    rows = _list_of(store).find()
+    if rows is None:
         return []
-    values: list[str] = lists.dataset().to_table(columns=["value"], filter=f"column = '{column}'")["value"].to_pylist()
+    values: list[str] = rows.to_table(columns=["value"], filter=f"column = '{column}'")["value"].to_pylist()
     return values
 
 
@@ -53,6 +52,6 @@ def matches(rows: pa.Table, column: Column, values: list[str]) -> pa.ChunkedArra
     return pc.is_in(rows[column], pa.array(values, pa.string()))
 
 
-def _list_of(store: Store) -> Store:
+def _list_of(store: Store) -> LanceTable:
     # The dot distinguishes the name from those of corpora.
-    return Store(store.uri, f"{store.name}.blocked")
+    return LanceTable(store.uri, f"{store.name}.blocked")

@@ -18,8 +18,7 @@ from lance.fragment import FragmentMetadata
 
 from imagerag.errors import UserError
 from imagerag.retrieval.schema import FEATURE_KEY, FEATURE_PREFIX, FeatureIdentity, Features
-from imagerag.retrieval.store import CommitConflictError, Store
-from imagerag.storage.locks import check_locks
+from imagerag.retrieval.store import Store
 
 Compute = Callable[[list[bytes], list[str]], Features]
 """Computes the features (N, C, H, W) of encoded images and their captions."""
@@ -125,19 +124,12 @@ def commit(store: Store, filled: Sequence[str], version: int) -> int:
     Raises:
         CommitConflictError: if another writer changed one of the fragments since `version`.
     """
-    check_locks()
     adopted: list[dict[str, Any]] = [json.loads(each) for each in filled]
     about = [each["fragment"] for each in adopted]
     fragments = [FragmentMetadata.from_json(each if isinstance(each, str) else json.dumps(each)) for each in about]
     modified = sorted({field for each in adopted for field in each["modified"]})
     operation = LanceOperation.Update(updated_fragments=fragments, fields_modified=modified)
-    try:
-        dataset = LanceDataset.commit(store.table_uri, operation, read_version=version)
-    except OSError as error:  # Lance has no specific exceptions for these.
-        if not any(reason in str(error).lower() for reason in ("conflict", "was not found")):
-            raise
-        raise CommitConflictError(f"another writer changed table {store.name!r}: {error}") from error
-    return int(dataset.version)
+    return int(store.transact(operation, version).version)
 
 
 def to_features(column: pa.ChunkedArray, identity: FeatureIdentity) -> Iterator[Features | None]:

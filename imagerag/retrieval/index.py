@@ -16,7 +16,7 @@ from imagerag.config import Config
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
-from imagerag.retrieval.store import Store, compact
+from imagerag.retrieval.store import Store
 
 # LanceDB takes seconds to import, and every flow needs the configuration in this module.
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def open_table(store: Store) -> "Table":
 
 def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progress: OnProgress) -> IndexRecord:
     """Update the indexes of the last build, or build them from scratch if `last` is None."""
-    compact(store.dataset(), deleted_share=0.1 if last else 0.0)
+    store.compact(deleted_share=0.1 if last else 0.0)
     on_progress(1, _NUM_STEPS, "compacted")
     if last is None:
         _index_words(store)

@@ -25,7 +25,8 @@ from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.pins import drop_resting
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, Fit
-from imagerag.retrieval.store import Store, batches_of
+from imagerag.retrieval.store import Store
+from imagerag.storage.lance_table import batches_of
 from imagerag.storage.spool import MEMORY_ROWS, Parts, by_id
 
 PUBLISHED = "published"

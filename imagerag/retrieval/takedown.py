@@ -1,6 +1,6 @@
 """Takedown: removes rows from all versions of a table, their bytes from all files, and blocks their return."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -11,7 +11,8 @@ from imagerag.retrieval.blocklist import Column, block
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.pins import pins, unpin
 from imagerag.retrieval.publish import drop_history, move_tag, published_version
-from imagerag.retrieval.store import Store, rows_with
+from imagerag.retrieval.store import Store
+from imagerag.storage.lance_table import Values, rows_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def remove(
     )
 
 
-def reachable_rows(store: Store, wanted: Mapping[Column, Collection[str]]) -> pa.Table:
+def reachable_rows(store: Store, wanted: Mapping[Column, Values]) -> pa.Table:
     """Return id, url and image_sha256 of the wanted rows of all versions that readers can open, or soon may.
 
     Args:

@@ -25,7 +25,7 @@ from imagerag.hspace.encode import identity_in, side_of
 from imagerag.retrieval.feature_column import require_cached
 from imagerag.retrieval.schema import Embeds, Features
 from imagerag.retrieval.search import Retriever
-from imagerag.storage.table import Arrays, Table, from_column, shape_of
+from imagerag.storage.keyed_table import Arrays, KeyedTable, from_column, shape_of
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
 
 _READ_AHEAD = 2
@@ -125,10 +125,10 @@ class RagData:
         require_cached(index.schema, features)
         self._features = Column(index, features.column, features.shape)
         self._embeds = Column(index, "text_embed", (dim,))
-        examples = Table.at(training_set.references_uri).open()
+        examples = KeyedTable.at(training_set.references_uri).dataset()
         self._prompt_embeds = Column(examples, "embed", (dim,))
         uris = [uri for uri in (training_set.real_uri, training_set.teacher_uri) if uri is not None]
-        self._latents = [_Latents(Table.at(uri).open()) for uri in uris]
+        self._latents = [_Latents(KeyedTable.at(uri).dataset()) for uri in uris]
         listed = examples.to_table(columns=["id", "prompt", "number", "is_held_out", "references"])
         self.prompts = Texts(listed["prompt"])
         self._place = self._places(listed["id"])

@@ -21,7 +21,7 @@ from imagerag.generation.base_files import BaseFiles, read_json, resolve
 from imagerag.hspace.cache import identity_of
 from imagerag.retrieval.schema import FeatureIdentity
 from imagerag.retrieval.search import Retriever
-from imagerag.storage.table import Table, array_field
+from imagerag.storage.keyed_table import KeyedTable, array_field
 from imagerag.training.config import SynthesizeConfig
 
 STORED_REFERENCES = 16
@@ -138,13 +138,13 @@ class Examples:
         return pa.table({"id": ids, "number": pa.array(numbers, pa.int64()), "prompt": pa.array(prompts, pa.string())})
 
     @cached_property
-    def real_table(self) -> Table:
+    def real_table(self) -> KeyedTable:
         """Latents of the index's pictures, which are fitted as for their features."""
         key = {"version": _VERSION, "base": self.base.identity.digest, "fit": self.features.fit}
-        return Table.keyed(self.folder, "real", key, self._latent_columns)
+        return KeyedTable.of(self.folder, "real", key, self._latent_columns)
 
     @cached_property
-    def teacher_table(self) -> Table:
+    def teacher_table(self) -> KeyedTable:
         """Latents that the teacher makes."""
         config = self.config
         key = {
@@ -156,10 +156,10 @@ class Examples:
             "prompts": _digest("\n".join(self.prompts)),
             "seed": config.seed,
         }
-        return Table.keyed(self.folder, "teacher", key, self._latent_columns)
+        return KeyedTable.of(self.folder, "teacher", key, self._latent_columns)
 
     @cached_property
-    def references_table(self) -> Table:
+    def references_table(self) -> KeyedTable:
         """Every example with its prompt's embedding by the index's encoder and its references' ids, the best first."""
         key = {
             "version": _VERSION,
@@ -175,7 +175,7 @@ class Examples:
             pa.field("references", pa.list_(pa.string())),
             array_field("embed", (self.retriever.encoder.dim,), pa.float32()),
         ]
-        return Table.keyed(self.folder, "references", key, columns)
+        return KeyedTable.of(self.folder, "references", key, columns)
 
     @property
     def _latent_columns(self) -> list[pa.Field]:

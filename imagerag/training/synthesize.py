@@ -27,8 +27,8 @@ from imagerag.retrieval.search import Neighbour, Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import reachable_rows
 from imagerag.settings import Settings
+from imagerag.storage.keyed_table import KeyedTable, to_column
 from imagerag.storage.locks import writer_lock
-from imagerag.storage.table import Table, to_column
 from imagerag.training.config import SynthesizeConfig
 from imagerag.training.examples import STORED_REFERENCES, Examples
 from imagerag.workers import Commits, mapped, watched
@@ -74,7 +74,7 @@ def synthesize(
     return replace(describe(examples), num_added=num_added, duration_s=duration_s, machine_s=machine_s)
 
 
-def drop_unreachable(latents: Table, store: Store) -> None:
+def drop_unreachable(latents: KeyedTable, store: Store) -> None:
     """Delete the latents of rows that are in no version of the index that is kept.
 
     Versions that a training has pinned are kept: it reads the latents of their rows until it ends.
@@ -121,9 +121,9 @@ def describe(examples: Examples) -> TrainingSet:
         base_digest=examples.base.identity.digest,
         teacher=config.teacher,
         teacher_digest=examples.teacher.identity.digest,
-        real_uri=examples.real_table.uri,
-        teacher_uri=examples.teacher_table.uri if config.num_teacher_latents else None,
-        references_uri=examples.references_table.uri,
+        real_uri=examples.real_table.table_uri,
+        teacher_uri=examples.teacher_table.table_uri if config.num_teacher_latents else None,
+        references_uri=examples.references_table.table_uri,
         num_real=examples.rows.num_rows,
         num_teacher=config.num_teacher_latents,
         num_held_out=int(examples.is_held_out.sum()),
@@ -134,9 +134,9 @@ def describe(examples: Examples) -> TrainingSet:
 class _Job:
     """The rows that one table lacks, and who makes them."""
 
-    def __init__(self, table: Table, rows: pa.Table, worker: type, what: str, arguments: dict[str, Any]) -> None:
-        self.version = int(table.open().version)
-        present = table.open().to_table(columns=["id"])["id"]
+    def __init__(self, table: KeyedTable, rows: pa.Table, worker: type, what: str, arguments: dict[str, Any]) -> None:
+        self.version = table.version
+        present = table.ids()
         self.table, self.worker, self.what, self.arguments = table, worker, what, arguments
         # A prompt's text is encoded, and its references are searched, once for all its rows that follow each other.
         self.rows = rows.filter(pc.invert(pc.is_in(rows["id"], present))).sort_by("prompt")
@@ -183,7 +183,7 @@ def _jobs(examples: Examples) -> Iterator[_Job]:
 class _Worker(ABC):
     """Makes rows in a process of its own and writes them."""
 
-    def __init__(self, *, table: Table, num_threads: int, batch_size: int) -> None:
+    def __init__(self, *, table: KeyedTable, num_threads: int, batch_size: int) -> None:
         import torch
 
         torch.set_num_threads(num_threads)  # Ray starts workers with one
@@ -193,7 +193,7 @@ class _Worker(ABC):
         """Return one row: the JSON of the `fragments` written, `num_rows` and `machine_s`."""
         started = time.perf_counter()
         batches = (rows.slice(start, self._batch_size) for start in range(0, rows.num_rows, self._batch_size))
-        fragments = self._table.write(pa.concat_tables([self._make(batch) for batch in batches]))
+        fragments = self._table.write_fragments(pa.concat_tables([self._make(batch) for batch in batches]))
         seconds = time.perf_counter() - started
         return pa.table({"fragments": [fragments], "num_rows": [rows.num_rows], "machine_s": [seconds]})
 

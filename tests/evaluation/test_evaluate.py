@@ -128,7 +128,7 @@ def make_here(job: pictures.PictureJob) -> dict[str, int]:
         made[name] = rows.num_rows
         if rows.num_rows:
             result = worker(rows.append_column("way", pa.array([name] * rows.num_rows)))
-            table.commit(result["fragments"][0].as_py(), table.open().version)
+            table.commit(result["fragments"][0].as_py(), table.dataset().version)
     return made
 
 

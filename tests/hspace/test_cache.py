@@ -18,8 +18,9 @@ from imagerag.hspace.config import FeaturesConfig
 from imagerag.hspace.encode import encode_references, feature_identity, open_images
 from imagerag.retrieval import feature_column
 from imagerag.retrieval.schema import Fit
-from imagerag.retrieval.store import CommitConflictError, Store
+from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
+from imagerag.storage.lance_table import CommitConflictError
 from tests.devices import DEVICES
 from tests.generation.folders import write_sd
 from tests.retrieval.rows import ENCODER, append, make_rows

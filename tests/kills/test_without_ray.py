@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from imagerag.corpus.shards import shard_path
-from imagerag.retrieval import store as store_module
 from imagerag.retrieval.pins import pin, pins
 from imagerag.retrieval.publish import published_version
+from imagerag.storage import lance_table
 from imagerag.takedown import find, take_down
 from tests.evaluation.conftest import make_finetuned
 from tests.generation.with_index import drawing
@@ -112,7 +112,7 @@ def homes(world_folder: Path, tmp_path_factory: pytest.TempPathFactory, drivers:
     shutil.copytree(world_folder, folder.parent, ignore=shutil.ignore_patterns("training"), dirs_exist_ok=True)
     world = training.World(folder.parent)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "_FRAGMENT_ROWS", 3)
+        patch.setattr(lance_table, "_FRAGMENT_ROWS", 3)
         patch.setenv("IMAGERAG_HOME", str(folder))
         world.add(10, ["green castle"], [drawing(30)])
         everything = Everything(world, make_finetuned(world, 0, tracked=True))

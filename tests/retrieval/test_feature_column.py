@@ -13,8 +13,9 @@ from imagerag.retrieval import feature_column
 from imagerag.retrieval.publish import status
 from imagerag.retrieval.schema import FEATURE_KEY, FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
-from imagerag.retrieval.store import CommitConflictError, Store, compact
+from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove
+from imagerag.storage.lance_table import CommitConflictError
 from imagerag.workers import Commits
 from tests.retrieval.rows import append, embeddings, index_and_publish, make_rows
 
@@ -136,7 +137,7 @@ def test_a_fragment_that_another_writer_changed_is_not_overwritten(store: Store,
     version = feature_column.prepare(store, MINE)
     filled = feature_column.fill(store, MINE, version, 0, compute, 4)
     append(store, make_rows(10, 12))
-    compact(store.dataset(), deleted_share=0.0)
+    store.compact(deleted_share=0.0)
     if publish:
         index_and_publish(store)
     with pytest.raises(CommitConflictError):

@@ -11,7 +11,8 @@ from imagerag.retrieval.index import IndexConfig, build_index, open_table
 from imagerag.retrieval.recall import make_probes
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.search import Filters
-from imagerag.retrieval.store import Store, rows_with
+from imagerag.retrieval.store import Store
+from imagerag.storage.lance_table import rows_with
 from tests.retrieval.rows import ENCODER, append, embeddings, fixed_size_lists, make_rows, unit
 
 LOOKED_UP = ("id", "url", "image_sha256", "source", "licence")

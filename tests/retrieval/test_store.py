@@ -9,7 +9,7 @@ import pytest
 
 from imagerag.errors import UserError
 from imagerag.retrieval.schema import EncoderIdentity
-from imagerag.retrieval.store import CommitConflictError, Store, compact, list_stores
+from imagerag.retrieval.store import Store, list_stores
 from tests.retrieval.rows import DIM, ENCODER, append, make_rows
 
 
@@ -55,14 +55,6 @@ def test_another_encoder_is_refused(store: Store) -> None:
     assert store.encoder == ENCODER
 
 
-def test_nothing_is_visible_before_the_commit(store: Store) -> None:
-    version = store.version
-    fragments = [fragment for i in range(3) for fragment in store.write_fragments(make_rows(i * 5, i * 5 + 5))]
-    assert (store.version, store.count()) == (version, 0)
-    assert store.commit(fragments, version) == store.version == version + 1
-    assert store.count() == 15
-
-
 def test_fragments_of_another_process_are_committed(store: Store) -> None:
     script = (
         "import pickle, sys; from tests.retrieval.rows import make_rows; "
@@ -72,90 +64,6 @@ def test_fragments_of_another_process_are_committed(store: Store) -> None:
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     store.commit(output.splitlines(), store.version)
     assert store.dataset().to_table().equals(make_rows(0, 7))
-
-
-def test_a_commit_without_fragments_changes_nothing(store: Store) -> None:
-    version = store.version
-    assert store.commit([], version) == version == store.version
-
-
-def test_a_commit_on_an_outdated_read_is_refused(store: Store) -> None:
-    read_version = store.version
-    fragments = store.write_fragments(make_rows(0, 5))
-    append(store, make_rows(5, 8))
-    with pytest.raises(CommitConflictError, match=f"read at version {read_version} and is now at {read_version + 1}"):
-        store.commit(fragments, read_version)
-    assert store.count() == 3
-
-
-def test_fragments_grow_with_the_table_a_part_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imagerag.retrieval.store._FRAGMENT_ROWS", 8)
-    monkeypatch.setattr("imagerag.retrieval.store._MOST_FRAGMENTS", 4)
-    for start in range(0, 128, 8):
-        append(store, make_rows(start, start + 8))
-    append(store, make_rows(128, 130))
-    append(store, make_rows(130, 132))
-    sizes = []
-    for _ in range(12):
-        compact(store.dataset(), deleted_share=0.1)
-        sizes.append([fragment.count_rows() for fragment in store.dataset().get_fragments()])
-    assert (max(sizes[0]), sizes[0].count(8)) == (64, 8), "one fragment at a time"
-    assert max(map(max, sizes)) < 2 * 64
-    assert len(sizes[-1]) <= 4
-    assert sizes[-1] == sizes[-2], "what is large is left alone"
-    assert store.dataset().to_table(columns=["id"]).equals(make_rows(0, 132).select(["id"]))
-
-
-def test_of_two_commits_at_once_one_wins(store: Store) -> None:
-    """Without the lock, as on an object store: both pass the first check, and Lance would accept both."""
-    read_version = store.version
-    writes = [store.write_fragments(make_rows(0, 5)), store.write_fragments(make_rows(0, 5))]
-    barrier, outcomes = threading.Barrier(2), []
-
-    def commit(fragments: list[str]) -> None:
-        barrier.wait()
-        try:
-            store.commit(fragments, read_version)
-            outcomes.append("committed")
-        except CommitConflictError:
-            outcomes.append("conflict")
-
-    threads = [threading.Thread(target=commit, args=(fragments,)) for fragments in writes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["committed", "conflict"]
-    assert sorted(store.ids().to_pylist()) == sorted(make_rows(0, 5)["id"].to_pylist())
-
-
-def test_delete(store: Store) -> None:
-    rows = make_rows(0, 10)
-    append(store, rows)
-    assert store.delete(rows["id"].combine_chunks()[:4]) == 4
-    assert set(store.ids().to_pylist()) == set(rows["id"].to_pylist()[4:])
-
-
-def test_rows_that_are_there_twice_are_both_deleted(store: Store) -> None:
-    append(store, make_rows(0, 3))
-    append(store, make_rows(0, 1))
-    assert store.delete(make_rows(0, 1)["id"].combine_chunks()) == 2
-    assert store.count() == 2
-
-
-def test_deleting_what_is_not_there_changes_nothing(store: Store) -> None:
-    append(store, make_rows(0, 3))
-    version = store.version
-    assert store.delete(["absent", "it's absent"]) == 0
-    assert (store.version, store.count()) == (version, 3)
-
-
-def test_many_rows_are_deleted_at_once(store: Store) -> None:
-    append(store, make_rows(0, 100))
-    version = store.version
-    ids = [f"{i:040x}" for i in range(100_000)] + make_rows(0, 50)["id"].to_pylist()
-    assert store.delete(ids) == 50
-    assert store.version == version + 1
 
 
 def test_clean_up_removes_what_a_killed_writer_left(store: Store) -> None:

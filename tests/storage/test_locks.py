@@ -16,11 +16,12 @@ import pytest
 from imagerag.corpus import shards, url_list
 from imagerag.retrieval.pins import pin, pins, unpin
 from imagerag.retrieval.publish import move_tag, published_rows
-from imagerag.retrieval.store import CommitConflictError, Store
+from imagerag.retrieval.store import Store
 from imagerag.storage import locks
 from imagerag.storage.files import ConflictError, keeps_writers_apart, read_tagged, replace_file, write_file
+from imagerag.storage.keyed_table import KeyedTable
+from imagerag.storage.lance_table import CommitConflictError
 from imagerag.storage.locks import LockLostError, check_locks, named_job, writer_lock
-from imagerag.storage.table import Table
 from tests.object_store import BUCKET, FAULTS, Fault, ObjectStore, object_store
 from tests.retrieval.rows import ENCODER, make_rows
 
@@ -137,9 +138,9 @@ def test_a_lease_of_another_machine_is_kept_while_it_is_renewed(
 def test_a_lost_lock_stops_a_job_before_its_next_commit(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images = Store(folder, "images")
     images.open_or_create(ENCODER)
-    table = Table.keyed(folder, "real", {}, [])
+    table = KeyedTable.of(folder, "real", {}, [])
     fragments, version = images.write_fragments(make_rows(0, 5)), images.version
-    more = table.write(pa.table({"id": ["a"]})), table.open().version
+    more = table.write_fragments(pa.table({"id": ["a"]})), table.dataset().version
     with images.writer_lock():
         check_locks()
         _, tag = read_tagged(f"{folder}/images.lock")
@@ -161,18 +162,18 @@ def test_a_lost_lock_stops_a_job_before_its_next_commit(folder: str, monkeypatch
         thread.start()
         thread.join()
         assert not errors, "another job of this process goes on"
-    assert (images.count(), table.ids()) == (0, [])
+    assert (images.count(), table.ids().to_pylist()) == (0, [])
 
 
 def test_two_writers_of_one_table_never_commit_an_id_twice(place: str) -> None:
     """Without a lock: the second has to look again which ids are missing."""
-    table = Table.keyed(place, "real", {}, [])
-    version = table.open().version
-    first, second = (table.write(pa.table({"id": ["a", "b"]})) for _ in range(2))
+    table = KeyedTable.of(place, "real", {}, [])
+    version = table.dataset().version
+    first, second = (table.write_fragments(pa.table({"id": ["a", "b"]})) for _ in range(2))
     table.commit(first, version)
     with pytest.raises(CommitConflictError):
         table.commit(second, version)
-    assert sorted(table.ids()) == ["a", "b"]
+    assert sorted(table.ids().to_pylist()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -15,7 +15,7 @@ from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.encode import encode_latents
 from imagerag.retrieval.pins import TRAINING, pin, pins, unpin
 from imagerag.retrieval.publish import PublishConfig, require_published
-from imagerag.storage.table import from_column, shape_of
+from imagerag.storage.keyed_table import from_column, shape_of
 from imagerag.training.config import ReferenceChoice, SynthesizeConfig, tiny
 from imagerag.training.finetune import key_of
 from imagerag.training.synthesize import drop_unreachable, synthesize
@@ -94,12 +94,12 @@ def test_what_is_taken_down_is_in_no_training_set(own_world: World) -> None:
     index_and_publish(own_world.store)
     examples = own_world.examples()
     examples.real_table.keep(examples.rows["id"])
-    assert gone not in own_world.examples().real_table.ids()
-    version = examples.real_table.open().version
+    assert gone not in own_world.examples().real_table.ids().to_pylist()
+    version = examples.real_table.dataset().version
     examples.real_table.keep(examples.rows["id"])
-    assert examples.real_table.open().version == version, "nothing to delete, nothing rewritten"
+    assert examples.real_table.dataset().version == version, "nothing to delete, nothing rewritten"
     own_world.synthesize()
-    assert gone not in own_world.examples().references_table.ids()
+    assert gone not in own_world.examples().references_table.ids().to_pylist()
 
 
 def test_a_training_that_pinned_an_earlier_version_keeps_its_latents(own_world: World) -> None:
@@ -114,10 +114,10 @@ def test_a_training_that_pinned_an_earlier_version_keeps_its_latents(own_world: 
     keep_one = PublishConfig(keep=1)
     assert index_and_publish(store, keep_one).published
     drop_unreachable(table, store)
-    assert gone in table.ids()
+    assert gone in table.ids().to_pylist()
     unpin(store, f"{TRAINING}one")
     drop_unreachable(table, store)
-    assert gone not in table.ids()
+    assert gone not in table.ids().to_pylist()
 
 
 def test_more_teachers_latents_cost_only_the_new_ones(own_world: World) -> None:
@@ -128,7 +128,7 @@ def test_more_teachers_latents_cost_only_the_new_ones(own_world: World) -> None:
 
 def test_a_teachers_latent_is_its_picture_of_the_prompt(world: World, training_set: Any) -> None:
     examples = world.examples(num_teacher_latents=5)
-    rows = examples.teacher_table.open().to_table()
+    rows = examples.teacher_table.dataset().to_table()
     pipeline = ImageRAGTurboPipeline.from_base(load_base(world.base, "cpu"))
     pipeline.set_progress_bar_config(disable=True)
     listed = examples.teacher_rows().to_pylist()
