@@ -15,6 +15,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 import fsspec
@@ -23,8 +24,9 @@ import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.artifacts import Sweep
-from imagerag.corpus.takedown import fetched_images
-from imagerag.corpus.takedown import take_down as take_down_of_shards
+from imagerag.corpus.corpus import Corpus
+from imagerag.corpus.ledger import iter_attempts
+from imagerag.corpus.takedown import remove_images
 from imagerag.errors import UserError
 from imagerag.retrieval.blocklist import Column, blocked, matches
 from imagerag.retrieval.pins import JOB, TRAINING, pins
@@ -76,13 +78,12 @@ def find(
     Raises:
         UserError: if no value is given, or the corpus never had one of them.
     """
-    store = Store(settings.index_uri, name)
+    store, corpus = Store(settings.index_uri, name), Corpus(settings.shards_of(name))
     sha256s = [sha256.lower() for sha256 in sha256s]
     wanted: dict[Column, Sequence[str]] = {"id": ids, "url": urls, "image_sha256": sha256s}
     if not any(wanted.values()):
         raise UserError("name at least one URL, id or image hash to take down")
-    fetched = fetched_images(settings.shards_of(name))
-    known = _known(store, fetched, wanted)
+    known = _known(store, corpus, wanted)
     hashes = set(sha256s)
     for column, values in wanted.items():
         # The rows of a blocked value may be gone already, removed by a takedown that was killed later.
@@ -90,7 +91,7 @@ def find(
         if missing:
             raise UserError(f"{name!r} never had an image of the {column} {min(missing)!r}; nothing was taken down")
     hashes |= set(known["image_sha256"].to_pylist())
-    own = _known(store, fetched, {"image_sha256": hashes})
+    own = _known(store, corpus, {"image_sha256": hashes})
     return Target(
         ids=tuple(sorted({*ids, *own["id"].to_pylist()})),
         urls=tuple(sorted({*urls, *own["url"].to_pylist()})),
@@ -99,10 +100,11 @@ def find(
     )
 
 
-def _known(store: Store, fetched: pa.Table, wanted: Mapping[Column, Collection[str]]) -> pa.Table:
-    """Return what was fetched, and rows of the table, that have one of some values in one of some columns."""
+def _known(store: Store, corpus: Corpus, wanted: Mapping[Column, Collection[str]]) -> pa.Table:
+    """Return what was ever fetched, and rows of the table, that have one of some values in one of some columns."""
     found = [_KNOWN.empty_table()]
-    for batch in fetched.to_batches(max_chunksize=_BATCH_ROWS):
+    for batch in chain.from_iterable(rows.to_batches(max_chunksize=_BATCH_ROWS) for rows in iter_attempts(corpus)):
+        batch = batch.filter(pc.is_valid(batch["sha256"]))
         ids = row_ids(batch["sha256"], batch["caption"])
         rows = pa.table([ids, batch["url"], batch["sha256"]], schema=_KNOWN)
         found += [rows.filter(matches(rows, column, list(values))) for column, values in wanted.items()]
@@ -119,16 +121,17 @@ def take_down(settings: Settings, name: str, target: Target) -> Takedown:
     Raises:
         UserError: if MLflow can't be reached. No report is written then; call it again to continue.
     """
-    with writer_lock(settings.shards_of(name), "takedown"):
-        return _take_down(settings, name, target)
+    corpus = Corpus(settings.shards_of(name))
+    with writer_lock(corpus.uri, "takedown"):
+        return _take_down(settings, name, corpus, target)
 
 
-def _take_down(settings: Settings, name: str, target: Target) -> Takedown:
+def _take_down(settings: Settings, name: str, corpus: Corpus, target: Target) -> Takedown:
     now = datetime.now(UTC)
     store, ids = Store(settings.index_uri, name), pa.array(target.ids, pa.string())
     reading = [label for label in (pins(store) if store.exists else ()) if label.startswith((JOB, TRAINING))]
     # Shards come first: an ingest between the two steps must not restore the rows.
-    num_samples = take_down_of_shards(settings.shards_of(name), urls=target.asked["url"], sha256s=target.image_sha256s)
+    num_samples = remove_images(corpus, urls=target.asked["url"], sha256s=target.image_sha256s)
     removal = remove(store, ids=target.ids, image_sha256s=target.image_sha256s) if store.exists else None
     sweeps = [_sweep_training(settings, name, ids), _sweep_copies(settings, store, ids)]
     if reading:
@@ -137,7 +140,7 @@ def _take_down(settings: Settings, name: str, target: Target) -> Takedown:
     if removal is not None and removal.unpinned:
         sweeps.append(Sweep(left=tuple(_of_pin(label, removal) for label in removal.unpinned)))
     sweep = Sweep.merged(sweeps)
-    uri = f"{settings.shards_of(name)}/{REPORTS}/{now:%Y-%m-%dT%H-%M-%S}.md"
+    uri = f"{corpus.uri}/{REPORTS}/{now:%Y-%m-%dT%H-%M-%S}.md"
     write_file(uri, _report(name, now, target, num_samples, removal, sweep).encode())
     return Takedown(uri=uri, num_samples=num_samples, removal=removal, sweep=sweep)
 
@@ -212,15 +215,15 @@ def _tables(folder: str, kind: str) -> list[str]:
 
 
 def _lists(uri: str, ids: pa.Array) -> bool:
-    rows = KeyedTable.at(uri).dataset().to_table(columns=["id", "references"])
-    named = pc.is_in(rows["id"], ids), pc.is_in(pc.list_flatten(rows["references"]), ids)
-    return any(pc.any(each).as_py() for each in named)
+    batches = KeyedTable.at(uri).dataset().to_batches(columns=["id", "references"])
+    named = chain.from_iterable((rows["id"], pc.list_flatten(rows["references"])) for rows in batches)
+    return any(pc.any(pc.is_in(each, ids)).as_py() for each in named)
 
 
 def _shows(uri: str, ids: pa.Array) -> bool:
-    own = KeyedTable.at(uri).dataset().to_table(columns=["references"])["references"].to_pylist()
-    shown = {reference["id"] for text in own for reference in json.loads(text)}
-    return bool(shown & set(ids.to_pylist()))
+    taken, batches = {*ids.to_pylist()}, KeyedTable.at(uri).dataset().to_batches(columns=["references"])
+    texts = (text for rows in batches for text in rows["references"].to_pylist())
+    return any(reference["id"] in taken for text in texts for reference in json.loads(text))
 
 
 def _pages(folder: str, ids: pa.Array) -> Iterator[str]:

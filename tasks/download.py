@@ -6,6 +6,7 @@ from prefect import get_run_logger
 
 from imagerag.artifacts import Download
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import download
 from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import BadRows, UrlColumns
@@ -37,7 +38,7 @@ def download_images(
     with StageProgress("download", "URLs") as on_progress:
         result = download(
             urls,
-            uri=settings.shards_of(name),
+            corpus=Corpus(settings.shards_of(name)),
             config=config,
             settings=settings,
             mode=mode,

@@ -3,6 +3,7 @@
 from prefect import get_run_logger
 
 from imagerag.artifacts import Download, Embedded
+from imagerag.corpus.corpus import Corpus
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.embed import embed
 from imagerag.retrieval.store import Store
@@ -17,7 +18,7 @@ def embed_images(download: Download, name: str, encoder: str, config: EmbedConfi
     settings = Settings()
     with StageProgress("embed", "images") as on_progress:
         result = embed(
-            shards_uri=download.uri,
+            corpus=Corpus(download.uri),
             store=Store(settings.index_uri, name),
             encoder=encoder,
             config=config,

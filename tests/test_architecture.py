@@ -146,7 +146,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_no_flow_imports_an_engine_before_it_needs_one() -> None:
     flows = [path.stem for path in sorted((ROOT / "flows").glob("[a-z]*.py"))]
     imports = [f"import flows.{flow}; print('{flow}', *sys.modules)" for flow in flows]
-    script = "\n".join(["import sys, imagerag.corpus.shards", *imports])
+    script = "\n".join(["import sys, imagerag.corpus.corpus", *imports])
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     engines = {"torch", "ray", "lancedb", "img2dataset", "open_clip", "diffusers", "transformers", "mlflow"}
     found = {flow: engines & set(modules) for flow, *modules in map(str.split, result.stdout.splitlines())}

@@ -7,6 +7,8 @@ from pydantic import Field
 
 from imagerag.config import Config
 
+IN_FLIGHT_BYTES = 256 * 2**20
+
 ImageFormat = Literal["jpeg", "png", "webp", "gif", "avif", "heic", "tiff", "bmp"]
 
 
@@ -100,3 +102,8 @@ class DownloadConfig(Config):
         pattern=r"^[\x20-\x7e]+$",
         description="User-Agent header of requests. Please include a contact address.",
     )
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Maximum bytes of files that one worker holds, fetched and not yet stored."""
+        return max(self.max_bytes, IN_FLIGHT_BYTES)

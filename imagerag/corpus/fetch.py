@@ -23,13 +23,13 @@ from urllib.request import OpenerDirector, Request
 
 import pyarrow as pa
 
-from imagerag.corpus import shards
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.guard import FetchError, Reason, reason_of
 from imagerag.corpus.hosts import Hosts, Queue, host_of
 from imagerag.corpus.names import Names
 from imagerag.corpus.opener import NotModifiedError, guarded_opener
 from imagerag.corpus.photos import FORMATS, decode, open_image
+from imagerag.corpus.shards import ROW_DIGITS, SHARD_DIGITS, FetchedShard, Shard
 from imagerag.corpus.stores import Store
 from imagerag.images import is_shown_as_stored
 
@@ -76,10 +76,8 @@ def hosts_of(run: str, config: DownloadConfig, num_workers: int) -> Hosts:
     return Hosts(config, num_workers)
 
 
-def fetch_shard(
-    uri: str, shard: int, rows: pa.Table, config: DownloadConfig, hosts: Hosts | None = None
-) -> shards.FetchedShard:
-    """Fetch `rows` into shard `shard` of the corpus, unless it is finished.
+def fetch_shard(shard: Shard, rows: pa.Table, config: DownloadConfig, hosts: Hosts | None = None) -> FetchedShard:
+    """Fetch `rows` into a shard, unless it is finished.
 
     Args:
         rows: rows with the columns of `shards.PLAN_SCHEMA`.
@@ -89,12 +87,12 @@ def fetch_shard(
     """
     started = time.monotonic()
     resizer = UprightResizer(config)
-    downloader = GuardedDownloader(uri, config, resizer, hosts or Hosts(config))
+    downloader = GuardedDownloader(shard.folder, config, resizer, hosts or Hosts(config))
     # A worker that outlived its driver may still be fetching this shard: wait until it has ended.
-    with shards.locked(uri, shard):
-        if not shards.is_finished(uri, shard):
-            downloader.download_shard((shard, rows))
-    return shards.FetchedShard(
+    with shard.lock():
+        if not shard.is_finished():
+            downloader.download_shard((shard.id, rows))
+    return FetchedShard(
         num_urls=rows.num_rows,
         num_bytes=resizer.num_bytes_out,
         duration_s=time.monotonic() - started,
@@ -107,18 +105,18 @@ def fetch_shard(
 class GuardedDownloader(Downloader):  # type: ignore[misc]
     """Fetches with the guarded opener at the pace of `Hosts`, verifies file hashes, and gives every row a status."""
 
-    def __init__(self, uri: str, config: DownloadConfig, resizer: Resizer, hosts: Hosts) -> None:
+    def __init__(self, folder: str, config: DownloadConfig, resizer: Resizer, hosts: Hosts) -> None:
         super().__init__(
             sample_writer_class=WebDatasetSampleWriter,
             resizer=resizer,
             thread_count=config.thread_count,
             save_caption=True,
             extract_exif=False,
-            output_folder=uri,
+            output_folder=folder,
             column_list=_GIVEN,
             timeout=config.timeout_s,
-            number_sample_per_shard=10**shards.ROW_DIGITS,
-            oom_shard_count=shards.SHARD_DIGITS,
+            number_sample_per_shard=10**ROW_DIGITS,
+            oom_shard_count=SHARD_DIGITS,
             compute_hash="sha256",
             verify_hash_type="sha256",
             encode_format=config.image_format,
@@ -128,7 +126,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
         )
         self._config = config
         self._hosts = hosts
-        self._budget = ByteBudget(max(config.max_bytes, shards.IN_FLIGHT_BYTES))
+        self._budget = ByteBudget(config.in_flight_bytes)
         self.num_unchanged = self.num_changed = 0
         self.kept: Counter[str] = Counter()
 
@@ -150,7 +148,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
                 statuses.increment(outcome["error_message"] or "success")
                 if self._is_kept(rows[index], outcome):
                     continue
-                key = compute_key(index, shard, shards.ROW_DIGITS, self.oom_shard_count)
+                key = compute_key(index, shard, ROW_DIGITS, self.oom_shard_count)
                 sample = {name: rows[index][name] for name in self.column_list} | {"key": key} | outcome
                 writer.write(image, key, sample["caption"], sample)
         writer.close()

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from imagerag.corpus import shards
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.guard import Reason, reason_of
+from imagerag.corpus.shards import ROW_DIGITS
 from imagerag.storage.spool import Parts, by_url, numbered, paired
 
 SCHEMA = pa.schema(
@@ -32,34 +33,29 @@ SCHEMA = pa.schema(
 _SHARDS_AT_ONCE = 128
 PAIR = ["url", "caption"]
 """What identifies a row of a list."""
-
-
 _IMAGE = ["url", "caption", "source", "licence", "sha256", "width", "height", "shard", "key"]
 
 
-def wanted_images(uri: str) -> pa.Table:
-    """Return all images that the corpus wants and has, in list order; columns as in `iter_images`, without `row`."""
-    parts = list(iter_images(uri))
-    return pa.concat_tables(parts).sort_by("row").drop_columns("row") if parts else SCHEMA.empty_table().select(_IMAGE)
-
-
-def iter_images(uri: str) -> Iterator[pa.Table]:
+def iter_images(corpus: Corpus) -> Iterator[pa.Table]:
     """Yield the images that the corpus wants and has, in batches.
 
     The columns are url, caption, source, licence, sha256 (of the file as fetched), width and height (as stored), shard,
     key, and row, the image's position in the lists.
     """
-    for rows, _ in read_parts(uri):
-        yield rows.filter(pc.fill_null(pc.equal(rows["status"], "success"), False)).select([*_IMAGE, "row"])
+    for rows, _ in read_parts(corpus):
+        yield rows.filter(pc.equal(rows["status"], "success")).select([*_IMAGE, "row"])
 
 
-def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Yield all wanted rows with their outcomes (see `standing`), and the ledger (see `read_ledger`), in parts.
+def read_parts(corpus: Corpus) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yield all wanted rows with their outcomes (see `standing`), and the ledger, in parts.
+
+    The ledger is the latest attempt at every (url, caption) that was ever fetched. Its columns are those of `SCHEMA`,
+    and `num_failures`, the number of failed attempts.
 
     Each part fits in memory, and all rows of a URL are in the same part. Rows within a part are in list order.
     """
-    takedowns = shards.read_takedowns(uri)
-    wanted, attempts = Parts(numbered(shards.iter_wanted(uri)), by_url), Parts(iter_attempts(uri), by_url)
+    takedowns = corpus.takedowns()
+    wanted, attempts = Parts(numbered(corpus.wanted()), by_url), Parts(iter_attempts(corpus), by_url)
     for rows, tried in paired(wanted, attempts):
         ledger = with_takedowns(_latest(SCHEMA.empty_table() if tried is None else tried), takedowns)
         if rows is not None:
@@ -78,14 +74,6 @@ def standing(wanted: pa.Table, ledger: pa.Table, takedowns: pa.Table) -> pa.Tabl
     return with_takedowns(joined, takedowns, "wanted_sha256")
 
 
-def read_ledger(uri: str) -> pa.Table:
-    """Return the latest attempt at every (url, caption) that was ever fetched.
-
-    The columns are those of `SCHEMA`, and `num_failures`, the number of failed attempts.
-    """
-    return with_takedowns(_latest(read_attempts(uri)), shards.read_takedowns(uri))
-
-
 def _latest(attempts: pa.Table) -> pa.Table:
     """Return the latest attempt at every (url, caption), with the number of failed attempts."""
     attempts = attempts.append_column("num_failures", pc.cast(pc.equal(attempts["status"], "failed"), pa.int64()))
@@ -97,23 +85,16 @@ def _latest(attempts: pa.Table) -> pa.Table:
     return attempts
 
 
-def read_attempts(uri: str) -> pa.Table:
-    """Return every row of every finished shard, ignoring takedowns; columns as in `SCHEMA`."""
-    return pa.concat_tables([SCHEMA.empty_table(), *iter_attempts(uri)])
-
-
-def iter_attempts(uri: str) -> Iterator[pa.Table]:
-    """Yield the rows of `read_attempts` in batches."""
-    finished = shards.finished_shards(uri)
-    if not finished:
-        return
-    fs, root = shards.open_folder(uri)
-    paths = [f"{root}/{shards.shard_name(shard)}.parquet" for shard in finished]
+def iter_attempts(corpus: Corpus) -> Iterator[pa.Table]:
+    """Yield every row of every finished shard, ignoring takedowns, in batches; columns as in `SCHEMA`."""
+    finished = corpus.finished()
+    fs, root = corpus.open()
+    paths = [f"{root}/{shard.name}.parquet" for shard in finished]
     stored = pa.schema([field for field in SCHEMA if field.name not in ("reason", "shard")])
     for start in range(0, len(paths), _SHARDS_AT_ONCE):
         some = ds.dataset(paths[start : start + _SHARDS_AT_ONCE], schema=stored, filesystem=fs, format="parquet")
         rows = some.to_table()
-        rows = rows.append_column("shard", pc.divide(pc.cast(rows["key"], pa.int64()), 10**shards.ROW_DIGITS))
+        rows = rows.append_column("shard", pc.divide(pc.cast(rows["key"], pa.int64()), 10**ROW_DIGITS))
         yield _with_reasons(rows)
 
 

@@ -97,11 +97,6 @@ class UrlList:
         """Number of rows in the list; a row with several captions counts as several."""
         return self.rows.num_rows + self.num_duplicates + self.num_invalid
 
-    @property
-    def table(self) -> pa.Table:
-        """All valid rows, in memory."""
-        return self.rows.table()
-
 
 @dataclass
 class Count:

@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from imagerag.artifacts import Embedded
 from imagerag.compute import start_ray, stop_ray
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.ledger import iter_images
-from imagerag.corpus.shards import shard_path
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.encoder import UndecodableImageError, load_encoder
 from imagerag.embedding.encoder_files import resolve
@@ -46,7 +46,7 @@ class CorruptShardError(RuntimeError):
 
 def embed(
     *,
-    shards_uri: str,
+    corpus: Corpus,
     store: Store,
     encoder: str,
     config: EmbedConfig,
@@ -54,13 +54,13 @@ def embed(
     on_progress: OnProgress = silent,
     max_shrink: float = MAX_SHRINK,
 ) -> Embedded:
-    """Synchronise the table of `store` with the corpus in `shards_uri`, so that it holds exactly the corpus's rows.
+    """Synchronise the table of `store` with a corpus, so that it holds exactly the corpus's rows.
 
     Idempotent: if no rows are missing, neither Ray nor the model is started. URLs with the same image and caption are
     one row, with the first URL. A row whose URL, source or licence changed is deleted and added again.
 
     Args:
-        shards_uri: URI of the corpus.
+        corpus: the corpus.
         store: the table; created if it does not exist.
         encoder: `tiny`, an open_clip name and pretrained tag, a hub id and full commit, or a folder.
         config: batch size, commit interval and workers.
@@ -80,13 +80,13 @@ def embed(
     with store.writer_lock():
         store.open_or_create(identity)
         # Now, as another job may have changed what is wanted while this one waited.
-        found = survey(iter_images(shards_uri), store)
+        found = survey(iter_images(corpus), store)
         require_rows(store, found.num_wanted, max_shrink)
         num_removed = store.delete(found.stale)
         machine_s = 0.0
         if found.num_missing:
             start_ray(settings)
-            batches = partial(_embedded_batches, found, shards_uri, store, identity, config)
+            batches = partial(_embedded_batches, found, corpus, store, identity, config)
             try:
                 machine_s = _commit_all(batches, found.num_missing, store, config, on_progress)
             except BaseException:
@@ -108,14 +108,14 @@ def embed(
         )
 
 
-def read_images(rows: pa.Table, shards_uri: str) -> Iterator[pa.Table]:
+def read_images(rows: pa.Table, corpus: Corpus) -> Iterator[pa.Table]:
     """Yield blocks of `rows`, all of one shard, in the shard's order and with the column `image` (encoded bytes).
 
     Raises:
         CorruptShardError: if an image is missing from the shard.
     """
     (shard,) = rows["shard"].unique().to_pylist()
-    path = shard_path(shards_uri, shard)
+    path = corpus.shard(shard).tar
     index_of = {key: index for index, key in enumerate(rows["key"].to_pylist())}
     images: dict[int, bytes] = {}
 
@@ -149,7 +149,7 @@ class Worker:
         device: str,
         dtype: Dtype | None,
         num_threads: int,
-        shards_uri: str,
+        corpus: Corpus,
     ) -> None:
         import torch
 
@@ -162,7 +162,7 @@ class Worker:
                 f"the job was started and {self._encoder.identity.digest} on a worker"
             )
         self._store = store
-        self._shards_uri = shards_uri
+        self._corpus = corpus
         self._unreported_s = time.perf_counter() - started
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -175,7 +175,7 @@ class Worker:
         except UndecodableImageError as error:
             row = rows.slice(error.index, 1).to_pylist()[0]
             raise CorruptShardError(
-                f"the image {row['key']} of {shard_path(self._shards_uri, row['shard'])} can't be decoded "
+                f"the image {row['key']} of {self._corpus.shard(row['shard']).tar} can't be decoded "
                 f"({error.reason}), though it was when it was downloaded"
             ) from error
         embedded = rows.rename_columns({"sha256": "image_sha256"})
@@ -189,7 +189,7 @@ class Worker:
 
 
 def _embedded_batches(
-    found: Survey, shards_uri: str, store: Store, identity: EncoderIdentity, config: EmbedConfig
+    found: Survey, corpus: Corpus, store: Store, identity: EncoderIdentity, config: EmbedConfig
 ) -> Iterator[dict[str, Any]]:
     """Yield the results of `Worker` per batch."""
     import ray
@@ -207,7 +207,7 @@ def _embedded_batches(
     )
     images = dataset.map_batches(
         read_images,
-        fn_kwargs={"shards_uri": shards_uri},
+        fn_kwargs={"corpus": corpus},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,  # readers need little CPU, and the workers may reserve all cores
@@ -222,7 +222,7 @@ def _embedded_batches(
             "device": device,
             "dtype": config.dtype,
             "num_threads": num_threads,
-            "shards_uri": shards_uri,
+            "corpus": corpus,
         },
         batch_size=config.batch_size,
         batch_format="pyarrow",

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from imagerag.compute import start_ray
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import download
 from imagerag.corpus.url_list import read_url_list
 from imagerag.embedded.sample import load_drawings
@@ -69,7 +70,7 @@ def make_shards(url_lists: list[Path], home: Path, config: DownloadConfig) -> li
     uris = [settings.shards_of(url_list.stem) for url_list in url_lists]
     start_ray(settings)
     for url_list, uri in zip(url_lists, uris, strict=True):
-        result = download(read_url_list(str(url_list)), uri=uri, config=config, settings=settings)
+        result = download(read_url_list(str(url_list)), corpus=Corpus(uri), config=config, settings=settings)
         assert result.num_failed == 0, f"the bench's own server failed: {result.reasons}"
     return uris
 

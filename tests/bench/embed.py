@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.embedded.sample import load_drawings
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.embed import embed
@@ -113,7 +114,7 @@ def _embed_ours(shards_uri: str, model: Path, home: Path) -> float:
     settings = Settings(home=home)
     store = Store(settings.index_uri, f"run-{time.time_ns()}")
     started = time.perf_counter()
-    embed(shards_uri=shards_uri, store=store, encoder=str(model), config=EmbedConfig(), settings=settings)
+    embed(corpus=Corpus(shards_uri), store=store, encoder=str(model), config=EmbedConfig(), settings=settings)
     return time.perf_counter() - started
 
 

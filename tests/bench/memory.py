@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.download import _plan as plan_shards
-from imagerag.corpus.download import _want
+from imagerag.corpus.corpus import Corpus
+from imagerag.corpus.plan import plan, want
 from imagerag.corpus.url_list import read_url_list
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.embed import embed
@@ -108,12 +108,13 @@ def _list_of(path: Path, count: int) -> Path:
 
 
 def _plan(url_list: Path, shards: Path) -> float:
-    _want(str(shards), read_url_list(str(url_list)).rows, "add")
-    plan_shards(str(shards), 10_000, retry_failed=False)
+    corpus = Corpus(str(shards))
+    want(corpus, read_url_list(str(url_list)).rows, "add")
+    plan(corpus, 10_000, retry_failed=False)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _embed(shards_uri: str, home: Path) -> None:
     settings = Settings(home=home)
     store = Store(settings.index_uri, "bench")
-    embed(shards_uri=shards_uri, store=store, encoder="tiny", config=EmbedConfig(), settings=settings)
+    embed(corpus=Corpus(shards_uri), store=store, encoder="tiny", config=EmbedConfig(), settings=settings)

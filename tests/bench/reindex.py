@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import download
 from imagerag.corpus.url_list import read_url_list
 from imagerag.embedding.config import EmbedConfig
@@ -78,11 +79,11 @@ def _ingest(url_list: Path, home: Path, mode: Literal["add", "replace"]) -> Stag
 
     config = DownloadConfig(allowed_hosts=(HOST,), image_format="webp")
     store = Store(settings.index_uri, "bench")
-    uri = settings.shards_of("bench")
+    corpus = Corpus(settings.shards_of("bench"))
     with stage("download"):
-        download(read_url_list(str(url_list)), uri=uri, config=config, settings=settings, mode=mode)
+        download(read_url_list(str(url_list)), corpus=corpus, config=config, settings=settings, mode=mode)
     with stage("embed"):
-        embedded = embed(shards_uri=uri, store=store, encoder="tiny", config=EmbedConfig(), settings=settings)
+        embedded = embed(corpus=corpus, store=store, encoder="tiny", config=EmbedConfig(), settings=settings)
     with stage("index"):
         index = build_index(store, IndexConfig())
     with stage("publish"):

@@ -9,19 +9,20 @@ import pyarrow as pa
 
 from imagerag.artifacts import Download
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import download
-from imagerag.corpus.ledger import read_ledger
+from imagerag.corpus.ledger import read_parts
 from imagerag.corpus.url_list import SCHEMA, UrlList
 from imagerag.settings import Settings
 from imagerag.storage.spool import Spool
 from tests.corpus.web import Web
 
 
-class Corpus:
+class Downloads:
     """A corpus in a folder, and how the tests download into it."""
 
     def __init__(self, folder: Path, web: Web) -> None:
-        self.uri = str(folder / "shards")
+        self.corpus = Corpus(str(folder / "shards"))
         self.folder = folder / "shards"
         self._settings = Settings(home=folder)
         self._config = {
@@ -35,11 +36,11 @@ class Corpus:
 
     def download(self, rows: list[dict[str, Any]], **options: Any) -> Download:
         config = DownloadConfig.model_validate(self._config | options.pop("config", {}))
-        return download(urls(rows), uri=self.uri, config=config, settings=self._settings, **options)
+        return download(urls(rows), corpus=self.corpus, config=config, settings=self._settings, **options)
 
     def outcome(self) -> dict[str, str]:
         """Status or reason of every URL, each of which has one row."""
-        rows = read_ledger(self.uri).to_pylist()
+        rows = [row for _, ledger in read_parts(self.corpus) for row in ledger.to_pylist()]
         assert max(Counter((row["url"], row["caption"]) for row in rows).values()) == 1
         return {row["url"].partition("/t")[2]: row["reason"] or row["status"] for row in rows}
 

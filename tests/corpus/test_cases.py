@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.fetch import fetch_shard
-from imagerag.corpus.ledger import read_attempts
-from imagerag.corpus.shards import PLAN_SCHEMA, shard_path
+from imagerag.corpus.shards import PLAN_SCHEMA
 from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import read_url_list
 from imagerag.errors import UserError
@@ -28,6 +28,7 @@ from tests.corpus.heic import HEIC
 from tests.corpus.lists import LISTED, Listed
 from tests.corpus.servers import SERVERS
 from tests.corpus.web import Web
+from tests.corpus.whole import attempts_of
 
 GIVEN = [*TABLES, *TARS, *FOLDERS]
 FETCHED = [*FILES, *HEIC, *SERVERS]
@@ -37,7 +38,7 @@ Outcomes = dict[str, tuple[dict[str, Any], bytes | None, bytes | None]]
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """What one shard with all cases has for each: its row, its image as stored, and the file that was served."""
-    uri = str(tmp_path_factory.mktemp("shards"))
+    corpus = Corpus(str(tmp_path_factory.mktemp("shards")))
     with Web() as web:
         served = {case.what: None if case.file is None else case.file() for case in FETCHED}
         rows = []
@@ -49,15 +50,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
             image_size=IMAGE_SIZE, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES, allowed_hosts=("127.0.0.1",),
             timeout_s=2, thread_count=32, per_host=32, retries=1, back_off_s=0.1, max_wait_s=60,
         )  # fmt: skip
-        fetch_shard(uri, 0, pa.Table.from_pylist(rows, PLAN_SCHEMA), config)
-    with tarfile.open(shard_path(uri, 0)) as tar:
+        fetch_shard(corpus.shard(0), pa.Table.from_pylist(rows, PLAN_SCHEMA), config)
+    with tarfile.open(corpus.shard(0).tar) as tar:
         stored = {
             member.name.removesuffix(".jpg"): tar.extractfile(member).read()  # type: ignore[union-attr]
             for member in tar
             if member.name.endswith(".jpg")
         }
     return {
-        row["caption"]: (row, stored.get(row["key"]), served[row["caption"]]) for row in read_attempts(uri).to_pylist()
+        row["caption"]: (row, stored.get(row["key"]), served[row["caption"]]) for row in attempts_of(corpus).to_pylist()
     }
 
 
@@ -99,7 +100,9 @@ def test_listed(tmp_path: Path, case: Listed) -> None:
         assert str(path) in str(caught.value)
         return
     found = read_url_list(str(path))
-    assert list(zip(*(found.table[name].to_pylist() for name in ("url", "caption")), strict=True)) == list(case.rows)
+    assert list(zip(*(found.rows.table()[name].to_pylist() for name in ("url", "caption")), strict=True)) == list(
+        case.rows
+    )
     assert (found.num_invalid, found.num_duplicates) == (len(case.invalid), case.num_duplicates), found.invalid
     assert found.num_rows == len(case.rows) + len(case.invalid) + case.num_duplicates
     for said, expected in zip(found.invalid, case.invalid, strict=True):
@@ -119,14 +122,14 @@ def test_given(tmp_path: Path, case: Given) -> None:
     assert (found.num_invalid, found.num_duplicates) == (len(case.invalid), case.num_duplicates), found.invalid
     for said, expected in zip(found.invalid, case.invalid, strict=True):
         assert said.startswith(expected)
-    uri = str(tmp_path / "shards")
+    corpus = Corpus(str(tmp_path / "shards"))
     config = DownloadConfig(
         image_size=IMAGE_SIZE, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES, thread_count=4, retries=0
     )
-    fetch_shard(uri, 0, planned(found.table), config)
-    attempts = read_attempts(uri).to_pylist()
+    fetch_shard(corpus.shard(0), planned(found.rows.table()), config)
+    attempts = attempts_of(corpus).to_pylist()
     assert {row["caption"]: row["reason"] or row["status"] for row in attempts} == case.outcomes
-    assert len(attempts) == found.table.num_rows
+    assert len(attempts) == found.rows.table().num_rows
     for row in attempts:
         assert row["url"].endswith(case.urls.get(row["caption"], ""))
         assert case.size in (None, (row["width"], row["height"]))

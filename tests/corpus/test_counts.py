@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.fetch import fetch_shard
-from imagerag.corpus.ledger import read_attempts
 from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import BadRows
 from tests.corpus.fetched import planned
 from tests.corpus.web import Web, picture
+from tests.corpus.whole import attempts_of
 
 Row = dict[str, Any]
 STRANGE: list[Any] = [
@@ -174,9 +175,9 @@ def test_no_row_is_lost(tmp_path: Path, urls: list[str], seed: int) -> None:
             name, content = f"{name}.gz", gzip.compress(content)
         (tmp_path / name).write_bytes(content)
         found = read_images(str(tmp_path / name), bad_rows=BadRows(max_share=1))
-        uri = str(tmp_path / f"shards-{number}")
-        fetch_shard(uri, 0, planned(found.table), config)
-        statuses = [row["status"] for row in read_attempts(uri).to_pylist()]
+        corpus = Corpus(str(tmp_path / f"shards-{number}"))
+        fetch_shard(corpus.shard(0), planned(found.rows.table()), config)
+        statuses = [row["status"] for row in attempts_of(corpus).to_pylist()]
         successes, failures = statuses.count("success"), statuses.count("failed") + found.num_invalid
         assert successes > 0, f"{name}: {found.invalid}"
         assert num_rows == successes + failures + found.num_duplicates == found.num_rows, f"{name}: {found.invalid}"
@@ -186,4 +187,4 @@ def test_no_row_of_a_lance_table_is_lost(tmp_path: Path, urls: list[str]) -> Non
     rows = _texts(random.Random(0), urls)
     lance.write_dataset(pa.Table.from_pylist(rows), str(tmp_path / "t.lance"), max_rows_per_file=4)
     found = read_images(str(tmp_path / "t.lance"), bad_rows=BadRows(max_share=1))
-    assert len(rows) == found.num_rows == found.table.num_rows + found.num_duplicates + found.num_invalid
+    assert len(rows) == found.num_rows == found.rows.table().num_rows + found.num_duplicates + found.num_invalid

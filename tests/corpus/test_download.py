@@ -9,19 +9,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from imagerag.corpus import shards
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
 from imagerag.corpus.guard import Reason
-from imagerag.corpus.ledger import read_attempts, wanted_images
-from imagerag.corpus.takedown import take_down
+from imagerag.corpus.takedown import remove_images
 from imagerag.corpus.url_list import read_url_list
 from imagerag.embedded.sample.bad import bad_urls
 from imagerag.embedded.sample.server import SampleServer
 from imagerag.errors import UserError
 from imagerag.settings import Settings
-from tests.corpus.downloads import Corpus
+from tests.corpus.downloads import Downloads
 from tests.corpus.web import Web, picture
+from tests.corpus.whole import attempts_of, images_of
 
 pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session")]
 
@@ -33,11 +32,11 @@ def web() -> Iterator[Web]:
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, web: Web) -> Corpus:
-    return Corpus(tmp_path, web)
+def downloads(tmp_path: Path, web: Web) -> Downloads:
+    return Downloads(tmp_path, web)
 
 
-def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
+def test_every_url_is_tried_once_and_counted(downloads: Downloads, web: Web) -> None:
     good = [{"url": web.serve(f"/ta{i}", picture(i)), "caption": f"picture {i}"} for i in range(9)]
     big = {"url": web.serve("/tbig", picture(1, (600, 300))), "caption": "big", "licence": "MIT"}
     bad = {
@@ -53,9 +52,9 @@ def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
     }
     rows = [*good, big, *({"url": url, "caption": caption} for caption, (url, _) in bad.items())]
     heard = []
-    result = corpus.download(rows, on_progress=lambda done, total, note="": heard.append((done, total)))
+    result = downloads.download(rows, on_progress=lambda done, total, note="": heard.append((done, total)))
 
-    assert corpus.outcome() == (
+    assert downloads.outcome() == (
         {f"a{i}": "success" for i in range(9)}
         | {"big": "success"}
         | {url.partition("/t")[2]: str(reason) for url, reason in bad.values()}
@@ -69,9 +68,9 @@ def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
     assert (result.num_removed, result.num_duplicates) == (0, 1)
     assert (heard[0], heard[-1]) == ((0, 19), (19, 19))
     assert result.machine_s > 0
-    images = corpus.images()
+    images = downloads.images()
     assert result.num_bytes == sum(map(len, images.values()))
-    wanted = wanted_images(corpus.uri).to_pylist()
+    wanted = images_of(downloads.corpus).to_pylist()
     assert [row["caption"] for row in wanted] == [*(f"picture {i}" for i in range(9)), "big"]
     assert [images[row["key"]] for row in wanted[:9]] == [picture(i) for i in range(9)]
     assert {key: wanted[9][key] for key in ("source", "licence", "width", "height")} == {
@@ -82,62 +81,62 @@ def test_every_url_is_tried_once_and_counted(corpus: Corpus, web: Web) -> None:
     }
 
     before = web.requests.copy()
-    again = corpus.download(rows)
+    again = downloads.download(rows)
     assert (again.num_fetched, again.num_success, again.reasons) == (0, 10, result.reasons)
     assert web.requests == before
 
 
-def test_bad_rows_are_failures(corpus: Corpus, web: Web, tmp_path: Path) -> None:
+def test_bad_rows_are_failures(downloads: Downloads, web: Web, tmp_path: Path) -> None:
     lines = [web.serve("/tn0", picture(0)), web.serve("/tn1", b"", status=404), "no URL", "", web.url("/tn0")]
     (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{line},c\n" for line in lines))
     config = DownloadConfig(allowed_hosts=(web.host,), retries=0)
     urls = read_url_list(str(tmp_path / "list.csv"))
-    result = download(urls, uri=corpus.uri, config=config, settings=Settings(home=tmp_path))
+    result = download(urls, corpus=downloads.corpus, config=config, settings=Settings(home=tmp_path))
     assert (result.num_success, result.num_duplicates) == (1, 1)
     assert result.reasons == {"invalid_row": 2, "http_status": 1}
     assert len(lines) == result.num_success + result.num_failed + result.num_duplicates
     assert result.examples["invalid_row"][1] == "row 4 has a url that is empty"
 
 
-def test_only_what_is_new_is_fetched_and_what_vanished_is_wanted_no_more(corpus: Corpus, web: Web) -> None:
+def test_only_what_is_new_is_fetched_and_what_vanished_is_wanted_no_more(downloads: Downloads, web: Web) -> None:
     rows = [{"url": web.serve(f"/tb{i}", picture(i)), "caption": f"picture {i}"} for i in range(5)]
-    corpus.download(rows[:3])
-    assert corpus.download(rows[3:4]).num_urls == 4
+    downloads.download(rows[:3])
+    assert downloads.download(rows[3:4]).num_urls == 4
     rows[0]["caption"] = "renamed"
     rows[1]["licence"] = "MIT"
     before = web.requests.copy()
-    result = corpus.download([rows[4], rows[0], rows[1]], mode="replace")
+    result = downloads.download([rows[4], rows[0], rows[1]], mode="replace")
     assert web.requests - before == Counter({"/tb0": 1, "/tb4": 1})
     assert (result.num_urls, result.num_success, result.num_fetched, result.num_removed) == (3, 3, 2, 3)
-    wanted = [(row["caption"], row["licence"]) for row in wanted_images(corpus.uri).to_pylist()]
+    wanted = [(row["caption"], row["licence"]) for row in images_of(downloads.corpus).to_pylist()]
     assert wanted == [("picture 4", None), ("renamed", None), ("picture 1", "MIT")]
 
 
-def test_failures_are_tried_again_when_asked_for(corpus: Corpus, web: Web) -> None:
+def test_failures_are_tried_again_when_asked_for(downloads: Downloads, web: Web) -> None:
     rows = [{"url": web.serve(f"/tc{i}", picture(i), status=200 + 204 * (i % 2)), "caption": "c"} for i in range(6)]
-    assert corpus.download(rows).reasons == {"http_status": 3}
+    assert downloads.download(rows).reasons == {"http_status": 3}
     web.serve("/tc1", picture(1))
-    assert corpus.download(rows).num_fetched == 0
+    assert downloads.download(rows).num_fetched == 0
     before = web.requests.copy()
-    result = corpus.download(rows, retry_failed=True)
+    result = downloads.download(rows, retry_failed=True)
     assert web.requests - before == Counter({"/tc1": 1, "/tc3": 1, "/tc5": 1})
     assert (result.num_success, result.num_failed, result.num_fetched) == (4, 2, 3)
-    assert corpus.outcome()["c1"] == "success"
+    assert downloads.outcome()["c1"] == "success"
 
 
-def test_what_may_pass_is_tried_again_by_a_few_runs(corpus: Corpus, web: Web) -> None:
+def test_what_may_pass_is_tried_again_by_a_few_runs(downloads: Downloads, web: Web) -> None:
     rows = [
         {"url": web.serve("/tm0", b"", status=404), "caption": "gone"},
         {"url": web.serve("/tm1", b"", status=500), "caption": "broken"},
         {"url": web.serve("/tm2", b"", status=500), "caption": "mended"},
     ]
-    assert corpus.download(rows).reasons == {"server_error": 2, "http_status": 1}
+    assert downloads.download(rows).reasons == {"server_error": 2, "http_status": 1}
     web.serve("/tm2", picture(2))
-    result = corpus.download(rows)
+    result = downloads.download(rows)
     assert (result.num_fetched, result.num_success, result.reasons) == (2, 1, {"server_error": 1, "http_status": 1})
-    assert [corpus.download(rows).num_fetched for _ in range(5)] == [1, 1, 1, 0, 0]
+    assert [downloads.download(rows).num_fetched for _ in range(5)] == [1, 1, 1, 0, 0]
     assert web.requests["/tm1"] == 5
-    assert corpus.download(rows, retry_failed=True).num_fetched == 2
+    assert downloads.download(rows, retry_failed=True).num_fetched == 2
 
 
 def _versioned(web: Web, path: str, image: bytes, etag: str) -> str:
@@ -157,7 +156,7 @@ def _versioned(web: Web, path: str, image: bytes, etag: str) -> str:
     return web.url(path)
 
 
-def test_refresh_finds_changed_pictures(corpus: Corpus, web: Web) -> None:
+def test_refresh_finds_changed_pictures(downloads: Downloads, web: Web) -> None:
     same, changed = _versioned(web, "/tn-same", picture(1), '"a"'), _versioned(web, "/tn-changed", picture(2), '"a"')
     urls = {
         "same": same,
@@ -168,29 +167,29 @@ def test_refresh_finds_changed_pictures(corpus: Corpus, web: Web) -> None:
         "stated": web.serve("/tn-stated", picture(6)),
     }
     rows = [{"url": url, "caption": caption} for caption, url in urls.items()]
-    corpus.download(rows)
-    rows[-1]["sha256"] = wanted_images(corpus.uri)["sha256"].to_pylist()[-1]
-    before = {row["caption"]: row for row in wanted_images(corpus.uri).to_pylist()}
+    downloads.download(rows)
+    rows[-1]["sha256"] = images_of(downloads.corpus)["sha256"].to_pylist()[-1]
+    before = {row["caption"]: row for row in images_of(downloads.corpus).to_pylist()}
     assert set(before) == set(urls)
 
     _versioned(web, "/tn-changed", picture(7), '"b"')
     web.serve("/tn-gone", b"", status=404)
     web.serve("/tn-out", picture(5), X_Robots_Tag="noai")
-    assert corpus.download(rows).num_fetched == 0
-    result = corpus.download(rows, refresh=True)
+    assert downloads.download(rows).num_fetched == 0
+    result = downloads.download(rows, refresh=True)
     assert (result.num_fetched, result.num_unchanged, result.num_changed, result.kept) == (5, 2, 1, {"http_status": 1})
     assert (result.num_success, result.reasons) == (5, {"opt_out": 1})
-    after = {row["caption"]: row for row in wanted_images(corpus.uri).to_pylist()}
-    assert corpus.images()[after["changed"]["key"]] == picture(7)
+    after = {row["caption"]: row for row in images_of(downloads.corpus).to_pylist()}
+    assert downloads.images()[after["changed"]["key"]] == picture(7)
     assert {name: row for name, row in before.items() if after.get(name) != row}.keys() == {"changed", "opted out"}
 
-    again = corpus.download(rows, refresh=True)
+    again = downloads.download(rows, refresh=True)
     assert (again.num_fetched, again.num_unchanged, again.num_changed) == (4, 3, 0)
-    assert corpus.download(rows).num_fetched == 0
+    assert downloads.download(rows).num_fetched == 0
 
 
 def test_a_workers_user_error_ends_the_run_and_the_next_goes_on(
-    corpus: Corpus, web: Web, monkeypatch: pytest.MonkeyPatch
+    downloads: Downloads, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"url": web.serve(f"/to{i}", picture(i)), "caption": f"{i}"} for i in range(12)]
 
@@ -200,68 +199,68 @@ def test_a_workers_user_error_ends_the_run_and_the_next_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr("imagerag.corpus.download._fetch_shard", fetch_nothing)
         with pytest.raises(UserError, match=r"^this machine can look up no names$"):
-            corpus.download(rows)
-    assert corpus.download(rows).num_success == 12
+            downloads.download(rows)
+    assert downloads.download(rows).num_success == 12
 
 
-def test_a_url_has_to_bring_the_same_bytes_again(corpus: Corpus, web: Web) -> None:
+def test_a_url_has_to_bring_the_same_bytes_again(downloads: Downloads, web: Web) -> None:
     same, changed = ({"url": web.serve(f"/td{i}", picture(i)), "caption": "before"} for i in range(2))
-    corpus.download([same, changed])
-    recorded = {row["url"]: row["sha256"] for row in wanted_images(corpus.uri).to_pylist()}
+    downloads.download([same, changed])
+    recorded = {row["url"]: row["sha256"] for row in images_of(downloads.corpus).to_pylist()}
     web.serve("/td1", picture(100))
     renamed = [{"url": row["url"], "caption": "after"} for row in (same, changed)]
-    result = corpus.download(renamed, mode="replace")
+    result = downloads.download(renamed, mode="replace")
     assert (result.num_fetched, result.reasons) == (2, {"hash_mismatch": 1})
-    assert wanted_images(corpus.uri)["sha256"].to_pylist() == [recorded[same["url"]]]
+    assert images_of(downloads.corpus)["sha256"].to_pylist() == [recorded[same["url"]]]
 
-    assert corpus.download(renamed, retry_failed=True).reasons == {"hash_mismatch": 1}
+    assert downloads.download(renamed, retry_failed=True).reasons == {"hash_mismatch": 1}
     web.serve("/td1", picture(1))
-    assert corpus.download(renamed, retry_failed=True).reasons == {}
-    assert set(wanted_images(corpus.uri)["sha256"].to_pylist()) == set(recorded.values())
+    assert downloads.download(renamed, retry_failed=True).reasons == {}
+    assert set(images_of(downloads.corpus)["sha256"].to_pylist()) == set(recorded.values())
 
 
-def test_the_sha256_of_the_list_counts_before_the_recorded_one(corpus: Corpus, web: Web) -> None:
+def test_the_sha256_of_the_list_counts_before_the_recorded_one(downloads: Downloads, web: Web) -> None:
     row = {"url": web.serve("/te", picture(1)), "caption": "e"}
-    corpus.download([row])
-    other = corpus.download([{"url": web.serve("/te2", picture(2)), "caption": "other"}])
+    downloads.download([row])
+    other = downloads.download([{"url": web.serve("/te2", picture(2)), "caption": "other"}])
     assert other.num_success == 2
-    sha256 = wanted_images(corpus.uri)["sha256"].to_pylist()[0]
+    sha256 = images_of(downloads.corpus)["sha256"].to_pylist()[0]
     row["sha256"] = sha256
-    result = corpus.download([row])
+    result = downloads.download([row])
     assert (result.num_fetched, result.reasons) == (1, {"hash_mismatch": 1})
-    assert corpus.download([row]).num_fetched == 0
+    assert downloads.download([row]).num_fetched == 0
     web.serve("/te", picture(2))
-    assert corpus.download([row], retry_failed=True).num_success == 2
+    assert downloads.download([row], retry_failed=True).num_success == 2
 
 
-def test_an_unfinished_download_continues(corpus: Corpus, web: Web) -> None:
+def test_an_unfinished_download_continues(downloads: Downloads, web: Web) -> None:
     rows = [{"url": web.serve(f"/tf{i}", picture(i)), "caption": f"{i}"} for i in range(12)]
-    corpus.download(rows)
-    whole = corpus.images()
-    marker = corpus.folder / "00000_stats.json"
+    downloads.download(rows)
+    whole = downloads.images()
+    marker = downloads.folder / "00000_stats.json"
     marker.write_bytes(marker.read_bytes()[:50])  # killed while it was written
-    (corpus.folder / "00001_stats.json").unlink()  # killed just before
+    (downloads.folder / "00001_stats.json").unlink()  # killed just before
     for name in ("00001.tar", "00001.parquet"):
-        (corpus.folder / name).write_bytes((corpus.folder / name).read_bytes()[:100])
-    assert set(corpus.outcome().values()) == {"success"}
-    assert len(corpus.outcome()) == 4
+        (downloads.folder / name).write_bytes((downloads.folder / name).read_bytes()[:100])
+    assert set(downloads.outcome().values()) == {"success"}
+    assert len(downloads.outcome()) == 4
 
     before = web.requests.copy()
-    result = corpus.download(rows)
+    result = downloads.download(rows)
     assert web.requests - before == Counter({f"/tf{i}": 1 for i in range(8)})
     assert (result.num_success, result.num_fetched) == (12, 8)
-    assert corpus.images() == whole
-    assert len(read_attempts(corpus.uri)) == 12
+    assert downloads.images() == whole
+    assert len(attempts_of(downloads.corpus)) == 12
 
 
-def test_what_an_unfinished_shard_has_that_nobody_wants_any_more_is_not_fetched(corpus: Corpus, web: Web) -> None:
+def test_what_an_unfinished_shard_has_that_nobody_wants_any_more_is_not_fetched(downloads: Downloads, web: Web) -> None:
     rows = [{"url": web.serve(f"/tg{i}", picture(i)), "caption": f"{i}"} for i in range(4)]
-    corpus.download(rows)
-    (corpus.folder / "00000_stats.json").unlink()
+    downloads.download(rows)
+    (downloads.folder / "00000_stats.json").unlink()
     before = web.requests.copy()
-    assert corpus.download(rows[1:], mode="replace").num_success == 3
+    assert downloads.download(rows[1:], mode="replace").num_success == 3
     assert web.requests - before == Counter({f"/tg{i}": 1 for i in range(1, 4)})
-    assert corpus.download(rows).num_fetched == 1
+    assert downloads.download(rows).num_fetched == 1
 
 
 def _kill_workers_at(path: str, web: Web, times: int) -> str:
@@ -280,76 +279,78 @@ def _kill_workers_at(path: str, web: Web, times: int) -> str:
     return web.url(path)
 
 
-def test_a_shard_whose_worker_is_killed_is_tried_again(corpus: Corpus, web: Web) -> None:
+def test_a_shard_whose_worker_is_killed_is_tried_again(downloads: Downloads, web: Web) -> None:
     rows = [{"url": web.serve(f"/ti{i}", picture(i)), "caption": f"{i}"} for i in range(11)]
     rows.append({"url": _kill_workers_at("/ti11", web, times=2), "caption": "11"})
     notes = []
-    result = corpus.download(rows, on_progress=lambda done, total, note="": notes.append(note))
+    result = downloads.download(rows, on_progress=lambda done, total, note="": notes.append(note))
     assert (result.num_success, result.num_fetched, result.reasons) == (12, 12, {})
     assert any("lost its worker" in note for note in notes)
-    assert set(corpus.outcome()) == {f"i{i}" for i in range(12)}
+    assert set(downloads.outcome()) == {f"i{i}" for i in range(12)}
 
 
-def test_a_shard_that_is_lost_each_time_is_counted_and_tried_by_the_next_run(corpus: Corpus, web: Web) -> None:
+def test_a_shard_that_is_lost_each_time_is_counted_and_tried_by_the_next_run(downloads: Downloads, web: Web) -> None:
     rows = [{"url": web.serve(f"/tj{i}", picture(i)), "caption": f"{i}"} for i in range(3)]
     poison = {"url": _kill_workers_at("/tj3", web, times=4), "caption": "3"}
-    assert corpus.download(rows, config={"shard_size": 1}).num_success == 3
-    result = corpus.download([poison])
+    assert downloads.download(rows, config={"shard_size": 1}).num_success == 3
+    result = downloads.download([poison])
     assert (result.num_success, result.reasons, result.num_fetched) == (3, {"lost": 1}, 0)
-    result = corpus.download([poison])
+    result = downloads.download([poison])
     assert (result.num_success, result.reasons, result.num_fetched) == (4, {}, 1)
 
 
-def test_taken_down_images_leave_the_shards_and_stay_away(corpus: Corpus, web: Web) -> None:
+def test_taken_down_images_leave_the_shards_and_stay_away(downloads: Downloads, web: Web) -> None:
     rows = [{"url": web.serve(f"/tk{i}", picture(i)), "caption": f"{i}"} for i in range(4)]
-    corpus.download(rows)
-    by_url = {row["url"]: row for row in wanted_images(corpus.uri).to_pylist()}
+    downloads.download(rows)
+    by_url = {row["url"]: row for row in images_of(downloads.corpus).to_pylist()}
     first, second = by_url[rows[0]["url"]], by_url[rows[1]["url"]]
-    whole = corpus.images()
-    assert take_down(corpus.uri, urls=[first["url"]], sha256s=[second["sha256"].upper()]) == 2
-    assert take_down(corpus.uri, urls=[first["url"]]) == 0
-    assert corpus.images() == {key: image for key, image in whole.items() if key not in (first["key"], second["key"])}
-    assert [row["caption"] for row in wanted_images(corpus.uri).to_pylist()] == ["2", "3"]
+    whole = downloads.images()
+    assert remove_images(downloads.corpus, urls=[first["url"]], sha256s=[second["sha256"].upper()]) == 2
+    assert remove_images(downloads.corpus, urls=[first["url"]]) == 0
+    assert downloads.images() == {
+        key: image for key, image in whole.items() if key not in (first["key"], second["key"])
+    }
+    assert [row["caption"] for row in images_of(downloads.corpus).to_pylist()] == ["2", "3"]
 
     before = web.requests.copy()
     again = web.serve("/tk-again", picture(1))  # the bytes of the second, at another URL
     rows += [{"url": again, "caption": "again"}, {"url": rows[0]["url"], "caption": "another caption"}]
-    result = corpus.download(rows, retry_failed=True)
+    result = downloads.download(rows, retry_failed=True)
     assert web.requests - before == Counter({"/tk-again": 1})
     assert (result.num_success, result.reasons) == (2, {"taken_down": 4})
-    assert sorted(corpus.images().values()) == sorted([picture(2), picture(3)])
+    assert sorted(downloads.images().values()) == sorted([picture(2), picture(3)])
 
 
-def test_a_hanging_server_does_not_hold_up_the_shard(corpus: Corpus, web: Web) -> None:
+def test_a_hanging_server_does_not_hold_up_the_shard(downloads: Downloads, web: Web) -> None:
     rows = [
         {"url": web.serve_slowly(f"/tl{i}", b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.1), "caption": "l"} for i in range(4)
     ]
     started = time.monotonic()
-    assert corpus.download(rows, config={"timeout_s": 1}).reasons == {"timeout": 4}
+    assert downloads.download(rows, config={"timeout_s": 1}).reasons == {"timeout": 4}
     assert time.monotonic() - started < 10
 
 
-def test_the_sample_corpus_with_all_its_bad_urls(corpus: Corpus) -> None:
+def test_the_sample_corpus_with_all_its_bad_urls(downloads: Downloads) -> None:
     with SampleServer() as server:
         rows = server.url_list(limit=150).to_pylist()
         config = {"allowed_hosts": (server.url.removeprefix("http://"),), "shard_size": 100, "timeout_s": 3}
-        result = corpus.download(rows, config=config)
+        result = downloads.download(rows, config=config)
         expected = {f"{server.url}{bad.path}": bad.reason or "success" for bad in bad_urls()}
         expected[f"{server.url}/bad/busy-once.png"] = "server_error"
-        found = {row["url"]: row["reason"] or row["status"] for row in read_attempts(corpus.uri).to_pylist()}
+        found = {row["url"]: row["reason"] or row["status"] for row in attempts_of(downloads.corpus).to_pylist()}
         assert found == {row["url"]: expected.get(row["url"], "success") for row in rows}
-        assert result.num_fetched == len(rows) == len(read_attempts(corpus.uri))
+        assert result.num_fetched == len(rows) == len(attempts_of(downloads.corpus))
         assert result.num_failed == sum(reason != "success" for reason in expected.values())
-        again = corpus.download(rows, config=config, retry_failed=True)
+        again = downloads.download(rows, config=config, retry_failed=True)
         assert (again.num_fetched, again.num_success) == (result.num_failed, result.num_success + 1)
 
 
-def test_the_marker_is_img2datasets(corpus: Corpus, web: Web) -> None:
-    corpus.download([{"url": web.serve("/tm", picture(1)), "caption": "a caption"}])
-    assert json.loads((corpus.folder / "00000_stats.json").read_bytes())["successes"] == 1
-    with tarfile.open(shards.shard_path(corpus.uri, 0)) as tar:
+def test_the_marker_is_img2datasets(downloads: Downloads, web: Web) -> None:
+    downloads.download([{"url": web.serve("/tm", picture(1)), "caption": "a caption"}])
+    assert json.loads((downloads.folder / "00000_stats.json").read_bytes())["successes"] == 1
+    with tarfile.open(downloads.corpus.shard(0).tar) as tar:
         assert [name.partition(".")[2] for name in tar.getnames()] == ["jpg", "json", "txt"]
-    assert {path.name for path in corpus.folder.iterdir()} == {
+    assert {path.name for path in downloads.folder.iterdir()} == {
         "00000.tar",
         "00000.parquet",
         "00000_stats.json",

@@ -8,13 +8,14 @@ import pyarrow as pa
 import pytest
 
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import BYTES_PER_PIXEL
 from imagerag.corpus.fetch import ByteBudget, GuardedDownloader, UprightResizer
 from imagerag.corpus.hosts import Hosts
-from imagerag.corpus.ledger import read_attempts
 from imagerag.corpus.shards import PLAN_SCHEMA
 from tests.corpus.photos import encoded, scene
 from tests.corpus.web import Web
+from tests.corpus.whole import attempts_of
 
 _PEAK = """
 import io, resource, sys
@@ -62,11 +63,11 @@ def test_a_shard_of_files_larger_than_the_budget_is_fetched_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = encoded(scene(), "PNG")
-    monkeypatch.setattr("imagerag.corpus.shards.IN_FLIGHT_BYTES", len(file))
+    monkeypatch.setattr("imagerag.corpus.config.IN_FLIGHT_BYTES", len(file))
     with Web() as web:
         rows = [{"url": web.serve(f"/{number}", file), "caption": "c", "source": "s"} for number in range(12)]
         rows.append({"url": web.serve("/gone", b"", 404), "caption": "c", "source": "s"})
         config = DownloadConfig(max_bytes=len(file), thread_count=8, allowed_hosts=(web.host,))
         downloader = GuardedDownloader(str(tmp_path), config, UprightResizer(config), Hosts(config))
         downloader.download_shard((0, pa.Table.from_pylist(rows, PLAN_SCHEMA)))
-    assert read_attempts(str(tmp_path))["status"].to_pylist().count("success") == 12
+    assert attempts_of(Corpus(str(tmp_path)))["status"].to_pylist().count("success") == 12

@@ -6,14 +6,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import download
-from imagerag.corpus.ledger import read_attempts, wanted_images
 from imagerag.corpus.source import read_images
 from imagerag.corpus.url_list import UrlColumns, read_url_list
 from imagerag.errors import UserError
 from imagerag.settings import Settings
 from imagerag.storage.digests import sha256_of
 from tests.corpus.web import picture
+from tests.corpus.whole import attempts_of, images_of
 
 MAX_BYTES = 10_000
 
@@ -47,7 +48,7 @@ def error_of(source: Path | str, captions: str | None = None) -> str:
 def test_a_file_beside_the_image_is_its_caption_and_else_its_name(folder: Path) -> None:
     (folder / "cups" / "blue cup.txt").write_text("\ufeffa blue cup,\non a table\n", encoding="utf-8")
     images = read_images(str(folder))
-    rows = {row["url"]: row for row in images.table.to_pylist()}
+    rows = {row["url"]: row for row in images.rows.table().to_pylist()}
     assert {url: row["caption"] for url, row in rows.items()} == {
         f"file://{folder.parent}/my%20images/red_mug-2.jpg": "red mug 2",
         f"file://{folder.parent}/my%20images/cups/blue%20cup.PNG": "a blue cup,\non a table",
@@ -72,7 +73,7 @@ def test_a_table_of_captions_with_its_other_columns(folder: Path) -> None:
         f"{folder}/cups/blue cup.PNG,blue,,\ncups/old/50% #1?.webp,half,,\n",
     )
     images = read_images(str(folder), captions)
-    rows = [(row["caption"], row["licence"], row["source"]) for row in images.table.to_pylist()]
+    rows = [(row["caption"], row["licence"], row["source"]) for row in images.rows.table().to_pylist()]
     assert rows == [
         ("a mug", "MIT", "my images"),
         ("a cup", None, "shop"),
@@ -81,7 +82,7 @@ def test_a_table_of_captions_with_its_other_columns(folder: Path) -> None:
     ]
     assert (images.num_duplicates, images.num_named_by_file) == (1, 0)
     named = captions_in(folder, "file,what,text\nx,red_mug-2.jpg,a\nx,cups/blue cup.PNG,b\nx,cups/old/50% #1?.webp,c\n")
-    assert read_images(str(folder), named, UrlColumns(url="what")).table.num_rows == 3
+    assert read_images(str(folder), named, UrlColumns(url="what")).rows.table().num_rows == 3
 
 
 ROWS = "red_mug-2.jpg,a mug\ncups/blue cup.PNG,b\ncups/old/50% #1?.webp,c\n"
@@ -91,14 +92,14 @@ ROWS = "red_mug-2.jpg,a mug\ncups/blue cup.PNG,b\ncups/old/50% #1?.webp,c\n"
 def test_captions_cant_name_what_lies_outside(folder: Path, name: str) -> None:
     (folder.parent / "secret.png").write_bytes(picture(7))
     images = read_images(str(folder), captions_in(folder, f"file,caption\n{name},a secret\n{ROWS}"))
-    assert sorted(images.table["caption"].to_pylist()) == ["a mug", "b", "c"]
+    assert sorted(images.rows.table()["caption"].to_pylist()) == ["a mug", "b", "c"]
     assert images.invalid == (f"'{name}' lies outside {folder}",)
 
 
 def test_images_and_captions_that_dont_match_are_counted(folder: Path) -> None:
     def refused(text: str, num_good: int) -> tuple[str, ...]:
         images = read_images(str(folder), captions_in(folder, text))
-        assert (images.table.num_rows, images.num_invalid) == (num_good, images.num_rows - num_good)
+        assert (images.rows.table().num_rows, images.num_invalid) == (num_good, images.num_rows - num_good)
         return images.invalid
 
     two = ROWS.rpartition("cups/old")[0]
@@ -118,7 +119,7 @@ def test_images_and_captions_that_dont_match_are_counted(folder: Path) -> None:
 
 def test_a_folder_of_parts_is_a_list(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://a.example/"], "caption": ["x"]}), tmp_path / "part-0.parquet")
-    assert read_images(str(tmp_path)).table["caption"].to_pylist() == ["x"]
+    assert read_images(str(tmp_path)).rows.table()["caption"].to_pylist() == ["x"]
 
 
 def test_what_is_no_folder_of_images(folder: Path, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_links_within_the_folder_are_fine(folder: Path) -> None:
     (folder / "mug again.jpg").symlink_to("red_mug-2.jpg")
     (folder / "same cups").symlink_to("cups")
     images = read_images(str(folder))
-    assert sorted(images.table["caption"].to_pylist()) == ["50% #1?", "blue cup", "mug again", "red mug 2"]
+    assert sorted(images.rows.table()["caption"].to_pylist()) == ["50% #1?", "blue cup", "mug again", "red mug 2"]
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"x" * 70_000])
@@ -173,7 +174,7 @@ def test_a_caption_beside_an_image_cant_lead_out(folder: Path) -> None:
 @pytest.mark.engines
 @pytest.mark.usefixtures("ray_session")
 def test_a_folder_becomes_a_corpus_and_stays_the_same_corpus(folder: Path, tmp_path: Path) -> None:
-    uri, settings = str(tmp_path / "shards"), Settings(home=tmp_path)
+    corpus, settings = Corpus(str(tmp_path / "shards")), Settings(home=tmp_path)
     config = DownloadConfig(max_bytes=MAX_BYTES, max_pixels=200 * 200, thread_count=2, image_format="png")
     bad = {
         "drawing.gif": (b"<svg/>", "unsupported_format"),
@@ -187,13 +188,13 @@ def test_a_folder_becomes_a_corpus_and_stays_the_same_corpus(folder: Path, tmp_p
 
     def settle(captions: str | None = None, **options: str) -> tuple[int, dict[str, int], list[str]]:
         images = read_images(str(folder), captions)
-        done = download(images, uri=uri, config=config, settings=settings, **options)  # type: ignore[arg-type]
-        return done.num_fetched, dict(done.reasons), sorted(wanted_images(uri)["caption"].to_pylist())
+        done = download(images, corpus=corpus, config=config, settings=settings, **options)  # type: ignore[arg-type]
+        return done.num_fetched, dict(done.reasons), sorted(images_of(corpus)["caption"].to_pylist())
 
     reasons = {"corrupt_image": 1, "too_many_bytes": 1, "too_many_pixels": 1, "unsupported_format": 2}
     everything = ["50% #1?", "blue cup", "red mug 2"]
     assert settle() == (8, reasons, everything)
-    found = {row["url"].rpartition("/")[2]: row["reason"] for row in read_attempts(uri).to_pylist()}
+    found = {row["url"].rpartition("/")[2]: row["reason"] for row in attempts_of(corpus).to_pylist()}
     assert {name: reason for name, reason in found.items() if reason} == {name: it for name, (_, it) in bad.items()}
     assert settle() == (0, reasons, everything)
 
@@ -205,12 +206,12 @@ def test_a_folder_becomes_a_corpus_and_stays_the_same_corpus(folder: Path, tmp_p
     for name in ("cups/old/50% #1?.webp", "drawing.gif", "page.png", "bomb.png", "huge.png"):
         (folder / name).unlink()
     assert settle(mode="replace") == (4, {"too_many_bytes": 1}, ["cut", "new", "red mug 2"])
-    shas = dict(zip(*(wanted_images(uri)[name].to_pylist() for name in ("caption", "sha256")), strict=True))
+    shas = dict(zip(*(images_of(corpus)[name].to_pylist() for name in ("caption", "sha256")), strict=True))
     assert shas["red mug 2"] == sha256_of(folder / "red_mug-2.jpg")
 
     # A list may not name the corpus's own files, nor any other, whatever columns it has.
     urls = tmp_path / "urls.csv"
     secret = (folder / "new.png").as_uri()
     urls.write_text(f"url,caption,folder\n{secret},mine now,{folder}\nfile:///etc/passwd,a secret,/etc\n")
-    hostile = download(read_url_list(str(urls)), uri=uri, config=config, settings=settings)
+    hostile = download(read_url_list(str(urls)), corpus=corpus, config=config, settings=settings)
     assert (hostile.num_success, hostile.reasons) == (3, {"blocked_scheme": 2, "too_many_bytes": 1})

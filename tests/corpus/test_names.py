@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from imagerag.corpus import shards
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.fetch import fetch_shard
 from imagerag.corpus.names import Names, ascii_host
+from imagerag.corpus.shards import PLAN_SCHEMA, Shard
 from imagerag.errors import UserError
 
 ADDRESS = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))
@@ -73,9 +73,9 @@ def test_a_machine_without_dns_ends_with_one_line_and_nothing_is_settled(
     monkeypatch.setattr("imagerag.corpus.fetch.Names", lambda: Names(resolver))
     rows = [{"url": f"http://host{number}.example/x.jpg", "caption": "c", "source": "s"} for number in range(500)]
     with pytest.raises(UserError, match=r"can look up no names \(host0\.example, .*next run goes on"):
-        fetch_shard(str(tmp_path), 0, pa.Table.from_pylist(rows, shards.PLAN_SCHEMA), DownloadConfig())
+        fetch_shard(Shard(str(tmp_path), 0), pa.Table.from_pylist(rows, PLAN_SCHEMA), DownloadConfig())
     assert sum(resolver.asked.values()) < 20
-    assert not shards.finished_shards(str(tmp_path))
+    assert not Shard(str(tmp_path), 0).is_finished()
 
 
 @pytest.mark.parametrize(

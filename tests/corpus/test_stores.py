@@ -125,7 +125,7 @@ def test_an_object_store(tmp_path: Path) -> None:
         fs.put(str(tmp_path / "p.parquet"), f"{folder}/data/p.parquet")
         found = {}
         for part in ("pictures/", "tars", "tars/*1.tar", "data"):
-            rows = read_images(f"s3://{folder}/{part}").table.to_pylist()
+            rows = read_images(f"s3://{folder}/{part}").rows.table().to_pylist()
             found[part] = [(row["caption"], Store(row["folder"], 2**20).open(row["member"]).read()) for row in rows]
         assert found == {
             "pictures/": [("a cup", picture(1))],

@@ -54,7 +54,7 @@ def error_of(uri: str, columns: UrlColumns | None = None) -> str:
     ],
 )
 def test_formats(tmp_path: Path, name: str, content: bytes | pa.Table) -> None:
-    table = read_url_list(write(tmp_path, name, content)).table
+    table = read_url_list(write(tmp_path, name, content)).rows.table()
     optional = {"licence": None, "sha256": None, "folder": None, "member": None}
     assert table.schema == SCHEMA
     assert table.to_pylist() == [
@@ -66,7 +66,7 @@ def test_formats(tmp_path: Path, name: str, content: bytes | pa.Table) -> None:
 def test_any_file_system() -> None:
     with fsspec.open("memory://lists/list.csv", "wb") as file:
         file.write(as_csv())
-    assert read_url_list("memory://lists/list.csv").table.num_rows == 2
+    assert read_url_list("memory://lists/list.csv").rows.table().num_rows == 2
 
 
 def test_usual_names_and_optional_columns(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_usual_names_and_optional_columns(tmp_path: Path) -> None:
     content = (
         f"TEXT,License,SHA256,URL,source\nan apple,MIT,{sha256},http://a.example/,mine\na pear,,,http://b.example/,\n"
     )
-    apple, pear = read_url_list(write(tmp_path, "list.csv", content.encode())).table.to_pylist()
+    apple, pear = read_url_list(write(tmp_path, "list.csv", content.encode())).rows.table().to_pylist()
     assert (apple["licence"], apple["sha256"], apple["source"]) == ("MIT", sha256.lower(), "mine")
     assert (pear["licence"], pear["sha256"], pear["source"]) == (None, None, "b.example")
 
 
 def test_named_columns_come_before_guesses(tmp_path: Path) -> None:
     uri = write(tmp_path, "list.csv", b"url,caption,big_url\nhttp://small.example,an apple,http://big.example\n")
-    assert read_url_list(uri, UrlColumns(url="big_url")).table["url"].to_pylist() == ["http://big.example"]
+    assert read_url_list(uri, UrlColumns(url="big_url")).rows.table()["url"].to_pylist() == ["http://big.example"]
 
 
 def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path) -> None:
     as_csv = "url,caption\n" + "".join(f"{row['url']},{row['caption']}\n" for row in rows)
     as_jsonl = "".join(json.dumps(row) + "\n" for row in rows)
     for name, content in (("list.csv", as_csv), ("list.jsonl", as_jsonl)):
-        assert read_url_list(write(tmp_path, name, content.encode())).table["caption"].to_pylist() == captions
+        assert read_url_list(write(tmp_path, name, content.encode())).rows.table()["caption"].to_pylist() == captions
 
 
 def test_dictionary_encoded_columns(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_dictionary_encoded_columns(tmp_path: Path) -> None:
     uri = write(
         tmp_path, "list.parquet", pa.table({"url": ["http://a.example/1", "http://a.example/2"], "text": captions})
     )
-    assert read_url_list(uri).table["caption"].to_pylist() == ["an apple", "an apple"]
+    assert read_url_list(uri).rows.table()["caption"].to_pylist() == ["an apple", "an apple"]
 
 
 def test_the_same_pair_is_folded_and_the_same_url_with_another_caption_is_not(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_same_pair_is_folded_and_the_same_url_with_another_caption_is_not(tm
     )
     urls = read_url_list(uri)
     assert urls.num_duplicates == 2
-    pairs = [(row["url"], row["caption"], row["licence"]) for row in urls.table.to_pylist()]
+    pairs = [(row["url"], row["caption"], row["licence"]) for row in urls.rows.table().to_pylist()]
     assert pairs == [("u://a", "x", "first"), ("u://a", "y", None), ("u://b", "x", None)]
 
 
@@ -148,7 +148,7 @@ def test_parts_are_one_list(tmp_path: Path, parts: str) -> None:
         table = pa.table({"url": [f"http://a.example/{number}"], "caption": ["x"]} | late)
         pq.write_table(table, tmp_path / f"part-{number}.parquet")
     (tmp_path / "README.md").write_text("not a part")
-    rows = read_url_list(f"{tmp_path}/{parts}").table.to_pylist()
+    rows = read_url_list(f"{tmp_path}/{parts}").rows.table().to_pylist()
     assert [(row["url"][-1], row["licence"]) for row in rows] == [("0", None), ("1", "MIT")]
 
 
@@ -156,7 +156,7 @@ def test_a_column_that_appears_late_is_read(tmp_path: Path) -> None:
     lines = [{"url": f"http://a.example/{number}", "caption": "x"} for number in range(10_100)]
     lines[-1] |= {"licence": "MIT"}
     uri = write(tmp_path, "list.jsonl", "\n".join(map(json.dumps, lines)).encode())
-    assert read_url_list(uri).table["licence"].drop_null().to_pylist() == ["MIT"]
+    assert read_url_list(uri).rows.table()["licence"].drop_null().to_pylist() == ["MIT"]
 
 
 def test_the_first_bad_row_can_stop_a_run(tmp_path: Path) -> None:

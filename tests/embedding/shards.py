@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from imagerag.corpus import ledger, shards, url_list
+from imagerag.corpus import ledger, url_list
+from imagerag.corpus.corpus import Corpus
+from imagerag.corpus.shards import ROW_DIGITS
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ def sample(number: int, *, seed: int | None = None, caption: str | None = None) 
 def write_shard(uri: Path, shard: int, samples: Sequence[Sample], in_tar: Sequence[Sample] | None = None) -> None:
     """Write a finished shard. What lies in the tar may be made to differ from what the table lists."""
     uri.mkdir(parents=True, exist_ok=True)
-    keys = [f"{shards.shard_name(shard)}{row:0{shards.ROW_DIGITS}d}" for row in range(len(samples))]
-    with tarfile.open(uri / f"{shards.shard_name(shard)}.tar", "w") as tar:
+    name = Corpus(str(uri)).shard(shard).name
+    keys = [f"{name}{row:0{ROW_DIGITS}d}" for row in range(len(samples))]
+    with tarfile.open(uri / f"{name}.tar", "w") as tar:
         for key, entry in zip(keys, in_tar or samples, strict=False):
             for suffix, content in (("jpg", entry.image), ("txt", entry.caption.encode()), ("json", b"{}")):
                 info = tarfile.TarInfo(f"{key}.{suffix}")
@@ -54,12 +57,12 @@ def write_shard(uri: Path, shard: int, samples: Sequence[Sample], in_tar: Sequen
     }
     schema = pa.schema([field for field in ledger.SCHEMA if field.name not in ("reason", "shard")])
     empty = dict.fromkeys(set(schema.names) - columns.keys(), [None] * len(samples))
-    pq.write_table(pa.table(columns | empty, schema=schema), uri / f"{shards.shard_name(shard)}.parquet")
-    (uri / f"{shards.shard_name(shard)}_stats.json").write_text(json.dumps({"count": len(samples)}))
+    pq.write_table(pa.table(columns | empty, schema=schema), uri / f"{name}.parquet")
+    (uri / f"{name}_stats.json").write_text(json.dumps({"count": len(samples)}))
 
 
 def want(uri: Path, samples: Sequence[Sample]) -> None:
     """Replace what the corpus wants."""
     uri.mkdir(parents=True, exist_ok=True)
     rows = [{"url": entry.url, "caption": entry.caption, "source": entry.source} for entry in samples]
-    shards.write_wanted(str(uri), [pa.Table.from_pylist(rows, schema=url_list.SCHEMA)])
+    Corpus(str(uri)).want([pa.Table.from_pylist(rows, schema=url_list.SCHEMA)])

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from imagerag.artifacts import Embedded
-from imagerag.corpus.ledger import wanted_images
+from imagerag.corpus.corpus import Corpus
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.embed import CorruptShardError, embed, read_images
 from imagerag.embedding.encoder import load_encoder
@@ -20,6 +20,7 @@ from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.schema import row_id
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
+from tests.corpus.whole import images_of
 from tests.embedding.conftest import write_encoder
 from tests.embedding.shards import Sample, sample, want, write_shard
 
@@ -27,7 +28,7 @@ from tests.embedding.shards import Sample, sample, want, write_shard
 TWINS = (sample(30, seed=0, caption="picture 0"), sample(31, seed=0))
 
 
-class Corpus:
+class World:
     """A corpus of two shards with ten samples each, and the table that is made of it."""
 
     def __init__(self, home: Path, encoder: Path | str) -> None:
@@ -43,7 +44,7 @@ class Corpus:
 
     def embed(self, on_progress: OnProgress = silent, max_shrink: float = 0.5, **config: Any) -> Embedded:
         return embed(
-            shards_uri=str(self.uri),
+            corpus=Corpus(str(self.uri)),
             store=self.store,
             encoder=self.encoder,
             config=EmbedConfig(device="cpu", **config),
@@ -60,28 +61,28 @@ class Corpus:
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, encoder_folder: Path) -> Corpus:
-    return Corpus(tmp_path, encoder_folder)
+def corpus(tmp_path: Path, encoder_folder: Path) -> World:
+    return World(tmp_path, encoder_folder)
 
 
-Finished = tuple[Corpus, Embedded, list[tuple[int, int]]]
+Finished = tuple[World, Embedded, list[tuple[int, int]]]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path, ray_session: None) -> Finished:
     """A corpus with twins that was embedded, which is only read; what came of it, and the progress that was told."""
-    corpus, seen = Corpus(tmp_path_factory.mktemp("finished"), encoder_folder), []
+    corpus, seen = World(tmp_path_factory.mktemp("finished"), encoder_folder), []
     write_shard(corpus.uri, 2, TWINS)
     want(corpus.uri, [*corpus.samples, *TWINS])
     return corpus, corpus.embed(lambda done, total, note="": seen.append((done, total)), batch_size=8), seen
 
 
 @pytest.fixture
-def again(finished: Finished, tmp_path: Path) -> Corpus:
+def again(finished: Finished, tmp_path: Path) -> World:
     """A copy of it, of a test's own."""
     own, _, _ = finished
     shutil.copytree(own.settings.home, tmp_path / "home")
-    return Corpus(tmp_path / "home", own.encoder)
+    return World(tmp_path / "home", own.encoder)
 
 
 def counts(embedded: Embedded) -> tuple[int, int, int, int]:
@@ -110,7 +111,7 @@ def test_shards_become_rows(finished: Finished) -> None:
 
 
 @pytest.mark.engines
-def test_only_what_changed_is_done(again: Corpus) -> None:
+def test_only_what_changed_is_done(again: World) -> None:
     corpus, version = again, again.store.version
     added = [sample(number) for number in range(20, 25)]
     write_shard(corpus.uri, 3, added)
@@ -129,7 +130,7 @@ def test_only_what_changed_is_done(again: Corpus) -> None:
 
 
 @pytest.mark.engines
-def test_a_killed_worker_costs_nothing(corpus: Corpus, ray_session: None) -> None:
+def test_a_killed_worker_costs_nothing(corpus: World, ray_session: None) -> None:
     killed: list[int] = []
 
     def kill(done: int, total: int, note: str = "") -> None:
@@ -145,7 +146,7 @@ def test_a_killed_worker_costs_nothing(corpus: Corpus, ray_session: None) -> Non
 
 
 @pytest.mark.engines
-def test_a_stopped_job_goes_on(corpus: Corpus, ray_session: None) -> None:
+def test_a_stopped_job_goes_on(corpus: World, ray_session: None) -> None:
     class StopError(Exception):
         pass
 
@@ -160,7 +161,7 @@ def test_a_stopped_job_goes_on(corpus: Corpus, ray_session: None) -> None:
 
 
 @pytest.mark.engines
-def test_a_broken_shard_fails_loudly(corpus: Corpus, ray_session: None) -> None:
+def test_a_broken_shard_fails_loudly(corpus: World, ray_session: None) -> None:
     broken = Sample("https://example.org/broken.jpg", "broken", corpus.samples[0].image[:300])
     write_shard(corpus.uri, 2, [sample(30), broken])
     want(corpus.uri, [*corpus.samples, sample(30), broken])
@@ -168,15 +169,16 @@ def test_a_broken_shard_fails_loudly(corpus: Corpus, ray_session: None) -> None:
         corpus.embed()
 
 
-def test_an_image_that_a_shard_lacks_is_named(corpus: Corpus) -> None:
+def test_an_image_that_a_shard_lacks_is_named(corpus: World) -> None:
     write_shard(corpus.uri, 2, [sample(30), sample(31)], in_tar=[sample(30)])
     want(corpus.uri, [sample(30), sample(31)])
+    shards = Corpus(str(corpus.uri))
     with pytest.raises(CorruptShardError, match=r"00002.tar lacks 1 images that its table lists, first 000020001"):
-        list(read_images(wanted_images(str(corpus.uri)), str(corpus.uri)))
+        list(read_images(images_of(shards), shards))
 
 
 @pytest.mark.engines
-def test_no_work_starts_nothing(again: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_work_starts_nothing(again: World, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, version = again, again.store.version
 
     def fail(*_: object) -> None:
@@ -195,12 +197,12 @@ def test_no_work_starts_nothing(again: Corpus, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_empty_corpus_makes_an_empty_table(tmp_path: Path, encoder_folder: Path) -> None:
-    corpus = Corpus(tmp_path, encoder_folder)
+    corpus = World(tmp_path, encoder_folder)
     want(corpus.uri, [])
     assert counts(corpus.embed()) == (0, 0, 0, 0)
 
 
-def test_encoders_are_not_mixed(corpus: Corpus, tmp_path: Path) -> None:
+def test_encoders_are_not_mixed(corpus: World, tmp_path: Path) -> None:
     want(corpus.uri, [])
     corpus.embed()
     other = write_encoder(tmp_path / "other", seed=1)

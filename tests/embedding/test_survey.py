@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.ledger import iter_images
 from imagerag.embedding.survey import compare, first_rows, survey, with_ids
 from imagerag.retrieval.schema import row_id
@@ -48,7 +49,7 @@ def test_a_survey_is_the_same_in_memory_and_in_files(
     store.open_or_create(ENCODER)
     others = make_rows(0, 7)
     append(store, others)
-    found = survey(iter_images(str(tmp_path / "shards")), store)
+    found = survey(iter_images(Corpus(str(tmp_path / "shards"))), store)
     assert (found.num_images, found.num_wanted, found.num_missing) == (21, 20, 20)
     assert set(found.stale.to_pylist()) == set(others["id"].to_pylist())
     for _ in range(2):

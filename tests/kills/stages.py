@@ -13,8 +13,8 @@ from PIL import Image
 
 from imagerag.artifacts import Finetuned
 from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import download
-from imagerag.corpus.ledger import wanted_images
 from imagerag.corpus.source import read_images
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.embed import embed
@@ -39,6 +39,7 @@ from imagerag.training.config import (
 )
 from imagerag.training.finetune import finetune, newest_finetuned
 from imagerag.training.synthesize import synthesize
+from tests.corpus.whole import images_of
 
 NAME = "images"
 NUM_IMAGES = 24
@@ -92,13 +93,13 @@ def _download(world: World) -> None:
     config = DownloadConfig(image_format="webp", shard_size=5)
     settings = world.settings
     images = read_images(str(world.inputs / "pictures"))
-    download(images, uri=settings.shards_of(NAME), config=config, settings=settings, mode="replace")
+    download(images, corpus=Corpus(settings.shards_of(NAME)), config=config, settings=settings, mode="replace")
 
 
 def _embed(world: World) -> None:
     settings = world.settings
     config = EmbedConfig(batch_size=4, commit_every_s=0, num_workers=1)
-    embed(shards_uri=settings.shards_of(NAME), store=world.store, encoder="tiny", config=config, settings=settings)
+    embed(corpus=Corpus(settings.shards_of(NAME)), store=world.store, encoder="tiny", config=config, settings=settings)
 
 
 def _publish(world: World) -> None:
@@ -176,7 +177,7 @@ def facts(world: World) -> dict[str, object]:
         ids = Counter(table.to_table(columns=["id"])["id"].to_pylist())
         assert set(ids.values()) <= {1}, f"{uri} has rows twice"
         found[uri.rsplit("/", 1)[1].split("-")[0]] = len(ids) if "/training/" in uri else sorted(ids)
-    found["images"] = sorted(wanted_images(settings.shards_of(NAME))["url"].to_pylist())
+    found["images"] = sorted(images_of(Corpus(settings.shards_of(NAME)))["url"].to_pylist())
     if world.store.exists and published_version(world.store) is not None:
         state = status(world.store)
         found["published"] = (state.num_rows, [each.num_rows for each in state.features])

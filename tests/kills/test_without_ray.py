@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imagerag.corpus.shards import shard_path
+from imagerag.corpus.corpus import Corpus
 from imagerag.retrieval.pins import pin, pins
 from imagerag.retrieval.publish import published_version
 from imagerag.storage import lance_table
@@ -118,7 +118,7 @@ def homes(world_folder: Path, tmp_path_factory: pytest.TempPathFactory, drivers:
         everything = Everything(world, make_finetuned(world, 0, tracked=True))
         pin(world.store, world.store.version, OTHER_JOB)
         append(world.store, make_rows(100, 104, world.store.encoder))
-        assert Path(shard_path(world.settings.shards_of(NAME), 0)).is_file()
+        assert Path(Corpus(world.settings.shards_of(NAME)).shard(0).tar).is_file()
         made = Homes(folder, everything, drivers)
     return made
 

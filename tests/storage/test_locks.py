@@ -13,7 +13,8 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from imagerag.corpus import shards, url_list
+from imagerag.corpus import url_list
+from imagerag.corpus.corpus import Corpus
 from imagerag.retrieval.pins import pin, pins, unpin
 from imagerag.retrieval.publish import move_tag, published_rows
 from imagerag.retrieval.store import Store
@@ -266,16 +267,16 @@ def test_commits_survive_faults_of_the_store(store: ObjectStore, folder: str, fa
 
 
 def test_two_downloads_of_one_corpus_lose_no_row(folder: str) -> None:
-    uri = f"{folder}/shards"
+    corpus = Corpus(f"{folder}/shards")
     rows = [pa.table({name: [value] for name in url_list.SCHEMA.names}) for value in "abcd"]
 
     def add(own: pa.Table) -> None:
-        with shards.locked(uri):
-            shards.write_wanted(uri, [shards.read_wanted(uri), own])
+        with corpus.lock():
+            corpus.want([*corpus.wanted(), own])
 
     threads = [threading.Thread(target=add, args=(own,)) for own in rows]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(shards.read_wanted(uri)["url"].to_pylist()) == ["a", "b", "c", "d"]
+    assert sorted(url for rows in corpus.wanted() for url in rows["url"].to_pylist()) == ["a", "b", "c", "d"]

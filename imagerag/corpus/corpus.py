@@ -1,0 +1,125 @@
+"""A corpus: what it wants, what it must never contain, and its shards, in a folder at any fsspec URI.
+
+    wanted.parquet        the rows that the corpus wants now, from all lists; replaced as a whole
+    takedowns.parquet     the URLs and SHA-256s that it must never contain
+    plan/, 00012.*        its shards, with increasing ids; see `Shard`
+
+The files are replaced atomically; takedowns, only if they have not changed since they were read.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imagerag.corpus import url_list
+from imagerag.corpus.shards import Shard, to_parquet
+from imagerag.storage.files import ConflictError, put_file, read_tagged, replace_file
+from imagerag.storage.locks import OnWait, check_locks, writer_lock
+
+logger = logging.getLogger(__name__)
+
+TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
+
+_NUM_READERS = 32
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus. It holds no open handle, so it can be pickled and sent to workers."""
+
+    uri: str
+    """Its folder: an absolute path or an object-store URI, as `Settings.shards_of` gives."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", self.uri.rstrip("/"))
+
+    def lock(self, on_wait: OnWait = logger.info) -> AbstractContextManager[None]:
+        """Lock out other jobs that change the corpus; see `imagerag.storage.locks`."""
+        return writer_lock(self.uri, "corpus", on_wait)
+
+    def open(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """Return its file system, with the cache of listings cleared, and the folder's path on it."""
+        fs, root = fsspec.url_to_fs(self.uri)
+        fs.invalidate_cache()
+        return fs, root
+
+    def shard(self, id: int) -> Shard:
+        """Return one of its shards, planned or not."""
+        return Shard(self.uri, id)
+
+    def planned(self) -> list[Shard]:
+        """Return all shards that were ever planned, in order."""
+        return self._shards("plan/*.parquet")
+
+    def finished(self) -> list[Shard]:
+        """Return all finished shards, in order."""
+        marked = self._shards("*_stats.json")
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            return list(compress(marked, pool.map(Shard.is_finished, marked)))
+
+    def plans(self, shards: Iterable[Shard]) -> dict[Shard, pa.Table]:
+        """Return the planned rows of shards."""
+        shards = list(shards)
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            return dict(zip(shards, pool.map(Shard.plan, shards), strict=True))
+
+    def _shards(self, pattern: str) -> list[Shard]:
+        fs, root = self.open()
+        found = fs.glob(f"{root}/{pattern}")
+        return [self.shard(id) for id in sorted(int(PurePosixPath(path).stem.partition("_")[0]) for path in found)]
+
+    def wanted(self) -> Iterator[pa.Table]:
+        """Yield the rows that it wants, in batches; columns as in `url_list.SCHEMA`. None if there is no corpus yet."""
+        fs, root = self.open()
+        with suppress(FileNotFoundError), fs.open(f"{root}/wanted.parquet", "rb") as file:
+            parquet = pq.ParquetFile(file)  # a dataset would decode the whole file ahead of a slow reader
+            names = [name for name in url_list.SCHEMA.names if name in parquet.schema_arrow.names]
+            for batch in parquet.iter_batches(columns=names):
+                absent = pa.nulls(len(batch), pa.string())
+                columns = [batch.column(name) if name in names else absent for name in url_list.SCHEMA.names]
+                yield pa.table(columns, schema=url_list.SCHEMA)
+
+    def want(self, rows: Iterable[pa.Table]) -> None:
+        """Replace the rows that it wants. The caller must hold the lock.
+
+        The file may be too large for one request to an object store, so it is not written conditionally.
+        """
+        with TemporaryDirectory(prefix="imagerag-") as folder:
+            path = Path(folder, "wanted.parquet")
+            with pq.ParquetWriter(path, url_list.SCHEMA) as writer:
+                for some in rows:
+                    writer.write_table(some.cast(url_list.SCHEMA))
+            check_locks()
+            put_file(f"{self.uri}/wanted.parquet", path)
+
+    def takedowns(self) -> pa.Table:
+        """Return what it must not contain; columns as in `TAKEDOWN_SCHEMA`, one of them null in every row."""
+        return self._tagged_takedowns()[0]
+
+    def block(self, *, urls: Iterable[str] = (), sha256s: Iterable[str] = ()) -> None:
+        """Add to its takedowns. If another process changes them meanwhile, they contain its entries too."""
+        entries = [*({"url": url} for url in urls), *({"sha256": sha256} for sha256 in sha256s)]
+        added = pa.Table.from_pylist(entries, TAKEDOWN_SCHEMA)
+        while True:
+            before, tag = self._tagged_takedowns()
+            after = pa.concat_tables([before, added]).group_by(TAKEDOWN_SCHEMA.names).aggregate([])
+            if len(after) == len(before):
+                return
+            with suppress(ConflictError):
+                replace_file(f"{self.uri}/takedowns.parquet", to_parquet(after), tag)
+                return
+
+    def _tagged_takedowns(self) -> tuple[pa.Table, str | None]:
+        content, tag = read_tagged(f"{self.uri}/takedowns.parquet")
+        if content is None:
+            return TAKEDOWN_SCHEMA.empty_table(), None
+        return pq.read_table(pa.BufferReader(content), schema=TAKEDOWN_SCHEMA), tag
