@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from imagerag.config import Config
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.registry.champion import present_champion
-from imagerag.settings import DEFAULT_NAME, Settings, check_name
+from imagerag.settings import DEFAULT_NAME, check_name, settings_of
 from imagerag.training.finetune import newest_finetuned, read_finetuned
 from tasks.evaluate import evaluate_adapter, pass_gate, register_model
 from tasks.parameters import flow_of
@@ -25,6 +25,9 @@ class EvaluateParameters(Config):
     )
     evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What to generate and measure.")
     gate: GateConfig = Field(default=GateConfig(), description="Conditions for a candidate to become champion.")
+    model_name: str | None = Field(
+        default=None, description="Registered model in MLflow; unset: the setting IMAGERAG_MODEL_NAME."
+    )
     portable: bool = Field(
         default=False, description="Pack a copy of the index into the model, for machines that can't reach the store."
     )
@@ -40,6 +43,7 @@ class EvaluateParameters(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.gate.check(self.evaluation)
+        settings_of(self.model_name)
         return self
 
 
@@ -49,15 +53,20 @@ def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
 
     A second run reuses existing pictures and registers nothing twice.
     """
-    settings = Settings()
+    settings = settings_of(parameters.model_name)
     adapter = parameters.adapter
     with compute_slot(), named_run():
         finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
         champion = present_champion(settings, finetuned)
         evaluated = evaluate_adapter(finetuned, parameters.evaluation, parameters.gate, champion)
-        decision = pass_gate(finetuned, evaluated, parameters.gate, champion)
+        decision = pass_gate(finetuned, evaluated, parameters.gate, champion, parameters.model_name)
         registered = register_model(
-            finetuned, evaluated, decision, portable=parameters.portable, keep=parameters.keep_models
+            finetuned,
+            evaluated,
+            decision,
+            model_name=parameters.model_name,
+            portable=parameters.portable,
+            keep=parameters.keep_models,
         )
     report = EvaluateReport(name=parameters.name, evaluated=evaluated, decision=decision, registered=registered)
     write_evaluate_report(report)

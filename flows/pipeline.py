@@ -15,6 +15,7 @@ from imagerag.config import Config
 from imagerag.errors import UserError
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.hspace.config import FeaturesConfig
+from imagerag.settings import settings_of
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
 from tasks.parameters import flow_of
@@ -32,6 +33,9 @@ class PipelineParameters(CorpusParameters):
     workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="Training workers.")
     evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What to generate and measure.")
     gate: GateConfig = Field(default=GateConfig(), description="Conditions for a candidate to become champion.")
+    model_name: str | None = Field(
+        default=None, description="Registered model in MLflow; unset: the setting IMAGERAG_MODEL_NAME."
+    )
     portable: bool = Field(default=False, description="Pack a copy of the index into the registered model.")
 
     @model_validator(mode="after")
@@ -42,6 +46,7 @@ class PipelineParameters(CorpusParameters):
                 f"and data.base is {self.data.base}"
             )
         self.gate.check(self.evaluation)
+        settings_of(self.model_name)
         return self
 
     def part(self, model: type[Config]) -> dict[str, Any]:

@@ -18,9 +18,12 @@ from imagerag.errors import UserError
 PREFIX = "IMAGERAG_"
 DEFAULT_NAME = "images"
 """Name of a corpus where none is given."""
+DEFAULT_MODEL_NAME = "imagerag-turbo"
+"""Name of the registered model where none is given."""
 _NOT_SETTINGS = {"IMAGERAG_PROJECT"}  # internal: see `imagerag.services`
 _OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+\w*)?)")  # set by Kubernetes
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _PATTERN = re.compile(r"[*?[]")
 _RAY_ADDRESS = re.compile(r"auto|([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
@@ -108,6 +111,8 @@ class Settings(BaseSettings):
     prefect_api_url: ServerUrl | None = None
     """URL of a Prefect server's API. Unset: the server that `imagerag up` started, else a temporary one for the run."""
 
+    model_name: str = DEFAULT_MODEL_NAME
+    """Name of the registered model in MLflow. Corpora with a model each have a champion each."""
     nightly: Annotated[dict[str, Any] | None, NoDecode, BeforeValidator(_json_object)] = None
     """Parameters of the nightly `reindex` run, as JSON: `{"url_list": "s3://...", "name": "catalogue"}`. `imagerag up`
     and `deploy` activate its schedule with them. Unset: the schedule is left as it is set in Prefect's UI."""
@@ -144,6 +149,17 @@ class Settings(BaseSettings):
                 "machine join the cluster by `ray start --address=host:port --num-cpus=0`"
             )
         return address
+
+    @field_validator("model_name")
+    @classmethod
+    def _check_model_name(cls, name: str) -> str:
+        # Stricter than MLflow's rule, because the name is also a part of `models:/name@alias` and of tags of indexes.
+        if not _MODEL_NAME.fullmatch(name):
+            raise UserError(
+                "must be a model name: 1 to 63 letters, digits, '-' and '_', starting with a letter or digit; "
+                f"got {name!r}"
+            )
+        return name
 
     @field_validator("prefect_api_url")
     @classmethod
@@ -182,6 +198,15 @@ class Settings(BaseSettings):
     def shards_of(self, name: str) -> str:
         """Return the shards folder of the corpus `name`."""
         return f"{self.shards_uri}/{check_name(name)}"
+
+
+def settings_of(model_name: str | None) -> Settings:
+    """Return the settings, with another registered model if its name is given.
+
+    Raises:
+        UserError: as `Settings`.
+    """
+    return Settings() if model_name is None else Settings(model_name=model_name)
 
 
 def variable_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The status page of a corpus: its published index, the champion that uses it, and its runs in Prefect."""
+"""The status page of a corpus: its published index, the champions that use it, and its runs in Prefect."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from prefect.utilities.urls import url_for
 
 from imagerag.errors import UserError
 from imagerag.plain import in_markdown
-from imagerag.registry.versions import CHAMPION, MODEL_NAME, VersionInfo, versions_of_index
+from imagerag.registry.versions import CHAMPION, VersionInfo, versions_of_index
 from imagerag.retrieval.publish import IndexStatus, status
 from imagerag.retrieval.store import Store
 from imagerag.services import mlflow_link
@@ -49,16 +49,15 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class Dashboard:
-    """The status of a corpus: published index, champion, past runs and the next scheduled run."""
+    """The status of a corpus: published index, champions, past runs and the next scheduled run."""
 
     name: str
     index: IndexStatus | None
     """None if there is no table."""
-    champion: VersionInfo | None
-    """None if the champion uses another corpus, or if the registry can't be read."""
+    champions: tuple[tuple[VersionInfo, str | None], ...]
+    """Champions of registered models that use the corpus, with their pages in a running MLflow server."""
     fault: str
     """Error message if the registry can't be read, otherwise empty."""
-    champion_link: str | None
     history: History | None
     """None without a running server."""
 
@@ -87,15 +86,16 @@ class Dashboard:
         return figures | {"features": ", ".join(by_base) or "none"}
 
     def _champion_figures(self) -> dict[str, str]:
-        champion = self.champion
-        if champion is None:
-            return {"champion": self.fault or "none of this corpus"}
+        shown = ", ".join(self._shown(*each) for each in self.champions)
+        return {"champion": shown or self.fault or "none of this corpus"}
+
+    def _shown(self, champion: VersionInfo, link: str | None) -> str:
         version = int(champion.pinned("index_version"))
         now = self.index.published_version if self.index else None
         behind = "" if version == now else ", which is not what is published"
-        model = f"models:/{MODEL_NAME}/{champion.version}"
-        model = f"[{model}]({self.champion_link})" if self.champion_link else model
-        return {"champion": f"{model} of {champion.pinned('base')}, with version {version} of the index{behind}"}
+        model = f"models:/{champion.name}/{champion.version}"
+        model = f"[{model}]({link})" if link else model
+        return f"{model} of {champion.pinned('base')}, with version {version} of the index{behind}"
 
     def _next_figures(self) -> dict[str, str]:
         if self.history is None:
@@ -113,17 +113,19 @@ def collect(settings: Settings, name: str, client: SyncPrefectClient | None) -> 
         name: name of the corpus.
         client: client of the Prefect server, None if none runs.
     """
-    store, champion, fault = Store(settings.index_uri, name), None, ""
+    store, fault = Store(settings.index_uri, name), ""
+    champions: list[VersionInfo] = []
     try:
-        champion = next((each for each in versions_of_index(settings, name) if CHAMPION in each.aliases), None)
+        champions = [each for each in versions_of_index(settings, name) if CHAMPION in each.aliases]
     except UserError as error:
         fault = in_markdown(str(error))
     return Dashboard(
         name=name,
         index=status(store) if store.exists else None,
-        champion=champion,
+        champions=tuple(
+            (each, mlflow_link(settings, f"models/{each.name}/versions/{each.version}")) for each in champions
+        ),
         fault=fault,
-        champion_link=mlflow_link(settings, f"models/{MODEL_NAME}/versions/{champion.version}") if champion else None,
         history=None if client is None else _history(name, client),
     )
 

@@ -18,7 +18,7 @@ from imagerag.registry.champion import Champion
 from imagerag.registry.promotion import promote, rolled_back
 from imagerag.registry.removal import prune
 from imagerag.registry.versions import THE_GATE, register
-from imagerag.settings import Settings
+from imagerag.settings import Settings, settings_of
 from tasks.policy import stage
 from tasks.progress import StageProgress
 
@@ -42,14 +42,16 @@ def evaluate_adapter(
 
 
 @stage("gate")
-def pass_gate(finetuned: Finetuned, evaluated: Evaluated, config: GateConfig, champion: Champion | None) -> Decision:
+def pass_gate(
+    finetuned: Finetuned, evaluated: Evaluated, config: GateConfig, champion: Champion | None, model_name: str | None
+) -> Decision:
     """Decide whether the candidate may become champion, and create an artifact with the reasons."""
     decision = decide(
         read_results(evaluated.uri),
         config,
         has_champion=champion is not None,
         is_index_update=champion is not None and champion.is_same_weights,
-        rolled_back=rolled_back(Settings(), finetuned.name),
+        rolled_back=rolled_back(settings_of(model_name), finetuned.name),
     )
     key = evaluated.index_name.replace("_", "-")
     create_markdown_artifact(
@@ -62,14 +64,19 @@ def pass_gate(finetuned: Finetuned, evaluated: Evaluated, config: GateConfig, ch
 
 @stage("register")
 def register_model(
-    finetuned: Finetuned, evaluated: Evaluated, decision: Decision, *, portable: bool, keep: int
+    finetuned: Finetuned,
+    evaluated: Evaluated,
+    decision: Decision,
+    *,
+    model_name: str | None,
+    portable: bool,
+    keep: int,
 ) -> Registered:
     """Register the candidate with its results, promote it if it passed the gate, and remove old versions."""
-    settings = Settings()
+    settings = settings_of(model_name)
     tags = {
         "imagerag.gate": "passed" if decision.passed else "failed",
         "imagerag.gate_reasons": decision.summary(),
-        "imagerag.evaluation_run": evaluated.run_id,
         "imagerag.flow_run": str(flow_run.id),
     }
     with TemporaryDirectory() as folder:
@@ -82,6 +89,7 @@ def register_model(
             index_version=evaluated.index_version,
             results=read_results(evaluated.uri).markdown(),
             grid=grid,
+            evaluation_run=evaluated.run_id,
             tags=tags,
             portable=portable,
             flow_run_url=url_for("flow-run", obj_id=flow_run.id),

@@ -6,7 +6,7 @@ from prefect.events import emit_event
 from imagerag.artifacts import CachedFeatures, IndexBuild, Publication
 from imagerag.errors import UserError
 from imagerag.hspace.config import FeaturesConfig
-from imagerag.registry.champion import champion_behind
+from imagerag.registry.champion import champions_behind
 from imagerag.retrieval.publish import PublishConfig, publish, status
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
@@ -31,15 +31,21 @@ def publish_index(index: IndexBuild, config: PublishConfig) -> Publication:
 
 @stage("champion")
 def check_champion(cached: CachedFeatures, publication: Publication) -> None:
-    """Emit an event if the champion uses an older version of the published index, which has the features for it."""
+    """Emit an event for each champion on an older version of the published index, which has the features for it."""
     assert publication.version is not None, publication
     try:
-        adapter = champion_behind(Settings(), cached, publication.version)
+        behind = list(champions_behind(Settings(), cached, publication.version))
     except UserError as error:
         get_run_logger().warning("whether the champion uses this index is not known: %s", error)
         return
-    if adapter is not None:
-        _announce("imagerag.champion.behind", cached.table, adapter=adapter, version=publication.version)
+    for model_name, adapter in behind:
+        _announce(
+            "imagerag.champion.behind",
+            cached.table,
+            adapter=adapter,
+            version=publication.version,
+            model_name=model_name,
+        )
 
 
 def _announce(event: str, name: str, **payload: str | int) -> None:

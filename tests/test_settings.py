@@ -56,6 +56,7 @@ def test_the_environment_wins_over_the_file_and_what_is_empty_is_unset(
         ("HOME", "/data/[old] pictures", "must have no [ in its path, which means any file where files are listed"),
         ("INDEX_URI", "/data/what?", "must have no ? in its path"),
         ("SHARDS_URI", "~nobody-of-this-name/shards", "can't begin with ~ here"),
+        ("MODEL_NAME", "mugs/best", "must be a model name: 1 to 63 letters, digits, '-' and '_', starting"),
         ("SHARDS_URI", "ftp://host/shards", "must be a folder or s3://bucket/folder, got 'ftp://host/shards'"),
         ("INDEX_URI", "s3:///index", "must be a folder or s3://bucket/folder"),
         ("TRAINING_URI", "s3://key:sesame@bucket/training", "must not hold credentials"),

@@ -99,8 +99,7 @@ class Everything:
 
     def _register(self) -> None:
         grid = Path(self.settings.training_of(NAME)) / "evaluations" / "e1" / "grid.png"
-        tags = {"imagerag.evaluation_run": self.evaluation_run}
-        register(self.own, self.settings, grid=grid, tags=tags)
+        register(self.own, self.settings, grid=grid, evaluation_run=self.evaluation_run)
         register(self.own, self.settings, portable=True)
         promote(self.settings, 2, reason="it travels", author="somebody")
         home, version = self.settings.home, self.world.store.version

@@ -34,7 +34,7 @@ def compare(
     base: BaseOption = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Registered model, by alias or version, with its own adapter and index; repeatable."),
+        typer.Option(help="Registered model, with its own adapter and index, as in `imagerag generate`; repeatable."),
     ] = None,
     teacher: Annotated[
         str | None,

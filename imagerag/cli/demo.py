@@ -164,7 +164,6 @@ def _compare(settings: "Settings", model: Path) -> "Growth":
 def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") -> Path:
     from imagerag.evaluation.compare_page import render_comparisons
     from imagerag.evaluation.results import PAGE, read_results
-    from imagerag.registry.versions import MODEL_NAME
     from imagerag.retrieval.page import write_whole
     from imagerag.retrieval.search import Retriever
     from imagerag.services import PREFECT, find, mlflow_link
@@ -176,7 +175,7 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
         links["the run in Prefect"] = f"{server.url}/runs/flow-run/{done['flow_run']}"
     else:
         notes.insert(0, f"The run in Prefect: `make up`, and at its address /runs/flow-run/{done['flow_run']}.")
-    place = f"models/{MODEL_NAME}/versions/{done['version']}"
+    place = f"models/{settings.model_name}/versions/{done['version']}"
     if link := mlflow_link(settings, place):
         links["the model in MLflow"] = link
     else:

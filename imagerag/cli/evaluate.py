@@ -7,7 +7,7 @@ import typer
 
 from imagerag.cli.corpus import CaptionsOption, EncoderOption, ParametersOption, UrlListArgument, given
 from imagerag.cli.finetune import BaseOption, RecipeChoice, RecipeOption, TeacherOption, recipe_parameters
-from imagerag.cli.names import NameOption, corpus_name
+from imagerag.cli.names import ModelNameOption, NameOption, corpus_name
 from imagerag.cli.run import run_flow
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def evaluate(
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=2, help="Maximum number of prompts.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric that the gate decides by. Default: `recognised`.")] = None,
+    model_name: ModelNameOption = None,
     portable: Annotated[bool, typer.Option("--portable", help="Pack a copy of the index into the model.")] = False,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Number of workers, each with a model.")] = None,
     parameters: ParametersOption = None,
@@ -40,6 +41,7 @@ def evaluate(
             "num_workers": num_workers,
         },
         "gate": {"metric": metric},
+        "model_name": model_name,
         "portable": portable,
     }
     show_evaluation(run_flow("evaluate", given(options), parameters))
@@ -53,6 +55,7 @@ def pipeline(
     recipe: RecipeChoice = RecipeOption.TINY,
     base: BaseOption = None,
     teacher: TeacherOption = None,
+    model_name: ModelNameOption = None,
     parameters: ParametersOption = None,
 ) -> None:
     """Run everything from a folder of images or a list of URLs to a champion: ingest, features, finetune, evaluate.
@@ -70,6 +73,7 @@ def pipeline(
         "encoder": encoder,
         "features": {"base": base},
         "data": {"base": base, "teacher": teacher},
+        "model_name": model_name,
     }
     report = run_flow("pipeline", given(options), parameters, defaults=recipe_parameters(recipe, base, teacher))
     PlainConsole().print(Markdown(report.markdown()))

@@ -52,7 +52,10 @@ def generate(
     base: BaseOption = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Registered model, by alias or version: uses its base model, adapter and index."),
+        typer.Option(
+            help="Registered model, with its own base model, adapter and index: an alias or version of the model that "
+            "IMAGERAG_MODEL_NAME names, or, as in MLflow, `mugs@champion` or `mugs/3`."
+        ),
     ] = None,
     steps: Annotated[
         int, typer.Option(min=1, max=1000, help="Denoising steps: 1 for a student, 25 to 50 for a teacher.")
@@ -167,14 +170,16 @@ def check_scale(scale: float | None, adapter: str | None) -> None:
 
 
 @contextmanager
-def open_model(alias_or_version: str) -> "Iterator[ImageRAGTurboPipeline]":
-    """Download and verify a registered model, and yield its pipeline."""
+def open_model(model: str) -> "Iterator[ImageRAGTurboPipeline]":
+    """Download and verify a registered model (`champion`, `3`, `mugs@champion` or `mugs/3`), and yield its pipeline."""
     from imagerag.cli.quiet import quiet_models
     from imagerag.registry.fetch import opened
-    from imagerag.settings import Settings
+    from imagerag.settings import settings_of
 
+    name, _, alias_or_version = model.replace("@", "/").rpartition("/")
+    settings = settings_of(name or None)
     quiet_models()
-    with opened(Settings(), alias_or_version) as pipeline:
+    with opened(settings, alias_or_version) as pipeline:
         yield pipeline
 
 
@@ -220,7 +225,10 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
 
 
 def _save_sheet(made: "list[Generated]", columns: int, path: Path) -> None:
-    from imagerag.generation.sheet import sheet
+    from imagerag.generation.sheet import sheet, to_png
+    from imagerag.generation.xmp import to_xmp
 
     rows = [made[start : start + columns] for start in range(0, len(made), columns)]
-    sheet([(row[0].prompt, [picture.image for picture in row]) for row in rows]).save(path)
+    grid = sheet([(row[0].prompt, [picture.image for picture in row]) for row in rows])
+    references = {each.id: each for picture in made for each in picture.references if each.weight}
+    path.write_bytes(to_png(grid, xmp=to_xmp(references.values())))

@@ -1,4 +1,4 @@
-"""The option `--name`, and its default."""
+"""The options `--name` and `--model-name`, and their defaults."""
 
 from typing import Annotated
 
@@ -7,6 +7,10 @@ import typer
 from imagerag.errors import UserError
 
 NameOption = Annotated[str | None, typer.Option(help="Name of the corpus. Default: the only one, or `images`.")]
+ModelNameOption = Annotated[
+    str | None,
+    typer.Option(help="Registered model in MLflow. Default: IMAGERAG_MODEL_NAME, or `imagerag-turbo`."),
+]
 
 
 def corpus_name(name: str | None) -> str:

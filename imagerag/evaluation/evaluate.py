@@ -32,7 +32,7 @@ from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_file, write_json
 from imagerag.storage.locks import writer_lock
 from imagerag.training.finetune import training_set_of
-from imagerag.training.tracking import MlflowTracker, lasting_run, tracking_uri
+from imagerag.training.tracking import MlflowTracker, lasting_run, log_index, tracking_uri
 
 EXPERIMENT = "evaluate"
 _VERSION = 3
@@ -104,6 +104,7 @@ def evaluate(
         )
         files = to_files(results, pictures, retriever)
         run_id = _track(f"{parent}/runs/{key}.json", key, finetuned, config, results, files, settings)
+        log_index(settings, run_id, store, retriever.version, "evaluation")
         for name, content in files.items():
             write_file(f"{folder}/{name}", content)
         evaluated = Evaluated(

@@ -13,6 +13,7 @@ from PIL import Image
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.generation.references import Reference
 from imagerag.generation.sheet import to_png
+from imagerag.generation.xmp import to_xmp
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,13 @@ def make(
 
 
 def labelled_png(generated: Generated, about: Mapping[str, Any]) -> bytes:
-    """Return the picture as a PNG file with a text chunk `imagerag`: JSON of prompt, seed, references and `about`."""
+    """Return the picture as a PNG file with metadata.
+
+    The text chunk `imagerag` is JSON of prompt, seed, references and `about`; the XMP packet says that the picture is
+    generated.
+    """
     own = {"prompt": generated.prompt, "seed": generated.seed, "references": list(map(asdict, generated.references))}
-    return to_png(generated.image, json.dumps({**own, **about}))
+    return to_png(generated.image, json.dumps({**own, **about}), to_xmp(generated.references))
 
 
 def file_name(number: int, generated: Generated) -> str:

@@ -30,11 +30,13 @@ def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     return canvas
 
 
-def to_png(image: Image.Image, about: str | None = None) -> bytes:
-    """Return a picture as a PNG file, with the text chunk `imagerag` if `about` is given."""
+def to_png(image: Image.Image, about: str | None = None, xmp: str | None = None) -> bytes:
+    """Return a picture as a PNG file, with `about` as the text chunk `imagerag`, and an XMP packet, if given."""
     buffer, text = io.BytesIO(), PngInfo()
     if about is not None:
         text.add_text("imagerag", about)
+    if xmp is not None:
+        text.add_itxt("XML:com.adobe.xmp", xmp)
     image.save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()
 

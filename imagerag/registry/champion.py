@@ -1,5 +1,6 @@
 """The current champion as a baseline of an evaluation: its own weights with its own index."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,8 +75,8 @@ def _put(filesystem: Any, file: Path, path: str) -> None:
     filesystem.put_file(str(file), path)
 
 
-def champion_behind(settings: Settings, cached: CachedFeatures, index_version: int) -> str | None:
-    """Return the folder of the champion's training, if the champion uses an older version of this index.
+def champions_behind(settings: Settings, cached: CachedFeatures, index_version: int) -> Iterator[tuple[str, str]]:
+    """Yield the names of models whose champion uses an older version of this index, with its training's folder.
 
     Only an index with features of the champion's base model counts.
 
@@ -85,5 +86,4 @@ def champion_behind(settings: Settings, cached: CachedFeatures, index_version: i
     for info in versions_of_index(settings, cached.table):
         behind = info.pinned("index_uri") == cached.uri and int(info.pinned("index_version")) < index_version
         if CHAMPION in info.aliases and behind and info.pinned("features_digest") == cached.features_digest:
-            return f"{settings.training_of(cached.table)}/finetuned/{info.pinned('training')}"
-    return None
+            yield info.name, f"{settings.training_of(cached.table)}/finetuned/{info.pinned('training')}"

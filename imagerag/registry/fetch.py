@@ -14,7 +14,6 @@ from imagerag.registry.card import CARD, GRID
 from imagerag.registry.model import FOLDER, check_model
 from imagerag.registry.versions import (
     CODE_TAG,
-    MODEL_NAME,
     VersionInfo,
     check_signed,
     find_version,
@@ -43,15 +42,16 @@ def download(settings: Settings, version: int, to: Path) -> Path:
     from mlflow.artifacts import download_artifacts
 
     _check_free(to)
+    name = settings.model_name
     with reading_registry(settings) as client:
-        info = find_version(client, str(version))
+        info = find_version(client, name, str(version))
         digest = check_signed(info)
-        source = client.get_model_version_download_uri(MODEL_NAME, str(version))
+        source = client.get_model_version_download_uri(name, str(version))
     with _partial(to) as partial:
         try:
             fetched = download_artifacts(source, dst_path=str(partial), tracking_uri=tracking_uri(settings))
         except Exception as error:
-            raise UserError(f"the files of {MODEL_NAME} {version} can't be fetched from {source}: {error}") from error
+            raise UserError(f"the files of {name} {version} can't be fetched from {source}: {error}") from error
         for trace in chain.from_iterable(Path(fetched).rglob(name) for name in _TRACES):
             shutil.rmtree(trace) if trace.is_dir() else trace.unlink()
         check_model(Path(fetched), digest, info.tags.get(CODE_TAG))
@@ -68,7 +68,7 @@ def pull_served(settings: Settings, alias_or_version: str, out: Path) -> Version
     info = resolve_version(settings, alias_or_version)
     if CODE_TAG not in info.tags:
         raise UserError(
-            f"version {info.version} of {MODEL_NAME} has no tag {CODE_TAG}: it was registered by an earlier release, "
+            f"version {info.version} of {info.name} has no tag {CODE_TAG}: it was registered by an earlier release, "
             "and nothing tells whether MLflow would run what was registered. Register it again"
         )
     download(settings, info.version, out)

@@ -1,20 +1,20 @@
-"""Lineage of a version: its training's MLflow run, with the versions of the index as inputs."""
+"""Lineage of a version in MLflow: its training's run, whose output it is, and the evaluation's, whose input it is."""
 
-import hashlib
-import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagerag.artifacts import Finetuned
-from imagerag.registry.package import Manifest
-from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.finetune import EXPERIMENT
 from imagerag.training.tracking import find_run, start_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
-_DIGITS = 16
+_OF_THE_CANDIDATE = "adapter/"
+"""Prefix of the candidate's metrics in an evaluation's run."""
 
 
 def run_of(client: "MlflowClient", finetuned: Finetuned, settings: Settings) -> Any:
@@ -34,16 +34,39 @@ def run_of(client: "MlflowClient", finetuned: Finetuned, settings: Settings) -> 
     return run
 
 
-def log_inputs(client: "MlflowClient", finetuned: Finetuned, manifest: Manifest) -> None:
-    """Log the versions of the index as dataset inputs of the training's run."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+def log_model(
+    client: "MlflowClient", run: Any, title: str, model: Path, parameters: Mapping[str, str]
+) -> "LoggedModel":
+    """Upload a model's folder as the output of a training's run, and return MLflow's record of it.
 
-    uses = {manifest.index_version: "retrieval", finetuned.index_version: "training"}
-    inputs = []
-    for version, context in uses.items():
-        source = Store(manifest.index_uri, manifest.index_name).table_uri
-        digest = hashlib.sha256(f"{source}\0{version}".encode()).hexdigest()[:_DIGITS]
-        named = json.dumps({"uri": source, "version": version})
-        dataset = Dataset(f"{manifest.index_name}-v{version}", digest, source_type="lance", source=named)
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
-    client.log_inputs(finetuned.run_id, inputs)
+    Args:
+        client: MLflow's client.
+        run: run of the training.
+        title: name of the record. A record of this name, which a killed call left, is used again.
+        model: MLflow's folder of the model.
+        parameters: parameters of the record.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    experiments = [run.info.experiment_id]
+    found = client.search_logged_models(experiments, f"name = '{title}'", max_results=1)
+    logged = found[0] if found else client.create_logged_model(*experiments, title, run.info.run_id, params=parameters)
+    client.log_model_artifacts(logged.model_id, str(model))
+    client.finalize_logged_model(logged.model_id, "READY")
+    if all(each.model_id != logged.model_id for each in client.get_run(run.info.run_id).outputs.model_outputs):
+        client.log_outputs(run.info.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return logged
+
+
+def log_evaluation(client: "MlflowClient", model_id: str, run_id: str) -> None:
+    """Link an evaluation's run to the model that it measured, and copy its metrics of this model. Idempotent."""
+    from mlflow.entities import LoggedModelInput, Metric
+
+    run = find_run(client, run_id)
+    if run is None or any(each.model_id == model_id for each in run.inputs.model_inputs):
+        return
+    keys = [key for key in run.data.metrics if key.startswith(_OF_THE_CANDIDATE)]
+    measured = [client.get_metric_history(run.info.run_id, key)[-1] for key in keys]
+    metrics = [Metric(each.key, each.value, each.timestamp, each.step, model_id=model_id) for each in measured]
+    client.log_batch(run.info.run_id, metrics)
+    client.log_inputs(run.info.run_id, models=[LoggedModelInput(model_id)])

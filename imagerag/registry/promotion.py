@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from imagerag.errors import UserError
 from imagerag.registry.versions import (
     CHAMPION,
-    MODEL_NAME,
     PREVIOUS,
     TAG,
     THE_GATE,
@@ -33,7 +32,7 @@ def rolled_back(settings: Settings, training: str) -> str:
         UserError: if MLflow can't be used.
     """
     with reading_registry(settings) as client:
-        return _rolled_back(client, training)
+        return _rolled_back(client, settings.model_name, training)
 
 
 def promote(
@@ -60,20 +59,21 @@ def promote(
             promotes weights that a person rolled back.
     """
     _check_reason(reason)
+    name = settings.model_name
     with writing_registry(settings) as client:
-        info = find_version(client, str(version))
+        info = find_version(client, name, str(version))
         check_signed(info)
-        champion = aliases_of(client).get(CHAMPION)
+        champion = aliases_of(client, name).get(CHAMPION)
         if champion == version:
             return
         if author != THE_GATE:
-            _forget_rollbacks(client, info.pinned("training"))
-        elif by := _rolled_back(client, info.pinned("training")):
+            _forget_rollbacks(client, name, info.pinned("training"))
+        elif by := _rolled_back(client, name, info.pinned("training")):
             raise UserError(f"{by}. Only a person promotes it again: `imagerag promote {version} --reason ...`")
-        _tag(client, version, {**tags, f"{TAG}promoted_by": author, f"{TAG}reason": reason})
+        _tag(client, name, version, {**tags, f"{TAG}promoted_by": author, f"{TAG}reason": reason})
         if champion is not None:
-            client.set_registered_model_alias(MODEL_NAME, PREVIOUS, str(champion))
-        client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(version))
+            client.set_registered_model_alias(name, PREVIOUS, str(champion))
+        client.set_registered_model_alias(name, CHAMPION, str(version))
 
 
 def rollback(settings: Settings, *, reason: str, author: str) -> int:
@@ -83,16 +83,17 @@ def rollback(settings: Settings, *, reason: str, author: str) -> int:
         UserError: if there is no previous champion, or the reason is empty.
     """
     _check_reason(reason)
+    name = settings.model_name
     with writing_registry(settings) as client:
-        aliases = aliases_of(client)
+        aliases = aliases_of(client, name)
         champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
         if champion is None or previous is None or previous == champion:
             now = "there is no champion" if champion is None else f"version {champion} is the champion"
-            raise UserError(f"{MODEL_NAME} has no previous champion to go back to; {now}. `imagerag promote` makes one")
-        _tag(client, champion, {_ROLLED_BACK_TAG: author, f"{TAG}rollback_reason": reason})
-        client.set_registered_model_alias(MODEL_NAME, CHAMPION, str(previous))
+            raise UserError(f"{name} has no previous champion to go back to; {now}. `imagerag promote` makes one")
+        _tag(client, name, champion, {_ROLLED_BACK_TAG: author, f"{TAG}rollback_reason": reason})
+        client.set_registered_model_alias(name, CHAMPION, str(previous))
         # Without `previous`, a second rollback in a panic can't undo the first.
-        client.delete_registered_model_alias(MODEL_NAME, PREVIOUS)
+        client.delete_registered_model_alias(name, PREVIOUS)
         return previous
 
 
@@ -101,20 +102,20 @@ def _check_reason(reason: str) -> None:
         raise UserError("say why, for those who look at it later: the reason is empty")
 
 
-def _rolled_back(client: "MlflowClient", training: str) -> str:
-    for info in versions_in(client):
+def _rolled_back(client: "MlflowClient", name: str, training: str) -> str:
+    for info in versions_in(client, name):
         if info.pinned("training") == training and (person := info.tags.get(_ROLLED_BACK_TAG)):
             return f"{person} rolled back version {info.version}: {info.pinned('rollback_reason')}"
     return ""
 
 
-def _forget_rollbacks(client: "MlflowClient", training: str) -> None:
+def _forget_rollbacks(client: "MlflowClient", name: str, training: str) -> None:
     """Let the gate promote a training's weights again; the tags with the reasons of its rollbacks stay."""
-    for info in versions_in(client):
+    for info in versions_in(client, name):
         if info.pinned("training") == training and _ROLLED_BACK_TAG in info.tags:
-            client.delete_model_version_tag(MODEL_NAME, str(info.version), _ROLLED_BACK_TAG)
+            client.delete_model_version_tag(name, str(info.version), _ROLLED_BACK_TAG)
 
 
-def _tag(client: "MlflowClient", version: int, tags: Mapping[str, str]) -> None:
-    for name, value in tags.items():
-        client.set_model_version_tag(MODEL_NAME, str(version), name, value)
+def _tag(client: "MlflowClient", name: str, version: int, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        client.set_model_version_tag(name, str(version), key, value)

@@ -6,12 +6,12 @@ the disk would fill up. Versions with an alias, and those that people promoted o
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imagerag.errors import UserError
 from imagerag.registry.versions import (
-    MODEL_NAME,
     THE_GATE,
     VersionInfo,
     find_version,
@@ -47,10 +47,10 @@ def remove(settings: Settings, version: int) -> Removed:
         UserError: if MLflow can't be used, there is no such version, or it has an alias.
     """
     with writing_registry(settings) as client:
-        info = find_version(client, str(version))
+        info = find_version(client, settings.model_name, str(version))
         if info.aliases:
             raise UserError(
-                f"version {version} of {MODEL_NAME} is {' and '.join(info.aliases)}, which others ask for: let another "
+                f"version {version} of {info.name} is {' and '.join(info.aliases)}, which others ask for: let another "
                 "version be that first (`imagerag promote`)"
             )
         return remove_version(client, settings, info)
@@ -63,19 +63,24 @@ def prune(settings: Settings, keep: int) -> list[Removed]:
         UserError: if MLflow can't be used.
     """
     with writing_registry(settings) as client:
-        unnamed = [info for info in versions_in(client) if info.signed and not _is_named(info)]
+        unnamed = [info for info in versions_in(client, settings.model_name) if info.signed and not _is_named(info)]
         return [remove_version(client, settings, info) for info in unnamed[keep:]]
 
 
 def remove_version(client: "MlflowClient", settings: Settings, info: VersionInfo) -> Removed:
     """Remove a version, even if it has aliases."""
+    from mlflow.exceptions import MlflowException
+
     store = Store(info.pinned("index_uri"), info.pinned("index_name"))
     if info.signed and store.exists:
         unpin(store, info.pin_label)
-    source = client.get_model_version_download_uri(MODEL_NAME, str(info.version))
+    source = client.get_model_version_download_uri(info.name, str(info.version))
     num_bytes = sum(size for _, size in files_of(settings, source))
     delete_files(settings, source)
-    client.delete_model_version(MODEL_NAME, str(info.version))
+    if logged_model := info.pinned("logged_model"):
+        with suppress(MlflowException):  # a killed call deleted it
+            client.delete_logged_model(logged_model)
+    client.delete_model_version(info.name, str(info.version))
     index = f"{info.pinned('index_version')} of {store.name!r}"
     return Removed(version=info.version, num_bytes=num_bytes, index=index)
 

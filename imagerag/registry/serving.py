@@ -122,7 +122,8 @@ def make_rows(
     """Generate pictures, and return the `image` (base64-encoded PNG), `seed` and `references` of each.
 
     By default pictures are generated one by one, so that a picture is bit-for-bit independent of other prompts and
-    requests. The PNG's text chunk `imagerag` has the model, the arguments, and the references with their licences.
+    requests. The PNG's text chunk `imagerag` has the model, the arguments, and the references with their licences; its
+    XMP says that the picture is generated.
 
     Args:
         waiting: queue of the pipeline.

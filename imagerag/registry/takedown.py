@@ -12,11 +12,9 @@ from imagerag.registry.model import FOLDER
 from imagerag.registry.package import INDEX
 from imagerag.registry.removal import delete_files, remove_version
 from imagerag.registry.versions import (
-    MODEL_NAME,
     VersionInfo,
-    find_version,
     has_registry,
-    versions_in,
+    versions_on,
     writing_registry,
 )
 from imagerag.retrieval.store import Store
@@ -50,16 +48,16 @@ def sweep_models(
     if not has_registry(settings):
         return Sweep()
     with writing_registry(settings) as client:
-        versions = [info for info in versions_in(client) if info.pinned("index_name") == name]
+        versions = versions_on(client, name)
         sweeps = [
             _sweep(settings, f"MLflow run {run_id}: {each}", f"{uri}/{each}")
             for run_id, uri, found in _artifacts(client, evaluation_runs, training_sets)
             for each in found
         ]
         for info in versions:
-            source = client.get_model_version_download_uri(MODEL_NAME, str(info.version))
+            source = client.get_model_version_download_uri(info.name, str(info.version))
             if info.pinned("evaluation_run") in evaluation_runs:
-                sweeps.append(_sweep(settings, f"{MODEL_NAME} {info.version}: {GRID}", f"{source}/{GRID}"))
+                sweeps.append(_sweep(settings, f"{info.name} {info.version}: {GRID}", f"{source}/{GRID}"))
             if info.portable:
                 sweeps.append(_sweep_portable(client, settings, info, source, ids))
     return Sweep.merged(sweeps)
@@ -101,7 +99,7 @@ def _sweep(settings: Settings, what: str, uri: str) -> Sweep:
 
 
 def _sweep_portable(client: "MlflowClient", settings: Settings, info: VersionInfo, source: str, ids: pa.Array) -> Sweep:
-    named = f"version {info.version} of {MODEL_NAME}"
+    named = f"version {info.version} of {info.name}"
     copies = f"whoever pulled or downloaded {named} has a copy of version {info.pinned('index_version')} of the index"
     folder = local_folder(source)
     if folder is None:
@@ -109,6 +107,6 @@ def _sweep_portable(client: "MlflowClient", settings: Settings, info: VersionInf
     copy = Store(str(folder / FOLDER / INDEX), info.pinned("index_name"))
     if not copy.exists or not holds(copy.dataset(), ids):
         return Sweep()
-    remove_version(client, settings, find_version(client, str(info.version)))
+    remove_version(client, settings, info)
     aliases = f", which was {' and '.join(info.aliases)}" if info.aliases else ""
     return Sweep(deleted=(f"{named}{aliases}, with its copy of the index",), left=(copies,))

@@ -1,10 +1,14 @@
-"""Versions of the registered model in MLflow: registration and look-up (`promotion` moves the champion).
+"""Versions of registered models in MLflow: registration and look-up (`promotion` moves the champion).
+
+`Settings.model_name` names the registered model. What concerns an index (takedowns, its champions, the check of all
+versions) considers the versions of every registered model.
 
 A tag of a version has the digest of its manifest, which has the digests of all files: a version without the tag, or
 with different files, was not registered by this package and is not used. Versions are looked up by alias: `candidate`
 is the last registered version, `champion` the one in use, `previous` the champion before it.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +22,7 @@ from imagerag.artifacts import Finetuned, Registered
 from imagerag.errors import UserError
 from imagerag.registry import package
 from imagerag.registry.card import GRID, PICTURE, model_card, sources_of
-from imagerag.registry.lineage import log_inputs, run_of
+from imagerag.registry.lineage import log_evaluation, log_model, run_of
 from imagerag.registry.model import code_digest, write_model
 from imagerag.registry.package import Manifest
 from imagerag.retrieval.pins import JOB, held, pin
@@ -27,12 +31,11 @@ from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.storage.digests import sha256_of
 from imagerag.storage.locks import writer_lock
-from imagerag.training.tracking import mlflow_client, tracking_uri
+from imagerag.training.tracking import log_index, mlflow_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-MODEL_NAME = "imagerag-turbo"
 THE_GATE = "the gate"
 """Author of automatic promotions."""
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -48,8 +51,10 @@ _DIGITS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class VersionInfo:
-    """A version of the registered model."""
+    """A version of a registered model."""
 
+    name: str
+    """Name of the registered model."""
     version: int
     aliases: tuple[str, ...]
     created_at: datetime
@@ -70,7 +75,7 @@ class VersionInfo:
     @property
     def pin_label(self) -> str:
         """Label of the pin on its version of the index, see `retrieval.pins`."""
-        return _pin_label(self.version, self.pinned("content"))
+        return _pin_label(self.name, self.version, self.pinned("content"))
 
     def pinned(self, name: str) -> str:
         """Return a tag of this package by name: `base`, `index_name`, `index_version` etc.; empty if there is none."""
@@ -84,6 +89,7 @@ def register(
     index_version: int | None = None,
     results: str = "",
     grid: Path | None = None,
+    evaluation_run: str | None = None,
     tags: Mapping[str, str] = MappingProxyType({}),
     portable: bool = False,
     flow_run_url: str | None = None,
@@ -99,6 +105,7 @@ def register(
         index_version: version of the index; by default the published one.
         results: evaluation results for the model card, in markdown.
         grid: PNG file with a picture grid, for the model card.
+        evaluation_run: MLflow run of the results, to link with the model.
         tags: tags of a new version.
         portable: whether to include a copy of the index, for machines that can't reach the store.
         flow_run_url: URL of the flow run that registers it, for the version's description.
@@ -108,7 +115,7 @@ def register(
     """
     from imagerag.retrieval.search import Retriever
 
-    store = Store(settings.index_uri, finetuned.index_name)
+    name, store = settings.model_name, Store(settings.index_uri, finetuned.index_name)
     with writing_registry(settings) as client, TemporaryDirectory() as temporary:
         run = run_of(client, finetuned, settings)
         finetuned = replace(finetuned, run_id=run.info.run_id)
@@ -118,22 +125,26 @@ def register(
             retriever = Retriever(store.uri, store.name, version=index_version)
             folder = Path(temporary, "package")
             manifest = package.pack(folder, finetuned, retriever, portable=portable)
-            known = [each for each in versions_in(client) if each.tags.get(_CONTENT_TAG) == manifest.content]
+            known = [each for each in versions_in(client, name) if each.tags.get(_CONTENT_TAG) == manifest.content]
             if known:
-                version = known[0].version
+                version, model_id = known[0].version, known[0].pinned("logged_model")
             else:
                 manifest = package.add_index(folder, manifest) if portable else manifest
                 card = model_card(manifest, sources_of(retriever), results, has_grid=grid is not None)
                 model = write_model(Path(temporary, "model"), folder, manifest, card, grid)
-                log_inputs(client, finetuned, manifest)
-                version = _create(client, run, model, folder, manifest, card, tags, flow_run_url)
-            pin(store, index_version, _pin_label(version, manifest.content))
-        if aliases_of(client).get(CANDIDATE) != version:
-            client.set_registered_model_alias(MODEL_NAME, CANDIDATE, str(version))
+                log_index(settings, finetuned.run_id, store, finetuned.index_version, "training")
+                log_index(settings, finetuned.run_id, store, index_version, "retrieval")
+                tags = dict(tags) | ({} if evaluation_run is None else {f"{TAG}evaluation_run": evaluation_run})
+                version, model_id = _create(client, name, run, model, folder, manifest, card, tags, flow_run_url)
+            if evaluation_run is not None and model_id:  # versions of earlier releases have no logged model
+                log_evaluation(client, model_id, evaluation_run)
+            pin(store, index_version, _pin_label(name, version, manifest.content))
+        if aliases_of(client, name).get(CANDIDATE) != version:
+            client.set_registered_model_alias(name, CANDIDATE, str(version))
     return Registered(
-        name=MODEL_NAME,
+        name=name,
         version=version,
-        uri=f"models:/{MODEL_NAME}/{version}",
+        uri=f"models:/{name}/{version}",
         run_id=finetuned.run_id,
         is_new=not known,
         portable=portable,
@@ -147,17 +158,17 @@ def resolve_version(settings: Settings, alias_or_version: str) -> VersionInfo:
         UserError: if MLflow can't be used, or there is no such version.
     """
     with reading_registry(settings) as client:
-        return find_version(client, alias_or_version)
+        return find_version(client, settings.model_name, alias_or_version)
 
 
 def list_versions(settings: Settings) -> list[VersionInfo]:
-    """Return all versions, newest first.
+    """Return all versions of the registered model, newest first.
 
     Raises:
         UserError: if MLflow can't be used.
     """
     with reading_registry(settings) as client:
-        return versions_in(client)
+        return versions_in(client, settings.model_name)
 
 
 def has_registry(settings: Settings) -> bool:
@@ -166,14 +177,15 @@ def has_registry(settings: Settings) -> bool:
 
 
 def versions_of_index(settings: Settings, index_name: str) -> list[VersionInfo]:
-    """Return the versions that use an index, newest first; creates no MLflow database.
+    """Return the versions of all models that use an index, newest first; creates no MLflow database.
 
     Raises:
         UserError: if MLflow can't be used.
     """
     if not has_registry(settings):
         return []
-    return [info for info in list_versions(settings) if info.pinned("index_name") == index_name]
+    with reading_registry(settings) as client:
+        return versions_on(client, index_name)
 
 
 @contextmanager
@@ -202,48 +214,59 @@ def writing_registry(settings: Settings) -> Iterator["MlflowClient"]:
         yield client
 
 
-def versions_in(client: "MlflowClient") -> list[VersionInfo]:
-    """Return all versions, newest first."""
-    names: dict[int, list[str]] = {}
-    for alias, version in sorted(aliases_of(client).items()):
-        names.setdefault(version, []).append(alias)
-    found = client.search_model_versions(f"name = '{MODEL_NAME}'")
+def versions_in(client: "MlflowClient", name: str) -> list[VersionInfo]:
+    """Return all versions of a model, newest first."""
+    return _search(client, f"name = '{name}'")
+
+
+def versions_on(client: "MlflowClient", index_name: str) -> list[VersionInfo]:
+    """Return the versions of all models that use an index, newest first."""
+    return _search(client, f"tags.`{TAG}index_name` = '{index_name}'")
+
+
+def every_version(client: "MlflowClient") -> list[VersionInfo]:
+    """Return all versions that this package registered, of all models, newest first."""
+    return _search(client, f"tags.`{_MANIFEST_TAG}` LIKE '%'")
+
+
+def _search(client: "MlflowClient", condition: str) -> list[VersionInfo]:
+    found = client.search_model_versions(condition)
+    aliases = {name: aliases_of(client, name) for name in {each.name for each in found}}
     infos = [
         VersionInfo(
+            name=each.name,
             version=int(each.version),
-            aliases=tuple(names.get(int(each.version), ())),
+            aliases=tuple(sorted(alias for alias, of in aliases[each.name].items() if of == int(each.version))),
             created_at=datetime.fromtimestamp(each.creation_timestamp / 1000, UTC),
             run_id=each.run_id or "",
             tags=dict(each.tags),
         )
         for each in found
     ]
-    return sorted(infos, key=lambda info: -info.version)
+    return sorted(infos, key=lambda info: (info.name, -info.version))
 
 
-def aliases_of(client: "MlflowClient") -> dict[str, int]:
-    """Return the version of each alias."""
-    found = client.search_registered_models(f"name = '{MODEL_NAME}'")
+def aliases_of(client: "MlflowClient", name: str) -> dict[str, int]:
+    """Return the version of each alias of a model."""
+    found = client.search_registered_models(f"name = '{name}'")
     return {alias: int(version) for model in found for alias, version in model.aliases.items()}
 
 
-def find_version(client: "MlflowClient", alias_or_version: str) -> VersionInfo:
-    """Return the version with this alias or number; raises a `UserError` if there is none."""
-    infos = versions_in(client)
+def find_version(client: "MlflowClient", name: str, alias_or_version: str) -> VersionInfo:
+    """Return the version of a model with this alias or number; raises a `UserError` if there is none."""
+    infos = versions_in(client, name)
     for info in infos:
         if alias_or_version in (str(info.version), *info.aliases):
             return info
     if not infos:
-        raise UserError(f"no version of {MODEL_NAME} is registered yet; asked for {alias_or_version!r}")
+        raise UserError(f"no version of {name} is registered yet; asked for {alias_or_version!r}")
     numbers = ", ".join(str(info.version) for info in reversed(infos))
     aliases = ", ".join(sorted(alias for info in infos for alias in info.aliases)) or "none"
-    raise UserError(
-        f"{MODEL_NAME} has no version or alias {alias_or_version!r}; versions: {numbers}; aliases: {aliases}"
-    )
+    raise UserError(f"{name} has no version or alias {alias_or_version!r}; versions: {numbers}; aliases: {aliases}")
 
 
-def _pin_label(version: int, content: str) -> str:
-    return f"{MODEL_NAME}-{version}-{content[:_DIGITS]}"
+def _pin_label(name: str, version: int, content: str) -> str:
+    return f"{name}-{version}-{content[:_DIGITS]}"
 
 
 def check_signed(info: VersionInfo) -> str:
@@ -254,7 +277,7 @@ def check_signed(info: VersionInfo) -> str:
     """
     if not info.signed:
         raise UserError(
-            f"version {info.version} of {MODEL_NAME} has no tag {_MANIFEST_TAG}, so it was not registered by this "
+            f"version {info.version} of {info.name} has no tag {_MANIFEST_TAG}, so it was not registered by this "
             "package, and nothing tells what is in it: it is not used"
         )
     return info.tags[_MANIFEST_TAG]
@@ -262,6 +285,7 @@ def check_signed(info: VersionInfo) -> str:
 
 def _create(
     client: "MlflowClient",
+    name: str,
     run: Any,
     model: Path,
     folder: Path,
@@ -269,29 +293,33 @@ def _create(
     card: str,
     tags: Mapping[str, str],
     flow_run_url: str | None,
-) -> int:
+) -> tuple[int, str]:
+    """Create a version, and return its number and the id of its logged model."""
     from mlflow.exceptions import MlflowException
 
     digest = sha256_of(folder / package.MANIFEST)
-    # A separate folder: a run may have several versions, and files of a killed call must not get into one.
-    place = f"models/{digest[:_DIGITS]}"
-    client.log_artifacts(run.info.run_id, str(model), place)
+    pinned = {key: str(getattr(manifest, key)) for key in _PINNED}
+    logged = log_model(client, run, f"{name}-{digest[:_DIGITS]}", model, pinned)
     # MLflow's descriptions can't embed artifacts.
-    text = card.replace(PICTURE, f"Pictures of each prompt: `{GRID}` among the source run's artifacts.")
+    text = card.replace(PICTURE, f"Pictures of each prompt: `{GRID}` among the artifacts of the logged model.")
     if flow_run_url is not None:
         text = f"Registered by [a flow run]({flow_run_url}).\n\n{text}"
     try:
-        client.create_registered_model(MODEL_NAME, description="One-step text-to-image generation with references")
+        client.create_registered_model(name, description="One-step text-to-image generation with references")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     digests = {_MANIFEST_TAG: digest, _CONTENT_TAG: manifest.content, CODE_TAG: code_digest(model)}
-    pinned = {TAG + name: str(getattr(manifest, name)) for name in _PINNED}
+    named = {f"{TAG}{key}": value for key, value in (pinned | {"logged_model": logged.model_id}).items()}
     made = client.create_model_version(
-        MODEL_NAME,
-        source=f"{run.info.artifact_uri}/{place}",
+        name,
+        source=logged.artifact_location,
         run_id=run.info.run_id,
-        tags=dict(tags) | pinned | digests,
+        tags=dict(tags) | named | digests,
         description=text if len(text) <= _MAX_DESCRIPTION else f"{text[: _MAX_DESCRIPTION - 1]}…",
+        model_id=logged.model_id,
     )
-    return int(made.version)
+    # MLflow's server sets this tag itself; without a server, nothing would lead from the model to its version.
+    versions = json.dumps([{"name": name, "version": int(made.version)}])
+    client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": versions})
+    return int(made.version), logged.model_id

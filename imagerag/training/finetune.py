@@ -31,7 +31,7 @@ from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_json
 from imagerag.storage.locks import check_locks, writer_lock
 from imagerag.training.config import FinetuneConfig, TrainWorkersConfig
-from imagerag.training.tracking import lasting_run, tracking_uri
+from imagerag.training.tracking import lasting_run, log_index, tracking_uri
 from imagerag.training.worker import ACCURACY, SCORE, STATE, Board, Task, train
 from imagerag.workers import StalledError, plan_workers
 
@@ -252,7 +252,10 @@ def _tracked_run(
     parameters = _flat(config.model_dump()) | {"base": training_set.base, "teacher": training_set.teacher}
     tags = {name: str(value) for name, value in asdict(training_set).items() if "digest" in name or "uri" in name}
     tags["index_version"] = str(training_set.index_version)
-    return lasting_run(path, settings, EXPERIMENT, key, parameters, tags, group=group)
+    run_id = lasting_run(path, settings, EXPERIMENT, key, parameters, tags, group=group)
+    store = Store(training_set.index_uri, training_set.index_name)
+    log_index(settings, run_id, store, training_set.index_version, "training")
+    return run_id
 
 
 def _publish(checkpoint: Any, finetuned: Finetuned, about: dict[str, Any]) -> None:

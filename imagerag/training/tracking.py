@@ -1,5 +1,7 @@
 """Experiment tracking with MLflow. The only module of `training` that imports MLflow."""
 
+import hashlib
+import json
 import logging
 import os
 import queue
@@ -22,6 +24,8 @@ from imagerag.training.relocation import ARTIFACTS, follow_home
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from imagerag.retrieval.store import Store
+
 logger = logging.getLogger(__name__)
 
 _PARENT, _GROUP = "mlflow.parentRunId", "imagerag.group"
@@ -29,6 +33,7 @@ CONTINUES = "imagerag.continues"
 """Tag of a run that replaces a lost run, with the lost run's id."""
 _RETRY_AFTER_S = 5.0
 _LEFT_AT_END_S = 60.0
+_DIGITS = 16
 
 
 class Tracker(Protocol):
@@ -201,6 +206,31 @@ def lasting_run(
     run_id = start_run(settings, experiment, run_name, parameters, tags, run_id=known, group=group)
     write_json(path, {"run_id": run_id})
     return run_id
+
+
+def log_index(settings: Settings, run_id: str, store: "Store", version: int, context: str) -> None:
+    """Log a version of an index as a dataset input of a run. Idempotent.
+
+    Args:
+        settings: location of MLflow.
+        run_id: id of the run.
+        store: the index.
+        version: its version, which may be deleted already.
+        context: what the run uses it for, such as `training`.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    digest = hashlib.sha256(f"{store.table_uri}\0{version}".encode()).hexdigest()[:_DIGITS]
+    source = json.dumps({"uri": store.table_uri, "version": version})
+    dataset = Dataset(f"{store.name}-v{version}", digest, source_type="lance", source=source)
+    uri = tracking_uri(settings)
+    try:
+        mlflow_client(uri).log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+    except Exception as error:
+        raise UserError(f"MLflow at {uri} can't be used: {error}") from error
 
 
 def _group(client: "MlflowClient", experiment_id: str, name: str) -> str:

@@ -43,6 +43,8 @@ def test_it_writes_every_picture_and_a_grid(base: Path, tmp_path: Path) -> None:
     assert picture.size == (16, 16)
     assert (about["prompt"], about["seed"], about["steps"]) == ("a lion/with a mane", 1, 1)
     assert len(about["digest"]) == 64
+    for name in (files[3], "grid.png"):
+        assert b"digitalsourcetype/trainedAlgorithmicMedia" in Image.open(tmp_path / "out" / name).info["xmp"]
 
 
 def test_the_same_seed_is_the_same_picture(base: Path, tmp_path: Path) -> None:

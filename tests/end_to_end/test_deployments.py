@@ -146,9 +146,13 @@ def test_a_published_index_gets_its_features(server: Server) -> None:
 
 def test_a_champion_that_is_behind_is_evaluated(server: Server) -> None:
     assert server.runs("evaluate") == [], "there is no champion, and features announced none"
-    server.event("imagerag.champion.behind", "features", {"adapter": "models:/imagerag-turbo/1", "version": 1})
+    server.event(
+        "imagerag.champion.behind",
+        "features",
+        {"adapter": "models:/imagerag-turbo/1", "version": 1, "model_name": "mugs"},
+    )
     (run,) = wait_for(lambda: server.runs("evaluate"), "run of evaluate")
-    assert run["parameters"] == {"name": NAME, "adapter": "models:/imagerag-turbo/1"}
+    assert run["parameters"] == {"name": NAME, "adapter": "models:/imagerag-turbo/1", "model_name": "mugs"}
     assert len(server.runs("features")) == 1, "the features job does not start itself again"
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from imagerag.cli import app
 from imagerag.errors import UserError
 from imagerag.registry.versions import register, resolve_version
+from imagerag.settings import Settings
 from tests.registry.conftest import Home
 
 
@@ -62,6 +63,14 @@ def test_pictures_of_registered_models(own: Home, tmp_path: Path) -> None:
     scores = json.loads((tmp_path / "compare" / "scores.json").read_text())
     titles = [cell["title"] for cell in scores[0]["cells"]]
     assert titles == ["base", "slerp, w = 0.8", "oracle: best w", "model champion", "model 2"]
+    mugs = Settings(home=own.settings.home, model_name="mugs")
+    register(own.finetuned("second"), mugs)
+    run("promote", 1, "--reason", "the only one", "--model-name", "mugs")
+    assert "candidate, champion" in run("models", "--model-name", "mugs")
+    run("generate", "a castle", "--model", "mugs@champion", "--seeds", 1, "--out", tmp_path / "mugs")
+    assert Image.open(tmp_path / "mugs" / "0000-a-castle-seed0.png").tobytes() == made["2"].tobytes()
+    with pytest.raises(UserError, match="mugs has no version or alias '7'"):
+        run("generate", "a castle", "--model", "mugs/7")
     with pytest.raises(UserError, match="has its own base model, adapter and index: leave out --name, or --model 2"):
         run("generate", "a castle", "--model", "2", "--name", "images")
     with pytest.raises(UserError, match="no version or alias '7'"):

@@ -66,6 +66,7 @@ def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPip
     about = json.loads(opened(rows[0]).text["imagerag"])
     assert (about["prompt"], about["seed"], about["references"]) == (PROMPT, 3, rows[0]["references"])
     assert about["references"][0]["licence"] == "CC0-1.0"
+    assert b"compositeWithTrainedAlgorithmicMedia" in opened(rows[0]).info["xmp"]
     assert (about["index"], len(about["digest"])) == ("images", 64)
     assert opened(rows[0]).size == (16, 16)
     assert rows_of(pipeline, ["a castle"], seed=4, num_references=2) == rows[3:], "whatever else is asked for"

@@ -13,7 +13,8 @@ from imagerag.errors import UserError
 from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
 from imagerag.registry.promotion import promote
-from imagerag.registry.versions import MODEL_NAME, VersionInfo, list_versions, register
+from imagerag.registry.versions import VersionInfo, list_versions, register
+from imagerag.settings import DEFAULT_MODEL_NAME
 from tests.registry.conftest import Home
 
 WHY = {"reason": "it is better", "author": "somebody"}
@@ -77,7 +78,7 @@ def _require_more(model: Path) -> None:
 )
 def test_what_was_changed_is_not_used(home: Home, tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
     register(home.finetuned("second"), home.settings)
-    change(Path(home.client.get_model_version(MODEL_NAME, "1").source.removeprefix("file://")))
+    change(Path(home.client.get_model_version(DEFAULT_MODEL_NAME, "1").source.removeprefix("file://")))
     with pytest.raises(UserError, match=message):
         pull(home.settings, "1", tmp_path / "out" / "pulled")
     assert list((tmp_path / "out").iterdir()) == []
@@ -85,8 +86,8 @@ def test_what_was_changed_is_not_used(home: Home, tmp_path: Path, change: Callab
 
 def test_a_version_that_others_made_is_not_used(home: Home, tmp_path: Path) -> None:
     client = home.client
-    client.create_registered_model(MODEL_NAME)
-    client.create_model_version(MODEL_NAME, str(home.base))
+    client.create_registered_model(DEFAULT_MODEL_NAME)
+    client.create_model_version(DEFAULT_MODEL_NAME, str(home.base))
     for use in (lambda: pull(home.settings, "1", tmp_path / "pulled"), lambda: promote(home.settings, 1, **WHY)):
         with pytest.raises(UserError, match=r"version 1 of imagerag-turbo has no tag imagerag.manifest"):
             use()

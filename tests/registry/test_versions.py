@@ -9,28 +9,29 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from imagerag.artifacts import Registered
+from imagerag.artifacts import CachedFeatures, Registered
 from imagerag.cli import app
 from imagerag.errors import UserError
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
+from imagerag.registry.champion import champions_behind, present_champion
 from imagerag.registry.fetch import download, pull
 from imagerag.registry.health import check_versions
 from imagerag.registry.promotion import promote, rollback, rolled_back
 from imagerag.registry.removal import prune
 from imagerag.registry.removal import remove as remove_model
 from imagerag.registry.versions import (
-    MODEL_NAME,
     THE_GATE,
     list_versions,
     register,
     resolve_version,
+    versions_of_index,
 )
 from imagerag.retrieval.pins import pins
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.takedown import remove
-from imagerag.settings import Settings
-from imagerag.training.tracking import tracking_uri
+from imagerag.settings import DEFAULT_MODEL_NAME, Settings
+from imagerag.training.tracking import start_run, tracking_uri
 from tests.registry.conftest import NAME, Home
 from tests.retrieval.rows import append, index_and_publish, make_rows
 
@@ -74,7 +75,7 @@ def test_a_version_pins_all_that_its_pictures_depend_on(champion: Home, tmp_path
     for part in ("| metric | value |", "![Pictures of each prompt](grid.png)", "| even | CC0-1.0 | 4 |", "## Limits"):
         assert part in card, part
     assert (folder / "grid.png").is_file()
-    described = champion.client.get_model_version(MODEL_NAME, "1").description
+    described = champion.client.get_model_version(DEFAULT_MODEL_NAME, "1").description
     assert described.startswith("Registered by [a flow run](http://prefect/run).\n\n# ImageRAGTurbo")
 
 
@@ -84,6 +85,28 @@ def test_a_version_leads_to_its_run_and_its_data(champion: Home) -> None:
     source = json.loads(named.dataset.source)
     assert source == {"uri": champion.store.table_uri, "version": champion.store.version}
     assert {tag.value for tag in named.tags} == {"training"}
+
+
+def test_a_version_its_training_and_its_evaluation_lead_to_each_other(home: Home) -> None:
+    client, training = home.client, home.finetuned("first").run_id
+    evaluation = start_run(home.settings, "evaluate", "e1", {})
+    for key, value in {"adapter/recognised": 0.5, "base/recognised": 0.1}.items():
+        client.log_metric(evaluation, key, value)
+    for _ in range(2):
+        register(home.finetuned("first"), home.settings, evaluation_run=evaluation)
+    info = resolve_version(home.settings, "1")
+    assert info.pinned("evaluation_run") == evaluation
+    model = client.get_logged_model(info.pinned("logged_model"))
+    assert (model.source_run_id, model.status, model.params["training"]) == (training, "READY", "first")
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "imagerag-turbo", "version": 1}]
+    assert {metric.key: metric.value for metric in model.metrics} == {"adapter/recognised": 0.5}
+    assert [each.model_id for each in client.get_run(training).outputs.model_outputs] == [model.model_id]
+    assert [each.model_id for each in client.get_run(evaluation).inputs.model_inputs] == [model.model_id]
+
+    client.delete_registered_model_alias("imagerag-turbo", "candidate")
+    remove_model(home.settings, 1)
+    assert client.search_logged_models([model.experiment_id]) == []
+    assert register(home.finetuned("first"), home.settings, evaluation_run="0" * 32).is_new, "its run may be lost"
 
 
 def test_the_same_content_is_one_version(home: Home) -> None:
@@ -97,6 +120,38 @@ def test_the_same_content_is_one_version(home: Home) -> None:
     assert of_alias(home) == {"candidate": 1}
 
 
+def test_models_of_different_names_have_a_champion_each(home: Home, tmp_path: Path) -> None:
+    """The same content under two names is a version of each; what concerns the index concerns both."""
+    mugs = Settings(home=home.settings.home, model_name="mugs")
+    for settings in (home.settings, mugs):
+        register(home.finetuned("first"), settings)
+    registered = register(home.finetuned("second"), mugs)
+    assert (registered.version, registered.uri) == (2, "models:/mugs/2")
+    promote(mugs, 2, **WHY)
+    promote(home.settings, 1, **WHY)
+    assert of_alias(home) == {"candidate": 1, "champion": 1}
+    assert resolve_version(mugs, "champion").version == 2
+    candidate = home.finetuned("second")
+    assert present_champion(mugs, candidate) is None, "it would be the champion itself"
+    assert present_champion(home.settings, candidate).version == 1
+
+    used = [(info.name, info.version) for info in versions_of_index(mugs, NAME)]
+    assert used == [("imagerag-turbo", 1), ("mugs", 2), ("mugs", 1)]
+    assert {info.name for info, fault in check_versions(mugs) if fault is None} == {"imagerag-turbo", "mugs"}
+    cached = CachedFeatures(
+        uri=home.settings.index_uri, table=NAME, version=99, num_rows=4, num_added=0, base_id=str(home.base),
+        fit="auto", features_digest=resolve_version(mugs, "2").pinned("features_digest"),
+    )  # fmt: skip
+    behind = {name: adapter.rsplit("/", 1)[-1] for name, adapter in champions_behind(mugs, cached, 99)}
+    assert behind == {"imagerag-turbo": "first", "mugs": "second"}
+
+    assert len(pins(home.store)) == 3
+    (removed,) = prune(mugs, keep=0)
+    assert removed.version == 1
+    assert len(pins(home.store)) == 2
+    pull(home.settings, "champion", tmp_path / "pulled")
+
+
 def test_versions_that_nobody_named_are_removed_with_what_they_keep(home: Home) -> None:
     settings = home.settings
     first = home.store.version
@@ -105,7 +160,7 @@ def test_versions_that_nobody_named_are_removed_with_what_they_keep(home: Home) 
     promote(settings, 1, reason="better", author=THE_GATE)
     promote(settings, 2, **WHY)
     promote(settings, 1, reason="better", author=THE_GATE)
-    home.client.delete_registered_model_alias(MODEL_NAME, "previous")
+    home.client.delete_registered_model_alias(DEFAULT_MODEL_NAME, "previous")
     second = publish_more(home)
     for name in ("first", "second"):
         register(home.finetuned(name), settings)
@@ -120,9 +175,9 @@ def test_versions_that_nobody_named_are_removed_with_what_they_keep(home: Home) 
     assert [info.version for info in list_versions(settings)] == [4, 2, 1]
     assert sorted(pins(home.store).values()) == [first, first, second]
     run = home.client.get_run(home.finetuned("first").run_id)
-    assert len(home.client.list_artifacts(run.info.run_id, "models")) == 1
+    assert len(home.client.search_logged_models([run.info.experiment_id])) == 3
 
-    home.client.delete_registered_model_alias(MODEL_NAME, "candidate")
+    home.client.delete_registered_model_alias(DEFAULT_MODEL_NAME, "candidate")
     assert remove_model(settings, 4).version == 4
     publish_more(home)
     assert not home.store.has(second)

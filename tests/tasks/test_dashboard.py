@@ -53,13 +53,13 @@ def test_failures_runs_and_the_champion_are_shown() -> None:
         failures=((AT, {"timeout": 2, "http_status": 1_200}), (AT - timedelta(days=1), {"timeout": 7})),
     )
     tags = {"imagerag.base": "tiny", "imagerag.index_version": "5"}
-    champion = VersionInfo(version=3, aliases=("champion",), created_at=AT, run_id="", tags=tags)
+    champion = VersionInfo(name="mugs", version=3, aliases=("champion",), created_at=AT, run_id="", tags=tags)
     page = Dashboard(
-        name="mine", index=None, champion=champion, fault="", champion_link="http://mlflow/3", history=history
+        name="mine", index=None, champions=((champion, "http://mlflow/3"),), fault="", history=history
     ).markdown()
     assert "| reported | http_status | timeout |" in page
     assert "| 2026-02-12 03:00 UTC | 1,200 | 2 |\n| 2026-02-11 03:00 UTC | 0 | 7 |" in page
     assert "ingest mine](" in page or "| ingest mine |" in page
     assert "| Completed | 2026-02-12 03:00 UTC | 61 s |" in page
     assert "| next scheduled run | 2026-02-13 03:00 UTC |" in page
-    assert "[models:/imagerag-turbo/3](http://mlflow/3) of tiny, with version 5 of the index, which is not" in page
+    assert "[models:/mugs/3](http://mlflow/3) of tiny, with version 5 of the index, which is not" in page
