@@ -41,6 +41,7 @@ PARAMETERS = {
             "slerp_ws": [0.2],
             "adapter_scales": [],
         },
+        "gate": {"metric": "text_score"},  # others need more prompts that are captions
     },
 }
 

@@ -111,8 +111,8 @@ def test_another_base_model_at_the_same_place_is_refused(home: Home, tmp_path: P
 def test_what_loading_it_in_place_leaves_is_no_change(home: Home, tmp_path: Path) -> None:
     """As `mlflow.pyfunc.load_model` does where the store is a folder."""
     register(home.finetuned("second"), home.settings)
-    model = Path(home.client.get_model_version(MODEL_NAME, "1").source.removeprefix("file://"))
-    (model / "registered_model_meta").write_text(f"model_name: {MODEL_NAME}")
+    model = Path(home.client.get_model_version(DEFAULT_MODEL_NAME, "1").source.removeprefix("file://"))
+    (model / "registered_model_meta").write_text(f"model_name: {DEFAULT_MODEL_NAME}")
     (model / "__pycache__").mkdir()
     (model / "__pycache__" / "model_code.cpython-311.pyc").write_bytes(b"never checked, so never used")
     folder = download(home.settings, 1, tmp_path / "model")
