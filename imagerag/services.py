@@ -26,6 +26,7 @@ import psutil
 from imagerag import credentials
 from imagerag.errors import UserError
 from imagerag.settings import Settings
+from imagerag.storage.files import write_json
 from imagerag.storage.locks import writer_lock
 
 WORK_POOL = "imagerag"
@@ -311,7 +312,7 @@ def _start(
         )
     service = Service(name=name, pid=process.pid, started=psutil.Process(process.pid).create_time(), url=url)
     if stay:
-        _write_record(home, service)
+        write_json(str(_record(home, service.name)), asdict(service))
     return service
 
 
@@ -367,11 +368,3 @@ def _record(home: Path, name: str) -> Path:
 
 def _log(home: Path, name: str) -> Path:
     return home / "logs" / f"{name}.log"
-
-
-def _write_record(home: Path, service: Service) -> None:
-    path = _record(home, service.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(asdict(service)))
-    draft.replace(path)

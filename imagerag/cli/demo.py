@@ -164,9 +164,9 @@ def _compare(settings: "Settings", model: Path) -> "Growth":
 def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") -> Path:
     from imagerag.evaluation.compare_page import render_comparisons
     from imagerag.evaluation.results import PAGE, read_results
-    from imagerag.retrieval.page import write_whole
     from imagerag.retrieval.search import Retriever
     from imagerag.services import PREFECT, find, mlflow_link
+    from imagerag.storage.files import write_file
 
     results = read_results(done["evaluation"])
     links = {"images of held-out concepts in every way, with their references": f"{done['evaluation']}/{PAGE}"}
@@ -195,7 +195,7 @@ def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") ->
         links=links,
     )
     page = settings.home / CORPUS / "demo.html"
-    write_whole(page, html)
+    write_file(str(page), html.encode())
     return page
 
 

@@ -8,8 +8,9 @@ from types import MappingProxyType
 
 from imagerag.evaluation.compare import Cell, Comparison
 from imagerag.generation.sheet import sheet, to_png
-from imagerag.retrieval.page import data_uri, render, web_link, write_whole
+from imagerag.retrieval.page import data_uri, render, web_link
 from imagerag.retrieval.search import Retriever
+from imagerag.storage.files import write_file
 
 _MAX_ROWS_IN_SHEET = 64
 
@@ -32,7 +33,8 @@ def write_comparison(
         title: title of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "index.html", render_comparisons("compare.html", comparisons, retriever, others, title=title))
+    html = render_comparisons("compare.html", comparisons, retriever, others, title=title)
+    write_file(str(folder / "index.html"), html.encode())
     titles = " | ".join(cell.title for cell in comparisons[0].cells)
     rows = [
         (f"{each.prompt}  ({titles})" if number == 0 else each.prompt, [cell.image for cell in each.cells])
@@ -40,7 +42,7 @@ def write_comparison(
     ]
     sheet(rows).save(folder / "grid.png")
     scores = [{"prompt": each.prompt, "cells": [_numbers(cell) for cell in each.cells]} for each in comparisons]
-    write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+    write_file(str(folder / "scores.json"), f"{json.dumps(scores, indent=1)}\n".encode())
 
 
 def render_comparisons(

@@ -5,10 +5,10 @@ embedding space. It needs no weights from a hub and works for any corpus. Scores
 are comparable neither across corpora nor with published CLIP scores.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from imagerag.evaluation.recognition import ClipJudge, Floats
 from imagerag.hspace.encode import open_images
 from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
+from imagerag.storage.files import write_file
 
 NUM_ROWS = 2000
 """Maximum number of rows to fit to."""
@@ -42,10 +43,9 @@ class Scorer:
         """Fit to a fixed sample of the index's rows, or load an earlier fit from the file `cache`."""
         if not cache.exists():
             fitted = cls.fit(*retriever.sample(NUM_ROWS))._judge
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=cache.parent, suffix=".partial", delete=False) as file:
-                np.savez(file, **asdict(fitted))
-            Path(file.name).replace(cache)
+            buffer = io.BytesIO()
+            np.savez(buffer, **asdict(fitted))
+            write_file(str(cache), buffer.getvalue())
         with np.load(cache, allow_pickle=False) as arrays:
             return cls(ClipJudge(**arrays))
 

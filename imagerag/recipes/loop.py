@@ -1,5 +1,6 @@
 """A single-process training loop that can be killed at any moment and resumes from its last checkpoint."""
 
+import io
 import math
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from imagerag.storage.files import write_file
 from imagerag.training.tracking import Tracker
 
 
@@ -78,10 +80,10 @@ def start_from(phase: Phase, checkpoint: Path) -> None:
 
 
 def _save(path: Path, phase: Phase, done: int) -> None:
-    partial = path.with_suffix(".partial")
     state = {name: part.state_dict() for name, part in phase.state().items()}
-    torch.save({"recipe": phase.recipe, "done": done, "state": state}, partial)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    torch.save({"recipe": phase.recipe, "done": done, "state": state}, buffer)
+    write_file(str(path), buffer.getvalue())
 
 
 def _resume(path: Path, phase: Phase) -> int:

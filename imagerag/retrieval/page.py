@@ -11,6 +11,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader
 from PIL import Image
 
 from imagerag.retrieval.search import Neighbour
+from imagerag.storage.files import write_file
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
@@ -27,7 +28,8 @@ class Section:
 def write_page(path: Path, *, title: str, sections: Sequence[Section]) -> None:
     """Write the page; an existing file is replaced atomically."""
     filters: dict[str, Callable[..., object]] = {"data_uri": data_uri, "web_link": web_link}
-    write_whole(path, render("imagerag.retrieval", "page.html", filters, title=title, sections=sections))
+    html = render("imagerag.retrieval", "page.html", filters, title=title, sections=sections)
+    write_file(str(path), html.encode())
 
 
 def render(package: str, template: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
@@ -36,14 +38,6 @@ def render(package: str, template: str, filters: Mapping[str, Callable[..., obje
     environment = Environment(loader=ChoiceLoader(loaders), autoescape=True)
     environment.filters.update(filters)
     return environment.get_template(template).render(values)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file; an existing one is replaced atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def data_uri(image: bytes) -> str:

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from imagerag.settings import Settings
+from imagerag.storage.files import read_json, write_json
 
 _LARGE_BYTES = 64 * 2**20
 """Smaller files are hashed each time, which is fast."""
@@ -32,7 +31,7 @@ def digest_of(files: Mapping[str, Path]) -> str:
         computed = dict(zip(unknown, pool.map(sha256_of, unknown.values()), strict=True))
     lasting = {key: sha256 for key, sha256 in computed.items() if unknown[key].stat().st_size >= _LARGE_BYTES}
     if lasting:
-        _write(cache, _read(cache) | lasting)
+        write_json(str(cache), _read(cache) | lasting)
     known = remembered | computed
     return hashlib.sha256("".join(f"{name}\0{known[keys[name]]}\n" for name in sorted(files)).encode()).hexdigest()
 
@@ -44,14 +43,6 @@ def _key(path: Path) -> str:
 
 
 def _read(cache: Path) -> dict[str, str]:
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        remembered: dict[str, str] = json.loads(cache.read_text())
-        return remembered
+    with suppress(json.JSONDecodeError):
+        return read_json(str(cache)) or {}
     return {}
-
-
-def _write(cache: Path, remembered: Mapping[str, str]) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=cache.parent, suffix=".partial", delete=False) as file:
-        json.dump(remembered, file)
-    os.replace(file.name, cache)  # noqa: PTH105 - a str, not a Path

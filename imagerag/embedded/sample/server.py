@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from imagerag.embedded.sample import Concept, Drawing, load_concepts, load_drawings
 from imagerag.embedded.sample.bad import bad_urls, send
 from imagerag.errors import UserError
+from imagerag.storage.files import write_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -134,7 +135,7 @@ def remembered_port(home: Path) -> int:
     if not record.exists():
         with socket.socket() as probe:
             probe.bind((HOST, 0))
-            _write(record, str(probe.getsockname()[1]).encode())
+            write_file(str(record), str(probe.getsockname()[1]).encode())
     port = int(record.read_text())
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -161,7 +162,7 @@ def write_url_list(server: SampleServer, home: Path, limit: int | None = None, *
     path = home / "sample" / "urls.parquet"
     sink = pa.BufferOutputStream()
     pq.write_table(server.url_list(limit, later=later), sink)
-    _write(path, sink.getvalue().to_pybytes())
+    write_file(str(path), sink.getvalue().to_pybytes())
     return path
 
 
@@ -169,7 +170,7 @@ def write_held_out(home: Path) -> Path:
     """Write the names of the held-out concepts to the home's `sample/held_out.txt`; return the path."""
     path = home / "sample" / "held_out.txt"
     names = [concept.name for concept in load_concepts() if concept.split == "held_out"]
-    _write(path, "".join(f"{name}\n" for name in names).encode())
+    write_file(str(path), "".join(f"{name}\n" for name in names).encode())
     return path
 
 
@@ -178,12 +179,5 @@ def write_prompts(home: Path) -> Path:
     path = home / "sample" / "prompts.txt"
     later = later_concepts()
     concepts = [each for each in load_concepts() if each.split == "held_out" and each not in later]
-    _write(path, "".join(f"{each.name}\t{each.group}\n" for each in concepts).encode())
+    write_file(str(path), "".join(f"{each.name}\t{each.group}\n" for each in concepts).encode())
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_bytes(content)
-    draft.replace(path)

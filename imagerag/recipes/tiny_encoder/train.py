@@ -6,6 +6,7 @@ second drawing would count as a negative. Batches are deterministic, also after 
 """
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.embedding.encoder import Encoder
 from imagerag.recipes.tiny_encoder.recall import measure_recall
 from imagerag.retrieval.schema import EncoderIdentity
+from imagerag.storage.files import write_file
 
 if TYPE_CHECKING:
     import open_clip
@@ -199,9 +201,9 @@ def train(
 def _checkpoint(path: Path, recipe: Recipe, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
     parts = {"visual": model.visual, "optimizer": optimizer, "scheduler": scheduler}
     state = {name: part.state_dict() for name, part in parts.items()}
-    partial = path.with_suffix(".partial")
-    torch.save(state | {"logit_scale": model.logit_scale.data, "recipe": asdict(recipe), "step": step}, partial)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    torch.save(state | {"logit_scale": model.logit_scale.data, "recipe": asdict(recipe), "step": step}, buffer)
+    write_file(str(path), buffer.getvalue())
 
 
 def _resume(path: Path, recipe: Recipe, model: Any, optimizer: Any, scheduler: Any) -> int:
