@@ -1,4 +1,4 @@
-"""Ray Data jobs that map a model over rows: configuration, placement of workers, and detection of stalls."""
+"""Ray Data jobs that map a model over rows: configuration, placement, commits in groups, and detection of stalls."""
 
 import logging
 import queue
@@ -6,18 +6,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 from pydantic import Field
 
+from imagerag.compute import start_ray, stop_ray
 from imagerag.config import Config
 from imagerag.errors import UserError
+from imagerag.settings import Settings
 
 T = TypeVar("T")
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 _WORKER_CORES = 8
+_BLOCK_BYTES = 16 * 2**20
+_IN_FLIGHT_BYTES = 128 * 2**20
+"""Limit of what was read and is queued, per worker, which bounds memory."""
+_RESULT = pa.schema({"written": pa.list_(pa.string()), "num_rows": pa.int64(), "machine_s": pa.float64()})
+
+Worker = Callable[[pa.Table], tuple[list[str], int]]
+"""Processes rows; returns what `commit` needs to add what it wrote, and the number of rows that it did."""
 
 
 class StalledError(RuntimeError):
@@ -47,27 +59,6 @@ class CommittingConfig(WorkersConfig):
     )
 
 
-class Commits:
-    """Commits what workers wrote in groups, because each version of a table lists all of its fragments."""
-
-    def __init__(self, commit: Callable[[list[str]], object], every_s: float) -> None:
-        self._commit, self._every_s = commit, every_s
-        self._written: list[str] = []
-        self._last = time.monotonic()
-
-    def add(self, written: Iterable[str]) -> None:
-        """Take what a worker wrote, and commit all there is if it is time."""
-        self._written += written
-        if time.monotonic() - self._last >= self._every_s:
-            self.finish()
-
-    def finish(self) -> None:
-        """Commit the rest."""
-        if self._written:
-            self._commit(self._written)
-        self._written, self._last = [], time.monotonic()
-
-
 def plan_workers(nodes: list[dict[str, Any]], config: WorkersConfig) -> tuple[str, int, int]:
     """Return the device, the number of workers and the threads per worker.
 
@@ -87,37 +78,115 @@ def plan_workers(nodes: list[dict[str, Any]], config: WorkersConfig) -> tuple[st
     return device, config.num_workers or num_workers, num_threads
 
 
-def resources_of(device: str, num_threads: int) -> dict[str, int]:
-    """Return the resources that Ray reserves for one worker."""
-    return {"num_gpus": 1} if device == "cuda" else {"num_cpus": num_threads}
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A Ray Data job: what its workers do, and what the driver does with their results."""
+
+    parts: Sequence[pa.Table]
+    """What is distributed. A worker that dies loses only its current part, or batch."""
+    worker: Callable[..., Worker]
+    """Makes a worker in its own process, from `arguments`, `device` and `dtype`."""
+    arguments: Mapping[str, Any]
+    read: Callable[[pa.Table], Iterator[pa.Table]] | None = None
+    """Reads tables from a part, in a task beside the workers; by default, workers get the parts themselves."""
+    batch_size: int | None = None
+    """Rows of what `read` yields that a worker gets at a time."""
+    num_rows: int
+    """Rows that all workers do together."""
+    commit: Callable[[list[str]], object]
+    """Adds what workers wrote: in groups, because each version of a table lists all of its fragments."""
+    commit_every_s: float = 0.0
+    """Seconds between commits; 0 commits each result."""
+    on_done: Callable[[int], None]
+    """Called with the number of rows done, after each result."""
 
 
-def mapped(
-    parts: Sequence[pa.Table], worker: type, arguments: Mapping[str, Any], config: WorkersConfig
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows that workers return for parts of a table, in order of completion.
+def run_job(job: Job, config: WorkersConfig, settings: Settings) -> float:
+    """Run a job on Ray, and return the machine-seconds of its workers, including the loading of their models.
 
-    Args:
-        parts: batches; a worker that dies loses only its current one.
-        worker: class that is instantiated in its own process and called with each part.
-        arguments: constructor arguments, in addition to `device`, `dtype` and `num_threads`.
-        config: number and device of the workers.
+    Raises:
+        UserError: if there are fewer GPUs or cores than `config` requests.
+        StalledError: if no batch is finished within the timeout.
     """
+    start_ray(settings)
+    try:
+        return follow(job, partial(_results, job, config), config.stall_timeout_s)
+    except BaseException:
+        # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
+        stop_ray()
+        raise
+
+
+def follow(job: Job, iterate: Callable[[], Iterable[Mapping[str, Any]]], timeout_s: float) -> float:
+    """Commit and report the results that `iterate()` yields, and return their machine-seconds; see `watched`."""
+    written: list[str] = []
+    num_done, machine_s, last = 0, 0.0, time.monotonic()
+    with closing(watched(iterate, timeout_s)) as results:
+        for result in results:
+            written += result["written"]
+            if written and time.monotonic() - last >= job.commit_every_s:
+                job.commit(written)
+                written, last = [], time.monotonic()
+            num_done += result["num_rows"]
+            machine_s += result["machine_s"]
+            job.on_done(num_done)
+    if written:
+        job.commit(written)
+    assert num_done == job.num_rows, f"{num_done} rows were done instead of {job.num_rows}"
+    return machine_s
+
+
+class _Actor:
+    """Ray actor that holds a worker and measures its time."""
+
+    def __init__(self, worker: Callable[..., Worker], arguments: Mapping[str, Any], num_threads: int) -> None:
+        import torch
+
+        started = time.perf_counter()
+        torch.set_num_threads(num_threads)  # Ray sets 1
+        self._worker = worker(**arguments)
+        self._unreported_s = time.perf_counter() - started
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        started = time.perf_counter()
+        written, num_rows = self._worker(rows)
+        machine_s, self._unreported_s = self._unreported_s + time.perf_counter() - started, 0.0
+        return pa.table({"written": [written], "num_rows": [num_rows], "machine_s": [machine_s]}, schema=_RESULT)
+
+
+def _results(job: Job, config: WorkersConfig) -> Iterator[dict[str, Any]]:
+    """Yield a row of `_RESULT` for each batch, in order of completion."""
     import ray
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, ExecutionResources, TaskPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every plan and every finished execution
     device, num_workers, num_threads = plan_workers(ray.nodes(), config)
-    dataset = ray.data.from_arrow(list(parts))
+    dataset = ray.data.from_arrow(list(job.parts))
     dataset.context.enable_progress_bars = False
     dataset.context.raise_original_map_exception = True
+    if job.read is None:
+        num_workers = min(num_workers, len(job.parts))
+    else:
+        dataset.context.target_max_block_size = _BLOCK_BYTES
+        dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=_IN_FLIGHT_BYTES * num_workers
+        )
+        dataset = dataset.map_batches(
+            job.read,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,  # readers need little CPU, and the workers may reserve all cores
+            # One reader outpaces a model on CPU cores, and each is a process of 150 MB.
+            compute=TaskPoolStrategy(size=num_workers if device == "cpu" else 2 * num_workers),
+        )
+    resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": num_threads}
     results = dataset.map_batches(
-        worker,
-        fn_constructor_kwargs={"device": device, "dtype": config.dtype, "num_threads": num_threads, **arguments},
-        batch_size=None,
+        _Actor,
+        fn_constructor_args=(job.worker, {**job.arguments, "device": device, "dtype": config.dtype}, num_threads),
+        batch_size=job.batch_size,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(num_workers, len(parts))),
-        **resources_of(device, num_threads),
+        compute=ActorPoolStrategy(size=num_workers),
+        **resources,
     )
     yield from results.iter_rows()
 

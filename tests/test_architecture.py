@@ -21,7 +21,6 @@ ALLOWED = {
         "imagerag/workers.py",
         "imagerag/cli/submit.py",
         "imagerag/corpus/download.py",
-        "imagerag/embedding/embed.py",
         "imagerag/training/finetune.py",
         "imagerag/training/worker.py",
     ),

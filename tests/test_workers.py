@@ -1,19 +1,17 @@
 """What all Ray Data jobs share."""
 
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from imagerag.compute import start_ray, stop_ray
 from imagerag.errors import UserError
 from imagerag.settings import Settings
-from imagerag.workers import StalledError, WorkersConfig, mapped, plan_workers, watched
+from imagerag.workers import Dtype, Job, StalledError, WorkersConfig, follow, plan_workers, run_job, watched
 
 
 @pytest.mark.parametrize(
@@ -61,27 +59,87 @@ def test_a_watched_error_is_raised() -> None:
         list(watched(results, timeout_s=5))
 
 
+def job_of(results: Sequence[Sequence[str]], **changes: Any) -> tuple[Job, list[list[str]], list[int]]:
+    """A job with a row for each thing that is written, what it commits, and the numbers of rows that it reports."""
+    committed: list[list[str]] = []
+    done: list[int] = []
+    job = Job(
+        parts=[], worker=Slow, arguments={}, num_rows=sum(map(len, results)), commit=committed.append,
+        on_done=done.append,
+    )  # fmt: skip
+    return replace(job, **changes), committed, done
+
+
+def run_here(job: Job, results: Sequence[Sequence[str]]) -> float:
+    rows = [{"written": written, "num_rows": len(written), "machine_s": 0.5} for written in results]
+    return follow(job, lambda: rows, timeout_s=5)
+
+
+WRITTEN = [["a", "b"], [], ["c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize(
+    ("every_s", "expected"), [(0.0, [["a", "b"], ["c"], ["d", "e"]]), (3600.0, [["a", "b", "c", "d", "e"]])]
+)
+def test_results_are_committed_in_groups(every_s: float, expected: list[list[str]]) -> None:
+    job, committed, done = job_of(WRITTEN, commit_every_s=every_s)
+    assert run_here(job, WRITTEN) == 2.0
+    assert committed == expected
+    assert done == [2, 2, 3, 5]
+
+
+def test_a_wrong_number_of_rows_is_an_error() -> None:
+    job, _, _ = job_of(WRITTEN, num_rows=6)
+    with pytest.raises(AssertionError, match="5 rows were done instead of 6"):
+        run_here(job, WRITTEN)
+
+
+def test_nothing_is_reported_before_it_is_committed() -> None:
+    job, committed, done = job_of(WRITTEN)
+
+    def fail(written: list[str]) -> None:
+        if committed:
+            raise KeyError(*written)
+        committed.append(written)
+
+    with pytest.raises(KeyError, match="c"):
+        run_here(replace(job, commit=fail), WRITTEN)
+    assert (committed, done) == ([["a", "b"]], [2, 2])
+
+
 class Slow:
-    """A worker whose parts take a while."""
+    """A worker whose parts take a while; `broken` is the number of a part that it fails on."""
 
-    def __init__(self, **_: object) -> None:
-        pass
+    def __init__(self, *, broken: int = -1, device: str, dtype: Dtype | None) -> None:
+        self._broken = broken
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
+    def __call__(self, rows: pa.Table) -> tuple[list[str], int]:
         time.sleep(0.3)
-        return rows
+        numbers = rows["number"].to_pylist()
+        if self._broken in numbers:
+            raise KeyError("broken")
+        return list(map(str, numbers)), len(numbers)
 
 
 @pytest.mark.engines
 @pytest.mark.usefixtures("ray_session")
-def test_ray_can_be_stopped_under_a_job_and_started_again(tmp_path: Path) -> None:
+def test_a_failed_job_stops_ray_and_the_next_starts_it_again(tmp_path: Path) -> None:
     """Ray exits the process where a thread still uses it after its end."""
+    import ray
+
     parts = [pa.table({"number": [number]}) for number in range(12)]
-    settings = Settings(home=tmp_path)
-    start_ray(settings)  # a job that failed may have ended it
-    with closing(watched(partial(mapped, parts, Slow, {}, WorkersConfig()), 60)) as results:
-        assert "number" in next(results)
-    stop_ray()
-    start_ray(settings)
-    rows = list(watched(partial(mapped, parts, Slow, {}, WorkersConfig()), 60))
-    assert sorted(row["number"] for row in rows) == list(range(12))
+    job, committed, _ = job_of([[""]] * 12, parts=parts)
+    config, settings = WorkersConfig(), Settings(home=tmp_path)
+
+    def fail(_: int) -> None:
+        raise RuntimeError("of the driver")
+
+    with pytest.raises(RuntimeError, match="of the driver"):
+        run_job(replace(job, on_done=fail), config, settings)
+    assert not ray.is_initialized()
+    committed.clear()
+    assert run_job(job, config, settings) >= 12 * 0.3
+    assert sorted(int(number) for (number,) in committed) == list(range(12))
+    with pytest.raises(KeyError, match="broken"):
+        run_job(replace(job, arguments={"broken": 5}), config, settings)
+    assert not ray.is_initialized()

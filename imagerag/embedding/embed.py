@@ -5,20 +5,16 @@ returns their metadata; the driver commits them every minute (`commit_every_s`).
 killed job loses about a minute of work, and the next one resumes.
 """
 
-import logging
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
 
 import fsspec
 import pyarrow as pa
 
 from imagerag.artifacts import Embedded
-from imagerag.compute import start_ray, stop_ray
 from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.ledger import iter_images
 from imagerag.embedding.config import EmbedConfig
@@ -31,13 +27,10 @@ from imagerag.retrieval.publish import MAX_SHRINK, require_rows
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-from imagerag.workers import Commits, Dtype, plan_workers, resources_of, watched
+from imagerag.workers import Dtype, Job, run_job
 
 _IMAGE_SUFFIXES = {".jpg", ".png", ".webp"}
 _BLOCK_ROWS = 64
-_BLOCK_BYTES = 16 * 2**20
-_IN_FLIGHT_BYTES = 128 * 2**20
-"""Limit of queued images per worker, which bounds memory."""
 
 
 class CorruptShardError(RuntimeError):
@@ -85,14 +78,7 @@ def embed(
         num_removed = store.delete(found.stale)
         machine_s = 0.0
         if found.num_missing:
-            start_ray(settings)
-            batches = partial(_embedded_batches, found, corpus, store, identity, config)
-            try:
-                machine_s = _commit_all(batches, found.num_missing, store, config, on_progress)
-            except BaseException:
-                # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
-                stop_ray()
-                raise
+            machine_s = _embed_missing(found, corpus, store, identity, config, settings, on_progress)
         return Embedded(
             uri=store.uri,
             table=store.name,
@@ -106,6 +92,36 @@ def embed(
             duration_s=time.perf_counter() - started,
             machine_s=machine_s,
         )
+
+
+def _embed_missing(
+    found: Survey,
+    corpus: Corpus,
+    store: Store,
+    identity: EncoderIdentity,
+    config: EmbedConfig,
+    settings: Settings,
+    on_progress: OnProgress,
+) -> float:
+    """Embed and commit the missing rows, and return the workers' machine-seconds."""
+    version = store.version
+
+    def commit(fragments: list[str]) -> None:
+        nonlocal version
+        version = store.commit(fragments, version)
+
+    job = Job(
+        parts=list(found.shards()),
+        worker=Worker,
+        arguments={"identity": identity, "store": store, "corpus": corpus},
+        read=partial(read_images, corpus=corpus),
+        batch_size=config.batch_size,
+        num_rows=found.num_missing,
+        commit=commit,
+        commit_every_s=config.commit_every_s,
+        on_done=lambda done: on_progress(done, found.num_missing, "embedded"),
+    )
+    return run_job(job, config, settings)
 
 
 def read_images(rows: pa.Table, corpus: Corpus) -> Iterator[pa.Table]:
@@ -139,22 +155,11 @@ def read_images(rows: pa.Table, corpus: Corpus) -> Iterator[pa.Table]:
 
 
 class Worker:
-    """Ray actor that holds an encoder, embeds rows and writes them as fragments."""
+    """Holds an encoder, embeds rows and writes them as fragments."""
 
     def __init__(
-        self,
-        *,
-        identity: EncoderIdentity,
-        store: Store,
-        device: str,
-        dtype: Dtype | None,
-        num_threads: int,
-        corpus: Corpus,
+        self, *, identity: EncoderIdentity, store: Store, corpus: Corpus, device: str, dtype: Dtype | None
     ) -> None:
-        import torch
-
-        started = time.perf_counter()
-        torch.set_num_threads(num_threads)  # Ray sets 1
         self._encoder = load_encoder(identity.id, device, dtype)
         if self._encoder.identity.digest != identity.digest:
             raise UserError(
@@ -163,11 +168,9 @@ class Worker:
             )
         self._store = store
         self._corpus = corpus
-        self._unreported_s = time.perf_counter() - started
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Embed and write `rows`; return one row with the `fragments` as JSON, `num_rows` and `machine_s`."""
-        started = time.perf_counter()
+    def __call__(self, rows: pa.Table) -> tuple[list[str], int]:
+        """Embed and write `rows`; return the fragments and the number of rows."""
         captions = rows["caption"].combine_chunks().dictionary_encode()
         text_embeds = self._encoder.encode_texts(captions.dictionary.to_pylist())[captions.indices.to_numpy()]
         try:
@@ -183,76 +186,4 @@ class Worker:
             embedded = embedded.append_column(
                 name, pa.FixedSizeListArray.from_arrays(embeds.ravel(), self._encoder.identity.dim)
             )
-        fragments = self._store.write_fragments(embedded)
-        machine_s, self._unreported_s = self._unreported_s + time.perf_counter() - started, 0.0
-        return pa.table({"fragments": [fragments], "num_rows": [rows.num_rows], "machine_s": [machine_s]})
-
-
-def _embedded_batches(
-    found: Survey, corpus: Corpus, store: Store, identity: EncoderIdentity, config: EmbedConfig
-) -> Iterator[dict[str, Any]]:
-    """Yield the results of `Worker` per batch."""
-    import ray
-    from ray.data import ActorPoolStrategy, ExecutionResources, TaskPoolStrategy
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every plan and execution
-
-    device, num_workers, num_threads = plan_workers(ray.nodes(), config)
-    dataset = ray.data.from_arrow(list(found.shards()))
-    dataset.context.enable_progress_bars = False
-    dataset.context.raise_original_map_exception = True
-    dataset.context.target_max_block_size = _BLOCK_BYTES
-    dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=_IN_FLIGHT_BYTES * num_workers
-    )
-    images = dataset.map_batches(
-        read_images,
-        fn_kwargs={"corpus": corpus},
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=0,  # readers need little CPU, and the workers may reserve all cores
-        # One reader outpaces an encoder on CPU cores, and each is a process of 150 MB.
-        compute=TaskPoolStrategy(size=num_workers if device == "cpu" else 2 * num_workers),
-    )
-    batches = images.map_batches(
-        Worker,
-        fn_constructor_kwargs={
-            "identity": identity,
-            "store": store,
-            "device": device,
-            "dtype": config.dtype,
-            "num_threads": num_threads,
-            "corpus": corpus,
-        },
-        batch_size=config.batch_size,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=num_workers),
-        **resources_of(device, num_threads),
-    )
-    yield from batches.iter_rows()
-
-
-def _commit_all(
-    batches: Callable[[], Iterable[dict[str, Any]]],
-    num_rows: int,
-    store: Store,
-    config: EmbedConfig,
-    on_progress: OnProgress,
-) -> float:
-    """Commit the workers' fragments every `commit_every_s`, and return their machine-seconds."""
-    version, num_done, machine_s = store.version, 0, 0.0
-
-    def commit(fragments: list[str]) -> None:
-        nonlocal version
-        version = store.commit(fragments, version)
-
-    commits = Commits(commit, config.commit_every_s)
-    with closing(watched(batches, config.stall_timeout_s)) as results:
-        for result in results:
-            commits.add(result["fragments"])
-            num_done += result["num_rows"]
-            machine_s += result["machine_s"]
-            on_progress(num_done, num_rows, "embedded")
-    commits.finish()
-    assert num_done == num_rows, f"{num_done} rows were embedded instead of {num_rows}"
-    return machine_s
+        return self._store.write_fragments(embedded), rows.num_rows

@@ -8,10 +8,8 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +18,6 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from imagerag.artifacts import IndexVersion
-from imagerag.compute import start_ray, stop_ray
 from imagerag.evaluation.config import EvaluateConfig
 from imagerag.evaluation.results import Latency
 from imagerag.evaluation.ways import Way
@@ -30,7 +27,7 @@ from imagerag.progress import OnProgress
 from imagerag.settings import Settings
 from imagerag.storage.files import local_copy
 from imagerag.storage.keyed_table import KeyedTable
-from imagerag.workers import mapped, watched
+from imagerag.workers import Dtype, Job, run_job
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +43,6 @@ _COLUMNS = (
     pa.field("seed", pa.int64()),
     pa.field("image", pa.large_binary()),
     pa.field("references", pa.string()),
-)
-_RESULT = pa.schema(
-    {"way": pa.string(), "fragments": pa.list_(pa.string()), "num_rows": pa.int64(), "latencies": pa.string()}
 )
 _TIMING = "timing"
 """Stands for a way in the batch that measures the latency of all ways."""
@@ -97,8 +91,7 @@ class PictureJob:
         for name, rows in missing.items():
             if rows.num_rows:
                 self._tables[name].clean_up()
-        total, done = int(sum(rows.num_rows for rows in missing.values())), 0
-        latencies: dict[str, Latency] = {}
+        total = int(sum(rows.num_rows for rows in missing.values()))
         parts = [
             part.append_column("way", pa.array([name] * part.num_rows))
             for name, rows in missing.items()
@@ -106,15 +99,25 @@ class PictureJob:
         ]
         timed = self._wanted.slice(0, _TIMED_PROMPTS)
         parts.append(timed.append_column("way", pa.array([_TIMING] * timed.num_rows)))
-        for result in self._results(parts, settings):
-            if result["latencies"]:
-                latencies = {name: Latency(**own) for name, own in json.loads(result["latencies"]).items()}
-            else:
+        latencies: dict[str, Latency] = {}
+        way = ""  # of the last result
+
+        def commit(results: list[str]) -> None:
+            nonlocal way
+            for result in map(json.loads, results):
                 way = result["way"]
-                versions[way] = self._tables[way].commit(result["fragments"], versions[way])
-                done += result["num_rows"]
-                on_progress(done, total, result["way"])
-        assert done == total, f"{done} pictures were made instead of {total}"
+                if way == _TIMING:
+                    latencies.update({name: Latency(**own) for name, own in result["latencies"].items()})
+                else:
+                    versions[way] = self._tables[way].commit(result["fragments"], versions[way])
+
+        def report(done: int) -> None:
+            if way != _TIMING:
+                on_progress(done, total, way)
+
+        arguments = {"ways": self.ways, "tables": self._tables, "config": self._config}
+        job = Job(parts=parts, worker=Worker, arguments=arguments, num_rows=total, commit=commit, on_done=report)
+        run_job(job, self._config, settings)
         return latencies
 
     def read(self, way: Way) -> Made:
@@ -136,21 +139,9 @@ class PictureJob:
         present = table.ids()
         return self._wanted.filter(pc.invert(pc.is_in(self._wanted["id"], present)))
 
-    def _results(self, parts: list[pa.Table], settings: Settings) -> Iterator[dict[str, Any]]:
-        config = self._config
-        arguments = {"ways": self.ways, "tables": self._tables, "config": config}
-        start_ray(settings)
-        try:
-            with closing(watched(partial(mapped, parts, Worker, arguments, config), config.stall_timeout_s)) as results:
-                yield from results
-        except BaseException:
-            # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
-            stop_ray()
-            raise
-
 
 class Worker:
-    """Ray actor that makes pictures and writes them as fragments; pipelines are loaded on first use."""
+    """Makes pictures and writes them as fragments; pipelines are loaded on first use."""
 
     def __init__(
         self,
@@ -159,29 +150,22 @@ class Worker:
         tables: dict[str, KeyedTable],
         config: EvaluateConfig,
         device: str,
-        dtype: Any,
-        num_threads: int,
+        dtype: Dtype | None,
     ) -> None:
-        import torch
-
-        torch.set_num_threads(num_threads)  # Ray starts workers with one
         self._ways: dict[str, Way] = {way.name: way for way in ways}
         self._tables, self._config, self._device, self._dtype = tables, config, device, dtype
         self._pipelines: dict[tuple[str, str | None, IndexVersion | None], TimedPipeline] = {}
         self._ids: np.ndarray | None = None
         """Ids of all rows of the index, read once for random references."""
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return one row: the `way`, the written `fragments` as JSON and `num_rows`, or the `latencies` as JSON."""
+    def __call__(self, rows: pa.Table) -> tuple[list[str], int]:
+        """Return the `way` with its `fragments` or with the `latencies`, as JSON, and the number of pictures."""
         name, size = rows["way"][0].as_py(), self._config.batch_size
-        fragments, latencies = [], ""
         if name == _TIMING:
-            latencies = json.dumps(self._time_all(rows["prompt"].to_pylist()))
-        else:
-            made = [self._make(self._ways[name], rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
-            fragments = self._tables[name].write_fragments(pa.concat_tables(made))
-        values = {"way": [name], "fragments": [fragments], "num_rows": [rows.num_rows], "latencies": [latencies]}
-        return pa.table(values, schema=_RESULT)
+            return [json.dumps({"way": name, "latencies": self._time_all(rows["prompt"].to_pylist())})], 0
+        made = [self._make(self._ways[name], rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
+        fragments = self._tables[name].write_fragments(pa.concat_tables(made))
+        return [json.dumps({"way": name, "fragments": fragments})], rows.num_rows
 
     def _make(self, way: Way, rows: pa.Table) -> pa.Table:
         pipeline, prompts = self._pipeline(way), rows["prompt"].to_pylist()

@@ -6,15 +6,10 @@ job loses the last minute and the fragments in progress, and the next job comput
 """
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
-from functools import partial
-from typing import Any
 
 import pyarrow as pa
 
 from imagerag.artifacts import CachedFeatures
-from imagerag.compute import start_ray, stop_ray
 from imagerag.errors import UserError
 from imagerag.generation.base_files import BaseFiles, read_json, resolve
 from imagerag.hspace.config import FeaturesConfig
@@ -23,7 +18,7 @@ from imagerag.retrieval import feature_column
 from imagerag.retrieval.schema import FeatureIdentity, Features, Fit
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-from imagerag.workers import Commits, Dtype, mapped, watched
+from imagerag.workers import Dtype, Job, run_job
 
 
 def cache_features(
@@ -53,16 +48,17 @@ def cache_features(
         fragments = feature_column.missing(store.dataset(version), identity)
         num_missing, machine_s = sum(fragments.values()), 0.0
         if fragments:
-            start_ray(settings)
-            parts = [pa.table({"fragment": [each], "num_rows": [count]}) for each, count in fragments.items()]
-            arguments = {"identity": identity, "store": store, "version": version, "batch_size": config.batch_size}
-            batches = partial(mapped, parts, Worker, arguments, config)
-            try:
-                machine_s = _commit_all(batches, num_missing, store, version, config, on_progress)
-            except BaseException:
-                # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
-                stop_ray()
-                raise
+            job = Job(
+                parts=[pa.table({"fragment": [each], "num_rows": [count]}) for each, count in fragments.items()],
+                worker=Worker,
+                arguments={"identity": identity, "store": store, "version": version, "batch_size": config.batch_size},
+                num_rows=num_missing,
+                # All are committed on the version in which they were missing: they are of other fragments.
+                commit=lambda filled: feature_column.commit(store, filled, version),
+                commit_every_s=config.commit_every_s,
+                on_done=lambda done: on_progress(done, num_missing, "encoded"),
+            )
+            machine_s = run_job(job, config, settings)
         return CachedFeatures(
             uri=store.uri,
             table=store.name,
@@ -114,7 +110,7 @@ def _choose(files: BaseFiles, fit: Fit | None, schema: pa.Schema) -> tuple[Featu
 
 
 class Worker:
-    """Ray actor that holds a base model and computes the features of fragments."""
+    """Holds a base model and computes the features of fragments."""
 
     def __init__(
         self,
@@ -122,18 +118,13 @@ class Worker:
         identity: FeatureIdentity,
         store: Store,
         version: int,
+        batch_size: int,
         device: str,
         dtype: Dtype | None,
-        num_threads: int,
-        batch_size: int,
     ) -> None:
-        import torch
-
         from imagerag.generation.base import load_base
         from imagerag.hspace.encode import feature_identity
 
-        started = time.perf_counter()
-        torch.set_num_threads(num_threads)  # Ray sets 1
         self._base = load_base(identity.base, device, dtype)
         own = feature_identity(self._base.identity, self._base.unet.config, identity.fit)
         if own.digest != identity.digest:
@@ -142,17 +133,14 @@ class Worker:
                 f"{identity.digest} where the job was started and {own.digest} on a worker"
             )
         self._store, self._identity, self._version, self._batch_size = store, identity, version, batch_size
-        self._unreported_s = time.perf_counter() - started
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Fill one `fragment`; return the `filled` fragment, its `num_rows` and the `machine_s` spent."""
-        started = time.perf_counter()
-        (fragment,) = batch["fragment"].to_pylist()
+    def __call__(self, part: pa.Table) -> tuple[list[str], int]:
+        """Fill one `fragment`; return what was filled, and its `num_rows`."""
+        (row,) = part.to_pylist()
         filled = feature_column.fill(
-            self._store, self._identity, self._version, fragment, self._compute, self._batch_size
+            self._store, self._identity, self._version, row["fragment"], self._compute, self._batch_size
         )
-        machine_s, self._unreported_s = self._unreported_s + time.perf_counter() - started, 0.0
-        return pa.table({"filled": [filled], "num_rows": batch["num_rows"], "machine_s": [machine_s]})
+        return [filled], row["num_rows"]
 
     def _compute(self, images: list[bytes], captions: list[str]) -> Features:
         from imagerag.hspace.encode import encode_references, open_images, to_cache
@@ -161,26 +149,3 @@ class Worker:
         return to_cache(
             encode_references(base.vae, base.unet, base.conditioner, pictures, captions, self._identity.fit)
         )
-
-
-def _commit_all(
-    batches: Callable[[], Iterable[dict[str, Any]]],
-    num_rows: int,
-    store: Store,
-    version: int,
-    config: FeaturesConfig,
-    on_progress: OnProgress,
-) -> float:
-    """Commit the filled fragments every `commit_every_s`, and return the workers' machine-seconds."""
-    num_done, machine_s = 0, 0.0
-    # All are committed on the version in which they were missing: they are of other fragments.
-    commits = Commits(lambda filled: feature_column.commit(store, filled, version), config.commit_every_s)
-    with closing(watched(batches, config.stall_timeout_s)) as results:
-        for result in results:
-            commits.add([result["filled"]])
-            num_done += result["num_rows"]
-            machine_s += result["machine_s"]
-            on_progress(num_done, num_rows, "encoded")
-    commits.finish()
-    assert num_done == num_rows, f"{num_done} rows were encoded instead of {num_rows}"
-    return machine_s

@@ -8,9 +8,7 @@ had in hand, and the next one computes what is missing.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.artifacts import TrainingSet
-from imagerag.compute import start_ray, stop_ray
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.pins import JOB, held
 from imagerag.retrieval.ranking import diversify
@@ -31,7 +28,7 @@ from imagerag.storage.keyed_table import KeyedTable, to_column
 from imagerag.storage.locks import writer_lock
 from imagerag.training.config import SynthesizeConfig
 from imagerag.training.examples import STORED_REFERENCES, Examples
-from imagerag.workers import Commits, mapped, watched
+from imagerag.workers import Dtype, Job, run_job
 
 if TYPE_CHECKING:
     import torch
@@ -85,28 +82,25 @@ def drop_unreachable(latents: KeyedTable, store: Store) -> None:
 def _fill(examples: Examples, settings: Settings, on_progress: OnProgress) -> tuple[int, float]:
     """Make what is missing, and return how many rows that was and the workers' seconds."""
     config = examples.config
-    jobs = list(_jobs(examples))
-    num_missing, num_done, machine_s = sum(len(job.rows) for job in jobs), 0, 0.0
-    if num_missing:
-        start_ray(settings)
-        try:
-            for job in (each for each in jobs if each.rows.num_rows):
-                job.table.clean_up()
-                arguments = {"batch_size": config.batch_size, **job.arguments}
-                results_of = partial(mapped, job.parts(), job.worker, arguments, config)
-                commits = Commits(job.commit, config.commit_every_s)
-                with closing(watched(results_of, config.stall_timeout_s)) as results:
-                    for result in results:
-                        commits.add(result["fragments"])
-                        num_done += result["num_rows"]
-                        machine_s += result["machine_s"]
-                        on_progress(num_done, num_missing, job.what)
-                commits.finish()
-        except BaseException:
-            # A failed Ray Data job keeps its workers, and with them the cores that the next try waits for.
-            stop_ray()
-            raise
-        assert num_done == num_missing, f"{num_done} rows were made instead of {num_missing}"
+    lacking = [each for each in _lacking(examples) if each.rows.num_rows]
+    num_missing, num_done, machine_s = sum(each.rows.num_rows for each in lacking), 0, 0.0
+    for each in lacking:
+
+        def report(done: int, before: int = num_done, what: str = each.what) -> None:
+            on_progress(before + done, num_missing, what)
+
+        each.table.clean_up()
+        job = Job(
+            parts=[each.rows.slice(start, _ROWS_OF_A_TASK) for start in range(0, each.rows.num_rows, _ROWS_OF_A_TASK)],
+            worker=each.worker,
+            arguments={"batch_size": config.batch_size, **each.arguments},
+            num_rows=each.rows.num_rows,
+            commit=each.commit,
+            commit_every_s=config.commit_every_s,
+            on_done=report,
+        )
+        machine_s += run_job(job, config, settings)
+        num_done += job.num_rows
     return num_missing, machine_s
 
 
@@ -131,7 +125,7 @@ def describe(examples: Examples) -> TrainingSet:
     )
 
 
-class _Job:
+class _Lacking:
     """The rows that one table lacks, and who makes them."""
 
     def __init__(self, table: KeyedTable, rows: pa.Table, worker: type, what: str, arguments: dict[str, Any]) -> None:
@@ -145,19 +139,15 @@ class _Job:
         """Add to the table what workers wrote."""
         self.version = self.table.commit(fragments, self.version)
 
-    def parts(self) -> list[pa.Table]:
-        """Return its rows as a worker is given them."""
-        return [self.rows.slice(start, _ROWS_OF_A_TASK) for start in range(0, self.rows.num_rows, _ROWS_OF_A_TASK)]
 
-
-def _jobs(examples: Examples) -> Iterator[_Job]:
+def _lacking(examples: Examples) -> Iterator[_Lacking]:
     rows, retriever = examples.rows, examples.retriever
     index = {"uri": retriever.uri, "name": retriever.name, "version": retriever.version}
     numbered = pa.table({"id": rows["id"], "prompt": rows["caption"], "row": np.arange(rows.num_rows)})
     config = examples.config
     table = examples.real_table
     arguments = {"table": table, "base": config.base, "fit": examples.features.fit, **index}
-    yield _Job(table, numbered, RealWorker, "latents of pictures", arguments)
+    yield _Lacking(table, numbered, RealWorker, "latents of pictures", arguments)
     listed = pa.table(
         {
             "id": rows["id"],
@@ -171,31 +161,26 @@ def _jobs(examples: Examples) -> Iterator[_Job]:
         made = examples.teacher_rows()
         table = examples.teacher_table
         arguments = {"table": table, "base": config.base, "config": config}
-        yield _Job(table, made, TeacherWorker, "latents by the teacher", arguments)
+        yield _Lacking(table, made, TeacherWorker, "latents by the teacher", arguments)
         made = made.append_column("is_held_out", pa.array(np.zeros(made.num_rows, bool)))
         made = made.append_column("image_sha256", pa.array([""] * made.num_rows))
         listed = pa.concat_tables([listed, made.select(listed.column_names)])
     table = examples.references_table
     arguments = {"table": table, "held_out": examples.held_out, **index}
-    yield _Job(table, listed, ReferencesWorker, "references", arguments)
+    yield _Lacking(table, listed, ReferencesWorker, "references", arguments)
 
 
 class _Worker(ABC):
     """Makes rows in a process of its own and writes them."""
 
-    def __init__(self, *, table: KeyedTable, num_threads: int, batch_size: int) -> None:
-        import torch
-
-        torch.set_num_threads(num_threads)  # Ray starts workers with one
+    def __init__(self, *, table: KeyedTable, batch_size: int) -> None:
         self._table, self._batch_size = table, batch_size
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return one row: the JSON of the `fragments` written, `num_rows` and `machine_s`."""
-        started = time.perf_counter()
+    def __call__(self, rows: pa.Table) -> tuple[list[str], int]:
+        """Return the fragments written and the number of rows."""
         batches = (rows.slice(start, self._batch_size) for start in range(0, rows.num_rows, self._batch_size))
-        fragments = self._table.write_fragments(pa.concat_tables([self._make(batch) for batch in batches]))
-        seconds = time.perf_counter() - started
-        return pa.table({"fragments": [fragments], "num_rows": [rows.num_rows], "machine_s": [seconds]})
+        made = pa.concat_tables([self._make(batch) for batch in batches])
+        return self._table.write_fragments(made), rows.num_rows
 
     @abstractmethod
     def _make(self, rows: pa.Table) -> pa.Table:
@@ -206,7 +191,7 @@ class RealWorker(_Worker):
     """Latents and text features of rows of the index."""
 
     def __init__(
-        self, *, base: str, fit: Fit, uri: str, name: str, version: int, device: str, dtype: Any, **common: Any
+        self, *, base: str, fit: Fit, uri: str, name: str, version: int, device: str, dtype: Dtype | None, **common: Any
     ) -> None:
         super().__init__(**common)
         from imagerag.generation.base import load_base
@@ -225,7 +210,7 @@ class RealWorker(_Worker):
 class TeacherWorker(_Worker):
     """Latents that the teacher makes of prompts, each of its own noise, and the student's text features of them."""
 
-    def __init__(self, *, base: str, config: SynthesizeConfig, device: str, dtype: Any, **common: Any) -> None:
+    def __init__(self, *, base: str, config: SynthesizeConfig, device: str, dtype: Dtype | None, **common: Any) -> None:
         super().__init__(**common)
         from imagerag.generation.base import load_base
         from imagerag.generation.pipeline import ImageRAGTurboPipeline
@@ -268,7 +253,7 @@ class ReferencesWorker(_Worker):
         name: str,
         version: int,
         device: str,
-        dtype: Any,
+        dtype: Dtype | None,
         **common: Any,
     ) -> None:
         super().__init__(**common)

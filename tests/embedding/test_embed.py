@@ -184,7 +184,7 @@ def test_no_work_starts_nothing(again: World, monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object) -> None:
         raise AssertionError("no engine is needed")
 
-    monkeypatch.setattr("imagerag.embedding.embed.start_ray", fail)
+    monkeypatch.setattr("imagerag.workers.start_ray", fail)
     monkeypatch.setattr("open_clip.create_model", fail)
     second = corpus.embed()
     assert counts(second) == (21, 0, 0, 1)

@@ -119,16 +119,14 @@ def job_of(world: World, own: Finetuned, config: EvaluateConfig, champion: str |
 
 def make_here(job: pictures.PictureJob) -> dict[str, int]:
     """Make what a job lacks in this process, and return how many pictures of each way that was."""
-    worker = pictures.Worker(
-        ways=job.ways, tables=job._tables, config=job._config, device="cpu", dtype=None, num_threads=1
-    )
+    worker = pictures.Worker(ways=job.ways, tables=job._tables, config=job._config, device="cpu", dtype=None)
     made = {}
     for name, table in job._tables.items():
         rows = job._missing(table)
         made[name] = rows.num_rows
         if rows.num_rows:
-            result = worker(rows.append_column("way", pa.array([name] * rows.num_rows)))
-            table.commit(result["fragments"][0].as_py(), table.dataset().version)
+            (written,), _ = worker(rows.append_column("way", pa.array([name] * rows.num_rows)))
+            table.commit(json.loads(written)["fragments"], table.version)
     return made
 
 

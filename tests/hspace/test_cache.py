@@ -90,7 +90,7 @@ def test_a_job_that_dies_keeps_what_it_committed(
     commit = feature_column.commit
     monkeypatch.setattr(feature_column, "commit", dying)
     # A Ray that is shut down by the failure would be missed by the tests that follow.
-    monkeypatch.setattr("imagerag.hspace.cache.stop_ray", lambda: None)
+    monkeypatch.setattr("imagerag.workers.stop_ray", lambda: None)
     with pytest.raises(CommitConflictError):
         cache_features(store, config(base), Settings(home=tmp_path))
     monkeypatch.undo()

@@ -16,7 +16,6 @@ from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove
 from imagerag.storage.lance_table import CommitConflictError
-from imagerag.workers import Commits
 from tests.retrieval.rows import append, embeddings, index_and_publish, make_rows
 
 SHAPE = (3, 2, 2)
@@ -145,21 +144,14 @@ def test_a_fragment_that_another_writer_changed_is_not_overwritten(store: Store,
     assert len(cached(store)) == 12
 
 
-def test_fragments_are_committed_in_groups(store: Store) -> None:
+def test_fragments_are_committed_together(store: Store) -> None:
     for start in range(0, 30, 10):
         append(store, make_rows(start, start + 10))
-    version, made = feature_column.prepare(store, MINE), []
-
-    def commit(filled: list[str]) -> None:
-        made.append(feature_column.commit(store, filled, version))
-
-    commits = Commits(commit, every_s=3600)
-    for fragment in feature_column.missing(store.dataset(version), MINE):
-        commits.add([feature_column.fill(store, MINE, version, fragment, compute, 7)])
-    assert made == []
-    commits.finish()
-    commits.finish()
-    assert made == [store.version] == [version + 1]
+    version = feature_column.prepare(store, MINE)
+    fragments = feature_column.missing(store.dataset(version), MINE)
+    filled = [feature_column.fill(store, MINE, version, fragment, compute, 7) for fragment in fragments]
+    assert len(filled) == 3
+    assert feature_column.commit(store, filled, version) == store.version == version + 1
     assert_right(store)
 
 

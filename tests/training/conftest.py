@@ -1,6 +1,5 @@
 """A small index with features of a base model of random weights, and what is learnt from it."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -86,12 +85,12 @@ class World:
         examples = self.examples(**changes)
         examples.check()
         added = 0
-        for job in synthesize._jobs(examples):
-            worker = job.worker(num_threads=1, batch_size=4, device="cpu", dtype=None, **job.arguments)
-            if job.rows.num_rows:
-                fragments = json.loads(json.dumps(worker(job.rows)["fragments"].to_pylist()[0]))
-                job.table.commit(fragments, job.version)
-            added += job.rows.num_rows
+        for each in synthesize._lacking(examples):
+            worker = each.worker(batch_size=4, device="cpu", dtype=None, **each.arguments)
+            if each.rows.num_rows:
+                fragments, num_rows = worker(each.rows)
+                each.commit(fragments)
+                added += num_rows
         return replace(synthesize.describe(examples), num_added=added)
 
 
