@@ -32,7 +32,7 @@ from imagerag.retrieval.blocklist import Column, blocked, matches
 from imagerag.retrieval.pins import JOB, TRAINING, pins
 from imagerag.retrieval.schema import row_ids
 from imagerag.retrieval.store import Store
-from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove
+from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove_rows
 from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_file
 from imagerag.storage.keyed_table import KeyedTable
@@ -132,7 +132,7 @@ def _take_down(settings: Settings, name: str, corpus: Corpus, target: Target) ->
     reading = [label for label in (pins(store) if store.exists else ()) if label.startswith((JOB, TRAINING))]
     # Shards come first: an ingest between the two steps must not restore the rows.
     num_samples = remove_images(corpus, urls=target.asked["url"], sha256s=target.image_sha256s)
-    removal = remove(store, ids=target.ids, image_sha256s=target.image_sha256s) if store.exists else None
+    removal = remove_rows(store, ids=target.ids, image_sha256s=target.image_sha256s) if store.exists else None
     sweeps = [_sweep_training(settings, name, ids), _sweep_copies(settings, store, ids)]
     if reading:
         jobs = ", ".join(sorted(reading))

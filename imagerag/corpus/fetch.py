@@ -30,7 +30,7 @@ from imagerag.corpus.names import Names
 from imagerag.corpus.opener import NotModifiedError, guarded_opener
 from imagerag.corpus.photos import FORMATS, decode, open_image
 from imagerag.corpus.shards import ROW_DIGITS, SHARD_DIGITS, FetchedShard, Shard
-from imagerag.corpus.stores import Store
+from imagerag.corpus.stores import FolderOpener
 from imagerag.images import is_shown_as_stored
 
 # Without this, img2dataset's image library checks online for a newer version of itself at import.
@@ -59,6 +59,8 @@ _STORED_SCHEMA = pa.schema(
     + [(name, pa.int32()) for name in _SIZES]
     + [(name, pa.string()) for name in _FOUND]
 )
+
+Opener = OpenerDirector | FolderOpener
 
 
 class _Fetched(NamedTuple):
@@ -157,17 +159,15 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             self.output_folder, shard, len(rows), *counts.values(), started, time.time(), statuses, self.oom_shard_count
         )
 
-    def _open(self, rows: Sequence[Mapping[str, Any]], folder: str | None) -> "tuple[OpenerDirector | Store, Queue]":
+    def _open(self, rows: Sequence[Mapping[str, Any]], folder: str | None) -> tuple[Opener, Queue]:
         """Return the opener of the rows' images, and their queue; images of a folder have no host."""
         if folder is not None:
-            return Store(folder, self._config.max_bytes), Queue([""] * len(rows), self._hosts)
+            return FolderOpener(folder, self._config.max_bytes), Queue([""] * len(rows), self._hosts)
         names = Names()
         names.require((urlsplit(row["url"]).hostname or "" for row in rows if host_of(row["url"])), self.timeout)
         return guarded_opener(self._config, names), Queue([row["url"] for row in rows], self._hosts)
 
-    def _bring_one(
-        self, opener: OpenerDirector | Store, queue: Queue, rows: Sequence[Mapping[str, Any]]
-    ) -> tuple[int, "_Fetched"]:
+    def _bring_one(self, opener: Opener, queue: Queue, rows: Sequence[Mapping[str, Any]]) -> tuple[int, "_Fetched"]:
         """Finish the next row of the queue; return its index, and its file or the reason why there is none.
 
         The file's maximum size is taken from the byte budget, and the caller gives it back.
@@ -183,7 +183,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             if not queue.failed(job, fetched.error):
                 return job.index, fetched
 
-    def _try_to_fetch(self, opener: OpenerDirector | Store, row: Mapping[str, Any]) -> "_Fetched":
+    def _try_to_fetch(self, opener: Opener, row: Mapping[str, Any]) -> "_Fetched":
         held = 0
         try:
             with self._opened(opener, row) as response:
@@ -202,8 +202,8 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             reason = Reason.INVALID_URL if isinstance(error, ValueError) else Reason.OTHER
             return _Fetched(error=FetchError(reason, str(error) or repr(error)))
 
-    def _opened(self, opener: OpenerDirector | Store, row: Mapping[str, Any]) -> Any:
-        if isinstance(opener, Store):
+    def _opened(self, opener: Opener, row: Mapping[str, Any]) -> Any:
+        if isinstance(opener, FolderOpener):
             return opener.open(row["member"])
         validators = {"If-None-Match": row["etag"], "If-Modified-Since": row["last_modified"]}
         headers = {name: value for name, value in validators.items() if value}

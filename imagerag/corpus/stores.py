@@ -42,7 +42,7 @@ def member_of(path: str, **query: str | int) -> str:
     return quote(path) + (f"?{urlencode(query)}" if query else "")
 
 
-class Store:
+class FolderOpener:
     """The images of a folder, opened with the same interface as URLs by `opener.guarded_opener`."""
 
     def __init__(self, folder: str, max_bytes: int) -> None:

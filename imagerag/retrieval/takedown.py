@@ -36,7 +36,7 @@ class Removal:
         return len(self.ids)
 
 
-def remove(
+def remove_rows(
     store: Store, *, urls: Sequence[str] = (), ids: Sequence[str] = (), image_sha256s: Sequence[str] = ()
 ) -> Removal:
     """Take down all rows with one of these URLs, ids or image hashes, and such rows deleted before but still in files.

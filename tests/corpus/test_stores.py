@@ -13,7 +13,7 @@ import pytest
 
 from imagerag.corpus.guard import FetchError, Reason, reason_of
 from imagerag.corpus.source import read_images
-from imagerag.corpus.stores import Store, member_of
+from imagerag.corpus.stores import FolderOpener, member_of
 from imagerag.errors import UserError
 from tests.corpus.web import picture
 from tests.object_store import BUCKET, object_store
@@ -23,7 +23,7 @@ MAX_BYTES = 100
 
 def failure_in(folder: object, member: str) -> Reason:
     with pytest.raises(FetchError) as caught:
-        Store(str(folder), MAX_BYTES).open(member).read()
+        FolderOpener(str(folder), MAX_BYTES).open(member).read()
     return reason_of(str(caught.value))
 
 
@@ -35,7 +35,7 @@ def test_only_files_of_the_folder_are_read(tmp_path: Path) -> None:
     inside = folder / "sub" / "50% #1?.png"
     inside.write_bytes(b"bytes")
     (folder / "link.png").symlink_to(inside)
-    store = Store(str(folder), 5)
+    store = FolderOpener(str(folder), 5)
     assert store.open(member_of("sub/50% #1?.png")).read() == b"bytes"
     assert store.open("link.png").read() == b"bytes"
 
@@ -54,10 +54,10 @@ def test_only_files_of_the_folder_are_read(tmp_path: Path) -> None:
 def test_a_file_and_a_part_of_one_on_any_file_system() -> None:
     with fsspec.open("memory://stores/sub/a b.png", "wb") as file:
         file.write(b"0123456789")
-    store = Store("memory://stores", 10)
+    store = FolderOpener("memory://stores", 10)
     assert store.open(member_of("sub/a b.png")).read() == b"0123456789"
     assert store.open(member_of("sub/a b.png", offset=3, size=4)).read() == b"3456"
-    assert Store("memory://stores", 10).open(member_of("sub/a b.png")).length == 10
+    assert FolderOpener("memory://stores", 10).open(member_of("sub/a b.png")).length == 10
     for member in (member_of("sub/none.png"), member_of("sub/none.png", offset=0, size=1), "sub/a%20b.png?offset=x"):
         assert failure_in("memory://stores", member) is Reason.UNREADABLE_FILE
     with fsspec.open("memory://stores/large.png", "wb") as file:
@@ -72,7 +72,7 @@ def test_rows_of_parquet_in_any_order(tmp_path: Path, kind: str, rows_in_a_group
     cells = [None if row == 700 else f"image {row}".encode() for row in range(1000)]
     values = cells if kind == "bytes" else [{"path": None, "bytes": cell} for cell in cells]
     pq.write_table(pa.table({"x": values, "n": range(1000)}), tmp_path / "p.parquet", row_group_size=rows_in_a_group)
-    store = Store(str(tmp_path), MAX_BYTES)
+    store = FolderOpener(str(tmp_path), MAX_BYTES)
 
     def read(row: int) -> bytes:
         return store.open(member_of("p.parquet", row=row, column="x")).read()
@@ -97,7 +97,7 @@ def test_a_parquet_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.Monke
         return original(*args, **options)
 
     monkeypatch.setattr(pq, "ParquetFile", counting)
-    store = Store(str(tmp_path), MAX_BYTES)
+    store = FolderOpener(str(tmp_path), MAX_BYTES)
     with ThreadPool(4) as pool:
         pool.map(lambda row: store.open(member_of("p.parquet", row=row, column="x")).read(), range(4), chunksize=1)
     assert len(opened) == 1
@@ -107,7 +107,7 @@ def test_rows_of_the_version_of_a_lance_table_that_was_listed(tmp_path: Path) ->
     uri = str(tmp_path / "t.lance")
     listed = lance.write_dataset(pa.table({"x": [b"0", b"1"]}), uri)
     lance.write_dataset(pa.table({"x": [b"new"]}), uri, mode="overwrite")
-    store = Store(uri, MAX_BYTES)
+    store = FolderOpener(uri, MAX_BYTES)
     assert store.open(member_of("", row=1, column="x", version=listed.version)).read() == b"1"
     for row, version in ((2, 1), (0, 9)):
         assert failure_in(uri, member_of("", row=row, column="x", version=version)) is Reason.UNREADABLE_FILE
@@ -126,7 +126,9 @@ def test_an_object_store(tmp_path: Path) -> None:
         found = {}
         for part in ("pictures/", "tars", "tars/*1.tar", "data"):
             rows = read_images(f"s3://{folder}/{part}").rows.table().to_pylist()
-            found[part] = [(row["caption"], Store(row["folder"], 2**20).open(row["member"]).read()) for row in rows]
+            found[part] = [
+                (row["caption"], FolderOpener(row["folder"], 2**20).open(row["member"]).read()) for row in rows
+            ]
         assert found == {
             "pictures/": [("a cup", picture(1))],
             "tars": [("a mug", picture(2))] * 2,

@@ -19,7 +19,7 @@ from imagerag.hspace.encode import feature_identity
 from imagerag.hspace.fit import FITS, fit_square
 from imagerag.retrieval.schema import EncoderIdentity, Fit
 from imagerag.retrieval.store import Store
-from imagerag.retrieval.takedown import remove
+from imagerag.retrieval.takedown import remove_rows
 from tests.generation.folders import write_sd
 from tests.generation.with_index import (
     BASE,
@@ -335,7 +335,7 @@ def test_an_open_pipeline_moves_on_when_its_version_is_gone(store: Store, tmp_pa
     version = own.version
     following = make_pipeline(make_adapter()).use_index(own.uri, own.name)
     pinned = make_pipeline(make_adapter()).use_index(own.uri, own.name, version)
-    remove(own, ids=make_rows(0, 1, caption=CAPTIONS[:1], image=[drawing(0)])["id"].to_pylist())
+    remove_rows(own, ids=make_rows(0, 1, caption=CAPTIONS[:1], image=[drawing(0)])["id"].to_pylist())
     (found,) = call(following, "a castle", num_references=1).references
     assert found[0].caption == "castle"
     assert following.index is not None

@@ -11,7 +11,7 @@ from imagerag.evaluation.ways import digest_of_weights
 from imagerag.registry.champion import present_champion
 from imagerag.registry.promotion import promote
 from imagerag.registry.versions import register
-from imagerag.retrieval.takedown import remove
+from imagerag.retrieval.takedown import remove_rows
 from imagerag.settings import Settings
 from tests.registry.conftest import NAME, Home
 from tests.registry.test_versions import WHY, publish_more
@@ -43,7 +43,7 @@ def test_the_champion_keeps_its_own_index_and_lies_where_workers_read(home: Home
     assert other is not None
     assert other.deployed is None
 
-    remove(home.store, urls=["https://example.org/3.png"])
+    remove_rows(home.store, urls=["https://example.org/3.png"])
     champion = present_champion(settings, second)
     assert champion is not None
     assert champion.deployed is not None

@@ -29,7 +29,7 @@ from imagerag.registry.versions import (
 )
 from imagerag.retrieval.pins import pins
 from imagerag.retrieval.publish import PublishConfig
-from imagerag.retrieval.takedown import remove
+from imagerag.retrieval.takedown import remove_rows
 from imagerag.settings import DEFAULT_MODEL_NAME, Settings
 from imagerag.training.tracking import start_run, tracking_uri
 from tests.registry.conftest import NAME, Home
@@ -256,7 +256,7 @@ def test_the_pinned_index_outlives_later_publications_but_no_takedown(home: Home
     assert register(home.finetuned("first"), home.settings, index_version=version).version == 1
     assert package.load(download(home.settings, 1, tmp_path / "old")).index.retriever.version == version
 
-    removal = remove(home.store, urls=["https://example.org/3.png"])
+    removal = remove_rows(home.store, urls=["https://example.org/3.png"])
     first, second = removal.pinned_by
     assert (first[:17], second[:17]) == ("imagerag-turbo-1-", "imagerag-turbo-2-")
     published = home.store.version

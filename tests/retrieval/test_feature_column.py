@@ -14,7 +14,7 @@ from imagerag.retrieval.publish import status
 from imagerag.retrieval.schema import FEATURE_KEY, FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
-from imagerag.retrieval.takedown import remove
+from imagerag.retrieval.takedown import remove_rows
 from imagerag.storage.lance_table import CommitConflictError
 from tests.retrieval.rows import append, embeddings, index_and_publish, make_rows
 
@@ -256,6 +256,6 @@ def test_takedown_takes_the_features_too(store: Store) -> None:
     append(store, make_rows(0, 10))
     fill_all(store)
     index_and_publish(store)
-    remove(store, ids=[make_rows(4, 5)["id"][0].as_py()])
+    remove_rows(store, ids=[make_rows(4, 5)["id"][0].as_py()])
     assert len(cached(store)) == 9
     assert_right(store)

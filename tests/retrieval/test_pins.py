@@ -12,7 +12,7 @@ from imagerag.retrieval.pins import JOB, TRAINING, held, pin, pins, unpin
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
-from imagerag.retrieval.takedown import remove
+from imagerag.retrieval.takedown import remove_rows
 from tests.retrieval.rows import DIM, append, embeddings, index_and_publish, make_rows
 
 
@@ -98,7 +98,7 @@ def test_a_pin_is_renewed_until_a_takedown_removes_it(
         first = renewed_at(store, label)
         while renewed_at(store, label) == first:
             time.sleep(0.01)
-        remove(store, urls=["https://example.org/1.png"])
+        remove_rows(store, urls=["https://example.org/1.png"])
         time.sleep(0.1)
         assert pins(store) == {}
     assert len(store.dataset().versions()) == 1
@@ -122,7 +122,7 @@ def test_a_reader_whose_version_is_gone_is_told_so(
 ) -> None:
     store, version = published
     reader, query = Retriever(store.uri, store.name), embeddings(0, 1, DIM)
-    remove(store, urls=["https://example.org/4.png"])
+    remove_rows(store, urls=["https://example.org/4.png"])
     with pytest.raises(VersionGoneError, match=rf"version {version} of table 'images' .* `imagerag index status"):
         read(reader, query)
     reader.refresh()

@@ -17,7 +17,7 @@ from imagerag.retrieval.publish import (
 )
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
-from imagerag.retrieval.takedown import remove
+from imagerag.retrieval.takedown import remove_rows
 from tests.retrieval.rows import DIM, append, embeddings, index_and_publish, make_rows
 
 SECRET = np.random.default_rng(3).bytes(3_000)
@@ -50,7 +50,7 @@ def test_takedown_leaves_no_trace(history: Store) -> None:
     embedding = np.array(row["image_embed"], np.float32).tobytes()
     assert files_with(history, embedding)
 
-    removal = remove(history, urls=[row["url"]])
+    removal = remove_rows(history, urls=[row["url"]])
 
     assert (removal.ids, removal.urls, removal.image_sha256s) == ((row["id"],), (row["url"],), (row["image_sha256"],))
     assert (removal.num_rows, removal.version, removal.published) == (1, published_version(history), True)
@@ -75,7 +75,7 @@ def test_takedown_rewrites_fragments_that_are_too_large_to_be_merged(store: Stor
     assert len(store.dataset().get_fragments()) > 1
     assert files_with(store, left_before)
     assert files_with(store, taken)
-    remove(store, urls=["https://example.org/2070.png"], ids=[gone])
+    remove_rows(store, urls=["https://example.org/2070.png"], ids=[gone])
     for trace in (left_before, taken):
         assert files_with(store, trace) == []
     assert store.count() == sum(sizes) - 2
@@ -83,7 +83,7 @@ def test_takedown_rewrites_fragments_that_are_too_large_to_be_merged(store: Stor
 
 def test_no_rollback_past_a_takedown(history: Store) -> None:
     before = [entry.version for entry in status(history).history]
-    remove(history, ids=make_rows(5, 6)["id"].to_pylist())
+    remove_rows(history, ids=make_rows(5, 6)["id"].to_pylist())
     assert [entry.version for entry in status(history).history] == [history.version]
     for version in (None, *before):
         with pytest.raises(UserError, match="publication that is kept"):
@@ -96,7 +96,7 @@ def test_takedown_by_image_removes_every_row_of_it(store: Store) -> None:
     append(store, make_rows(20, 22, image=[SECRET, SECRET]))
     index_and_publish(store)
     sha256 = make_rows(20, 21, image=[SECRET])["image_sha256"][0].as_py()
-    removal = remove(store, image_sha256s=[sha256])
+    removal = remove_rows(store, image_sha256s=[sha256])
     assert removal.num_rows == 2
     assert set(removal.urls) == {"https://example.org/20.png", "https://example.org/21.png"}
     assert store.count() == 20
@@ -104,7 +104,7 @@ def test_takedown_by_image_removes_every_row_of_it(store: Store) -> None:
 
 def test_takedown_finds_rows_that_only_an_older_publication_holds(history: Store) -> None:
     history.delete(make_rows(3, 4)["id"].combine_chunks())
-    removal = remove(history, urls=["https://example.org/3.png"])
+    removal = remove_rows(history, urls=["https://example.org/3.png"])
     assert removal.num_rows == 1
     assert history.count() == 30
 
@@ -115,7 +115,7 @@ def test_takedown_of_an_indexed_table(store: Store, monkeypatch: pytest.MonkeyPa
     index = build_index(store, IndexConfig(exact_below=1_000))
     assert index.kind == "IVF_SQ"
     index_and_publish(store)
-    remove(store, urls=["https://example.org/7.png"])
+    remove_rows(store, urls=["https://example.org/7.png"])
     found = Retriever(store.uri, store.name).search(embeddings(0, 1_500, DIM)[7:8], 5)[0]
     assert len(found) == 5
     assert "picture number 7" not in {neighbour.caption for neighbour in found}
@@ -124,8 +124,8 @@ def test_takedown_of_an_indexed_table(store: Store, monkeypatch: pytest.MonkeyPa
 def test_a_takedown_can_be_repeated(history: Store) -> None:
     """As after a kill at any of its steps: the first one blocks the values."""
     url = "https://example.org/1.png"
-    assert remove(history, urls=[url]).num_rows == 1
-    assert remove(history, urls=[url]).num_rows == 0
+    assert remove_rows(history, urls=[url]).num_rows == 1
+    assert remove_rows(history, urls=[url]).num_rows == 0
     assert published_rows(history) == 30
 
 
@@ -133,12 +133,12 @@ def test_a_takedown_that_was_killed_midway_is_finished(history: Store) -> None:
     (row,) = history.dataset().to_table(filter=f"caption = '{CAPTION}'").to_pylist()
     block(history, "id", [row["id"]])
     history.delete([row["id"]])
-    assert remove(history, ids=[row["id"]]).num_rows == 1
+    assert remove_rows(history, ids=[row["id"]]).num_rows == 1
     assert files_with(history, SECRET) == []
 
 
 def test_what_was_taken_down_is_not_published_again(history: Store) -> None:
-    remove(history, urls=["https://example.org/4.png"])
+    remove_rows(history, urls=["https://example.org/4.png"])
     # The same image and caption from another place is the same row, by its id.
     elsewhere = make_rows(4, 5, url=["https://example.org/copy.png"])
     assert count_blocked(history, history.dataset()) == 0
@@ -152,7 +152,7 @@ def test_what_was_taken_down_is_not_published_again(history: Store) -> None:
 def test_a_takedown_publishes_no_unchecked_rows(history: Store) -> None:
     append(history, make_rows(40, 41, text_embed=[np.full(DIM, np.nan)]))
     assert not index_and_publish(history).published
-    removal = remove(history, urls=["https://example.org/1.png"])
+    removal = remove_rows(history, urls=["https://example.org/1.png"])
     assert removal.num_rows == 1
     assert published_rows(history) == 30
     assert history.dataset().count_rows("url = 'https://example.org/40.png'") == 0
@@ -161,7 +161,7 @@ def test_a_takedown_publishes_no_unchecked_rows(history: Store) -> None:
 def test_a_takedown_publishes_nothing_of_a_job_that_was_killed_halfway(history: Store) -> None:
     append(history, make_rows(40, 45))
     history.delete(history.dataset().to_table(columns=["id"], filter="url = 'https://example.org/2.png'")["id"])
-    remove(history, urls=["https://example.org/1.png"])
+    remove_rows(history, urls=["https://example.org/1.png"])
     urls = history.dataset(require_published(history)).to_table(columns=["url"])["url"].to_pylist()
     assert sorted(urls) == sorted(f"https://example.org/{number}.png" for number in range(31) if number != 1)
 
@@ -169,13 +169,13 @@ def test_a_takedown_publishes_nothing_of_a_job_that_was_killed_halfway(history: 
 def test_a_takedown_does_not_bring_back_what_a_person_rolled_back(history: Store) -> None:
     rollback(history)
     assert published_rows(history) == 21
-    remove(history, urls=["https://example.org/1.png"])
+    remove_rows(history, urls=["https://example.org/1.png"])
     assert published_rows(history) == 20
 
 
 def test_a_table_that_was_never_published_stays_so(store: Store) -> None:
     append(store, make_rows(0, 5))
-    removal = remove(store, urls=["https://example.org/1.png"])
+    removal = remove_rows(store, urls=["https://example.org/1.png"])
     assert (removal.num_rows, removal.published) == (1, False)
     assert (store.count(), published_version(store)) == (4, None)
 
@@ -188,7 +188,7 @@ def test_a_takedown_drops_all_pins_and_names_those_that_held_the_row(history: St
         append(history, make_rows(start, start + 10))
         index_and_publish(history)
     assert first not in [entry.version for entry in status(history).history], "only the pin keeps it"
-    removal = remove(history, urls=["https://example.org/25.png"])
+    removal = remove_rows(history, urls=["https://example.org/25.png"])
     assert (removal.pinned_by, removal.unpinned) == (("model-2",), ("model-1", "model-2"))
     assert pins(history) == {}
     assert len(history.dataset().versions()) == 1
@@ -199,6 +199,6 @@ def test_takedown_finds_rows_that_only_a_pinned_version_holds(history: Store) ->
     history.delete(make_rows(0, 30)["id"].combine_chunks())
     index_and_publish(history, PublishConfig(keep=1, max_shrink=1.0))
     assert Retriever(history.uri, history.name, version=pins(history)["model-1"]).num_rows == 31
-    removal = remove(history, urls=["https://example.org/7.png"])
+    removal = remove_rows(history, urls=["https://example.org/7.png"])
     assert (removal.num_rows, removal.pinned_by) == (1, ("model-1",))
     assert files_with(history, b"picture number 7") == []

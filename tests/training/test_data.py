@@ -8,7 +8,7 @@ from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.base import BaseModel, load_base
 from imagerag.hspace.encode import encode_latents, encode_references, open_images
-from imagerag.retrieval.takedown import remove
+from imagerag.retrieval.takedown import remove_rows
 from imagerag.training import data as data_module
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
 from imagerag.training.data import Loader, RagBatch, RagData, micro_batches
@@ -169,7 +169,7 @@ def test_a_set_of_which_something_was_taken_down_is_not_learnt_from_any_more(own
     made = own_world.synthesize()
     data = own_world.data(made)
     data.check()
-    remove(own_world.store, ids=[own_world.store.ids()[0].as_py()])
+    remove_rows(own_world.store, ids=[own_world.store.ids()[0].as_py()])
     with pytest.raises(UserError, match=f"version {made.index_version} of table 'images' .* is gone"):
         data.check()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from imagerag.retrieval.pins import TRAINING, pin
 from imagerag.retrieval.publish import PublishConfig
-from imagerag.retrieval.takedown import remove
+from imagerag.retrieval.takedown import remove_rows
 from imagerag.training.config import FinetuneConfig, LossWeights, SynthesizeConfig
 from imagerag.training.finetune import key_of
 from imagerag.training.resume import version_to_learn_from
@@ -37,5 +37,5 @@ def test_a_half_done_training_goes_on_where_it_was_begun(own_world: World) -> No
     assert version_for(own_world, anew=True) == published
     assert version_for(own_world, TRAINING_CONFIG.model_copy(update={"seed": 1})) == published, "it is another training"
 
-    remove(own_world.store, urls=["https://example.org/3.png"])
+    remove_rows(own_world.store, urls=["https://example.org/3.png"])
     assert version_for(own_world) == own_world.store.version, "what it was begun on was taken down"
