@@ -31,17 +31,17 @@ PARAMETERS = {
     },
     # Each node has one core, so that two workers need both.
     "finetune": {
+        "data": {"held_out_share": 0.5},  # an evaluation needs 20 prompts or more
         "training": {"steps": 4, "checkpoint_every": 1, "batch_size": 8, "micro_batch_size": 4, "num_validated": 4},
         "workers": {"num_workers": 2},
     },
     "evaluate": {
         "evaluation": {
             "ways": ["base", "best_slerp", "adapter", "champion"],
-            "num_prompts": 4,
+            "num_prompts": 24,
             "slerp_ws": [0.2],
             "adapter_scales": [],
         },
-        "gate": {"metric": "text_score"},  # others need more prompts that are captions
     },
 }
 
