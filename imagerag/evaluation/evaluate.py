@@ -6,11 +6,12 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from imagerag.artifacts import Deployed, Evaluated, Finetuned, IndexVersion
+from imagerag.artifacts import Deployed, Evaluated, Finetuned, TrainingSet
 from imagerag.evaluation.config import EvaluateConfig, GateMetricName, MetricName
 from imagerag.evaluation.copies import measure_copies, measure_leakage, threshold_of
 from imagerag.evaluation.metrics import Pictures, Real
@@ -65,56 +66,29 @@ def evaluate(
         StalledError: if the workers hang. Calling again resumes.
     """
     started = time.perf_counter()
-    training_set = training_set_of(finetuned)
-    retriever = Retriever(settings.index_uri, finetuned.index_name)
-    # Raises UserError if the index has no features of this base model.
-    retriever.count_without(identity_of(resolve(finetuned.base), retriever.dataset.schema))
-    prompts = read_prompts(config, training_set)
-    store = Store(retriever.uri, retriever.name)
-    index = store.index_version(retriever.version)
-    ways = ways_of(config, finetuned, training_set.teacher, index, champion)
-    parent = f"{settings.training_of(finetuned.index_name)}/evaluations"
-    key = _key(config, prompts, ways, index, metric)
-    folder = f"{parent}/{key}"
+    inputs = _Inputs.of(finetuned, config, settings, champion, metric)
+    folder = f"{inputs.parent}/{inputs.key}"
+    version = inputs.retriever.version
     # One evaluation at a time: they share the tables of pictures.
-    with writer_lock(parent, "pictures"), held(store, retriever.version, f"{JOB}evaluation-{key}"):
+    with writer_lock(inputs.parent, "pictures"), held(inputs.store, version, f"{JOB}evaluation-{inputs.key}"):
         if (known := read_json(f"{folder}/{RESULTS}")) is not None:
             done = Evaluated(**known["evaluated"])
             seconds = time.perf_counter() - started
             return replace(done, uri=folder, adapter=finetuned.uri, is_new=False, duration_s=seconds)
-        real = Real.of(retriever, prompts.texts)
-        # Before any picture is made, to fail early on invalid files.
-        suite = Suite(config, prompts, real, retriever)
-        job = PictureJob(prompts.texts, ways, config, parent)
-        latencies = job.run(settings, on_progress)
-        rows, points, pictures = _Measuring(job, suite, real, prompts, on_progress).measure(config, metric, latencies)
-        metrics = suite.about
-        results = Results(
-            base=training_set.base,
-            adapter=finetuned.uri,
-            index=f"{retriever.name}, version {retriever.version}",
-            machine=_machine(),
-            prompts=prompts.texts,
-            categories=prompts.categories,
-            metrics=metrics,
-            ways=tuple(replace(row, scores={name: row.scores[name] for name in metrics}) for row in rows),
-            points=tuple(points),
-            leakage=measure_leakage(retriever, prompts.texts, training_set),
-            not_measured=suite.not_measured,
-        )
-        files = to_files(results, pictures, retriever)
-        run_id = _track(f"{parent}/runs/{key}.json", key, finetuned, config, results, files, settings)
-        log_index(settings, run_id, store, retriever.version, "evaluation")
+        results, pictures = _measure(inputs, settings, on_progress)
+        files = to_files(results, pictures, inputs.retriever)
+        run_id = _track(inputs, results, files, settings)
+        log_index(settings, run_id, inputs.store, version, "evaluation")
         for name, content in files.items():
             write_file(f"{folder}/{name}", content)
         evaluated = Evaluated(
             uri=folder,
-            name=key,
+            name=inputs.key,
             adapter=finetuned.uri,
-            index_name=retriever.name,
-            index_version=retriever.version,
+            index_name=inputs.store.name,
+            index_version=version,
             run_id=run_id,
-            num_prompts=len(prompts.texts),
+            num_prompts=len(results.prompts),
             metrics=results.flat(),
             is_new=True,
             duration_s=time.perf_counter() - started,
@@ -123,17 +97,90 @@ def evaluate(
     return evaluated
 
 
-def _key(config: EvaluateConfig, prompts: Prompts, ways: list[Way], index: IndexVersion, metric: GateMetricName) -> str:
-    inputs = {
-        "version": [_VERSION, VERSION],
-        "config": config.model_dump(exclude={"num_workers", "stall_timeout_s", "batch_size", "files"}),
-        "files": digests_of(config.files),
-        "prompts": [prompts.texts, prompts.categories],
-        "ways": [way.key() | {"name": way.name} for way in ways],
-        "index": index.key,
-        "metric": metric,
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """Everything that the results of an evaluation depend on."""
+
+    finetuned: Finetuned
+    training_set: TrainingSet
+    config: EvaluateConfig
+    metric: GateMetricName
+    prompts: Prompts
+    retriever: Retriever
+    store: Store
+    ways: list[Way]
+    parent: str
+    """Folder of all evaluations of the corpus."""
+
+    @classmethod
+    def of(
+        cls,
+        finetuned: Finetuned,
+        config: EvaluateConfig,
+        settings: Settings,
+        champion: Deployed | None,
+        metric: GateMetricName,
+    ) -> "_Inputs":
+        """Read what an evaluation needs. Raises UserError, see `evaluate`."""
+        training_set = training_set_of(finetuned)
+        retriever = Retriever(settings.index_uri, finetuned.index_name)
+        # Raises UserError if the index has no features of this base model.
+        retriever.count_without(identity_of(resolve(finetuned.base), retriever.dataset.schema))
+        store = Store(retriever.uri, retriever.name)
+        index = store.index_version(retriever.version)
+        return cls(
+            finetuned=finetuned,
+            training_set=training_set,
+            config=config,
+            metric=metric,
+            prompts=read_prompts(config, training_set),
+            retriever=retriever,
+            store=store,
+            ways=ways_of(config, finetuned, training_set.teacher, index, champion),
+            parent=f"{settings.training_of(finetuned.index_name)}/evaluations",
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """Name of the evaluation, a digest of its inputs."""
+        config, prompts = self.config, self.prompts
+        inputs = {
+            "version": [_VERSION, VERSION],
+            "config": config.model_dump(exclude={"num_workers", "stall_timeout_s", "batch_size", "files"}),
+            "files": digests_of(config.files),
+            "prompts": [prompts.texts, prompts.categories],
+            "ways": [way.key() | {"name": way.name} for way in self.ways],
+            "index": self.store.index_version(self.retriever.version).key,
+            "metric": self.metric,
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _measure(inputs: _Inputs, settings: Settings, on_progress: OnProgress) -> tuple[Results, list[Pictures]]:
+    """Make the pictures of all ways and measure them; return the results, and the pictures of the columns."""
+    config, prompts, retriever = inputs.config, inputs.prompts, inputs.retriever
+    real = Real.of(retriever, prompts.texts)
+    # Before any picture is made, to fail early on invalid files.
+    suite = Suite(config, prompts, real, retriever)
+    job = PictureJob(prompts.texts, inputs.ways, config, inputs.parent)
+    latencies = job.run(settings, on_progress)
+    measuring = _Measuring(job, suite, real, prompts, on_progress)
+    rows, points, pictures = measuring.measure(config, inputs.metric, latencies)
+    metrics = suite.about
+    results = Results(
+        base=inputs.training_set.base,
+        adapter=inputs.finetuned.uri,
+        index=f"{retriever.name}, version {retriever.version}",
+        machine=_machine(),
+        prompts=prompts.texts,
+        categories=prompts.categories,
+        metrics=metrics,
+        ways=tuple(replace(row, scores={name: row.scores[name] for name in metrics}) for row in rows),
+        points=tuple(points),
+        leakage=measure_leakage(retriever, prompts.texts, inputs.training_set),
+        not_measured=suite.not_measured,
+    )
+    return results, pictures
 
 
 class _Measuring:
@@ -222,19 +269,12 @@ def _machine() -> str:
     return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
-def _track(
-    path: str,
-    key: str,
-    finetuned: Finetuned,
-    config: EvaluateConfig,
-    results: Results,
-    files: Mapping[str, bytes],
-    settings: Settings,
-) -> str:
+def _track(inputs: _Inputs, results: Results, files: Mapping[str, bytes], settings: Settings) -> str:
     """Log the metrics and files to MLflow, with a tag that names the training's run, and return the run's id."""
-    parameters = {"seed": config.seed, "prompts": len(results.prompts), "index": results.index, "base": results.base}
+    finetuned, seed = inputs.finetuned, inputs.config.seed
+    parameters = {"seed": seed, "prompts": len(results.prompts), "index": results.index, "base": results.base}
     tags = {"training_run": finetuned.run_id, "adapter": results.adapter}
-    run_id = lasting_run(path, settings, EXPERIMENT, key, parameters, tags)
+    run_id = lasting_run(f"{inputs.parent}/runs/{inputs.key}.json", settings, EXPERIMENT, inputs.key, parameters, tags)
     with MlflowTracker(tracking_uri(settings), run_id) as tracker:
         tracker.metrics(results.flat(), 0)
         for name, content in files.items():

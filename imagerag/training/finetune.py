@@ -190,8 +190,6 @@ def _fit(
 ) -> Any:
     """Run the Ray Train job to its end, and return its result."""
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     device, num_workers, num_threads = plan_workers(ray.nodes(), workers)
     parts = config.batch_size // config.micro_batch_size
@@ -211,23 +209,13 @@ def _fit(
         tracking_uri=tracking_uri(settings),
         run_id=run_id,
     )
-    trainer = TorchTrainer(
-        train,
-        train_loop_config={"task": task, "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=device == "cuda",
-            resources_per_worker=None if device == "cuda" else {"CPU": num_threads},
-        ),
-        run_config=RunConfig(
-            name=key,
-            storage_path=f"{settings.training_of(training_set.index_name)}/runs",
-            failure_config=FailureConfig(max_failures=workers.max_failures),
-            # Ray also keeps the latest checkpoint.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
-            ),
-        ),
+    use = {"use_gpu": True} if device == "cuda" else {"resources_per_worker": {"CPU": num_threads}}
+    trainer = _trainer(
+        {"task": task, "board": board},
+        {"num_workers": num_workers} | use,
+        name=key,
+        storage_path=f"{settings.training_of(training_set.index_name)}/runs",
+        max_failures=workers.max_failures,
     )
     try:
         result = _watch(trainer, board, config, workers.stall_timeout_s, on_progress)
@@ -238,6 +226,29 @@ def _fit(
     if isinstance(result.return_value, Exception):
         raise result.return_value
     return result
+
+
+def _trainer(
+    arguments: dict[str, Any], scaling: dict[str, Any], *, name: str, storage_path: str, max_failures: int
+) -> Any:
+    """Return a Ray trainer of `train` with these arguments, whose checkpoints are in `storage_path/name`."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    return TorchTrainer(
+        train,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(**scaling),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage_path,
+            failure_config=FailureConfig(max_failures=max_failures),
+            # Ray also keeps the latest checkpoint.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
+            ),
+        ),
+    )
 
 
 def _tracked_run(
