@@ -193,7 +193,8 @@ def _registered() -> Iterator[Finding]:
     try:
         for info, fault in check_versions(settings):
             seen = ", ".join([*info.aliases, f"index {info.pinned('index_name')} {info.pinned('index_version')}"])
-            remedy = f"{fault}: register it again (`imagerag evaluate`), or `imagerag models remove {info.version}`"
+            remove = f"imagerag models remove {info.version} --model-name {info.name}"
+            remedy = f"{fault}: register it again (`imagerag evaluate`), or `{remove}`"
             yield Finding(f"{info.name} {info.version}", seen, remedy if fault else "")
     except UserError as error:
         yield Finding("models", "not known", str(error))

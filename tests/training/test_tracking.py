@@ -1,5 +1,6 @@
 """MLflow comes and goes; the training goes on."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import pytest
 from PIL import Image
 
 from imagerag.errors import UserError
+from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.storage.files import write_json
 from imagerag.training import tracking
-from imagerag.training.tracking import MlflowTracker, lasting_run, start_run, tracking_uri
+from imagerag.training.tracking import MlflowTracker, lasting_run, log_index, mlflow_client, start_run, tracking_uri
 
 
 def free_port() -> int:
@@ -95,6 +97,24 @@ def test_one_that_is_not_there_is_refused_at_the_start(tmp_path: Path, monkeypat
     uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=f"MLflow at {uri} can't be used"):
         start_run(Settings(home=tmp_path, mlflow_tracking_uri=uri), "test", "run", {})
+
+
+def test_a_run_has_the_versions_of_its_index_as_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, store = Settings(home=tmp_path), Store("s3://bucket/index", "mine")
+    run_id = start_run(settings, "test", "run", {})
+    for version, context in (3, "training"), (3, "training"), (4, "retrieval"):
+        log_index(settings, run_id, store, version, context)
+    inputs = mlflow_client(tracking_uri(settings)).get_run(run_id).inputs.dataset_inputs
+    named = {each.dataset.name: (json.loads(each.dataset.source), each.tags[0].value) for each in inputs}
+    assert len(inputs) == 2
+    assert named == {
+        "mine-v3": ({"uri": "s3://bucket/index/mine.lance", "version": 3}, "training"),
+        "mine-v4": ({"uri": "s3://bucket/index/mine.lance", "version": 4}, "retrieval"),
+    }
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match=f"MLflow at {uri} can't be used"):
+        log_index(Settings(home=tmp_path, mlflow_tracking_uri=uri), run_id, store, 3, "training")
 
 
 def test_runs_of_a_group_are_nested(tmp_path: Path) -> None:
