@@ -37,7 +37,7 @@ test-unit: $(STAMP)  ## Run the tests that take seconds.
 KILLS ?= 30
 
 test-kill: $(STAMP)  ## Kill drivers, workers and writers of all stages KILLS times, at moments that SEED says.
-	@KILLS=$(KILLS) $(BIN)/pytest -s tests/kills -k random_kills
+	@KILLS=$(KILLS) $(BIN)/pytest -s tests/kills -k "random_kills or table_identical"
 
 test-cluster: $(STAMP)  ## Run a corpus through PostgreSQL, S3 and two Ray nodes on this machine; needs PostgreSQL.
 	@$(BIN)/pytest -m cluster

@@ -1,4 +1,7 @@
-"""Kill -9 at random moments of an ingest, each followed by a rerun: the table ends as if nothing had happened."""
+"""Kill -9 at random moments of an ingest, each followed by a rerun: the table ends as if nothing had happened.
+
+As the other tests here, it takes minutes, and `make test` leaves it to `make test-kill`.
+"""
 
 import json
 import os
@@ -79,6 +82,7 @@ def _content(home: Path) -> pa.Table:
 
 @pytest.mark.engines
 @pytest.mark.timeout(1200)
+@pytest.mark.skipif("KILLS" not in os.environ, reason="takes minutes: for `make test-kill`")
 def test_kills_leave_the_table_identical(
     tmp_path: Path, prefect_api_url: str, ray: Ray, drivers: ForkServerContext
 ) -> None:

@@ -15,7 +15,7 @@ from imagerag.errors import UserError
 from imagerag.recipes.tiny_base.latents import Latents
 from imagerag.recipes.tiny_base.train import Recipe, Training
 from imagerag.storage.digests import sha256_of
-from tests.training.test_loop import Kept as _Kept
+from tests.recipes.test_loop import Kept as _Kept
 
 RECIPE = Recipe(
     vae_steps=2, hspace_steps=2, prior_steps=2, teacher_steps=2, student_steps=2, perceptual_steps=2, batch_size=4

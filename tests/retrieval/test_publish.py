@@ -11,7 +11,7 @@ from imagerag.retrieval.publish import PublishConfig, publish, published_rows, p
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from tests.retrieval.rows import DIM, ENCODER, append, embeddings, index_and_publish, make_rows
-from tests.retrieval.test_features import OTHER, fill_all
+from tests.retrieval.test_feature_column import OTHER, fill_all
 
 
 def failed(publication: Publication) -> list[Check]:

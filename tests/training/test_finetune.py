@@ -174,7 +174,7 @@ def test_a_killed_driver_goes_on_and_a_killed_worker_is_replaced(
 ) -> None:
     """First the driver with its whole local Ray, as when the machine goes down; then the worker of the next one."""
     script = (
-        "import json, sys; from tests.training.test_job import *\n"
+        "import json, sys; from tests.training.test_finetune import *\n"
         "training_set = TrainingSet(**json.loads(sys.argv[1]))\n"
         "finetune(training_set, make_config(), WORKERS, Settings(home=sys.argv[2]), lambda *p: print(*p, flush=True))\n"
     )
