@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 from imagerag import _torchvision
 
 if TYPE_CHECKING:
+    from imagerag.base.model import load_base
     from imagerag.embedding.encoder import load_encoder
     from imagerag.errors import UserError
-    from imagerag.generation.base import load_base
     from imagerag.generation.pipeline import ImageRAGTurboPipeline, ImageRAGTurboXLPipeline
     from imagerag.hspace.adapter import HSpaceAdapter
     from imagerag.retrieval.search import Retriever
@@ -46,7 +46,7 @@ _MODULES = {
     "ImageRAGTurboXLPipeline": "generation.pipeline",
     "Retriever": "retrieval.search",
     "UserError": "errors",
-    "load_base": "generation.base",
+    "load_base": "base.model",
     "load_encoder": "embedding.encoder",
 }
 

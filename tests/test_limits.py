@@ -23,7 +23,7 @@ from imagerag.training.config import FinetuneConfig, SynthesizeConfig
 def test_a_command_says_so_before_anything_is_loaded(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imagerag.generation.base_files.resolve", lambda _: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr("imagerag.base.files.resolve", lambda _: pytest.fail("nothing may be loaded"))
     with pytest.raises(UserError, match=message):
         CliRunner().invoke(app, [*arguments, "a fox"], catch_exceptions=False)
 

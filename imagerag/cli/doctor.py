@@ -140,8 +140,8 @@ def _gpu() -> str:
 
 
 def _models() -> Iterator[Finding]:
+    from imagerag.base import files as bases
     from imagerag.embedding import encoder_files as encoders
-    from imagerag.generation import base_files as bases
 
     try:
         identity = encoders.resolve("tiny").identity

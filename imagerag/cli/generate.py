@@ -185,13 +185,13 @@ def open_model(model: str) -> "Iterator[ImageRAGTurboPipeline]":
 
 def open_pipeline(base: str, adapter: str | None) -> "ImageRAGTurboPipeline":
     """Load a pipeline of a base model, with an adapter from a folder or an object store's URI if given."""
-    from imagerag.generation.base_files import check_spec
+    from imagerag.base.files import check_spec
 
     check_spec(base)
     from imagerag.cli.quiet import quiet_models
 
     quiet_models()
-    from imagerag.generation.base import load_base
+    from imagerag.base.model import load_base
     from imagerag.generation.finetuned import load_finetuned
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
     from imagerag.storage.files import local_copy

@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from imagerag.artifacts import Deployed, Evaluated, Finetuned, TrainingSet
+from imagerag.base.files import resolve
 from imagerag.evaluation.config import EvaluateConfig, GateMetricName, MetricName
 from imagerag.evaluation.copies import measure_copies, measure_leakage, threshold_of
 from imagerag.evaluation.metrics import Pictures, Real
@@ -23,7 +24,6 @@ from imagerag.evaluation.results import JUDGES, RESULTS, CurvePoint, Latency, Re
 from imagerag.evaluation.suite import Suite
 from imagerag.evaluation.ways import Way, ways_of
 from imagerag.evaluation.weights import digests_of
-from imagerag.generation.base_files import resolve
 from imagerag.hspace.cache import identity_of
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.pins import JOB, held

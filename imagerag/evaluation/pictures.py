@@ -212,8 +212,8 @@ class Worker:
         index = way.index or next((index for index in indexes if index is not None), None)
         known = (way.base, way.adapter, index)
         if known not in self._pipelines:
+            from imagerag.base.model import load_base
             from imagerag.evaluation.timed import TimedPipeline
-            from imagerag.generation.base import load_base
             from imagerag.generation.finetuned import load_finetuned
             from imagerag.generation.pipeline import ImageRAGTurboPipeline
 

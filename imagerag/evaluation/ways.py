@@ -8,10 +8,10 @@ from typing import Any
 import fsspec
 
 from imagerag.artifacts import Deployed, Finetuned, IndexVersion
+from imagerag.base.files import PAPERS_W, resolve
 from imagerag.errors import UserError
 from imagerag.evaluation.compare import teacher_guidance
 from imagerag.evaluation.config import EvaluateConfig, WayName
-from imagerag.generation.base_files import PAPERS_W, resolve
 from imagerag.generation.finetuned import ADAPTER, LORA
 from imagerag.retrieval.store import Store
 from imagerag.storage.files import read_json

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from imagerag.errors import UserError
 
 if TYPE_CHECKING:
-    from imagerag.generation.base import BaseModel
+    from imagerag.base.model import BaseModel
     from imagerag.hspace.adapter import HSpaceAdapter
 
 ADAPTER, LORA = "adapter", "lora"

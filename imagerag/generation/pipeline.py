@@ -14,7 +14,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, PreTrainedModel, PreTrainedTokenizerBase
 
-from imagerag.generation.base_files import PAPERS_W
+from imagerag.base.files import PAPERS_W
 from imagerag.generation.reference_mixin import ImageRAGTurboOutput, ReferenceMixin
 from imagerag.generation.signature import passing_on
 from imagerag.hspace.adapter import HSpaceAdapter

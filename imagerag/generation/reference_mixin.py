@@ -13,6 +13,9 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from imagerag.base.files import BaseIdentity, identity_of_folder
+from imagerag.base.model import BaseModel
+from imagerag.base.text import LCM_GUIDANCE, TextConditioner
 from imagerag.errors import UserError
 from imagerag.generation.arguments import (
     Given,
@@ -25,12 +28,9 @@ from imagerag.generation.arguments import (
     count_prompts,
     in_list,
 )
-from imagerag.generation.base import BaseModel
-from imagerag.generation.base_files import BaseIdentity, identity_of_folder
 from imagerag.generation.options import FusionOptions, check_scale, warn_of_no_effect
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
 from imagerag.generation.saving import align, attach_beside, save_beside, unify
-from imagerag.generation.text import LCM_GUIDANCE, TextConditioner
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.encode import encode_references
 from imagerag.hspace.fit import DEFAULT_FIT

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL.Image import Resampling
 
+from imagerag.base.files import BaseIdentity
+from imagerag.base.text import is_text_tower
 from imagerag.embedding.encoder_files import resolve
 from imagerag.errors import UserError, VersionGoneError
-from imagerag.generation.base_files import BaseIdentity
-from imagerag.generation.text import is_text_tower
 from imagerag.hspace.adapter import gate
 from imagerag.hspace.encode import identity_in
 from imagerag.retrieval.ranking import diversify, merge, split_phrases

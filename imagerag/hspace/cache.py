@@ -10,8 +10,8 @@ import time
 import pyarrow as pa
 
 from imagerag.artifacts import CachedFeatures
+from imagerag.base.files import BaseFiles, read_json, resolve
 from imagerag.errors import UserError
-from imagerag.generation.base_files import BaseFiles, read_json, resolve
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval import feature_column
@@ -122,7 +122,7 @@ class Worker:
         device: str,
         dtype: Dtype | None,
     ) -> None:
-        from imagerag.generation.base import load_base
+        from imagerag.base.model import load_base
         from imagerag.hspace.encode import feature_identity
 
         self._base = load_base(identity.base, device, dtype)

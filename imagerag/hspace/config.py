@@ -2,7 +2,7 @@
 
 from pydantic import Field, field_validator
 
-from imagerag.generation.base_files import check_spec
+from imagerag.base.files import check_spec
 from imagerag.retrieval.schema import Fit
 from imagerag.workers import CommittingConfig
 

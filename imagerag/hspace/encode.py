@@ -13,9 +13,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image
 
+from imagerag.base.files import BaseIdentity
+from imagerag.base.text import TextConditioner, unet_arguments
 from imagerag.errors import UserError
-from imagerag.generation.base_files import BaseIdentity
-from imagerag.generation.text import TextConditioner, unet_arguments
 from imagerag.hspace.fit import DEFAULT_FIT, FITS, fit_square
 from imagerag.hspace.midblock import encode
 from imagerag.retrieval.schema import FeatureIdentity, Features, Fit

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from imagerag.artifacts import Finetuned
+from imagerag.base.files import BaseFiles, resolve
 from imagerag.errors import UserError
-from imagerag.generation.base_files import BaseFiles, resolve
 from imagerag.generation.finetuned import ADAPTER, LORA, load_finetuned
 from imagerag.hspace.cache import identities_of, identity_of
 from imagerag.retrieval.publish import move_tag
@@ -104,7 +104,7 @@ def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable
             it, or the trained weights are not safetensors.
     """
     _copy_weights(finetuned.uri, folder)
-    from imagerag.generation.base import default_device, default_dtype
+    from imagerag.base.model import default_device, default_dtype
 
     base = resolve(finetuned.base)
     _check_base(base, finetuned.base_digest)
@@ -175,7 +175,7 @@ def load(folder: Path, device: str | None = None, dtype: "Dtype | None" = None) 
     Raises:
         UserError: if a file was changed, or the base model or the index is not the pinned one.
     """
-    from imagerag.generation.base import load_base
+    from imagerag.base.model import load_base
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
     manifest = read(folder)

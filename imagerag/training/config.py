@@ -7,9 +7,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from imagerag.base.files import check_spec
 from imagerag.config import Config
 from imagerag.errors import UserError
-from imagerag.generation.base_files import check_spec
 from imagerag.limits import MAX_SEED
 from imagerag.workers import CommittingConfig, WorkersConfig
 

@@ -18,9 +18,9 @@ import torch
 from lance import LanceDataset
 
 from imagerag.artifacts import TrainingSet
+from imagerag.base.model import BaseModel
+from imagerag.base.text import added_conditions
 from imagerag.errors import UserError
-from imagerag.generation.base import BaseModel
-from imagerag.generation.text import added_conditions
 from imagerag.hspace.encode import identity_in, side_of
 from imagerag.retrieval.feature_column import require_cached
 from imagerag.retrieval.schema import Embeds, Features

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from imagerag.base.files import BaseFiles, read_json, resolve
 from imagerag.errors import UserError
-from imagerag.generation.base_files import BaseFiles, read_json, resolve
 from imagerag.hspace.cache import identity_of
 from imagerag.retrieval.schema import FeatureIdentity
 from imagerag.retrieval.search import Retriever

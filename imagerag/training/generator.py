@@ -15,7 +15,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 
-from imagerag.generation.text import LCM_GUIDANCE, embed_guidance
+from imagerag.base.text import LCM_GUIDANCE, embed_guidance
 from imagerag.hspace.adapter import HSpaceAdapter, gate
 from imagerag.hspace.lora import LORA_NAME, save_lora
 from imagerag.hspace.split import decode, encode

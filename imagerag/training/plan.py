@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagerag.generation.base_files import read_json
+from imagerag.base.files import read_json
 from imagerag.training.config import FinetuneConfig
 from imagerag.training.examples import Examples
 
@@ -106,7 +106,7 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
     """
     import torch
 
-    from imagerag.generation.base import load_scheduler
+    from imagerag.base.model import load_scheduler
     from imagerag.hspace.adapter import HSpaceAdapter
     from imagerag.training.diffusion import Diffusion
     from imagerag.training.discriminator import build_discriminator
@@ -203,7 +203,7 @@ def _added(examples: Examples, size: int) -> dict[str, "torch.Tensor"]:
     """Return empty `added_cond_kwargs` for `size` rows, for SDXL models; an empty dictionary for others."""
     import torch
 
-    from imagerag.generation.text import added_conditions
+    from imagerag.base.text import added_conditions
 
     schema = examples.real_table.schema
     if "pooled" not in schema.names:

@@ -33,7 +33,7 @@ from imagerag.workers import Dtype, Job, run_job
 if TYPE_CHECKING:
     import torch
 
-    from imagerag.generation.text import TextConditioner
+    from imagerag.base.text import TextConditioner
 
 _CANDIDATES = 4 * STORED_REFERENCES
 _ROWS_OF_A_TASK = 256
@@ -194,7 +194,7 @@ class RealWorker(_Worker):
         self, *, base: str, fit: Fit, uri: str, name: str, version: int, device: str, dtype: Dtype | None, **common: Any
     ) -> None:
         super().__init__(**common)
-        from imagerag.generation.base import load_base
+        from imagerag.base.model import load_base
 
         self._base, self._fit = load_base(base, device, dtype), fit
         self._retriever = Retriever(uri, name, version=version)
@@ -212,7 +212,7 @@ class TeacherWorker(_Worker):
 
     def __init__(self, *, base: str, config: SynthesizeConfig, device: str, dtype: Dtype | None, **common: Any) -> None:
         super().__init__(**common)
-        from imagerag.generation.base import load_base
+        from imagerag.base.model import load_base
         from imagerag.generation.pipeline import ImageRAGTurboPipeline
         from imagerag.hspace.encode import side_of
 

@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from imagerag.generation.base import BaseModel
+from imagerag.base.model import BaseModel
 from imagerag.generation.finetuned import ADAPTER, LORA
 from imagerag.generation.sheet import sheet
 from imagerag.hspace.adapter import HSpaceAdapter

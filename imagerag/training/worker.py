@@ -20,7 +20,7 @@ from imagerag.training.tracking import MlflowTracker
 if TYPE_CHECKING:
     import torch
 
-    from imagerag.generation.base import BaseModel
+    from imagerag.base.model import BaseModel
     from imagerag.training.data import RagData
     from imagerag.training.trainer import Finetuning
 
@@ -118,7 +118,7 @@ def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Fin
     import ray.train.torch
     import torch
 
-    from imagerag.generation.base import load_base
+    from imagerag.base.model import load_base
     from imagerag.training.perceptual import load_perceptual
     from imagerag.training.trainer import Finetuning
 

@@ -4,8 +4,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from imagerag.base.model import load_base
 from imagerag.embedded.sample import load_drawings
-from imagerag.generation.base import load_base
 from imagerag.hspace.cache import cache_features
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.hspace.encode import encode_references, open_images

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from imagerag.artifacts import TrainingSet
+from imagerag.base.model import load_base
 from imagerag.embedded.sample import load_drawings
 from imagerag.embedding.encoder import load_encoder
-from imagerag.generation.base import load_base
 from imagerag.hspace.cache import cache_features
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.hspace.split import EncoderOutput, encode

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from imagerag.base.files import BaseIdentity
 from imagerag.embedding.encoder_files import resolve
-from imagerag.generation.base_files import BaseIdentity
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.encode import feature_identity

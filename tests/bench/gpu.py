@@ -18,8 +18,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from imagerag.generation.base import BaseModel
-from imagerag.generation.base_files import BaseIdentity
+from imagerag.base.files import BaseIdentity
+from imagerag.base.model import BaseModel
 from imagerag.training.config import FinetuneConfig, LossWeights
 from imagerag.training.data import Loaded, RagBatch
 from imagerag.training.plan import PEAK_TFLOPS

@@ -20,9 +20,9 @@ import psutil
 import torch
 
 from imagerag.artifacts import Finetuned
+from imagerag.base.model import load_base
 from imagerag.embedded.sample import load_drawings
 from imagerag.embedding.encoder import load_encoder
-from imagerag.generation.base import load_base
 from imagerag.generation.batch import generate
 from imagerag.generation.finetuned import ADAPTER
 from imagerag.hspace.adapter import HSpaceAdapter
@@ -226,7 +226,7 @@ def _clients(folder: Path) -> Row:
 
 
 def _identity(pipeline: Any) -> Any:
-    from imagerag.generation.base_files import BaseIdentity
+    from imagerag.base.files import BaseIdentity
 
     return BaseIdentity(id=pipeline.config.base_id, digest=pipeline.config.base_digest)
 

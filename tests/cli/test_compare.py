@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from imagerag.base.model import load_base
 from imagerag.cli import app
 from imagerag.embedded import tiny_base
 from imagerag.embedded.sample import load_drawings
 from imagerag.embedding.encoder_files import resolve
 from imagerag.errors import UserError
-from imagerag.generation.base import load_base
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.encode import encode_references, feature_identity, open_images, to_cache
 from imagerag.retrieval import feature_column

@@ -79,6 +79,6 @@ def _difference(one: Image.Image, other: Image.Image) -> tuple[tuple[int, int], 
 def test_the_users_mistake_is_named_before_anything_is_loaded(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imagerag.generation.base_files.resolve", lambda _: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr("imagerag.base.files.resolve", lambda _: pytest.fail("nothing may be loaded"))
     with pytest.raises(UserError, match=message):
         CliRunner().invoke(app, ["generate", *arguments], catch_exceptions=False)

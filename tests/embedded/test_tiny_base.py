@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from imagerag.base.model import BaseModel, load_base
 from imagerag.embedded import tiny_base
 from imagerag.embedded.sample import load_concepts, load_drawings
 from imagerag.evaluation.intervals import estimate
-from imagerag.generation.base import BaseModel, load_base
 from imagerag.generation.batch import generate
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.recipes.tiny_base import hspace

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from imagerag.base.files import resolve as resolve_base
 from imagerag.embedding.encoder_files import check_spec, resolve
 from imagerag.errors import UserError
-from imagerag.generation.base_files import resolve as resolve_base
 from tests.embedding.conftest import write_encoder
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from imagerag.artifacts import Deployed, Finetuned
+from imagerag.base.model import load_base
 from imagerag.errors import UserError
 from imagerag.evaluation import pictures
 from imagerag.evaluation.config import EvaluateConfig, MetricFiles
 from imagerag.evaluation.evaluate import EXPERIMENT, evaluate
 from imagerag.evaluation.results import GRID, PAGE, RESULTS, TABLE, read_results
 from imagerag.evaluation.ways import ways_of
-from imagerag.generation.base import load_base
 from imagerag.generation.finetuned import load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.retrieval.publish import require_published

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from imagerag.base.model import load_base
 from imagerag.errors import UserError
-from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from tests.devices import DEVICES
 

@@ -11,9 +11,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from imagerag.base.model import load_base
 from imagerag.embedding.encoder_files import resolve
 from imagerag.errors import UserError, VersionGoneError
-from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
 from imagerag.hspace.encode import feature_identity
 from imagerag.hspace.fit import FITS, fit_square

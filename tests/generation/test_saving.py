@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from peft import LoraConfig
 
+from imagerag.base.model import load_base
 from imagerag.errors import UserError
-from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline, ImageRAGTurboXLPipeline
 from imagerag.generation.saving import align
 from imagerag.hspace.lora import LORA_NAME

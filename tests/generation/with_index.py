@@ -10,10 +10,10 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+from imagerag.base.files import BaseIdentity
 from imagerag.embedded import tiny_base
 from imagerag.embedded.tiny_encoder import text_folder
 from imagerag.embedding.encoder_files import resolve
-from imagerag.generation.base_files import BaseIdentity
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.encode import encode_references, feature_identity, open_images, to_cache

@@ -10,9 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from imagerag.base.files import resolve
+from imagerag.base.model import load_base
 from imagerag.errors import UserError
-from imagerag.generation.base import load_base
-from imagerag.generation.base_files import resolve
 from imagerag.hspace.cache import cache_features, identities_of
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.hspace.encode import encode_references, feature_identity, open_images

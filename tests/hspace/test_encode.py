@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from imagerag.base.files import BaseIdentity, resolve
+from imagerag.base.model import BaseModel, load_base
+from imagerag.base.text import unet_arguments
 from imagerag.errors import UserError
-from imagerag.generation.base import BaseModel, load_base
-from imagerag.generation.base_files import BaseIdentity, resolve
-from imagerag.generation.text import unet_arguments
 from imagerag.hspace.cache import identity_of
 from imagerag.hspace.encode import encode_latents, encode_references, feature_identity, identity_in, to_cache
 from imagerag.hspace.fit import FITS, fit_square

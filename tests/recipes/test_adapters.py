@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from imagerag.base.model import BaseModel, load_base
 from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.evaluation.intervals import estimate
-from imagerag.generation.base import BaseModel, load_base
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.encode import encode_latents, encode_references, open_images
 from imagerag.recipes.tiny_base import adapters

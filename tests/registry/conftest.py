@@ -12,7 +12,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from imagerag.artifacts import Finetuned
-from imagerag.generation.base import load_base
+from imagerag.base.model import load_base
 from imagerag.generation.finetuned import ADAPTER, LORA, MANIFEST
 from imagerag.hspace.encode import encode_references, feature_identity, open_images, to_cache
 from imagerag.hspace.lora import LORA_NAME, save_lora

@@ -260,7 +260,7 @@ def test_a_portable_model_needs_no_package(home: Home, tmp_path: Path) -> None:
 
 def test_a_version_states_its_dtype(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("imagerag.generation.base.default_dtype", lambda _: "bf16")  # as on another machine
+        patch.setattr("imagerag.base.model.default_dtype", lambda _: "bf16")  # as on another machine
         register(home.finetuned("first"), home.settings)
     folder = download(home.settings, 1, tmp_path / "model")
     pull(home.settings, "1", tmp_path / "pulled")

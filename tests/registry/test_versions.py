@@ -370,6 +370,6 @@ def test_what_does_not_fit_is_not_registered(home: Home) -> None:
 
 
 def _digest_of_tiny() -> str:
-    from imagerag.generation.base_files import resolve
+    from imagerag.base.files import resolve
 
     return resolve("tiny").identity.digest

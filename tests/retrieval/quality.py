@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 
+from imagerag.base.model import load_conditioner
 from imagerag.embedded.sample import Concept, Drawing, load_concepts, load_drawings
 from imagerag.embedding.encoder_files import resolve
 from imagerag.evaluation.intervals import estimate
-from imagerag.generation.base import load_conditioner
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
 from imagerag.retrieval.ranking import diversify, merge, split_phrases

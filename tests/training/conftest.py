@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from imagerag.artifacts import TrainingSet
-from imagerag.generation.base import load_base
-from imagerag.generation.base_files import resolve
+from imagerag.base.files import resolve
+from imagerag.base.model import load_base
 from imagerag.hspace.cache import _choose, identity_of
 from imagerag.hspace.encode import encode_references, open_images, to_cache
 from imagerag.retrieval import feature_column

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from imagerag.artifacts import TrainingSet
+from imagerag.base.model import BaseModel, load_base
 from imagerag.errors import UserError
-from imagerag.generation.base import BaseModel, load_base
 from imagerag.hspace.encode import encode_latents, encode_references, open_images
 from imagerag.retrieval.takedown import remove_rows
 from imagerag.training import data as data_module

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from imagerag.base.model import BaseModel, load_base
 from imagerag.errors import UserError
-from imagerag.generation.base import BaseModel, load_base
 from imagerag.generation.finetuned import load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.adapter import HSpaceAdapter

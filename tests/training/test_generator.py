@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagerag.generation.base import BaseModel, load_base
+from imagerag.base.model import BaseModel, load_base
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.training.data import RagBatch
 from imagerag.training.diffusion import Diffusion

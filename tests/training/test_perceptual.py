@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from imagerag.base.model import load_base
 from imagerag.embedded import tiny_base
 from imagerag.embedded.sample import load_drawings
 from imagerag.errors import UserError
-from imagerag.generation.base import load_base
 from imagerag.recipes.tiny_base.data import Pictures
 from imagerag.recipes.tiny_base.vae import encode_all
 from imagerag.training.perceptual import LatentNetwork, augment, check_perceptual, load_perceptual

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagerag.generation.base import load_base
+from imagerag.base.model import load_base
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
 from imagerag.training.plan import PEAK_TFLOPS, UTILISATION, plan
 from imagerag.training.trainer import Finetuning

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from imagerag.artifacts import TrainingSet
+from imagerag.base.model import load_base
 from imagerag.errors import UserError
-from imagerag.generation.base import load_base
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.encode import encode_latents
 from imagerag.retrieval.pins import TRAINING, pin, pins, unpin

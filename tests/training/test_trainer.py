@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from imagerag.artifacts import TrainingSet
-from imagerag.generation.base import load_base
+from imagerag.base.model import load_base
 from imagerag.generation.finetuned import ADAPTER, load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.adapter import HSpaceAdapter

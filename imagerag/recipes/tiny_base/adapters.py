@@ -22,11 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from imagerag.artifacts import TrainingSet
+from imagerag.base.model import BaseModel, load_base
 from imagerag.embedded.sample import load_drawings
 from imagerag.evaluation.compare import TEACHER_STEPS, teacher_guidance
 from imagerag.evaluation.curve import Point, to_svg
 from imagerag.evaluation.intervals import Estimate, estimate
-from imagerag.generation.base import BaseModel, load_base
 from imagerag.generation.finetuned import MANIFEST, load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.generation.sheet import sheet

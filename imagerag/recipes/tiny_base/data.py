@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from imagerag.base.text import TextConditioner
 from imagerag.embedded.sample import STYLES, Concept, Drawing
-from imagerag.generation.text import TextConditioner
 
 _KEYWORD_PROMPTS = 3
 _ENCODED_AT_ONCE = 256

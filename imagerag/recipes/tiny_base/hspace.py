@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from imagerag.base.model import BaseModel
 from imagerag.evaluation.intervals import Estimate, estimate
-from imagerag.generation.base import BaseModel
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.fit import fit_square
 from imagerag.recipes.tiny_base.teacher import build_scheduler, rebuild_from_h

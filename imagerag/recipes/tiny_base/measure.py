@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from imagerag.base.model import BaseModel
 from imagerag.embedded.judge import contrastive_features
 from imagerag.embedded.sample import Drawing
 from imagerag.evaluation.efficientnet import load_feature_network
 from imagerag.evaluation.intervals import Estimate, estimate
 from imagerag.evaluation.recognition import Floats, Judge
-from imagerag.generation.base import BaseModel
 from imagerag.recipes.tiny_base.data import Pictures
 from imagerag.recipes.tiny_base.vae import to_input
 from imagerag.training.config import ReferenceChoice

@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
+from imagerag.base.files import resolve
+from imagerag.base.model import BaseModel, load_base
 from imagerag.embedded.sample import Concept, Drawing, load_drawings
 from imagerag.embedding.encoder import load_encoder
 from imagerag.errors import UserError
@@ -23,8 +25,6 @@ from imagerag.evaluation.distances import Distances, measure_distances
 from imagerag.evaluation.efficientnet import load_feature_network
 from imagerag.evaluation.intervals import Estimate, estimate
 from imagerag.evaluation.recognition import ClipJudge, Judge, is_nearest
-from imagerag.generation.base import BaseModel, load_base
-from imagerag.generation.base_files import resolve
 from imagerag.generation.batch import Generated, generate
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.generation.sheet import sheet

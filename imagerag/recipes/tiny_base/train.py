@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
+from imagerag.base.model import load_conditioner
 from imagerag.embedded import tiny_base
 from imagerag.embedded.sample import Drawing, load_concepts, load_drawings
 from imagerag.errors import UserError
-from imagerag.generation.base import load_conditioner
 from imagerag.recipes.loop import CHECKPOINT_SUFFIX, Phase, run, start_from
 from imagerag.recipes.tiny_base.anything import Cutouts
 from imagerag.recipes.tiny_base.data import Pictures, Prompts

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DCondition
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from imagerag.base.files import PAPERS_W, BaseIdentity, Part, parts_of, read_json, resolve
+from imagerag.base.text import TextConditioner
 from imagerag.errors import UserError
-from imagerag.generation.base_files import PAPERS_W, BaseIdentity, Part, parts_of, read_json, resolve
-from imagerag.generation.text import TextConditioner
 from imagerag.workers import Dtype
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from imagerag.base.files import check_spec, resolve
+from imagerag.base.model import load_base
 from imagerag.embedded import tiny_base
 from imagerag.errors import UserError
-from imagerag.generation.base import load_base
-from imagerag.generation.base_files import check_spec, resolve
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.storage.digests import sha256_of as digests_sha256_of
 
