@@ -1,30 +1,32 @@
 import multiprocessing
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec import AbstractFileSystem
 
 from imagerag.corpus import url_list
 from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.ledger import read_parts
 from imagerag.corpus.shards import PLAN_SCHEMA
 from imagerag.storage.files import ConflictError, read_tagged
+from tests.object_store import BUCKET, object_store
 
 PLAN = pa.table({name: ["x", "y"] for name in PLAN_SCHEMA.names})
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    with object_store():
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture(params=["local", "memory", "object store"])
 def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
-    return Corpus(str(tmp_path / "shards") if request.param == "local" else f"memory://{tmp_path}/shards")
-
-
-def filesystem(corpus: Corpus) -> tuple[AbstractFileSystem, str]:
-    fs, root = corpus.open()
-    fs.makedirs(root, exist_ok=True)
-    return fs, root
+    place = {"local": "", "memory": "memory://"}.get(request.param)
+    return Corpus(f"{request.getfixturevalue('store') if place is None else place}{tmp_path}/shards")
 
 
 def test_an_empty_corpus(corpus: Corpus) -> None:
@@ -88,7 +90,8 @@ def test_files_of_before_have_no_versions(tmp_path: Path) -> None:
 
 
 def test_only_a_whole_marker_counts(corpus: Corpus) -> None:
-    fs, root = filesystem(corpus)
+    fs, root = corpus.open()
+    fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f"{root}/00000_stats.json", b'{"count": 3}')
     fs.pipe_file(f"{root}/00001_stats.json", b'{"count": 3, "succ')
     fs.pipe_file(f"{root}/00002_stats.json", b"")
