@@ -16,8 +16,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
 
@@ -34,6 +35,7 @@ LOGIN_PATH = "/imagerag/login"
 """Page of our Prefect server that stores the password from its URL fragment, as Prefect's own login does."""
 PREFECT, WORKER, MLFLOW = "prefect-server", "prefect-worker", "mlflow-server"
 
+_DISTRIBUTION = "imagerag-turbo"
 _HEALTH = {PREFECT: "/api/health", MLFLOW: "/health"}
 _PROJECT = "IMAGERAG_PROJECT"
 """Environment variable with the flows' folder. Only workers and their flow runs have it, which identifies them."""
@@ -160,7 +162,7 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
         project: the folder that holds `flows/` and `infra/prefect.yaml`.
 
     Raises:
-        UserError: if `project` has no `infra/prefect.yaml`.
+        UserError: if there is no `infra/prefect.yaml`, see `deployments_file`.
     """
     deployments_file(project)
     home = settings.make_home()
@@ -181,15 +183,19 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
 
 
 def deployments_file(project: Path) -> Path:
-    """Return the path of a project's `infra/prefect.yaml`.
+    """Return the path of a checkout's `infra/prefect.yaml`, or of the one that was installed with a wheel.
 
     Raises:
         UserError: if it does not exist.
     """
     path = project / "infra" / "prefect.yaml"
-    if not path.is_file():
-        raise UserError(f"the deployments are described in {path}, which does not exist; run from a checkout")
-    return path
+    if path.is_file():
+        return path
+    with suppress(metadata.PackageNotFoundError):
+        for file in metadata.files(_DISTRIBUTION) or ():
+            if file.name == path.name:
+                return Path(str(file.locate()))
+    raise UserError(f"the deployments are described in {path}, which does not exist: install {_DISTRIBUTION} again")
 
 
 def down(home: Path) -> list[Service]:

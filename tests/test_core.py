@@ -6,6 +6,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from imagerag.errors import UserError
+from imagerag.services import deployments_file
+
 ROOT = Path(__file__).parent.parent
 OF_THE_PIPELINE = ("fastapi", "img2dataset", "prefect", "ray", "sqlalchemy", "torch-fidelity")
 WITHOUT = """
@@ -50,3 +55,24 @@ def test_a_wheel_has_every_file_of_the_package() -> None:
     files = [path for path in (ROOT / "imagerag").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert len(files) > 100
     assert [path for path in files if path.suffix != ".py" and not any(map(path.match, patterns))] == []
+
+
+def test_a_wheel_has_the_deployments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file of data, which pip does not install next to the packages."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    ((folder, (file,)),) = data.items()
+    assert (ROOT / file).name == "prefect.yaml"
+    assert deployments_file(ROOT) == ROOT / file
+
+    packages, installed = tmp_path / "lib" / "site-packages", tmp_path / folder / "prefect.yaml"
+    described = packages / "imagerag_turbo-0.1.0.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: imagerag-turbo\nVersion: 0.1.0\n")
+    (described / "RECORD").write_text(f"../../{folder}/prefect.yaml,,\n")
+    installed.parent.mkdir(parents=True)
+    installed.write_text("deployments: []")
+    monkeypatch.syspath_prepend(packages)
+    assert deployments_file(packages).samefile(installed)
+    (described / "RECORD").write_text("")
+    with pytest.raises(UserError, match="does not exist: install imagerag-turbo again"):
+        deployments_file(packages)

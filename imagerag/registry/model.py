@@ -6,6 +6,7 @@ these files.
 """
 
 import hashlib
+import platform
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,6 +58,9 @@ def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: 
             pip_requirements=manifest.requirements,
             metadata={name: getattr(manifest, name) for name in _METADATA},
         )
+    # Any patch release will do: a machine without the one that is installed here could not make MLflow's environment.
+    path, python = model / "python_env.yaml", platform.python_version()
+    path.write_text(path.read_text().replace(f"python: {python}", f'python: "{python.rpartition(".")[0]}"'))
     (model / CARD).write_text(card, encoding="utf-8")
     if grid is not None:
         shutil.copy(grid, model / GRID)

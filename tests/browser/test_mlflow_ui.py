@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from imagerag import services
+from imagerag.registry.versions import resolve_version
 from tests.browser.conftest import MARKS, shoot
 from tests.end_to_end.prefect_api import basic
 from tests.registry.conftest import Home
@@ -56,9 +57,8 @@ def test_runs_are_compared_and_the_model_is_read(page: Page, url: str, champion:
     expect(page.get_by_text("One-step text-to-image generation that is shown the nearest rows").first).to_be_visible()
     shoot(page, "model")
 
-    version = champion.client.get_model_version("imagerag-turbo", "1")
-    page.goto(f"{url}/#/experiments/{experiment.experiment_id}/runs/{version.run_id}/artifacts")
-    for name in ("models", version.source.rsplit("/", 1)[1], "grid.png"):
-        page.get_by_text(name, exact=True).first.click()
+    model_id = resolve_version(champion.settings, "1").pinned("logged_model")
+    page.goto(f"{url}/#/experiments/{experiment.experiment_id}/models/{model_id}/artifacts")
+    page.get_by_text("grid.png", exact=True).first.click()
     expect(page.locator("img[src^='blob:']").first).to_be_visible()
     shoot(page, "grid")

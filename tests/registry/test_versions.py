@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_a_version_pins_all_that_its_pictures_depend_on(champion: Home, tmp_path
 
     folder = tmp_path / "model"
     assert (folder / "requirements.txt").read_text().splitlines() == manifest.requirements
+    python = f'python: "{sys.version_info.major}.{sys.version_info.minor}"\n'
+    assert (folder / "python_env.yaml").read_text().startswith(python), "whichever patch release a machine has"
     example = json.loads((folder / "serving_input_example.json").read_text())
     assert example["dataframe_split"] == {"columns": ["prompt"], "data": [["a red dragon"]]}
     assert example["params"] == {"seed": 0, "num_images": 1}
