@@ -19,22 +19,27 @@ LONGEST = (
     "training/test_finetune.py",
     "flows/test_pipeline.py",
     "end_to_end/test_deployments.py",
-    "kills/test_ingest.py",
-    "embedding/test_embed.py",
-    "flows/test_ingest.py",
-    "evaluation/test_evaluate.py",
-    "training/test_synthesize.py",
-    "security/test_servers.py",
-    "end_to_end/test_services.py",
-    "hspace/test_cache.py",
-    "flows/test_evaluate.py",
-    "retrieval/test_quality.py",
     "recipes/test_adapters.py",
-    "recipes/test_tiny_base.py",
-    "retrieval/test_index.py",
-    "test_workers.py",
-    "training/test_tracking.py",
     "registry/test_serving.py",
+    "hspace/test_cache.py",
+    "training/test_synthesize.py",
+    "embedding/test_embed.py",
+    "retrieval/test_quality.py",
+    "retrieval/test_index.py",
+    "flows/test_evaluate.py",
+    "end_to_end/test_services.py",
+    "recipes/test_tiny_base.py",
+    "evaluation/test_evaluate.py",
+    "flows/test_ingest.py",
+    "security/test_servers.py",
+    "corpus/test_download.py",
+    "training/test_tracking.py",
+    "cli/test_compare.py",
+    "evaluation/test_metrics.py",
+    "registry/test_versions.py",
+    "generation/test_diffusers_calls.py",
+    "test_workers.py",
+    "flows/test_folder.py",
 )
 """Files that take half a minute or more. Begun last, one of them would run alone at the end."""
 
@@ -100,6 +105,12 @@ def ray_session(engines_home: Path) -> Iterator[None]:
 
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def lasting_ray(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shared Ray, which a job that a test stops doesn't end: that it starts again is in `test_workers.py`."""
+    monkeypatch.setattr("imagerag.workers.stop_ray", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,7 @@ def test_a_killed_worker_costs_nothing(corpus: World, ray_session: None) -> None
 
 
 @pytest.mark.engines
-def test_a_stopped_job_goes_on(corpus: World, ray_session: None) -> None:
+def test_a_stopped_job_goes_on(corpus: World, lasting_ray: None) -> None:
     class StopError(Exception):
         pass
 

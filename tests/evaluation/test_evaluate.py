@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
     return EvaluateConfig(images_per_prompt=2, teacher_steps=2, batch_size=2, files=MetricFiles(clip=clip))
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("lasting_ray")
 def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:

@@ -66,16 +66,13 @@ def test_every_row_has_what_the_base_model_makes_of_it(
     tolerance = 2e-3 if device == "cpu" else 1e-2  # a GPU convolves in TF32
     assert torch.allclose(torch.from_numpy(cached).float(), expected, atol=tolerance * float(expected.abs().max()))
 
-    append(store, make_rows(30, 35))
-    again = cache_features(store, config(base), settings)
-    assert (again.num_rows, again.num_added) == (35, 5)
-
     version = store.version
     refusing = Settings(home=tmp_path, ray_address="nowhere:1")
     assert cache_features(store, config(base), refusing).num_added == 0, "where nothing is missing nothing is started"
     assert store.version == version
 
 
+@pytest.mark.usefixtures("lasting_ray")
 def test_a_job_that_dies_keeps_what_it_committed(
     store: Store, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,12 +85,10 @@ def test_a_job_that_dies_keeps_what_it_committed(
         return commit(store, filled, version)
 
     commit = feature_column.commit
-    monkeypatch.setattr(feature_column, "commit", dying)
-    # A Ray that is shut down by the failure would be missed by the tests that follow.
-    monkeypatch.setattr("imagerag.workers.stop_ray", lambda: None)
-    with pytest.raises(CommitConflictError):
-        cache_features(store, config(base), Settings(home=tmp_path))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_column, "commit", dying)
+        with pytest.raises(CommitConflictError):
+            cache_features(store, config(base), Settings(home=tmp_path))
     rest = cache_features(store, config(base), Settings(home=tmp_path))
     assert rest.num_added in (10, 20), "one fragment of two was committed"
 

@@ -26,7 +26,7 @@ from tests.training.conftest import HELD_OUT, NAME, World
 
 
 @pytest.mark.engines
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("lasting_ray")
 def test_a_job_that_was_stopped_goes_on(own_world: World) -> None:
     """On Ray: what was committed stays, and a third call has nothing to do."""
     config = own_world.config(num_teacher_latents=3, commit_every_s=0)
