@@ -31,17 +31,19 @@ PARAMETERS = {
     },
     # Each node has one core, so that two workers need both.
     "finetune": {
-        "data": {"held_out_share": 0.5},  # an evaluation needs 20 prompts or more
+        "data": {"held_out_share": 0.1},
         "training": {"steps": 4, "checkpoint_every": 1, "batch_size": 8, "micro_batch_size": 4, "num_validated": 4},
         "workers": {"num_workers": 2},
     },
     "evaluate": {
         "evaluation": {
             "ways": ["base", "best_slerp", "adapter", "champion"],
-            "num_prompts": 24,
+            "num_prompts": 4,
             "slerp_ws": [0.2],
             "adapter_scales": [],
+            "files": {"clip": "FOLDER/clip"},
         },
+        "gate": {"metric": "clip_score", "max_slowdown": 100},
     },
 }
 
@@ -71,7 +73,7 @@ class Flow:
         self._command = [sys.executable, "-m", "imagerag.cli", flow, *arguments]
         if flow in PARAMETERS:
             parameters = engines.folder / f"{flow}.json"
-            parameters.write_text(json.dumps(PARAMETERS[flow]))
+            parameters.write_text(json.dumps(PARAMETERS[flow]).replace("FOLDER", str(engines.folder)))
             self._command += ["--parameters", str(parameters)]
         self.said = ""
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tests.cluster.conftest import MARKS, NUM_IMAGES, Flow
 from tests.cluster.engines import Cluster
+from tests.evaluation.networks import write_clip
 
 pytestmark = MARKS
 
@@ -33,6 +34,7 @@ def test_flows_run_on_a_cluster_and_go_on_where_they_were_killed(engines: Cluste
     for end in ("adapter/diffusion_pytorch_model.safetensors", "finetune.json", "000004.png"):
         assert any(key.endswith(end) for key in kept), end
 
+    write_clip(engines.folder / "clip")
     evaluated = Flow(engines, "evaluate", "--name", NAME).run()
     Flow(engines, "promote", "1", "--reason", "to be compared with").run()
     Flow(engines, "finetune", "--name", NAME, "--steps", "5").run()
