@@ -14,6 +14,8 @@ from imagerag.embedded.sample.server import SampleServer
 from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.registry.versions import list_versions
+from imagerag.retrieval.publish import status
+from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.config import (
     FinetuneConfig,
@@ -72,6 +74,14 @@ def test_a_list_becomes_a_registered_model_and_a_second_run_does_nothing(
         "2 steps",
         "3 prompts, models:/imagerag-turbo/1",
     ]
+    made, published = first.features.cached, first.features.publication
+    assert (made.num_rows, made.num_added) == (NUM_IMAGES, NUM_IMAGES)
+    assert f"{NUM_IMAGES} of {NUM_IMAGES} rows" in first.features.markdown()
+    index = status(Store(Settings().index_uri, "flow"))
+    assert [(each.base, each.num_rows) for each in index.features] == [(given.features.base, NUM_IMAGES)]
+    assert published.published
+    assert (published.version or 0) > (first.corpus.publication.version or 0)
+    assert second.features.publication.version == published.version == index.newest_version
     assert {stage.made for stage in second.stages} == {""}
     assert second.summary().count("nothing: done before") == 4
     assert second.evaluate.registered.uri == first.evaluate.registered.uri
