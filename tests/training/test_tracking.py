@@ -1,6 +1,7 @@
 """MLflow comes and goes; the training goes on."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers",
          "1", "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)],
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # as `imagerag up` does
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
