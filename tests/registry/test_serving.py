@@ -255,7 +255,9 @@ def test_a_portable_model_needs_no_package(home: Home, tmp_path: Path) -> None:
     assert file == str(tmp_path / "model" / "code" / "imagerag" / "__init__.py")
     assert (metadata["index_name"], metadata["portable"]) == ("images", True)
     assert len(rows[0]["references"]) == 4
-    assert not (tmp_path / "model" / "code" / "imagerag" / "corpus" / "sample" / "data").exists()
+    sample = tmp_path / "model" / "code" / "imagerag" / "embedded" / "sample"
+    assert sample.is_dir()
+    assert not (sample / "data").exists()
 
 
 def test_a_version_states_its_dtype(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
