@@ -23,6 +23,7 @@ from imagerag.services import prefect_environment
 from imagerag.settings import Settings
 from imagerag.training.config import tiny
 from tests.end_to_end.prefect_api import call
+from tests.security.leaks import files_with_secrets
 
 pytestmark = pytest.mark.engines
 
@@ -36,7 +37,7 @@ class Server:
 
     def __init__(self, settings: Settings, engines_home: Path, api_url: str) -> None:
         self.settings = settings
-        self._engines_home, self._api_url = engines_home, api_url
+        self.prefect_home, self._api_url = engines_home, api_url
         self._own = {"IMAGERAG_HOME": str(settings.home), "IMAGERAG_PROJECT": str(ROOT)}
         prefects = prefect_environment(Settings(home=engines_home), api_url)
         deploy = [sys.executable, "-m", "imagerag.cli", "deploy"]
@@ -45,7 +46,7 @@ class Server:
         self._deployments = {each["name"]: each["id"] for each in self.post("/deployments/filter", {})}
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        return call(self._api_url, self._engines_home, method, path, body)
+        return call(self._api_url, self.prefect_home, method, path, body)
 
     def post(self, path: str, body: object) -> Any:
         return self.call("POST", path, body)
@@ -140,6 +141,12 @@ def test_a_published_index_gets_its_features(server: Server) -> None:
     version = published_version(store)
     assert version is not None
     assert [each.base for each in cached_features(store.dataset(version).schema)] == ["tiny"]
+
+
+def test_no_run_wrote_a_secret_down(server: Server) -> None:
+    """Not in its log, parameters, artifacts or results, which Prefect keeps in its home."""
+    assert list(server.prefect_home.rglob("*.db"))
+    assert files_with_secrets(server.prefect_home) == []
 
 
 def test_a_champion_that_is_behind_is_evaluated(server: Server) -> None:

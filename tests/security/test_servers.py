@@ -9,11 +9,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from imagerag import credentials, services
+from imagerag.cli import app
 from imagerag.settings import Settings
 from imagerag.training.tracking import start_run
 from tests.end_to_end.prefect_api import basic, call
+from tests.security.leaks import AWS_SECRET, ENVIRONMENT, URL_PASSWORD, files_with_secrets
 
 pytestmark = pytest.mark.engines
 
@@ -25,7 +28,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home whose services are up; in the end all of them go down."""
     home = tmp_path_factory.mktemp("outside") / "home"
     try:
-        up = services.up(Settings(home=home), project=ROOT)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
+            up = services.up(Settings(home=home), project=ROOT)
         processes = [process for each in up for process in tree(each)]
         yield home
     finally:
@@ -48,6 +54,13 @@ def status(url: str, headers: dict[str, str], method: str = "GET", data: bytes |
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def answer_of(home: Path, name: str, path: str) -> str:
+    own = urllib.request.Request(f"{service(home, name).url}{path}", headers={"Authorization": basic(home)})
+    with urllib.request.urlopen(own) as response:
+        answer: bytes = response.read()
+    return answer.decode()
 
 
 def service(home: Path, name: str) -> services.Service:
@@ -128,12 +141,24 @@ def test_the_password_is_its_owners_alone(home: Path) -> None:
     assert stat.S_IMODE((home / "password").stat().st_mode) == 0o600
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert list(home.glob(".password*")) == [], "no draft is left"
+
+
+def test_no_secret_is_written_down_or_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in logs, databases (with MLflow's tags and Prefect's parameters), command lines or settings."""
+    start_run(Settings(home=home), "test", "with tags", {}, {"who": "somebody"})
+    assert list((home / "logs").iterdir()), "there is something to look at"
+    assert files_with_secrets(home) == []
+    shown = [answer_of(home, services.PREFECT, "/api/admin/settings")]
     for name in (services.PREFECT, services.WORKER, services.MLFLOW):
-        for process in tree(service(home, name)):
-            assert not any(password in part for part in process.cmdline()), "everybody can read command lines"
-    logs = [path.read_text(errors="replace") for path in (home / "logs").iterdir()]
-    assert logs
-    assert not any(password in log for log in logs)
+        shown += [part for process in tree(service(home, name)) for part in process.cmdline()]
+    for name, value in ({"IMAGERAG_HOME": str(home)} | ENVIRONMENT).items():
+        monkeypatch.setenv(name, value)
+    for options in ([], ["--json"]):
+        result = CliRunner().invoke(app, ["settings", *options])
+        assert "store.example" in result.output
+        shown.append(result.output)
+    for secret in (credentials.password(home), AWS_SECRET, URL_PASSWORD):
+        assert not any(secret in each for each in shown)
 
 
 def test_the_link_logs_in(home: Path) -> None:
