@@ -115,10 +115,10 @@ class FinetuneConfig(Config):
 
     references: ReferenceChoice = Field(default=ReferenceChoice(), description="References of the training rows.")
     losses: LossWeights = Field(default=LossWeights(), description="Loss weights.")
-    perceptual_network: str = Field(
-        default="elatentlpips:sd21",
+    perceptual_network: str | None = Field(
+        default=None,
         description="Network of the perceptual loss: `tiny`, a folder with a latent network, or `elatentlpips:` "
-        "followed by sd15, sd21 or sdxl.",
+        "followed by sd15, sd21 or sdxl; unset: the one for the student's latents.",
     )
     discriminator: Literal["teacher", "latents"] = Field(
         default="teacher",
@@ -214,7 +214,6 @@ def tiny() -> Recipe:
         data=SynthesizeConfig(guidance_scale=3.0),
         training=FinetuneConfig(
             losses=LossWeights(adversarial=0.1, distillation=1.0),
-            perceptual_network="tiny",
             discriminator="latents",
             gate_start=0.9,
             max_timestep=300,

@@ -67,11 +67,10 @@ def finetune(
         FloatingPointError: if `config.max_skipped` steps in a row had non-finite gradients.
         StalledError: if no step ends for `workers.stall_timeout_s`. Calling again resumes from the last checkpoint.
     """
-    from imagerag.training.perceptual import check_perceptual
+    from imagerag.training.perceptual import choose_perceptual
 
     started = time.perf_counter()
-    if config.losses.perceptual:
-        check_perceptual(config.perceptual_network)
+    config = choose_perceptual(config, training_set.base)
     key = key_of(training_set, config)
     folder = f"{settings.training_of(training_set.index_name)}/finetuned/{key}"
     with writer_lock(settings.training_of(training_set.index_name), key):
@@ -175,6 +174,7 @@ def key_of(training_set: TrainingSet, config: FinetuneConfig) -> str:
     if config.losses.perceptual:
         from imagerag.training.perceptual import perceptual_digest
 
+        assert config.perceptual_network is not None, "chosen before"
         inputs["perceptual"] = perceptual_digest(config.perceptual_network)
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
+from math import isclose
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +13,18 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
+from imagerag.base.files import TINY, TINY_TEACHER, parts_of, read_json
 from imagerag.embedded import tiny_base
 from imagerag.errors import UserError
 from imagerag.storage.digests import digest_of
+from imagerag.training.config import FinetuneConfig
 
 _ELATENTLPIPS = "elatentlpips:"
 _ENCODERS = ("sd15", "sd21", "sdxl")
+_SD_SCALING, _SDXL_SCALING = 0.18215, 0.13025
+"""Scaling factors of the autoencoders of Stable Diffusion 1 and 2, and of SDXL."""
+_SD2_TEXT_DIM = 1024
+"""Width of the text features of Stable Diffusion 2; version 1 has 768."""
 
 
 class Perceptual(Protocol):
@@ -29,6 +36,33 @@ class Perceptual(Protocol):
     def __call__(self, fake: torch.Tensor, real: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Return the mean distance of latents (B, C, H, W) under the same random augmentations."""
         ...
+
+
+def choose_perceptual(config: FinetuneConfig, base: str) -> FinetuneConfig:
+    """Return a configuration with the perceptual network for a student's latents, unless it names one.
+
+    Args:
+        config: configuration of a training.
+        base: spec of the student.
+
+    Raises:
+        UserError: if the perceptual loss is used, and the network or its package is missing.
+    """
+    if config.perceptual_network is None:
+        config = config.model_copy(update={"perceptual_network": _network_for(base)})
+    if config.losses.perceptual:
+        check_perceptual(str(config.perceptual_network))
+    return config
+
+
+def _network_for(base: str) -> str:
+    """Return the network that was trained on the latents of a base model, by the configurations of its parts."""
+    if base in (TINY, TINY_TEACHER):
+        return TINY
+    vae, unet = (read_json(part.files[0]) for part in parts_of(base, ("vae", "unet")).values())
+    if isclose(vae.get("scaling_factor", _SD_SCALING), _SDXL_SCALING):
+        return f"{_ELATENTLPIPS}sdxl"
+    return f"{_ELATENTLPIPS}{'sd21' if unet.get('cross_attention_dim') == _SD2_TEXT_DIM else 'sd15'}"
 
 
 def check_perceptual(spec: str) -> None:
@@ -84,7 +118,7 @@ def load_perceptual(spec: str, device: torch.device) -> Perceptual:
 
 
 def _folder_of(spec: str) -> Path:
-    return tiny_base.FOLDER / "perceptual" if spec == "tiny" else Path(spec).expanduser()
+    return tiny_base.FOLDER / "perceptual" if spec == TINY else Path(spec).expanduser()
 
 
 class LatentNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]

@@ -36,7 +36,7 @@ def version_to_learn_from(
     Raises:
         UserError: if nothing was published, or the network of the perceptual loss is missing.
     """
-    from imagerag.training.perceptual import check_perceptual
+    from imagerag.training.perceptual import choose_perceptual
 
     store = Store(settings.index_uri, name)
     published = require_published(store)
@@ -44,8 +44,7 @@ def version_to_learn_from(
     begun = {label.removeprefix(TRAINING): version for label, version in pinned if label.startswith(TRAINING)}
     if anew or not begun:
         return published
-    if training.losses.perceptual:
-        check_perceptual(training.perceptual_network)  # a training's name depends on it
+    training = choose_perceptual(training, data.base)  # a training's name depends on it
 
     def key_on(version: int) -> str:
         retriever = Retriever(store.uri, name, version=version)

@@ -131,7 +131,8 @@ def _prepare(task: Task, device: "torch.device", num_workers: int) -> "tuple[Fin
                 f"and {loaded.identity.digest} on a worker"
             )
     config = task.config
-    perceptual = load_perceptual(config.perceptual_network, device) if config.losses.perceptual else None
+    network = config.perceptual_network if config.losses.perceptual else None
+    perceptual = None if network is None else load_perceptual(network, device)
     training = Finetuning(
         base,
         teacher.unet,

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from imagerag.embedded.sample import load_drawings
 from imagerag.errors import UserError
 from imagerag.recipes.tiny_base.data import Pictures
 from imagerag.recipes.tiny_base.vae import encode_all
-from imagerag.training.perceptual import LatentNetwork, augment, check_perceptual, load_perceptual
+from imagerag.training.config import FinetuneConfig, LossWeights
+from imagerag.training.perceptual import LatentNetwork, augment, check_perceptual, choose_perceptual, load_perceptual
+from tests.generation.folders import write_sd
 
 CPU = torch.device("cpu")
 
@@ -71,6 +74,26 @@ def test_it_sees_what_a_drawing_shows_better_than_the_latents_do() -> None:
 def test_a_network_that_is_not_there_is_refused(spec: str, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         check_perceptual(spec)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "text_dim", "network"),
+    [(0.18215, 768, "sd15"), (0.18215, 1024, "sd21"), (0.13025, 2048, "sdxl")],
+)
+def test_the_network_is_that_of_the_students_latents(
+    tmp_path: Path, scaling: float, text_dim: int, network: str
+) -> None:
+    base = write_sd(tmp_path / "base")
+    for part, values in (("vae", {"scaling_factor": scaling}), ("unet", {"cross_attention_dim": text_dim})):
+        config = base / part / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    without_loss = FinetuneConfig(losses=LossWeights(perceptual=0))
+    assert choose_perceptual(without_loss, str(base)).perceptual_network == f"elatentlpips:{network}"
+    assert choose_perceptual(without_loss, "tiny").perceptual_network == "tiny"
+    named = without_loss.model_copy(update={"perceptual_network": "elatentlpips:sd15"})
+    assert choose_perceptual(named, str(base)) == named
+    with pytest.raises(UserError, match="`pip install elatentlpips`"):
+        choose_perceptual(FinetuneConfig(), str(base))
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from imagerag.retrieval.publish import PublishConfig, require_published
 from imagerag.storage.keyed_table import from_column, shape_of
 from imagerag.training.config import ReferenceChoice, SynthesizeConfig, tiny
 from imagerag.training.finetune import key_of
+from imagerag.training.perceptual import choose_perceptual
 from imagerag.training.synthesize import drop_unreachable, synthesize
 from tests.generation.folders import write_sd
 from tests.generation.with_index import drawing
@@ -80,7 +81,8 @@ def test_latents_are_of_pictures_that_are_fitted_as_for_their_features(own_world
     cropped = own_world.synthesize()
     assert cropped.num_added == 11 + 11, "all latents are other ones, and so is the index's version"
     assert cropped.real_uri != padded.real_uri
-    assert key_of(cropped, tiny().training) != key_of(padded, tiny().training)
+    training = choose_perceptual(tiny().training, "tiny")
+    assert key_of(cropped, training) != key_of(padded, training)
     expected = {fit: encode_latents(base.vae, base.unet, [wide], fit).numpy() for fit in ("pad", "crop")}
     assert np.allclose(learnt(padded), expected["pad"], atol=5e-3 * np.abs(expected["pad"]).max())
     assert np.allclose(learnt(cropped), expected["crop"], atol=5e-3 * np.abs(expected["crop"]).max())
