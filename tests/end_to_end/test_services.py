@@ -146,6 +146,8 @@ def test_a_record_of_another_process_is_not_believed(tmp_path: Path) -> None:
     assert services.find(tmp_path, "prefect-server") is None
 
 
-def test_up_needs_the_deployments(tmp_path: Path) -> None:
+def test_up_needs_the_deployments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "_DISTRIBUTION", "one-that-is-not-installed")
     with pytest.raises(UserError, match=r"prefect\.yaml"):
         services.up(Settings(home=tmp_path / "home"), project=tmp_path)
+    assert not (tmp_path / "home").exists(), "nothing was started"
