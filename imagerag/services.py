@@ -53,7 +53,7 @@ _DYING_WITH_PARENT = (
 )
 
 
-class ServiceError(RuntimeError):
+class ServiceError(UserError):
     """A server did not start, or does not answer."""
 
 
