@@ -1,6 +1,7 @@
 """Indexes of a table: vector indexes, chosen by size and with measured recall, and a full-text index of captions."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from lancedb.table import Table
 
 logger = logging.getLogger(__name__)
+
+# Otherwise the statistics of a vector index contain its centroids, and Lance warns of that on the terminal.
+os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")
 
 EXACT = "exact"
 IVF_SQ = "IVF_SQ"
