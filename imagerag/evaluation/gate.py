@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imagerag.errors import UserError
-from imagerag.evaluation.config import GateConfig, MetricName
+from imagerag.evaluation.config import GateConfig, GateMetricName, MetricName
 from imagerag.evaluation.intervals import Estimate, estimate
 from imagerag.evaluation.results import Results, WayResults
 
@@ -52,7 +51,8 @@ def decide(
     """Compare the candidate with the untrained baselines and with the champion, if there is one.
 
     New weights must beat the base model and the champion on its own index, and must be no worse than slerp, which needs
-    no training. The champion's own weights on a newer index must only be no worse than on their pinned index.
+    no training. The champion's own weights on a newer index must only be no worse than on their pinned index. If the
+    corpus is too small for the gate's metric, the candidate fails, and only a person can promote it.
 
     Args:
         results: results of the evaluation.
@@ -60,16 +60,13 @@ def decide(
         has_champion: whether there is a champion; the candidate fails if the evaluation did not compare the two.
         is_index_update: whether the candidate has the champion's weights.
         rolled_back: who rolled these weights back, and why; empty if nobody did.
-
-    Raises:
-        UserError: if the gate's metric was not measured, or for fewer than two prompts.
     """
     candidate, base, champion = results.candidate, results.base_model, results.way("champion")
-    if config.metric not in results.metrics:
-        reason = results.not_measured.get(config.metric, "is not among the metrics")
-        raise UserError(f"the gate's metric {config.metric} was not measured: it {reason}")
     reasons = []
-    if is_index_update and champion is not None:
+    if unmeasured := _why_not_measured(results, config.metric):
+        seen = f"it {unmeasured}; promote by hand, or name another metric"
+        reasons.append(Reason(rule=f"{config.metric} is measured", passed=False, seen=seen))
+    elif is_index_update and champion is not None:
         rule = f"the new index no worse than that of the {champion.title}"
         reasons.append(_no_worse(results, config, candidate, champion, rule))
     else:
@@ -96,6 +93,16 @@ def decide(
     return Decision(passed=all(each.passed for each in reasons), reasons=tuple(reasons))
 
 
+def _why_not_measured(results: Results, metric: GateMetricName) -> str:
+    """Return why no paired differences in a metric are known; empty if they are."""
+    if metric not in results.metrics:
+        return results.not_measured.get(metric, "is not among the metrics")
+    compared = [results.candidate, results.base_model, results.best_slerp, results.way("champion")]
+    values = np.array([way.scores[metric].values for way in compared if way is not None])
+    num_known = int((~np.isnan(values)).all(axis=0).sum())
+    return f"needs two prompts for which it was measured; there are {num_known}" if num_known < 2 else ""
+
+
 def _beats(results: Results, config: GateConfig, candidate: WayResults, other: WayResults) -> Reason:
     gain = _gain(results, config, candidate, other)
     return Reason(
@@ -119,10 +126,7 @@ def _gain(results: Results, config: GateConfig, candidate: WayResults, other: Wa
     about = results.metrics[config.metric]
     own, others = (way.scores[config.metric].values for way in (candidate, other))
     gains = (own - others) * (1 if about.larger_is_better else -1)
-    known = gains[~np.isnan(gains)]
-    if len(known) < 2:
-        raise UserError(f"the gate needs two prompts for which {config.metric} was measured; there are {len(known)}")
-    return estimate(known)
+    return estimate(gains[~np.isnan(gains)])
 
 
 def _loses_little(
