@@ -12,7 +12,7 @@ idempotent: after a kill, call it again with the same values.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
@@ -36,6 +36,7 @@ from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove_r
 from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_file
 from imagerag.storage.keyed_table import KeyedTable
+from imagerag.storage.lance_table import LanceTable
 from imagerag.storage.locks import writer_lock
 
 REPORTS = "takedowns"
@@ -160,7 +161,7 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
     from imagerag.registry.takedown import sweep_models
 
     folder = settings.training_of(name)
-    sets = [uri for uri in _tables(folder, "references") if _lists(uri, ids)]
+    sets = [uri for uri in _tables(folder, "references") if _concerns(uri, _lists, ids)]
     roots = [str(settings.home), *([] if _is_inside(folder, settings.home) else [folder])]
     pages = [page for root in roots for page in _pages(root, ids)]
     runs = [results["evaluated"]["run_id"] for page in pages if (results := _results_beside(page)) is not None]
@@ -173,7 +174,7 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
         for uri in _tables(folder, "real"):
             if count := KeyedTable.at(uri).drop(pa.chunked_array([ids])):
                 deleted.append(f"{count} latents in {uri}")
-        pictures = [uri for uri in _tables(f"{folder}/evaluations", "pictures") if _shows(uri, ids)]
+        pictures = [uri for uri in _tables(f"{folder}/evaluations", "pictures") if _concerns(uri, _shows, ids)]
         # Their index version is gone, so nothing reads them any more.
         for uri in (*sets, *pictures):
             _delete(uri)
@@ -191,19 +192,20 @@ def _sweep_copies(settings: Settings, store: Store, ids: pa.Array) -> Sweep:
     Only folders of models are deleted. Other copies, such as one of a whole home, are reported.
     """
     deleted = [str(path) for path in settings.home.glob(f"compare/{store.name}/scorer-*.npz")]
-    left = []
+    copies, left = [], []
     cache = settings.home / "models"
     for copy in settings.home.glob(f"**/index/{store.name}.lance"):
         own = Store(str(copy.parent), store.name)
         is_registered = (settings.home / "mlflow") in copy.parents  # `sweep_models` handles these
-        if own.table_uri == store.table_uri or is_registered or not holds(own.dataset(), ids):
+        if own.table_uri == store.table_uri or is_registered or not _concerns(str(copy), _holds, ids):
             continue
         model = cache / copy.relative_to(cache).parts[0] if cache in copy.parents else copy.parent.parent
         if cache in copy.parents or (model / _PULLED).is_file():
+            copies.append(str(copy.parent))
             deleted.append(str(model))
         else:
             left.append(f"{copy} is a copy of the index outside of a model's folder")
-    for path in deleted:
+    for path in (*copies, *deleted):  # copies first: if this is killed, the rest still looks like a model
         _delete(path)
     return Sweep(deleted=tuple(deleted), left=tuple(left))
 
@@ -212,6 +214,24 @@ def _tables(folder: str, kind: str) -> list[str]:
     filesystem, root = fsspec.url_to_fs(folder)
     found = filesystem.glob(f"{root}/{kind}-*.lance")
     return [filesystem.unstrip_protocol(path).removeprefix("file://") for path in found]
+
+
+def _concerns(uri: str, contains: Callable[[str, pa.Array], bool], ids: pa.Array) -> bool:
+    """Return whether a table contains the rows, or lacks files because a killed takedown had begun to delete it."""
+    folder, _, file = uri.rpartition("/")
+    if not LanceTable(folder, file.removesuffix(".lance")).exists:
+        return True
+    try:
+        return contains(uri, ids)
+    except (OSError, ValueError) as error:  # what Lance and Arrow raise for a missing file
+        if "not found" not in str(error).lower():
+            raise
+        return True
+
+
+def _holds(uri: str, ids: pa.Array) -> bool:
+    folder, _, file = uri.rpartition("/")
+    return holds(LanceTable(folder, file.removesuffix(".lance")).dataset(), ids)
 
 
 def _lists(uri: str, ids: pa.Array) -> bool:

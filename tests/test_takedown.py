@@ -1,6 +1,7 @@
 """A takedown, everywhere at once: no file under the home holds what was taken down."""
 
 import json
+import shutil
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,20 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
 
     again = takedown.take_down(settings, NAME, takedown.find(settings, NAME, ids=[everything.row["id"]]))
     assert (again.num_samples, again.sweep.deleted) == (0, ()), "a second time there is nothing left to do"
+
+
+def test_a_takedown_that_was_killed_as_it_deleted_tables_goes_on(everything: Everything) -> None:
+    settings, world = everything.settings, everything.world
+    references = Path(world.examples().references_table.table_uri)
+    (pictures,) = Path(settings.training_of(NAME), "evaluations").glob("pictures-*.lance")
+    copy = settings.home / NAME / "model-2" / "index" / f"{NAME}.lance"
+    target = takedown.find(settings, NAME, urls=[URL])
+    for table in (references, copy):
+        next(table.glob("data/*")).unlink()
+    shutil.rmtree(pictures / "_versions")
+    takedown.take_down(settings, NAME, target)
+    assert not any(table.exists() for table in (references, pictures, copy))
+    assert files_with(settings.home, *everything.traces) == []
 
 
 def test_an_image_that_left_the_index_is_taken_down(everything: Everything) -> None:
