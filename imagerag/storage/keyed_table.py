@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from lance import LanceDataset
 
 from imagerag.errors import UserError
-from imagerag.storage.lance_table import LanceTable
+from imagerag.storage.lance_table import LanceTable, rows_with
 
 Arrays = npt.NDArray[np.floating[Any]]
 
@@ -74,11 +74,18 @@ class KeyedTable(LanceTable):
         Rewrites only files that contain such a row. A training that reads one of these files fails, as it must when
         rows are taken down.
         """
+        if not len(ids):
+            return 0
         num_rows = self.delete(ids)
-        if num_rows:
+        if self._is_held(ids):  # by an earlier version, which a killed call may have left
             self.compact(deleted_share=0.0)
             self.clean_up()
         return num_rows
+
+    def _is_held(self, ids: pa.ChunkedArray) -> bool:
+        """Return whether any version has one of the rows, the latest versions first."""
+        versions = (version["version"] for version in reversed(self.dataset().versions()))
+        return any(len(rows_with(self.dataset(version), "id", ids, ["id"])) for version in versions)
 
 
 def array_field(name: str, shape: Sequence[int], kind: pa.DataType | None = None) -> pa.Field:

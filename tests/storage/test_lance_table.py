@@ -165,3 +165,16 @@ def test_what_is_dropped_is_in_no_file(keyed: KeyedTable) -> None:
     assert not [version for version in range(1, keyed.version) if keyed.has(version)]
     assert len(data_files(keyed) - untouched) == len(data_files(keyed)) == 1
     assert keyed.drop(pa.chunked_array([["e"]])) == 0
+
+
+@pytest.mark.parametrize("killed", ["after the deletion", "after the compaction"])
+def test_what_a_killed_drop_left_is_dropped(keyed: KeyedTable, killed: str) -> None:
+    keyed.commit(keyed.write_fragments(computed("a", "b")), keyed.version)
+    before = data_files(keyed)
+    keyed.delete(["a"])
+    if killed == "after the compaction":
+        keyed.compact(deleted_share=0.0)
+    assert data_files(keyed) >= before
+    assert keyed.drop(pa.chunked_array([["a"]])) == 0, "it is deleted already, though not from the files"
+    assert keyed.ids().to_pylist() == ["b"]
+    assert not data_files(keyed) & before
