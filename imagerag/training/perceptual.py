@@ -39,7 +39,7 @@ class Perceptual(Protocol):
 
 
 def choose_perceptual(config: FinetuneConfig, base: str) -> FinetuneConfig:
-    """Return a configuration with the perceptual network for a student's latents, unless it names one.
+    """Return a configuration with the perceptual network for a student's latents, if it uses and does not name one.
 
     Args:
         config: configuration of a training.
@@ -48,11 +48,11 @@ def choose_perceptual(config: FinetuneConfig, base: str) -> FinetuneConfig:
     Raises:
         UserError: if the perceptual loss is used, and the network or its package is missing.
     """
-    if config.perceptual_network is None:
-        config = config.model_copy(update={"perceptual_network": _network_for(base)})
-    if config.losses.perceptual:
-        check_perceptual(str(config.perceptual_network))
-    return config
+    if not config.losses.perceptual:
+        return config
+    network = config.perceptual_network or _network_for(base)
+    check_perceptual(network)
+    return config.model_copy(update={"perceptual_network": network})
 
 
 def _network_for(base: str) -> str:

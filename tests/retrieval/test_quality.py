@@ -27,7 +27,7 @@ def retriever(tmp_path_factory: pytest.TempPathFactory, texts: Texts) -> Retriev
     [
         ("name", 0.99, 0.99),
         ("a drawing of a <name>", 0.95, 0.97),
-        ("<name> emoji, noto style", 0.90, 0.97),
+        ("<name> emoji, noto style", 0.90, 0.96),
         ("<name>, <keyword>", 0.95, 0.97),
         # The encoder knows what many of these mean, and of many it does not. Chance is 0.0006.
         ("written paraphrase", 0.28, 0.45),

@@ -81,19 +81,22 @@ def test_a_network_that_is_not_there_is_refused(spec: str, fault: str) -> None:
     [(0.18215, 768, "sd15"), (0.18215, 1024, "sd21"), (0.13025, 2048, "sdxl")],
 )
 def test_the_network_is_that_of_the_students_latents(
-    tmp_path: Path, scaling: float, text_dim: int, network: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaling: float, text_dim: int, network: str
 ) -> None:
     base = write_sd(tmp_path / "base")
     for part, values in (("vae", {"scaling_factor": scaling}), ("unet", {"cross_attention_dim": text_dim})):
         config = base / part / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | values))
-    without_loss = FinetuneConfig(losses=LossWeights(perceptual=0))
-    assert choose_perceptual(without_loss, str(base)).perceptual_network == f"elatentlpips:{network}"
-    assert choose_perceptual(without_loss, "tiny").perceptual_network == "tiny"
-    named = without_loss.model_copy(update={"perceptual_network": "elatentlpips:sd15"})
-    assert choose_perceptual(named, str(base)) == named
     with pytest.raises(UserError, match="`pip install elatentlpips`"):
         choose_perceptual(FinetuneConfig(), str(base))
+    monkeypatch.setattr("imagerag.training.perceptual.find_spec", lambda _: object())
+    assert choose_perceptual(FinetuneConfig(), str(base)).perceptual_network == f"elatentlpips:{network}"
+    assert choose_perceptual(FinetuneConfig(), "tiny").perceptual_network == "tiny"
+    for config in (
+        FinetuneConfig(perceptual_network="elatentlpips:sd15"),
+        FinetuneConfig(losses=LossWeights(perceptual=0)),
+    ):
+        assert choose_perceptual(config, str(base)) == config
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:
