@@ -36,7 +36,7 @@ from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove_r
 from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_file
 from imagerag.storage.keyed_table import KeyedTable
-from imagerag.storage.lance_table import LanceTable
+from imagerag.storage.lance_table import table_at
 from imagerag.storage.locks import writer_lock
 
 REPORTS = "takedowns"
@@ -218,8 +218,7 @@ def _tables(folder: str, kind: str) -> list[str]:
 
 def _concerns(uri: str, contains: Callable[[str, pa.Array], bool], ids: pa.Array) -> bool:
     """Return whether a table contains the rows, or lacks files because a killed takedown had begun to delete it."""
-    folder, _, file = uri.rpartition("/")
-    if not LanceTable(folder, file.removesuffix(".lance")).exists:
+    if not table_at(uri).exists:
         return True
     try:
         return contains(uri, ids)
@@ -230,8 +229,7 @@ def _concerns(uri: str, contains: Callable[[str, pa.Array], bool], ids: pa.Array
 
 
 def _holds(uri: str, ids: pa.Array) -> bool:
-    folder, _, file = uri.rpartition("/")
-    return holds(LanceTable(folder, file.removesuffix(".lance")).dataset(), ids)
+    return holds(table_at(uri).dataset(), ids)
 
 
 def _lists(uri: str, ids: pa.Array) -> bool:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from lance import LanceDataset
 
 from imagerag.errors import UserError
-from imagerag.storage.lance_table import LanceTable, rows_with
+from imagerag.storage.lance_table import LanceTable, rows_with, table_at
 
 Arrays = npt.NDArray[np.floating[Any]]
 
@@ -46,12 +46,11 @@ class KeyedTable(LanceTable):
         Raises:
             UserError: if it does not exist.
         """
-        uri, _, file = table_uri.rpartition("/")
-        name = file.removesuffix(".lance")
-        dataset = LanceTable(uri, name).find()
+        table = table_at(table_uri)
+        dataset = table.find()
         if dataset is None:
             raise UserError(f"the training set's table {table_uri} is gone: make it again")
-        return cls(uri, name, dataset.schema)
+        return cls(table.uri, table.name, dataset.schema)
 
     @property
     def digest(self) -> str:

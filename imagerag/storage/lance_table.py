@@ -219,6 +219,12 @@ class LanceTable:
                 raise
 
 
+def table_at(table_uri: str) -> LanceTable:
+    """Return the table with this URI (`LanceTable.table_uri`), whether it exists or not."""
+    uri, _, file = table_uri.rpartition("/")
+    return LanceTable(uri, file.removesuffix(".lance"))
+
+
 def batches_of(dataset: LanceDataset, columns: Sequence[str], num_rows: int) -> Iterator[pa.Table]:
     """Yield columns of all rows in batches of about `num_rows`, however small the table's fragments are."""
     held: list[pa.RecordBatch] = []

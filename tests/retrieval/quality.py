@@ -45,7 +45,13 @@ def found_by(retriever: Retriever, texts: Texts, prompts: list[Prompt], *, compo
     return [[row.caption for row in (own[0] if len(own) == 1 else merge(own, 4))] for own in rankings]
 
 
-def write_index(folder: Path, texts: Texts, encoder: EncoderIdentity, drawings: Sequence[Drawing] = ()) -> Store:
+def write_index(
+    folder: Path,
+    texts: Texts,
+    encoder: EncoderIdentity,
+    drawings: Sequence[Drawing] = (),
+    config: IndexConfig | None = None,
+) -> Store:
     """Publish a row for each drawing, by default of the whole corpus. Searched by captions only: see `image_embed`."""
     drawings = drawings or load_drawings()
     captions = [drawing.concept.name for drawing in drawings]
@@ -74,7 +80,7 @@ def write_index(folder: Path, texts: Texts, encoder: EncoderIdentity, drawings: 
     store.open_or_create(encoder)
     with store.writer_lock():
         store.commit(store.write_fragments(rows), store.version)
-    publish(store, build_index(store, IndexConfig()), PublishConfig())
+    publish(store, build_index(store, config or IndexConfig()), PublishConfig())
     return store
 
 
