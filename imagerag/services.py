@@ -276,18 +276,17 @@ def _start_server(settings: Settings, *, stay: bool) -> Service:
 
 def _start_mlflow(settings: Settings) -> Service:
     """Start an MLflow server on the home's database, which runs also use directly. Does not wait for it to answer."""
+    from imagerag.training.databases import ARTIFACTS, users_database
     from imagerag.training.tracking import tracking_uri
 
     home, port = settings.home, free_port()
-    folder = home / "mlflow"
-    folder.mkdir(parents=True, exist_ok=True)
-    users = folder / "auth.ini"
-    database = str(folder / "auth.db").replace("%", "%%")  # configparser would interpolate a single %
+    database = str(users_database(home)).replace("%", "%%")  # configparser would interpolate a single %
+    users = home / "mlflow" / "auth.ini"
     users.write_text(f"[mlflow]\ndatabase_uri = sqlite:///{database}\ndefault_permission = NO_PERMISSIONS\n")
     url = f"http://127.0.0.1:{port}"
     command = (
         "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--app-name", "basic-auth",
-        "--backend-store-uri", tracking_uri(settings), "--artifacts-destination", (folder / "artifacts").as_uri(),
+        "--backend-store-uri", tracking_uri(settings), "--artifacts-destination", (home / ARTIFACTS).as_uri(),
         "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}", "--cors-allowed-origins", url,
     )  # fmt: skip
     environment = {

@@ -27,7 +27,7 @@ ALLOWED = {
     "lance": ("imagerag/retrieval/", "imagerag/storage/", "imagerag/training/data.py", "imagerag/corpus/stores.py"),
     "lancedb": ("imagerag/retrieval/",),
     "img2dataset": ("imagerag/corpus/",),
-    "mlflow": ("imagerag/training/tracking.py", "imagerag/registry/"),
+    "mlflow": ("imagerag/training/databases.py", "imagerag/training/tracking.py", "imagerag/registry/"),
     "typer": ("imagerag/cli/",),
 }
 

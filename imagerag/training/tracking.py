@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import queue
 import threading
 import time
@@ -19,7 +18,7 @@ from PIL import Image
 from imagerag.errors import UserError
 from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_json
-from imagerag.training.relocation import ARTIFACTS, follow_home
+from imagerag.training.databases import ARTIFACTS, configure_mlflow, runs_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -248,10 +247,7 @@ def tracking_uri(settings: Settings) -> str:
     """Return MLflow's tracking URI: the configured server, or a SQLite database in the home."""
     if settings.mlflow_tracking_uri is not None:
         return settings.mlflow_tracking_uri
-    folder = settings.home / "mlflow"
-    folder.mkdir(parents=True, exist_ok=True)
-    follow_home(folder / "mlflow.db", settings.home)
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return f"sqlite:///{runs_database(settings.home)}"
 
 
 @contextmanager
@@ -263,10 +259,7 @@ def tracked(settings: Settings, experiment: str, run_name: str, parameters: Mapp
 
 def mlflow_client(uri: str) -> "MlflowClient":
     """Return an MLflow client for a tracking URI; its server need not be reachable."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its default, 7, takes minutes to give up
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it logs every table that it creates
+    configure_mlflow()
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
