@@ -1,22 +1,24 @@
 """The worker's part of a download: fetching one shard. Imported in workers only.
 
-The steps, the shard's files and their contents are those of img2dataset, with two of its classes replaced:
+The steps, the shard's files and their contents are those of img2dataset, with its classes replaced:
 
     Downloader                by GuardedDownloader: what is fetched, how, and that every row gets a status
     Resizer                   by UprightResizer: what is decoded, and what is stored of it
-    WebDatasetSampleWriter    img2dataset's own
+    WebDatasetSampleWriter    by CompactWriter: the same entries with smaller headers, in less time
 """
 
 import hashlib
 import io
+import json
 import os
+import tarfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from email.message import Message
 from functools import lru_cache
 from multiprocessing.pool import ThreadPool
-from threading import Condition
+from queue import SimpleQueue
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import OpenerDirector, Request
@@ -24,7 +26,7 @@ from urllib.request import OpenerDirector, Request
 import pyarrow as pa
 
 from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.guard import FetchError, Reason, reason_of
+from imagerag.corpus.guard import ByteBudget, FetchError, Reason, reason_of
 from imagerag.corpus.hosts import Hosts, Queue, host_of
 from imagerag.corpus.names import Names
 from imagerag.corpus.opener import NotModifiedError, guarded_opener
@@ -109,7 +111,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
 
     def __init__(self, folder: str, config: DownloadConfig, resizer: Resizer, hosts: Hosts) -> None:
         super().__init__(
-            sample_writer_class=WebDatasetSampleWriter,
+            sample_writer_class=CompactWriter,
             resizer=resizer,
             thread_count=config.thread_count,
             save_caption=True,
@@ -142,17 +144,16 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
         writer = self.sample_writer_class(
             shard, self.output_folder, self.save_caption, self.oom_shard_count, _STORED_SCHEMA, self.encode_format
         )
-        with ThreadPool(min(self.thread_count, queue.most_at_once)) as pool:
-            for index, fetched in pool.imap_unordered(lambda _: self._bring_one(opener, queue, rows), rows):
-                image, outcome = self._store(fetched, rows[index])
-                self._budget.give_back(fetched.num_bytes_held)
-                counts[outcome["status"]] += 1
-                statuses.increment(outcome["error_message"] or "success")
-                if self._is_kept(rows[index], outcome):
-                    continue
-                key = compute_key(index, shard, ROW_DIGITS, self.oom_shard_count)
-                sample = {name: rows[index][name] for name in self.column_list} | {"key": key} | outcome
-                writer.write(image, key, sample["caption"], sample)
+        for index, fetched in self._bring_all(opener, queue, rows):
+            image, outcome = self._store(fetched, rows[index])
+            self._budget.give_back(fetched.num_bytes_held)
+            counts[outcome["status"]] += 1
+            statuses.increment(outcome["error_message"] or "success")
+            if self._is_kept(rows[index], outcome):
+                continue
+            key = compute_key(index, shard, ROW_DIGITS, self.oom_shard_count)
+            sample = {name: rows[index][name] for name in self.column_list} | {"key": key} | outcome
+            writer.write(image, key, sample["caption"], sample)
         writer.close()
         self._hosts.forget_ordinary()
         write_stats(
@@ -166,6 +167,25 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
         names = Names()
         names.require((urlsplit(row["url"]).hostname or "" for row in rows if host_of(row["url"])), self.timeout)
         return guarded_opener(self._config, names), Queue([row["url"] for row in rows], self._hosts)
+
+    def _bring_all(
+        self, opener: Opener, queue: Queue, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, "_Fetched"]]:
+        """Yield what `_bring_one` returns for each row, in the order in which threads finish."""
+        turns, results = iter(rows), SimpleQueue[Any]()
+
+        def bring(_: int) -> None:
+            for __ in turns:
+                results.put(self._bring_one(opener, queue, rows))
+
+        # One task per thread: a task per row would pass through two more threads of the pool.
+        with ThreadPool(num_threads := min(self.thread_count, queue.most_at_once)) as pool:
+            pool.map_async(bring, range(num_threads), error_callback=results.put)
+            for _ in rows:
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
 
     def _bring_one(self, opener: Opener, queue: Queue, rows: Sequence[Mapping[str, Any]]) -> tuple[int, "_Fetched"]:
         """Finish the next row of the queue; return its index, and its file or the reason why there is none.
@@ -294,23 +314,21 @@ class UprightResizer(Resizer):  # type: ignore[misc]
         return (stored, *decoded.size, *image.size, None)
 
 
-class ByteBudget:
-    """Limit on the bytes of fetched files that all threads together hold until they are stored."""
+class CompactWriter(WebDatasetSampleWriter):  # type: ignore[misc]
+    """Writes webdataset shards with one header block per entry and JSON on one line.
 
-    def __init__(self, num_bytes: int) -> None:
-        self._left = num_bytes
-        self._returned = Condition()
+    img2dataset's own writer puts two more blocks (1 KiB) before each of an image's three entries, for the fractions of
+    a second of its time. Together with indented JSON, they took a third of the time of a shard of small images.
+    """
 
-    def take(self, num_bytes: int) -> float:
-        """Wait until `num_bytes` are left and take them; return how many seconds that took."""
-        started = time.monotonic()
-        with self._returned:
-            self._returned.wait_for(lambda: num_bytes <= self._left)
-            self._left -= num_bytes
-        return time.monotonic() - started
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tarwriter.mtime = int(time.time())
+        self.tarwriter.tarstream.format = tarfile.USTAR_FORMAT
 
-    def give_back(self, num_bytes: int) -> None:
-        """Return bytes to the budget."""
-        with self._returned:
-            self._left += num_bytes
-            self._returned.notify_all()
+    def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
+        """Write a row's metadata, and its image and caption if there is an image."""
+        if img_str is not None:
+            files = {self.encode_format: img_str, "txt": caption or "", "json": json.dumps(meta)}
+            self.tarwriter.write({"__key__": key} | files)
+        self.buffered_parquet_writer.write(meta)

@@ -1,7 +1,9 @@
-"""Rules for fetching from untrusted servers, which `opener` enforces, and the reasons for which a fetch can fail."""
+"""Rules for fetching from untrusted servers, which `opener` and `fetch` enforce, and reasons why a fetch can fail."""
 
 import ipaddress
+import time
 from enum import StrEnum
+from threading import Condition
 
 from imagerag.plain import printable
 
@@ -97,3 +99,25 @@ def is_public(address: str) -> bool:
         and not (ip.is_multicast or ip.is_reserved)
         and not any(ip in network for network in _NOT_PUBLIC if network.version == ip.version)
     )
+
+
+class ByteBudget:
+    """Limit on the bytes of fetched files that all threads together hold until they are stored."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = num_bytes
+        self._returned = Condition()
+
+    def take(self, num_bytes: int) -> float:
+        """Wait until `num_bytes` are left and take them; return how many seconds that took."""
+        started = time.monotonic()
+        with self._returned:
+            self._returned.wait_for(lambda: num_bytes <= self._left)
+            self._left -= num_bytes
+        return time.monotonic() - started
+
+    def give_back(self, num_bytes: int) -> None:
+        """Return bytes to the budget."""
+        with self._returned:
+            self._left += num_bytes
+            self._returned.notify_all()

@@ -350,6 +350,8 @@ def test_the_marker_is_img2datasets(downloads: Downloads, web: Web) -> None:
     assert json.loads((downloads.folder / "00000_stats.json").read_bytes())["successes"] == 1
     with tarfile.open(downloads.corpus.shard(0).tar) as tar:
         assert [name.partition(".")[2] for name in tar.getnames()] == ["jpg", "json", "txt"]
+        headers = [entry.offset_data - entry.offset for entry in tar.getmembers()]
+        assert headers == [512] * 3, "img2dataset's own writer takes 1,536 bytes for each"
     assert {path.name for path in downloads.folder.iterdir()} == {
         "00000.tar",
         "00000.parquet",

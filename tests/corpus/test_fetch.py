@@ -10,7 +10,8 @@ import pytest
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import BYTES_PER_PIXEL
-from imagerag.corpus.fetch import ByteBudget, GuardedDownloader, UprightResizer
+from imagerag.corpus.fetch import GuardedDownloader, UprightResizer
+from imagerag.corpus.guard import ByteBudget
 from imagerag.corpus.hosts import Hosts
 from imagerag.corpus.shards import PLAN_SCHEMA
 from tests.corpus.photos import encoded, scene
