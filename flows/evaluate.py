@@ -1,50 +1,14 @@
 """The flow `evaluate`: measure a trained adapter, register it, and make it champion if the gate passes."""
 
-from typing import Self
-
-from pydantic import Field, field_validator, model_validator
-
-from imagerag.config import Config
-from imagerag.evaluation.config import EvaluateConfig, GateConfig
+from flows.parameters import EvaluateParameters
 from imagerag.registry.champion import present_champion
-from imagerag.settings import DEFAULT_NAME, check_name, settings_of
+from imagerag.settings import settings_of
 from imagerag.training.finetune import newest_finetuned, read_finetuned
 from tasks.evaluate import evaluate_adapter, pass_gate, register_model
 from tasks.parameters import flow_of
 from tasks.policy import named_run
 from tasks.report import EvaluateReport, write_evaluate_report
 from tasks.slots import compute_slot
-
-
-class EvaluateParameters(Config):
-    """Parameters of `evaluate`."""
-
-    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus; it needs a published index.")
-    adapter: str | None = Field(
-        default=None, description="Folder or URI of a trained adapter; unset: the corpus's last training."
-    )
-    evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What to generate and measure.")
-    gate: GateConfig = Field(default=GateConfig(), description="Conditions for a candidate to become champion.")
-    model_name: str | None = Field(
-        default=None, description="Registered model in MLflow; unset: the setting IMAGERAG_MODEL_NAME."
-    )
-    portable: bool = Field(
-        default=False, description="Pack a copy of the index into the model, for machines that can't reach the store."
-    )
-    keep_models: int = Field(
-        default=10,
-        ge=0,
-        description="Number of registered versions to keep, in addition to versions with an alias and versions that "
-        "people promoted or rolled back; older ones are removed, and no longer keep their version of the index.",
-    )
-
-    _check_name = field_validator("name")(check_name)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self.gate.check(self.evaluation)
-        settings_of(self.model_name)
-        return self
 
 
 @flow_of(EvaluateParameters)

@@ -1,13 +1,7 @@
 """The flow `features`: compute a base model's features of every row once, and publish them with the index."""
 
-from pydantic import Field, field_validator
-
 from flows.ingest import NotPublishedError
-from imagerag.config import Config
-from imagerag.hspace.config import FeaturesConfig
-from imagerag.retrieval.index import IndexConfig
-from imagerag.retrieval.publish import PublishConfig
-from imagerag.settings import DEFAULT_NAME, check_name
+from flows.parameters import FeaturesParameters
 from tasks.features import make_features
 from tasks.index import index_rows
 from tasks.parameters import flow_of
@@ -15,19 +9,6 @@ from tasks.policy import alone_at
 from tasks.publish import check_champion, publish_index
 from tasks.report import FeaturesReport, write_features_report
 from tasks.slots import compute_slot
-
-
-class FeaturesParameters(Config):
-    """Parameters of `features`."""
-
-    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus.")
-    features: FeaturesConfig = Field(default=FeaturesConfig(), description="How to compute features.")
-    index: IndexConfig = Field(default=IndexConfig(), description="How to build the index.")
-    publish: PublishConfig = Field(
-        default=PublishConfig(), description="Checks that a version must pass to be published."
-    )
-
-    _check_name = field_validator("name")(check_name)
 
 
 @flow_of(FeaturesParameters)

@@ -1,20 +1,12 @@
 """The flow `ingest`: build a published, searchable index of a folder of images or a list of image URLs."""
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
-
-from imagerag.config import Config
-from imagerag.corpus.config import DownloadConfig
-from imagerag.corpus.source import check_source
-from imagerag.corpus.url_list import BadRows, UrlColumns
-from imagerag.embedding.config import EmbedConfig
-from imagerag.embedding.encoder_files import check_spec
+from flows.parameters import CorpusParameters
 from imagerag.errors import UserError
-from imagerag.retrieval.index import IndexConfig
-from imagerag.retrieval.publish import PublishConfig, published_rows
+from imagerag.retrieval.publish import published_rows
 from imagerag.retrieval.store import Store
-from imagerag.settings import DEFAULT_NAME, Settings, check_name
+from imagerag.settings import Settings
 from tasks.download import download_images
 from tasks.embed import embed_images
 from tasks.index import index_rows
@@ -22,59 +14,6 @@ from tasks.parameters import flow_of
 from tasks.policy import alone_at
 from tasks.publish import publish_index
 from tasks.report import CorpusReport, write_report
-
-
-class CorpusParameters(Config):
-    """Parameters of `ingest` and `reindex`."""
-
-    url_list: str = Field(
-        title="Folder or URL list",
-        description="A path or any fsspec URI of: a folder of images; a list of image URLs with captions, as parquet, "
-        "csv, tsv, json or jsonl, or of plain URLs, as txt; or a dataset with its images, as parquet, webdataset tars "
-        "or a Lance table. A list is a file (also compressed, .gz or .zst), or a folder or glob of files.",
-    )
-    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus, of its shards folder and its table.")
-    captions: str | None = Field(
-        default=None,
-        description="Captions of a folder's images: a table of file names and captions, as parquet, csv, tsv, json or "
-        "jsonl. Unset: `metadata.csv` in the folder, or the text of `name.txt` next to `name.jpg`, or the words of "
-        "the file name.",
-    )
-    columns: UrlColumns = Field(
-        default=UrlColumns(), description="Columns of the list or the captions table; unset columns are guessed."
-    )
-    bad_rows: BadRows = Field(
-        default=BadRows(), description="How to treat unusable rows of the list or the captions table."
-    )
-    encoder: str = Field(
-        default="tiny",
-        description="Encoder: `tiny`, an open_clip name and tag (`ViT-B-32/openai`), `hf-hub:org/name@commit`, or a "
-        "folder.",
-    )
-    retry_failed: bool = Field(
-        default=False,
-        description="Retry all URLs that failed in earlier runs. Transient failures (no connection, a busy server, "
-        "...) are retried anyway, in five runs at most.",
-    )
-    refresh: bool = Field(
-        default=False,
-        description="Ask servers whether images have changed, by conditional requests (ETag, Last-Modified), and fetch "
-        "those that have. Off: fetched URLs are not requested again.",
-    )
-    download: DownloadConfig = Field(default=DownloadConfig(), description="How to fetch images.")
-    embed: EmbedConfig = Field(default=EmbedConfig(), description="How to embed images and captions.")
-    index: IndexConfig = Field(default=IndexConfig(), description="How to build the index.")
-    publish: PublishConfig = Field(
-        default=PublishConfig(), description="Checks that a version must pass to be published."
-    )
-
-    _check_name = field_validator("name")(check_name)
-    _check_encoder = field_validator("encoder")(check_spec)
-
-    @model_validator(mode="after")
-    def _check_source(self) -> Self:
-        check_source(self.url_list, self.captions)
-        return self
 
 
 class NotPublishedError(UserError):

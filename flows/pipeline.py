@@ -2,56 +2,25 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
 from prefect.runtime import flow_run
-from pydantic import Field, model_validator
 
-from flows.evaluate import EvaluateParameters, evaluate
-from flows.features import FeaturesParameters, features
-from flows.finetune import FinetuneParameters, finetune
-from flows.ingest import CorpusParameters, ingest
-from imagerag.config import Config
-from imagerag.errors import UserError
-from imagerag.evaluation.config import EvaluateConfig, GateConfig
-from imagerag.hspace.config import FeaturesConfig
-from imagerag.settings import settings_of
-from imagerag.training import config
-from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig
+from flows.evaluate import evaluate
+from flows.features import features
+from flows.finetune import finetune
+from flows.ingest import ingest
+from flows.parameters import (
+    CorpusParameters,
+    EvaluateParameters,
+    FeaturesParameters,
+    FinetuneParameters,
+    PipelineParameters,
+)
 from tasks.parameters import flow_of
 from tasks.report import EvaluateReport, PipelineReport, Stage, write_pipeline_report
 
 R = TypeVar("R")
-
-
-class PipelineParameters(CorpusParameters):
-    """Parameters of `ingest` and of the flows that follow it on its index."""
-
-    features: FeaturesConfig = Field(default=FeaturesConfig(), description="How to compute cached features.")
-    data: SynthesizeConfig = Field(default=config.tiny().data, description="Training data.")
-    training: FinetuneConfig = Field(default=config.tiny().training, description="Optimisation.")
-    workers: TrainWorkersConfig = Field(default=TrainWorkersConfig(), description="Training workers.")
-    evaluation: EvaluateConfig = Field(default=EvaluateConfig(), description="What to generate and measure.")
-    gate: GateConfig = Field(default=GateConfig(), description="Conditions for a candidate to become champion.")
-    model_name: str | None = Field(
-        default=None, description="Registered model in MLflow; unset: the setting IMAGERAG_MODEL_NAME."
-    )
-    portable: bool = Field(default=False, description="Pack a copy of the index into the registered model.")
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> Self:
-        if self.features.base != self.data.base:
-            raise UserError(
-                f"features are made by the base model that learns to use them: features.base is {self.features.base} "
-                f"and data.base is {self.data.base}"
-            )
-        self.gate.check(self.evaluation)
-        settings_of(self.model_name)
-        return self
-
-    def part(self, model: type[Config]) -> dict[str, Any]:
-        """Return the parameters that the flow with the parameters `model` takes."""
-        return {field: getattr(self, field) for field in model.model_fields if hasattr(self, field)}
 
 
 @flow_of(PipelineParameters)

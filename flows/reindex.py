@@ -1,6 +1,7 @@
 """The flow `reindex`: make the published index match its folder or list."""
 
-from flows.ingest import CorpusParameters, update_corpus
+from flows.ingest import update_corpus
+from flows.parameters import CorpusParameters
 from tasks.parameters import flow_of
 from tasks.report import CorpusReport
 

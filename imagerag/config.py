@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic.fields import ComputedFieldInfo, FieldInfo
 
 from imagerag.errors import UserError
@@ -31,6 +32,14 @@ def _plain_optionals(schema: dict[str, Any]) -> None:
             field.update(some[0])
             if "enum" in field:
                 field["enum"] = [*field["enum"], None]  # the form sends null for an empty field
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).absolute())
+
+
+Place = Annotated[str, AfterValidator(_absolute)]
+"""URI or path of a file or folder; a relative path is made absolute, because it becomes part of a job's identity."""
 
 
 class Config(BaseModel):

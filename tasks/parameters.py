@@ -93,10 +93,14 @@ def _variables() -> dict[str, Any]:
 
 
 def _signature(model: type[Config]) -> Signature:
-    """Return the keyword parameters for a model's form: single values first, then groups of values."""
+    """Return the keyword parameters for a model's form: required values first, groups of values last."""
     shown = model.model_json_schema()["properties"]
     parameters = [_parameter(name, field, shown[name]) for name, field in model.model_fields.items()]
-    return Signature(sorted(parameters, key=lambda each: "$ref" in shown[each.name]))
+    return Signature(
+        sorted(
+            parameters, key=lambda each: ("$ref" in shown[each.name], not model.model_fields[each.name].is_required())
+        )
+    )
 
 
 def _parameter(name: str, field: FieldInfo, shown: dict[str, Any]) -> Parameter:

@@ -32,6 +32,7 @@ from imagerag.cli import (
     submit,
     tiny,
 )
+from imagerag.cli.options import FlowCommand
 from imagerag.errors import UserError
 from imagerag.plain import printable
 
@@ -49,16 +50,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo.demo)
-app.command("ingest")(
-    corpus.flow_command("ingest", "Add a folder of images, or a list of URLs, to a corpus: download, embed, publish.")
-)
-app.command("reindex")(
-    corpus.flow_command("reindex", "Make a corpus match a folder or list exactly: add new images, remove missing ones.")
-)
-app.command()(features.features)
-app.command()(finetune.finetune)
-app.command()(evaluate.evaluate)
-app.command()(evaluate.pipeline)
+app.command(cls=FlowCommand)(corpus.ingest)
+app.command(cls=FlowCommand)(corpus.reindex)
+app.command(cls=FlowCommand)(features.features)
+app.command(cls=FlowCommand)(finetune.finetune)
+app.command(cls=FlowCommand)(evaluate.evaluate)
+app.command(cls=FlowCommand)(evaluate.pipeline)
 app.command()(status.status)
 app.command()(search.search)
 app.command()(generate.generate)

@@ -53,14 +53,11 @@ def nightly_parameters(settings: "Settings") -> dict[str, Any] | None:
     """
     if settings.nightly is None:
         return None
-    from imagerag.services import prefect_environment
-
-    os.environ.update(prefect_environment(settings))
-    from flows.ingest import CorpusParameters
+    from imagerag.cli.run import parameters_of
     from imagerag.config import validated
 
     try:
-        validated(CorpusParameters, settings.nightly)
+        validated(parameters_of("reindex"), settings.nightly)
     except UserError as error:
         raise UserError(f"IMAGERAG_NIGHTLY has to hold parameters of the flow `reindex`: {error}") from error
     return settings.nightly
@@ -174,15 +171,15 @@ async def _schedule_nightly(
 
 def _check_schedules(deployment: "DeploymentResponse") -> None:
     """Warn of schedules with parameters that the flow no longer has, because their runs fail."""
-    from imagerag.cli.run import load_flow
+    from imagerag.cli.run import parameters_of
 
-    _, model = load_flow(cast("FlowName", deployment.name))
+    known = parameters_of(cast("FlowName", deployment.name)).model_fields
     for schedule in deployment.schedules:
-        if unknown := sorted({*deployment.parameters, *schedule.parameters} - model.model_fields.keys()):
+        if unknown := sorted({*deployment.parameters, *schedule.parameters} - known.keys()):
             name = schedule.slug or schedule.id
             typer.echo(
                 f"{deployment.name}: its schedule {name} gives {', '.join(unknown)}, which the flow does not take; its "
-                f"runs fail until that is changed in Prefect's UI. The flow takes {', '.join(model.model_fields)}",
+                f"runs fail until that is changed in Prefect's UI. The flow takes {', '.join(known)}",
                 err=True,
             )
 

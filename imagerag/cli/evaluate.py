@@ -1,63 +1,23 @@
 """`imagerag evaluate` and `imagerag pipeline`: run the flows in this process."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from imagerag.cli.corpus import CaptionsOption, EncoderOption, ParametersOption, UrlListArgument, given
-from imagerag.cli.finetune import BaseOption, RecipeChoice, RecipeOption, TeacherOption, recipe_parameters
-from imagerag.cli.names import ModelNameOption, NameOption, corpus_name
+from imagerag.cli.finetune import RecipeChoice, RecipeOption, recipe_parameters
+from imagerag.cli.names import NameOption, with_name
 from imagerag.cli.run import run_flow
 
 if TYPE_CHECKING:
     from tasks.report import EvaluateReport
 
 
-def evaluate(
-    name: NameOption = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="Folder or URI that `imagerag finetune` wrote. Default: the last training's."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Text file: a prompt per line, optionally a tab and a category. Default: held-out captions."),
-    ] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=2, help="Maximum number of prompts.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Metric that the gate decides by. Default: `recognised`.")] = None,
-    model_name: ModelNameOption = None,
-    portable: Annotated[bool, typer.Option("--portable", help="Pack a copy of the index into the model.")] = False,
-    num_workers: Annotated[int | None, typer.Option(min=1, help="Number of workers, each with a model.")] = None,
-    parameters: ParametersOption = None,
-) -> None:
+def evaluate(context: typer.Context, name: NameOption = None) -> None:
     """Measure an adapter, register it as a model, and make it champion if the gate passes."""
-    options = {
-        "name": corpus_name(name) if parameters is None else name,
-        "adapter": adapter if adapter is None or "://" in adapter else str(Path(adapter).absolute()),
-        "evaluation": {
-            "prompts": None if prompts is None else str(prompts.absolute()),
-            "num_prompts": num_prompts,
-            "num_workers": num_workers,
-        },
-        "gate": {"metric": metric},
-        "model_name": model_name,
-        "portable": portable,
-    }
-    show_evaluation(run_flow("evaluate", given(options), parameters))
+    show_evaluation(run_flow("evaluate", with_name(context.obj, name)))
 
 
-def pipeline(
-    url_list: UrlListArgument,
-    captions: CaptionsOption = None,
-    name: Annotated[str | None, typer.Option(help="Name of the corpus. Default: `images`.")] = None,
-    encoder: EncoderOption = None,
-    recipe: RecipeChoice = RecipeOption.TINY,
-    base: BaseOption = None,
-    teacher: TeacherOption = None,
-    model_name: ModelNameOption = None,
-    parameters: ParametersOption = None,
-) -> None:
+def pipeline(context: typer.Context, recipe: RecipeChoice = RecipeOption.TINY) -> None:
     """Run everything from a folder of images or a list of URLs to a champion: ingest, features, finetune, evaluate.
 
     Stages that are done are skipped.
@@ -66,16 +26,7 @@ def pipeline(
 
     from imagerag.cli.terminal import PlainConsole
 
-    options = {
-        "url_list": url_list,
-        "captions": captions,
-        "name": name,
-        "encoder": encoder,
-        "features": {"base": base},
-        "data": {"base": base, "teacher": teacher},
-        "model_name": model_name,
-    }
-    report = run_flow("pipeline", given(options), parameters, defaults=recipe_parameters(recipe, base, teacher))
+    report = run_flow("pipeline", context.obj, defaults=recipe_parameters(recipe, context.obj))
     PlainConsole().print(Markdown(report.markdown()))
 
 

@@ -1,13 +1,12 @@
 """`imagerag finetune`: run the flow in this process."""
 
+from collections.abc import Mapping
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imagerag.cli.corpus import ParametersOption, given
-from imagerag.cli.names import NameOption, corpus_name
+from imagerag.cli.names import NameOption, with_name
 from imagerag.cli.run import run_flow
 from imagerag.errors import UserError
 
@@ -24,59 +23,30 @@ class RecipeOption(StrEnum):
 
 RecipeChoice = Annotated[
     RecipeOption,
-    typer.Option(help="Defaults for what is not given: minutes on a laptop, or the paper's values."),
+    typer.Option(help="Defaults for what is not given: minutes on a laptop, as shown here, or the paper's values."),
 ]
-BaseOption = Annotated[
-    str | None, typer.Option(help="Student model: a hub id and commit, or a diffusers folder. Default: `tiny`.")
-]
-TeacherOption = Annotated[str | None, typer.Option(help="Multi-step teacher model, given like the student.")]
 
 
-def finetune(
-    name: NameOption = None,
-    recipe: RecipeChoice = RecipeOption.TINY,
-    base: BaseOption = None,
-    teacher: TeacherOption = None,
-    held_out: Annotated[
-        Path | None, typer.Option(help="Text file of captions to exclude from training. Default: 2 % of the captions.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Random seed of the training.")] = None,
-    num_workers: Annotated[int | None, typer.Option(min=1, help="Number of training workers.")] = None,
-    group: Annotated[str | None, typer.Option(help="Parent run in MLflow, for ablations.")] = None,
-    anew: Annotated[
-        bool,
-        typer.Option(
-            "--anew", help="Start on the published index instead of resuming a training on an earlier version."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only estimate memory, time and checkpoint sizes.")
-    ] = False,
-    parameters: ParametersOption = None,
-) -> None:
+def finetune(context: typer.Context, name: NameOption = None, recipe: RecipeChoice = RecipeOption.TINY) -> None:
     """Train an adapter on an index."""
-    options = {
-        "name": corpus_name(name) if parameters is None else name,
-        "data": {"base": base, "teacher": teacher, "held_out": None if held_out is None else str(held_out.absolute())},
-        "training": {"steps": steps, "seed": seed},
-        "workers": {"num_workers": num_workers},
-        "group": group,
-        "anew": anew,
-        "dry_run": dry_run,
-    }
-    show_finetune(run_flow("finetune", given(options), parameters, defaults=recipe_parameters(recipe, base, teacher)))
+    given = with_name(context.obj, name)
+    show_finetune(run_flow("finetune", given, defaults=recipe_parameters(recipe, given)))
 
 
-def recipe_parameters(recipe: RecipeOption, base: str | None, teacher: str | None) -> dict[str, Any]:
-    """Return the parameters of a recipe."""
+def recipe_parameters(recipe: RecipeOption, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a recipe.
+
+    Raises:
+        UserError: if the recipe needs models that are not given.
+    """
     from imagerag.training import config
 
     if recipe is RecipeOption.TINY:
         return config.tiny().model_dump()
-    if base is None or teacher is None:
+    data = given.get("data")
+    if not isinstance(data, Mapping) or not {"base", "teacher"} <= data.keys():
         raise UserError("the recipe sd_turbo needs --base and --teacher: SD-Turbo and SD 2.1, by hub id or folder")
-    return config.sd_turbo(base, teacher).model_dump()
+    return config.sd_turbo("tiny", "tiny-teacher").model_dump()  # the given models replace these
 
 
 def show_finetune(report: "FinetuneReport") -> None:

@@ -1,6 +1,7 @@
 """The options `--name` and `--model-name`, and their defaults."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,16 @@ ModelNameOption = Annotated[
     str | None,
     typer.Option(help="Registered model in MLflow. Default: IMAGERAG_MODEL_NAME, or `imagerag-turbo`."),
 ]
+
+
+def with_name(parameters: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """Return a flow's parameters with the corpus that `--name` names, or the default if none is named.
+
+    Raises:
+        UserError: as `corpus_name`.
+    """
+    named = {"name": corpus_name(name)} if name is not None or "name" not in parameters else {}
+    return {**parameters, **named}
 
 
 def corpus_name(name: str | None) -> str:

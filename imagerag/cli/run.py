@@ -11,25 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from imagerag.errors import UserError
 
 if TYPE_CHECKING:
+    from imagerag.config import Config
     from imagerag.settings import Settings
 
 
 FlowName = Literal["ingest", "reindex", "features", "finetune", "evaluate", "pipeline"]
 
 
-def run_flow(
-    flow: FlowName,
-    options: Mapping[str, Any],
-    parameters_file: Path | None = None,
-    defaults: Mapping[str, Any] = MappingProxyType({}),
-) -> Any:
+def run_flow(flow: FlowName, given: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """Validate the parameters, run a flow, and return its report.
 
     Args:
         flow: name of the flow.
-        options: parameters that override the file's; nested ones are merged.
-        parameters_file: JSON file with further parameters.
-        defaults: parameters that options and the file override.
+        given: its parameters.
+        defaults: parameters that replace the flow's defaults where none are given.
 
     Raises:
         UserError: if a parameter is invalid, before anything is started.
@@ -41,22 +36,30 @@ def run_flow(
     settings = Settings()
     # Prefect reads its settings when it is first imported.
     os.environ.update(prefect_environment(settings))
-    run, model = load_flow(flow)
-    parameters = validated(model, _merge(_merge(defaults, _read_parameters(parameters_file)), options))
+    run = load_flow(flow)
+    parameters = validated(parameters_of(flow), merged(defaults, given))
     with prefect_session(settings):
         return run(**dict(parameters))
 
 
-def load_flow(flow: FlowName) -> tuple[Any, Any]:
-    """Return a flow and the pydantic model of its parameters."""
+def load_flow(flow: FlowName) -> Any:
+    """Return a flow."""
     from importlib import import_module
 
     from imagerag.cli.project import project
 
     project()  # checks that `flows` is this project's package
-    module = import_module(f"flows.{flow}")
-    model = {"ingest": "Corpus", "reindex": "Corpus"}.get(flow, flow.capitalize())
-    return getattr(module, flow), getattr(module, f"{model}Parameters")
+    return getattr(import_module(f"flows.{flow}"), flow)
+
+
+def parameters_of(flow: FlowName) -> "type[Config]":
+    """Return the model of a flow's parameters, without importing Prefect."""
+    from imagerag.cli.project import project
+
+    project()  # checks that `flows` is this project's package
+    from flows.parameters import PARAMETERS
+
+    return PARAMETERS[flow]
 
 
 @contextmanager
@@ -77,7 +80,12 @@ def prefect_session(settings: "Settings") -> Iterator[str]:
             EventsWorker.drain_all(timeout=10)
 
 
-def _read_parameters(path: Path | None) -> dict[str, Any]:
+def read_parameters(path: Path | None) -> dict[str, Any]:
+    """Return the parameters in a JSON file; none without a file.
+
+    Raises:
+        UserError: if it can't be read, or holds something else.
+    """
     if path is None:
         return {}
     try:
@@ -89,9 +97,10 @@ def _read_parameters(path: Path | None) -> dict[str, Any]:
     return values
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of both; where both have one, that of `over`."""
+    result = dict(base)
     for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from imagerag.config import Config
+from imagerag.config import Config, Place
 from imagerag.errors import UserError
 from imagerag.limits import MAX_SEED
 from imagerag.workers import WorkersConfig
@@ -48,7 +48,7 @@ NEEDED_FILES: dict[MetricName, tuple[str, ...]] = {
 class EvaluateConfig(WorkersConfig):
     """What an evaluation generates and measures."""
 
-    prompts: str | None = Field(
+    prompts: Place | None = Field(
         default=None,
         description="Text file with one prompt per line, optionally followed by a tab and a category; unset: the "
         "captions held out of the training.",

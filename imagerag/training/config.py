@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from imagerag.base.files import check_spec
-from imagerag.config import Config
+from imagerag.config import Config, Place
 from imagerag.errors import UserError
 from imagerag.limits import MAX_SEED
 from imagerag.workers import CommittingConfig, WorkersConfig
@@ -87,12 +87,12 @@ class SynthesizeConfig(CommittingConfig):
     num_teacher_latents: int = Field(
         default=0, ge=0, description="Latents to sample from the teacher, in addition to the latents of real images."
     )
-    prompts: str | None = Field(
+    prompts: Place | None = Field(
         default=None, description="Text file with the teacher's prompts, one per line; unset: the captions."
     )
     guidance_scale: float = Field(default=7.5, ge=0, description="Guidance scale of the teacher.")
     num_inference_steps: int = Field(default=25, ge=1, le=1000, description="Denoising steps of the teacher.")
-    held_out: str | None = Field(
+    held_out: Place | None = Field(
         default=None,
         description="Text file with captions to hold out, one per line: used for validation, never for training.",
     )

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from flows.parameters import FinetuneParameters
 from imagerag.cli import app
 from imagerag.cli.finetune import RecipeOption, recipe_parameters
-from imagerag.cli.run import _merge, load_flow
+from imagerag.cli.run import merged
 from imagerag.config import validated
 from imagerag.errors import UserError
 from imagerag.training import config
@@ -24,6 +25,8 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "parameters", "fault"),
     [
         (["--recipe", "sd_turbo"], "{}", "the recipe sd_turbo needs --base and --teacher"),
+        (["--recipe", "sd_turbo"], '{"data": 3}', "the recipe sd_turbo needs --base and --teacher"),
+        (["--recipe", "sd_turbo", "--base", "sd-turbo", "--teacher", "sd"], "{}", "a base model is"),
         (["--base", "sd-turbo"], "{}", "a base model is"),
         (["--name", "A b"], "{}", "a corpus name has 1 to 63 characters"),
         ([], '{"training": {"batch_size": 30}}', "multiple of micro_batch_size, got 30 and 32"),
@@ -46,10 +49,11 @@ def test_what_breaks_a_rule_is_refused(tmp_path: Path, arguments: list[str], par
 
 
 def test_the_papers_recipe_has_the_papers_figures() -> None:
-    model = load_flow("finetune")[1]
-    recipe = recipe_parameters(RecipeOption.SD_TURBO, f"stabilityai/sd-turbo@{COMMIT}", f"stabilityai/sd-2-1@{COMMIT}")
-    parameters = validated(model, _merge(recipe, {"name": "catalogue", "training": {"seed": 3}}))
+    models = {"base": f"stabilityai/sd-turbo@{COMMIT}", "teacher": f"stabilityai/sd-2-1@{COMMIT}"}
+    given = {"name": "catalogue", "data": models, "training": {"seed": 3}}
+    parameters = validated(FinetuneParameters, merged(recipe_parameters(RecipeOption.SD_TURBO, given), given))
     training, data = parameters.training, parameters.data
+    assert {"base": data.base, "teacher": data.teacher} == models
     assert (training.learning_rate, training.batch_size, training.steps, training.seed) == (1e-5, 2_048, 20_000, 3)
     assert (training.losses.distillation, training.losses.perceptual) == (2.5, 1.0)
     assert training.max_timestep is None
@@ -57,5 +61,5 @@ def test_the_papers_recipe_has_the_papers_figures() -> None:
 
 
 def test_without_a_recipe_the_flow_has_that_of_tiny() -> None:
-    parameters = load_flow("finetune")[1]()
+    parameters = FinetuneParameters()
     assert (parameters.data, parameters.training) == (config.tiny().data, config.tiny().training)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from imagerag.cli.names import corpus_name
+from imagerag.cli.names import corpus_name, with_name
 from imagerag.errors import UserError
 
 
@@ -34,3 +34,10 @@ def test_of_several_one_has_to_be_chosen(index: Path) -> None:
 def test_a_name_that_cannot_be_is_refused(index: Path) -> None:
     with pytest.raises(UserError, match="a corpus name has"):
         corpus_name("../mine")
+
+
+def test_a_file_of_parameters_can_name_the_corpus(index: Path) -> None:
+    (index / "sample.lance").mkdir(parents=True)
+    assert with_name({"name": "mine"}, None) == {"name": "mine"}
+    assert with_name({"name": "mine"}, "other") == {"name": "other"}
+    assert with_name({"group": "a"}, None) == {"group": "a", "name": "sample"}

@@ -10,12 +10,18 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 
-from flows.ingest import CorpusParameters, ingest
+from flows.ingest import ingest
+from flows.parameters import PARAMETERS, CorpusParameters
 from imagerag.config import validated
 from imagerag.errors import UserError
 from tasks.parameters import unwrapped
 
-FLOWS = sorted(path.stem for path in (Path(__file__).parents[2] / "flows").glob("[a-z]*.py"))
+FLOWS = sorted(PARAMETERS)
+
+
+def test_every_flow_has_its_parameters() -> None:
+    files = {path.stem for path in (Path(__file__).parents[2] / "flows").glob("[a-z]*.py")}
+    assert files == {*FLOWS, "parameters"}
 
 
 def form(flow: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 
-from flows.pipeline import PipelineParameters, pipeline
+from flows.parameters import PipelineParameters
+from flows.pipeline import pipeline
 from imagerag.embedded.sample.server import SampleServer
 from imagerag.evaluation.config import EvaluateConfig, GateConfig, MetricFiles
 from imagerag.hspace.config import FeaturesConfig
