@@ -1,6 +1,6 @@
 """The flow `features`: compute a base model's features of every row once, and publish them with the index."""
 
-from flows.ingest import NotPublishedError
+from flows.ingest import check_published
 from flows.parameters import FeaturesParameters
 from tasks.features import make_features
 from tasks.index import index_rows
@@ -23,8 +23,6 @@ def features(parameters: FeaturesParameters) -> FeaturesReport:
         publication = publish_index(index, parameters.publish)
     report = FeaturesReport(name=parameters.name, cached=cached, publication=publication)
     write_features_report(report)
-    if not publication.published:
-        failed = [f"{check.name}: {check.detail}" for check in publication.checks if not check.passed]
-        raise NotPublishedError(f"{parameters.name} is not published: {'; '.join(failed)}")
+    check_published(parameters.name, publication)
     check_champion(cached, publication)
     return report

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from flows.parameters import CorpusParameters
+from imagerag.artifacts import Publication
 from imagerag.errors import UserError
 from imagerag.retrieval.publish import published_rows
 from imagerag.retrieval.store import Store
@@ -33,11 +34,19 @@ def update_corpus(parameters: CorpusParameters, mode: Literal["add", "replace"])
     """Run the stages with images that are added to the corpus (`add`) or that replace its contents (`replace`)."""
     with alone_at(parameters.name):
         report = _update(parameters, mode)
-    publication = report.publication
+    check_published(parameters.name, report.publication)
+    return report
+
+
+def check_published(name: str, publication: Publication) -> None:
+    """Check that a new version was published.
+
+    Raises:
+        NotPublishedError: if it failed its checks.
+    """
     if not publication.published:
         failed = [f"{check.name}: {check.detail}" for check in publication.checks if not check.passed]
-        raise NotPublishedError(f"{parameters.name} is not published: {'; '.join(failed)}")
-    return report
+        raise NotPublishedError(f"{name} is not published: {'; '.join(failed)}")
 
 
 def _update(parameters: CorpusParameters, mode: Literal["add", "replace"]) -> CorpusReport:

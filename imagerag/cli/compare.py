@@ -8,7 +8,10 @@ import typer
 
 from imagerag.cli.generate import (
     DEFAULT_BASE,
+    AdapterOption,
     BaseOption,
+    PromptFileOption,
+    PromptsArgument,
     ScaleOption,
     check_alone,
     check_scale,
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 
 
 def compare(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
+    prompts: PromptsArgument = None,
+    prompt_file: PromptFileOption = None,
     name: NameOption = None,
     base: BaseOption = None,
     model: Annotated[
@@ -40,7 +43,7 @@ def compare(
         str | None,
         typer.Option(help="Multi-step model to compare with. Default: `tiny-teacher` for `tiny`, otherwise none."),
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="Folder or URI of an adapter.")] = None,
+    adapter: AdapterOption = None,
     scale: ScaleOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, which is the same for all pictures.")] = 0,
     out: Annotated[Path, typer.Option(help="Output folder: index.html, grid.png and scores.json.")] = Path("compare"),

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
 _MAX_ROWS_IN_SHEET = 64
-
-
 DEFAULT_BASE = "tiny"
+PromptsArgument = Annotated[list[str] | None, typer.Argument(help="Prompts.")]
+PromptFileOption = Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")]
+AdapterOption = Annotated[str | None, typer.Option(help="Folder or URI of an adapter.")]
 BaseOption = Annotated[
     str | None,
     typer.Option(
@@ -26,8 +27,6 @@ BaseOption = Annotated[
         "Default: `tiny`."
     ),
 ]
-
-
 ScaleOption = Annotated[
     float | None,
     typer.Option(
@@ -47,8 +46,8 @@ class FusionOption(StrEnum):
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
+    prompts: PromptsArgument = None,
+    prompt_file: PromptFileOption = None,
     base: BaseOption = None,
     model: Annotated[
         str | None,
@@ -81,7 +80,7 @@ def generate(
     ] = None,
     scale: ScaleOption = None,
     compose: Annotated[bool, typer.Option("--compose", help="Also search for each thing that a prompt names.")] = False,
-    adapter: Annotated[str | None, typer.Option(help="Folder or URI of an adapter.")] = None,
+    adapter: AdapterOption = None,
     seeds: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of pictures per prompt, with consecutive seeds.")
     ] = 8,

@@ -69,7 +69,7 @@ def _read_file(part: Part, suffix: str, stream: IO[bytes], choose: Choose) -> It
         case "json" | "jsonl":
             return read_json(part.uri, text, choose)
         case kind:
-            return read_csv(part.uri, text, "\t" if kind == "tsv" else None, choose)
+            return read_csv(text, "\t" if kind == "tsv" else None, choose)
 
 
 def folder_of(uri: str) -> str:

@@ -107,7 +107,7 @@ def _array_items(uri: str, text: io.TextIOWrapper) -> Iterator[dict[str, Any] | 
         yield item if isinstance(item, dict) else f"is no JSON object: {item!r:.80}"
 
 
-def read_csv(uri: str, text: Iterable[str], delimiter: str | None, choose: Choose) -> Iterator[Batch]:
+def read_csv(text: Iterable[str], delimiter: str | None, choose: Choose) -> Iterator[Batch]:
     """Yield batches of a CSV file with or without a header. If `delimiter` is None, it is guessed."""
     lines = (line.rstrip("\n") for line in text)
     first = next((line for line in lines if line.strip()), "")

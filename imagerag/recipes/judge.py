@@ -8,11 +8,10 @@ are used for evaluation only.
 import argparse
 import json
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from imagerag.embedded.judge import (
 from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.evaluation.intervals import estimate
 from imagerag.evaluation.recognition import Judge
-from imagerag.recipes.tiny_encoder import train as encoder
+from imagerag.recipes.recipe import DrawingsRecipe, parse
 from imagerag.storage.digests import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -44,10 +43,9 @@ SPLITS = ("base", "adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(DrawingsRecipe):
     """Hyperparameters of the training."""
 
-    seed: int = 0
     steps: int = 400
     batch_size: int = 128
     """Concepts per step, with two drawings each."""
@@ -59,9 +57,7 @@ class Recipe:
     degrees: float = 10.0
     scale: float = 0.2
     shift: float = 0.1
-    """Maximum shift as a share of the image's side."""
     jitter: float = 0.3
-    """Maximum relative change of brightness, contrast and saturation."""
 
 
 def batch(recipe: Recipe, concepts: Sequence[torch.Tensor], step: int) -> torch.Tensor:
@@ -76,9 +72,8 @@ def batch(recipe: Recipe, concepts: Sequence[torch.Tensor], step: int) -> torch.
     chosen = rng.choice(len(concepts), min(recipe.batch_size, len(concepts)), replace=False)
     pairs = [concepts[c][rng.choice(len(concepts[c]), 2, replace=False)] for c in chosen]
     pixels = torch.stack(pairs, 1).flatten(0, 1)
-    augmentation = encoder.Recipe(degrees=recipe.degrees, scale=recipe.scale, shift=recipe.shift, jitter=recipe.jitter)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    augmented: torch.Tensor = encoder.augment(pixels, augmentation, generator).unflatten(0, (2, -1))
+    augmented: torch.Tensor = recipe.augment(pixels, generator).unflatten(0, (2, -1))
     return augmented
 
 
@@ -107,10 +102,7 @@ def train(recipe: Recipe, drawings: Sequence[Drawing]) -> ContrastiveNetwork:
     optimizer = torch.optim.AdamW(
         [*network.parameters(), *head.parameters()], recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / recipe.warmup_steps, (1 + math.cos(math.pi * step / recipe.steps)) / 2),
-    )
+    schedule = recipe.schedule(optimizer)
     logger.info("%d concepts, %d steps", len(concepts), recipe.steps)
     started = time.perf_counter()
     for step in range(recipe.steps):
@@ -165,14 +157,9 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the second judge's network on the sample corpus.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="output folder (default: %(default)s)")
-    for field in fields(Recipe):
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
-    arguments = vars(parser.parse_args())
-    folder = arguments.pop("out")
+    recipe, arguments = parse(parser, Recipe)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(**arguments)
-    manifest = save(train(recipe, load_drawings(splits=SPLITS)), recipe, folder)
+    manifest = save(train(recipe, load_drawings(splits=SPLITS)), recipe, arguments.out)
     logger.info("%s", json.dumps(manifest["recognised_among_100"], indent=1))
 
 

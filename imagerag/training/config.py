@@ -13,7 +13,6 @@ from imagerag.errors import UserError
 from imagerag.limits import MAX_SEED
 from imagerag.workers import CommittingConfig, WorkersConfig
 
-RecipeName = Literal["tiny", "sd_turbo"]
 _CHANCE = 0.55
 """Discriminator accuracy below this counts as chance (0.5)."""
 

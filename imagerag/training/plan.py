@@ -1,6 +1,5 @@
 """Estimate of a fine-tuning's memory, computation and time, with models built on the meta device."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imagerag.base.files import read_json
+from imagerag.storage.keyed_table import shape_of
 from imagerag.training.config import FinetuneConfig
 from imagerag.training.examples import Examples
 
@@ -121,15 +121,13 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
         generator = Generator(unet, adapter, diffusion, lora_rank=config.lora_rank, learn_adapter=learn)
         teacher = _unet(read_json(examples.teacher.parts["unet"].files[0]))
         discriminator = build_discriminator(config.discriminator, teacher, diffusion)
-    pictures = examples.config.num_teacher_latents
-    predictions = pictures * examples.config.num_inference_steps * (1 + (examples.config.guidance_scale > 1))
     flop, saved = _measure(generator, discriminator, examples, config)
     learning = sum(parameter.numel() for _, parameter in generator.learning())
     heads = sum(parameter.numel() for parameter in discriminator.parameters())
     frozen = sum(p.numel() for p in (*generator.parameters(), *teacher.parameters())) - learning
     num_held_out, num_real = int(examples.is_held_out.sum()), examples.rows.num_rows
     num_examples = num_real + examples.config.num_teacher_latents
-    row_bytes = 2 * sum(math.prod(_shape(field)) for field in examples.real_table.schema if field.metadata)
+    row_bytes = 2 * sum(math.prod(shape_of(field)) for field in examples.real_table.schema if field.metadata)
     return Plan(
         num_rows=num_examples - num_held_out,
         num_held_out=num_held_out,
@@ -140,7 +138,7 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
         num_heads=heads,
         num_frozen=frozen,
         tflop_per_row=flop / 1e12,
-        teacher_tflop=predictions * _forward_flop(teacher, examples) / 1e12,
+        teacher_tflop=_teacher_flop(teacher, examples) / 1e12,
         weights_gib=(2 * frozen + 4 * (_ADAM_COPIES + 1) * learning + 4 * _ADAM_COPIES * heads) / _GIB,
         activations_gib=saved * config.micro_batch_size / _GIB,
         checkpoint_gib=4 * (4 * learning + 3 * heads) / _GIB,
@@ -164,7 +162,7 @@ def _measure(
     from imagerag.training.data import RagBatch
     from imagerag.training.ladd import Ladd
 
-    latents, text = (_shape(examples.real_table.schema.field(name)) for name in ("latents", "text"))
+    latents, text = (shape_of(examples.real_table.schema.field(name)) for name in ("latents", "text"))
     size, k = _MEASURED_ROWS, max(1, config.references.number)
     with torch.device("meta"):
         batch = RagBatch(
@@ -188,15 +186,17 @@ def _measure(
     return counter.get_total_flops() / size, sum(saved.values()) / 2 / size  # in bfloat16 rather than float32
 
 
-def _forward_flop(unet: Any, examples: Examples) -> float:
-    """Return the FLOP of one forward pass for one row."""
+def _teacher_flop(unet: Any, examples: Examples) -> float:
+    """Return the FLOP of sampling all of the teacher's latents; guidance doubles the predictions of a step."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    latents, text = (_shape(examples.real_table.schema.field(name)) for name in ("latents", "text"))
+    latents, text = (shape_of(examples.real_table.schema.field(name)) for name in ("latents", "text"))
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(torch.empty(1, *latents), torch.zeros(1), torch.empty(1, *text), added_cond_kwargs=_added(examples, 1))
-    return float(counter.get_total_flops())
+    config = examples.config
+    predictions = config.num_teacher_latents * config.num_inference_steps * (1 + (config.guidance_scale > 1))
+    return float(predictions * counter.get_total_flops())
 
 
 def _added(examples: Examples, size: int) -> dict[str, "torch.Tensor"]:
@@ -208,7 +208,7 @@ def _added(examples: Examples, size: int) -> dict[str, "torch.Tensor"]:
     schema = examples.real_table.schema
     if "pooled" not in schema.names:
         return {}
-    return added_conditions(torch.empty(size, *_shape(schema.field("pooled"))), side=0)
+    return added_conditions(torch.empty(size, *shape_of(schema.field("pooled"))), side=0)
 
 
 @contextmanager
@@ -226,10 +226,6 @@ def _counted(known: set[int]) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield saved
-
-
-def _shape(field: Any) -> tuple[int, ...]:
-    return tuple(json.loads(field.metadata[b"shape"]))
 
 
 def _cpu_tflops() -> float:

@@ -59,7 +59,7 @@ def test_a_batch_holds_a_concept_once() -> None:
 def test_without_augmentation_images_are_only_normalised_and_mirrored() -> None:
     pixels = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = pixels / 127.5 - 1
-    augmented = train.augment(pixels, PLAIN, torch.Generator().manual_seed(0))
+    augmented = PLAIN.augment(pixels, torch.Generator().manual_seed(0))
     kept = torch.isclose(augmented, expected, atol=1e-4).all((1, 2, 3))
     mirrored = torch.isclose(augmented, expected.flip(3), atol=1e-4).all((1, 2, 3))
     assert (kept ^ mirrored).all()
@@ -68,7 +68,7 @@ def test_without_augmentation_images_are_only_normalised_and_mirrored() -> None:
 
 def test_augmentation_keeps_white_paper() -> None:
     white = torch.full((32, 3, 64, 64), 255, dtype=torch.uint8)
-    assert torch.allclose(train.augment(white, Recipe(), torch.Generator().manual_seed(0)), torch.ones(()), atol=1e-5)
+    assert torch.allclose(Recipe().augment(white, torch.Generator().manual_seed(0)), torch.ones(()), atol=1e-5)
 
 
 def test_mixing_blends_neighbours() -> None:

@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from imagerag.embedded import tiny_base
 from imagerag.embedded.sample import Drawing, load_concepts, load_drawings
 from imagerag.errors import UserError
 from imagerag.recipes.loop import CHECKPOINT_SUFFIX, Phase, run, start_from
+from imagerag.recipes.recipe import parse
 from imagerag.recipes.tiny_base.anything import Cutouts
 from imagerag.recipes.tiny_base.data import Pictures, Prompts
 from imagerag.recipes.tiny_base.latents import Latents
@@ -252,17 +253,12 @@ def main() -> None:
     parser.add_argument(
         "--home", type=Path, default=Path(".imagerag"), help="home with MLflow's store (default: %(default)s)"
     )
-    for field in fields(Recipe):
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
-    arguments = vars(parser.parse_args())
-    folder, home, start = (arguments.pop(name) for name in ("out", "home", "start"))
-    anything = arguments.pop("pictures")
+    recipe, arguments = parse(parser, Recipe)
+    folder, drawings = arguments.out, load_drawings(splits=[_SPLIT])
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, drawings = Recipe(**arguments), load_drawings(splits=[_SPLIT])
     try:
-        with tracked(Settings(home=home), "tiny", folder.name, asdict(recipe)) as tracker:
-            Training(recipe, drawings, anything, folder, tracker, start).run()
+        with tracked(Settings(home=arguments.home), "tiny", folder.name, asdict(recipe)) as tracker:
+            Training(recipe, drawings, arguments.pictures, folder, tracker, arguments.start).run()
     except UserError as error:
         sys.exit(f"error: {error}")
 

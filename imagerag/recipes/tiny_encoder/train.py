@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody use
 from imagerag.embedded import tiny_encoder
 from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.embedding.encoder import Encoder
+from imagerag.recipes.recipe import DrawingsRecipe, parse
 from imagerag.recipes.tiny_encoder.recall import measure_recall
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.storage.files import write_file
@@ -42,10 +43,9 @@ _CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(DrawingsRecipe):
     """Hyperparameters of the training."""
 
-    seed: int = 0
     steps: int = 700
     batch_size: int = 128
     learning_rate: float = 2e-3
@@ -60,9 +60,7 @@ class Recipe:
     degrees: float = 15.0
     scale: float = 0.3
     shift: float = 0.15
-    """Maximum shift as a share of the image's side."""
     jitter: float = 0.35
-    """Maximum relative change of brightness, contrast and saturation."""
 
 
 class Samples:
@@ -89,7 +87,7 @@ class Samples:
         rng = np.random.default_rng([self._recipe.seed, epoch, position])
         images = torch.stack([self._drawings[c][rng.integers(len(self._drawings[c]))] for c in chosen])
         texts = torch.stack([self._text(c, rng) for c in chosen])
-        images = augment(images, self._recipe, torch.Generator().manual_seed(int(rng.integers(2**62))))
+        images = self._recipe.augment(images, torch.Generator().manual_seed(int(rng.integers(2**62))))
         share = torch.from_numpy(rng.beta(self._recipe.mixing, self._recipe.mixing, size).astype(np.float32))
         share = torch.maximum(share, 1 - share)
         return mix(images, share), F.normalize(mix(texts, share), dim=-1)
@@ -109,36 +107,6 @@ def _text_features(model: "open_clip.CustomTextCLIP", texts: list[str]) -> dict[
             group = texts[start : start + 256]
             features |= zip(group, model.encode_text(tokenizer(group), normalize=True), strict=True)
     return {text: feature.clone() for text, feature in features.items()}
-
-
-def augment(pixels: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
-    """Apply random shifts, scales, rotations, flips and colour jitter.
-
-    Args:
-        pixels: drawings on white, bytes (B, 3, H, W).
-        recipe: strengths of the augmentations.
-        generator: draws the augmentations.
-
-    Returns:
-        Augmented images (B, 3, H, W), -1 to 1.
-    """
-    size = len(pixels)
-
-    def uniform(half_width: float) -> torch.Tensor:
-        return (torch.rand(size, generator=generator) * 2 - 1) * half_width
-
-    angle, zoom = uniform(math.radians(recipe.degrees)), 1 / (1 + uniform(recipe.scale))
-    mirror = torch.where(torch.rand(size, generator=generator) < 0.5, -1.0, 1.0)
-    rows = [zoom * angle.cos() * mirror, -zoom * angle.sin(), uniform(2 * recipe.shift)]
-    rows += [zoom * angle.sin() * mirror, zoom * angle.cos(), uniform(2 * recipe.shift)]
-    grid = F.affine_grid(torch.stack(rows, 1).view(size, 2, 3), list(pixels.shape), align_corners=False)
-    ink = 1 - pixels / 255  # white is zero, which is what grid_sample pads with
-    ink = F.grid_sample(ink, grid, align_corners=False)
-    brightness, contrast, saturation = (1 + uniform(recipe.jitter).view(-1, 1, 1, 1) for _ in range(3))
-    ink = ink * brightness
-    ink = ink.mean((1, 2, 3), keepdim=True).lerp(ink, contrast)
-    ink = ink.mean(1, keepdim=True).lerp(ink, saturation)
-    return 1 - 2 * ink.clamp(0, 1)
 
 
 def mix(values: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -171,10 +139,7 @@ def train(
         [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=recipe.learning_rate,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / recipe.warmup_steps, (1 + math.cos(math.pi * step / recipe.steps)) / 2),
-    )
+    scheduler = recipe.schedule(optimizer)
     loss_function = ClipLoss()
     first_step = _resume(folder / _CHECKPOINT, recipe, model, optimizer, scheduler)
     started = time.perf_counter()
@@ -255,14 +220,10 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the image tower of the encoder `tiny` on the sample corpus.")
     parser.add_argument("--out", type=Path, default=tiny_encoder.FOLDER, help="output folder (default: %(default)s)")
-    for field in fields(Recipe):
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
-    arguments = vars(parser.parse_args())
-    folder = arguments.pop("out")
+    recipe, arguments = parse(parser, Recipe)
+    folder, drawings = arguments.out, load_drawings(splits=[_SPLIT])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, drawings = Recipe(**arguments), load_drawings(splits=[_SPLIT])
     manifest = save(train(recipe, drawings, folder), recipe, drawings, folder)
     (folder / _CHECKPOINT).unlink(missing_ok=True)
     logger.info("%s", json.dumps(manifest["text_to_image_recall"], indent=1))
