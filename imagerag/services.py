@@ -6,18 +6,11 @@ password: other users of the machine and web pages can reach loopback ports too,
 code.
 """
 
-import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
@@ -26,8 +19,19 @@ import psutil
 
 from imagerag import credentials
 from imagerag.errors import UserError
+from imagerag.processes import (
+    START_TIMEOUT_S,
+    Service,
+    answering,
+    await_healthy,
+    end,
+    find,
+    free_port,
+    record_of,
+    start,
+    stop,
+)
 from imagerag.settings import Settings
-from imagerag.storage.files import write_json
 from imagerag.storage.locks import writer_lock
 
 WORK_POOL = "imagerag"
@@ -39,41 +43,6 @@ _DISTRIBUTION = "imagerag-turbo"
 _HEALTH = {PREFECT: "/api/health", MLFLOW: "/health"}
 _PROJECT = "IMAGERAG_PROJECT"
 """Environment variable with the flows' folder. Only workers and their flow runs have it, which identifies them."""
-
-_START_TIMEOUT_S = 180.0
-_ANSWER_TIMEOUT_S = 30.0
-_STOP_TIMEOUT_S = 10.0
-# The kernel kills the child when its parent dies, so that kill -9 leaves no server behind (Linux; 1 is
-# PR_SET_PDEATHSIG). The child sets this itself, because Popen's preexec_fn is unsafe with threads.
-_DYING_WITH_PARENT = (
-    "-c",
-    "import ctypes, os, signal, sys; "
-    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
-)
-
-
-class ServiceError(UserError):
-    """A server did not start, or does not answer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """A process started for a home, identified by process id and start time."""
-
-    name: str
-    pid: int
-    started: float
-    url: str
-
-    @property
-    def running(self) -> bool:
-        """Whether this process still runs; the start time detects a reused process id."""
-        try:
-            process = psutil.Process(self.pid)
-            return bool(process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return False
 
 
 def prefect_environment(settings: Settings, api_url: str | None = None) -> dict[str, str]:
@@ -95,7 +64,7 @@ def prefect_environment(settings: Settings, api_url: str | None = None) -> dict[
         "PREFECT_LOGGING_EXTRA_LOGGERS": "imagerag",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         # Server start-up takes longer than Prefect's 20 s on a small, busy machine.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(_START_TIMEOUT_S)),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_TIMEOUT_S)),
     }
     if settings.prefect_api_url is None:
         environment["PREFECT_API_AUTH_STRING"] = _prefect_login(home)
@@ -119,14 +88,14 @@ def prefect_server(settings: Settings) -> Iterator[str]:
         return
     service = find(settings.home, PREFECT)
     if service is not None:
-        _await_healthy(service, settings.home)  # it may be starting
+        await_healthy(service, settings.home, _HEALTH[PREFECT])  # it may be starting
         yield f"{service.url}/api"
         return
     service = _start_server(settings, stay=False)
     try:
         yield f"{service.url}/api"
     finally:
-        _stop(service)
+        stop(service)
 
 
 def prefect_api(settings: Settings) -> str | None:
@@ -140,15 +109,6 @@ def mlflow_link(settings: Settings, page: str) -> str | None:
     server = find(settings.home, MLFLOW)
     url = settings.mlflow_tracking_uri or (server.url if server else None)
     return f"{url}/#/{page}" if url else None
-
-
-def find(home: Path, name: str) -> Service | None:
-    """Return the running service `name` of this home, if there is one."""
-    try:
-        service = Service(**json.loads(_record(home, name).read_text()))
-    except FileNotFoundError:
-        return None
-    return service if service.running else None
 
 
 def up(settings: Settings, project: Path) -> tuple[Service, ...]:
@@ -167,8 +127,11 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
     deployments_file(project)
     home = settings.make_home()
     with _changing(home):
-        mlflow = None if settings.mlflow_tracking_uri else _answering(home, MLFLOW) or _start_mlflow(settings)
-        server = None if settings.prefect_api_url else _answering(home, PREFECT) or _start_server(settings, stay=True)
+        mlflow = server = None
+        if settings.mlflow_tracking_uri is None:
+            mlflow = answering(home, MLFLOW, _HEALTH[MLFLOW]) or _start_mlflow(settings)
+        if settings.prefect_api_url is None:
+            server = answering(home, PREFECT, _HEALTH[PREFECT]) or _start_server(settings, stay=True)
         api_url = settings.prefect_api_url if server is None else f"{server.url}/api"
         assert api_url is not None
         environment = prefect_environment(settings, api_url) | {"IMAGERAG_HOME": str(home), _PROJECT: str(project)}
@@ -176,9 +139,9 @@ def up(settings: Settings, project: Path) -> tuple[Service, ...]:
         worker = find(home, WORKER)
         if worker is None:
             command = ("prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
-            worker = _start(home, WORKER, command, environment, url=api_url, stay=True)
+            worker = start(home, WORKER, command, environment, url=api_url, stay=True)
         if mlflow is not None:
-            _await_healthy(mlflow, home)
+            await_healthy(mlflow, home, _HEALTH[MLFLOW])
         return tuple(each for each in (server, worker, mlflow) if each is not None)
 
 
@@ -205,11 +168,11 @@ def down(home: Path) -> list[Service]:
         for name in (WORKER, PREFECT, MLFLOW):
             service = find(home, name)
             if service is not None:
-                _stop(service)
+                stop(service)
                 stopped.append(service)
-            _record(home, name).unlink(missing_ok=True)
+            record_of(home, name).unlink(missing_ok=True)
             if name == WORKER:
-                _end(list(_flow_run_processes(home)))
+                end(list(_flow_run_processes(home)))
     return stopped
 
 
@@ -218,18 +181,6 @@ def _changing(home: Path) -> Iterator[None]:
     """Hold the lock for starting and stopping services of this home."""
     with writer_lock(str(home / "services"), "services"):
         yield
-
-
-def _answering(home: Path, name: str) -> Service | None:
-    """Return the running service `name` if it answers, and stop it if it does not."""
-    service = find(home, name)
-    if service is None:
-        return None
-    try:
-        _await_healthy(service, home, timeout_s=_ANSWER_TIMEOUT_S)
-    except ServiceError:
-        return None
-    return service
 
 
 def _flow_run_processes(home: Path) -> Iterator[psutil.Process]:
@@ -243,23 +194,6 @@ def _flow_run_processes(home: Path) -> Iterator[psutil.Process]:
             yield process
 
 
-def answers(url: str | urllib.request.Request) -> bool:
-    """Return whether an HTTP request succeeds within 5 seconds."""
-    try:
-        with urllib.request.urlopen(url, timeout=5):  # noqa: S310 (the address of a configured server)
-            return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
-
-
-def free_port() -> int:
-    """Return a free TCP port of the loopback address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def _start_server(settings: Settings, *, stay: bool) -> Service:
     home, port = settings.home, free_port()
     url = f"http://127.0.0.1:{port}"
@@ -269,8 +203,8 @@ def _start_server(settings: Settings, *, stay: bool) -> Service:
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": url,
     }
-    service = _start(home, PREFECT, ("imagerag.prefect_app", str(port)), environment, url=url, stay=stay)
-    _await_healthy(service, home)
+    service = start(home, PREFECT, ("imagerag.prefect_app", str(port)), environment, url=url, stay=stay)
+    await_healthy(service, home, _HEALTH[PREFECT])
     return service
 
 
@@ -298,65 +232,7 @@ def _start_mlflow(settings: Settings) -> Service:
         "MLFLOW_FLASK_SERVER_SECRET_KEY": credentials.password(home),  # signs the UI's forms
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # it runs programs by name
     }
-    return _start(home, MLFLOW, command, environment, url=url, stay=True)
-
-
-def _start(
-    home: Path, name: str, command: tuple[str, ...], environment: Mapping[str, str], *, url: str, stay: bool
-) -> Service:
-    log = _log(home, name)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, *([] if stay else _DYING_WITH_PARENT), "-m", *command],
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    service = Service(name=name, pid=process.pid, started=psutil.Process(process.pid).create_time(), url=url)
-    if stay:
-        write_json(str(_record(home, service.name)), asdict(service))
-    return service
-
-
-def _await_healthy(service: Service, home: Path, timeout_s: float = _START_TIMEOUT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    log = _log(home, service.name)
-    while time.monotonic() < deadline:
-        if not service.running:
-            raise ServiceError(f"{service.name} exited while starting; see {log}")
-        if answers(f"{service.url}{_HEALTH[service.name]}"):
-            return
-        time.sleep(0.2)
-    _stop(service)
-    raise ServiceError(f"{service.name} did not answer within {timeout_s:.0f} s; see {log}")
-
-
-def _stop(service: Service) -> None:
-    """End the service's process tree by SIGTERM, then SIGKILL: Prefect's workers were seen to survive SIGTERM."""
-    try:
-        parent = psutil.Process(service.pid)
-    except psutil.NoSuchProcess:
-        return
-    _end([*parent.children(recursive=True), parent])
-
-
-def _end(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=_STOP_TIMEOUT_S)
-
-
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
+    return start(home, MLFLOW, command, environment, url=url, stay=True)
 
 
 def _deploy(environment: Mapping[str, str]) -> None:
@@ -365,11 +241,3 @@ def _deploy(environment: Mapping[str, str]) -> None:
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"`imagerag deploy` failed:\n{result.stdout}{result.stderr}")
-
-
-def _record(home: Path, name: str) -> Path:
-    return home / "services" / f"{name}.json"
-
-
-def _log(home: Path, name: str) -> Path:
-    return home / "logs" / f"{name}.log"

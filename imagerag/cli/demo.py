@@ -164,8 +164,9 @@ def _compare(settings: "Settings", model: Path) -> "Growth":
 def _write_page(settings: "Settings", done: dict[str, Any], growth: "Growth") -> Path:
     from imagerag.evaluation.compare_page import render_comparisons
     from imagerag.evaluation.results import PAGE, read_results
+    from imagerag.processes import find
     from imagerag.retrieval.search import Retriever
-    from imagerag.services import PREFECT, find, mlflow_link
+    from imagerag.services import PREFECT, mlflow_link
     from imagerag.storage.files import write_file
 
     results = read_results(done["evaluation"])

@@ -14,7 +14,7 @@ from imagerag import _torchvision
 from imagerag.errors import UserError
 
 if TYPE_CHECKING:
-    from imagerag.services import Service
+    from imagerag.processes import Service
 
 PACKAGES = (
     "prefect",
@@ -107,25 +107,26 @@ def _packages() -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    from imagerag import services
+    from imagerag.processes import find
+    from imagerag.services import MLFLOW, PREFECT
     from imagerag.settings import Settings
 
     settings = Settings()
     yield Finding("home", str(settings.home))
     prefect, mlflow = settings.prefect_api_url, settings.mlflow_tracking_uri
     home = settings.home
-    yield _server("Prefect", prefect, "IMAGERAG_PREFECT_API_URL", services.find(home, services.PREFECT), _OWN_PREFECT)
-    yield _server("MLflow", mlflow, "IMAGERAG_MLFLOW_TRACKING_URI", services.find(home, services.MLFLOW), _OWN_MLFLOW)
+    yield _server("Prefect", prefect, "IMAGERAG_PREFECT_API_URL", find(home, PREFECT), _OWN_PREFECT)
+    yield _server("MLflow", mlflow, "IMAGERAG_MLFLOW_TRACKING_URI", find(home, MLFLOW), _OWN_MLFLOW)
     yield Finding("Ray", settings.ray_address or "embedded: started on this machine for each run")
     yield Finding("GPU", _gpu())
 
 
 def _server(what: str, given: str | None, variable: str, started: "Service | None", embedded: str) -> Finding:
     """Report which server is used: the configured one, the one that `make up` started, or an embedded one."""
-    from imagerag import services
+    from imagerag.processes import answers
 
     if given is not None:
-        if services.answers(f"{given}/health"):
+        if answers(f"{given}/health"):
             return Finding(what, f"{given} answers")
         return Finding(what, f"{given} does not answer", f"start that server, or unset {variable}")
     return Finding(what, embedded if started is None else f"server at {started.url}, process {started.pid}")

@@ -23,7 +23,8 @@ import boto3
 import psutil
 import psycopg2
 
-from imagerag.services import answers, free_port, prefect_environment
+from imagerag.processes import answers, free_port
+from imagerag.services import prefect_environment
 from imagerag.settings import Settings
 
 BUCKET = "imagerag"

@@ -13,7 +13,7 @@ import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from typer.testing import CliRunner
 
-from imagerag import credentials, services
+from imagerag import credentials, processes, services
 from imagerag.cli import app
 from imagerag.errors import UserError
 from imagerag.settings import Settings
@@ -124,12 +124,12 @@ def test_a_killed_run_leaves_no_server_behind(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         url = run.stdout.readline().strip()
-        assert services.answers(f"{url}/health")
+        assert processes.answers(f"{url}/health")
         run.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while services.answers(f"{url}/health") and time.monotonic() < deadline:
+    while processes.answers(f"{url}/health") and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not services.answers(f"{url}/health")
+    assert not processes.answers(f"{url}/health")
 
 
 def test_a_configured_server_is_used_as_it_is(tmp_path: Path) -> None:
