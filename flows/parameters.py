@@ -73,6 +73,13 @@ class _Evaluation(Config):
         return self
 
 
+class _Adapter(_Corpus):
+    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus; it needs a published index.")
+    adapter: Place | None = Field(
+        default=None, description="Folder or URI of a trained adapter; unset: the corpus's last training."
+    )
+
+
 class CorpusParameters(_Publication, _Corpus):
     """Parameters of `ingest` and `reindex`."""
 
@@ -134,13 +141,8 @@ class FinetuneParameters(_Training, _Corpus):
     dry_run: bool = Field(default=False, description="Only estimate memory, steps, time and checkpoint sizes.")
 
 
-class EvaluateParameters(_Evaluation, _Corpus):
+class EvaluateParameters(_Evaluation, _Adapter):
     """Parameters of `evaluate`."""
-
-    name: str = Field(default=DEFAULT_NAME, description="Name of the corpus; it needs a published index.")
-    adapter: Place | None = Field(
-        default=None, description="Folder or URI of a trained adapter; unset: the corpus's last training."
-    )
 
 
 class PipelineParameters(_Evaluation, _Training, _Features, CorpusParameters):

@@ -1,6 +1,6 @@
 """Options of the commands that run a flow, made from the model of the flow's parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
 from pathlib import Path
 from types import MappingProxyType
@@ -59,12 +59,15 @@ class FlowCommand(TyperCommand):
             own = {param.name for param in self.params}
             fields = {path: field for path, field in _fields(schema, schema["$defs"]) if path not in own}
             self._paths = _by_option(fields)
-            self.params += _params(_declared(name, fields[paths[0]]) for name, paths in self._paths.items())
+            self.params += _params(
+                _declared(name, [fields[path] for path in paths]) for name, paths in self._paths.items()
+            )
         return super().get_params(ctx)
 
     def invoke(self, ctx: Any) -> Any:
         """Collect the parameters in the context, and call the function."""
-        ctx.obj = read_parameters(ctx.params.pop("parameters"))
+        file = ctx.params.pop("parameters")
+        ctx.obj = read_parameters(Path(file)) if file else {}  # older versions of Typer give a string
         for name, paths in self._paths.items():
             value = ctx.params.pop(_identifier(name))
             for path in paths if value not in (None, (), []) else ():
@@ -93,14 +96,15 @@ def _by_option(paths: Iterable[str]) -> Mapping[str, list[str]]:
     return dict(sorted(options.items(), key=lambda each: "." in each[0]))
 
 
-def _declared(name: str, field: Schema) -> Parameter:
+def _declared(name: str, fields: Sequence[Schema]) -> Parameter:
     """Return an option, or the argument for a required parameter, as Typer reads it from a function's signature."""
+    field, descriptions = fields[0], dict.fromkeys(each["description"] for each in fields)
     is_many, option = field["type"] == "array", f"--{name.replace('_', '-')}"
     value = field["items"] if is_many else field
     kind: Any = _KINDS[value["type"]]
     choices = [each for each in value.get("enum", ()) if each is not None]
     about: dict[str, Any] = {
-        "help": " ".join([field["description"], *_default(field["default"])]),
+        "help": " ".join([*descriptions, *_default(field["default"])]),
         "metavar": f"[{'|'.join(choices)}]" if choices else _METAVARS.get(name),
         "min": value.get("minimum"),
         "max": value["maximum"] if value.get("maximum", MAX_SEED) < MAX_SEED else None,

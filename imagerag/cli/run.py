@@ -80,14 +80,12 @@ def prefect_session(settings: "Settings") -> Iterator[str]:
             EventsWorker.drain_all(timeout=10)
 
 
-def read_parameters(path: Path | None) -> dict[str, Any]:
-    """Return the parameters in a JSON file; none without a file.
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Return the parameters in a JSON file.
 
     Raises:
         UserError: if it can't be read, or holds something else.
     """
-    if path is None:
-        return {}
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:

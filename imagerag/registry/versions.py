@@ -23,7 +23,7 @@ from imagerag.errors import UserError
 from imagerag.registry import package
 from imagerag.registry.card import GRID, PICTURE, model_card, sources_of
 from imagerag.registry.lineage import log_evaluation, log_model, run_of
-from imagerag.registry.model import code_digest, write_model
+from imagerag.registry.model import FOLDER, code_digest, write_model
 from imagerag.registry.package import Manifest
 from imagerag.retrieval.pins import JOB, held, pin
 from imagerag.retrieval.publish import require_published, require_version
@@ -135,7 +135,7 @@ def register(
                 log_index(settings, finetuned.run_id, store, finetuned.index_version, "training")
                 log_index(settings, finetuned.run_id, store, index_version, "retrieval")
                 tags = dict(tags) | ({} if evaluation_run is None else {f"{TAG}evaluation_run": evaluation_run})
-                version, model_id = _create(client, name, run, model, folder, manifest, card, tags, flow_run_url)
+                version, model_id = _create(client, name, run, model, manifest, card, tags, flow_run_url)
             if evaluation_run is not None and model_id:  # versions of earlier releases have no logged model
                 log_evaluation(client, model_id, evaluation_run)
             pin(store, index_version, _pin_label(name, version, manifest.content))
@@ -288,7 +288,6 @@ def _create(
     name: str,
     run: Any,
     model: Path,
-    folder: Path,
     manifest: Manifest,
     card: str,
     tags: Mapping[str, str],
@@ -297,7 +296,7 @@ def _create(
     """Create a version, and return its number and the id of its logged model."""
     from mlflow.exceptions import MlflowException
 
-    digest = sha256_of(folder / package.MANIFEST)
+    digest = sha256_of(model / FOLDER / package.MANIFEST)
     pinned = {key: str(getattr(manifest, key)) for key in _PINNED}
     logged = log_model(client, run, f"{name}-{digest[:_DIGITS]}", model, pinned)
     # MLflow's descriptions can't embed artifacts.
