@@ -25,12 +25,14 @@ START_TIMEOUT_S = 180.0
 _ANSWER_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
 # The kernel kills the child when its parent dies, so that kill -9 leaves no server behind (Linux; 1 is
-# PR_SET_PDEATHSIG). The child sets this itself, because Popen's preexec_fn is unsafe with threads.
+# PR_SET_PDEATHSIG). The child sets this itself, because Popen's preexec_fn is unsafe with threads, and ends if its
+# parent, whose process id is the first argument, died before.
 _DYING_WITH_PARENT = (
     "-c",
     "import ctypes, os, signal, sys; "
     "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+    "os.getppid() == int(sys.argv[1]) or sys.exit(); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])",
 )
 
 
@@ -74,7 +76,7 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, *([] if stay else _DYING_WITH_PARENT), "-m", *command],
+            [sys.executable, *([] if stay else [*_DYING_WITH_PARENT, str(os.getpid())]), "-m", *command],
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=out,
