@@ -14,8 +14,7 @@ from imagerag.embedding.encoder_files import check_spec
 from imagerag.errors import UserError
 from imagerag.evaluation.config import EvaluateConfig, GateConfig
 from imagerag.hspace.config import FeaturesConfig
-from imagerag.retrieval.index import IndexConfig
-from imagerag.retrieval.publish import PublishConfig
+from imagerag.retrieval.config import IndexConfig, PublishConfig
 from imagerag.settings import DEFAULT_NAME, check_name, settings_of
 from imagerag.training import config
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig

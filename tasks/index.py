@@ -3,7 +3,8 @@
 from prefect import get_run_logger
 
 from imagerag.artifacts import CachedFeatures, Embedded, IndexBuild
-from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.config import IndexConfig
+from imagerag.retrieval.index import build_index
 from imagerag.retrieval.store import Store
 from tasks.policy import stage
 from tasks.progress import StageProgress

@@ -7,7 +7,8 @@ from imagerag.artifacts import CachedFeatures, IndexBuild, Publication
 from imagerag.errors import UserError
 from imagerag.hspace.config import FeaturesConfig
 from imagerag.registry.champion import champions_behind
-from imagerag.retrieval.publish import PublishConfig, publish, status
+from imagerag.retrieval.config import PublishConfig
+from imagerag.retrieval.publish import publish, status
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from tasks.policy import stage

@@ -18,18 +18,21 @@ from email.message import Message
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import fsspec
-import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus.guard import FetchError, Reason
 from imagerag.errors import UserError
+
+if TYPE_CHECKING:
+    import lance
 
 _BATCH_ROWS = 32  # images decoded from a parquet file at a time
 _NUM_BATCHES = 8  # kept, because threads request neighbouring rows out of order
@@ -189,12 +192,14 @@ def _image(images: pa.Array, row: int) -> bytes:
     return image
 
 
-def open_table(uri: str, version: int | None = None) -> lance.LanceDataset:
+def open_table(uri: str, version: int | None = None) -> "lance.LanceDataset":
     """Open a Lance table, a folder named `….lance` as in LanceDB.
 
     Raises:
         UserError: if there is no readable table.
     """
+    import lance
+
     try:
         return lance.dataset(uri, version=version)
     except (ValueError, OSError) as error:
@@ -208,4 +213,4 @@ def image_leaf(column: pa.Field) -> str:
 
 def image_bytes(images: pa.Array) -> pa.Array:
     """Return the bytes of a column of images: the column itself, or field `bytes` of Hugging Face's structs."""
-    return pa.compute.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+    return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images

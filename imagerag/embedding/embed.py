@@ -23,7 +23,8 @@ from imagerag.embedding.encoder_files import resolve
 from imagerag.embedding.survey import Survey, survey
 from imagerag.errors import UserError
 from imagerag.progress import OnProgress, silent
-from imagerag.retrieval.publish import MAX_SHRINK, require_rows
+from imagerag.retrieval.config import MAX_SHRINK
+from imagerag.retrieval.publish import require_rows
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from lance import LanceDataset
-from pydantic import Field
 
 from imagerag.artifacts import IndexBuild
-from imagerag.config import Config
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ann import IndexRecord, read_record, write_record
+from imagerag.retrieval.config import IndexConfig
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
 from imagerag.retrieval.store import Store
 
-# LanceDB takes seconds to import, and every flow needs the configuration in this module.
+# LanceDB takes seconds to import, and every flow imports this module.
 if TYPE_CHECKING:
     from lance.lance.indices import IndexDescription
     from lancedb.table import Table
@@ -33,8 +32,6 @@ EXACT = "exact"
 IVF_SQ = "IVF_SQ"
 """With 100,000 rows of 512 dimensions on two cores, it was built in 28 s and answered in 8 ms (p50, recall 0.98), while
 IVF_HNSW_SQ took 181 s and 10 ms (recall 0.99), and exact search 320 ms."""
-EXACT_BELOW = 5_000
-"""Exact search took 10 ms for 5,000 rows of 384 dimensions and 23 ms for 10,000; IVF_SQ took 7 ms for both."""
 
 _EMBEDDINGS = ("text_embed", "image_embed")
 _NUM_QUERIES = 400
@@ -60,23 +57,6 @@ million rows). Until then, every lookup reads the unindexed rows."""
 _WORDS: dict[str, str | bool] = {"base_tokenizer": "icu/split", "remove_stop_words": False}
 """Settings of the full-text index. ICU, which Lance includes, splits captions into words by Unicode's rules and
 dictionaries, also in scripts without spaces. Stop words are kept, so `the who` can be found; English is stemmed."""
-
-
-class IndexConfig(Config):
-    """How indexes are built."""
-
-    exact_below: int = Field(
-        default=EXACT_BELOW,
-        ge=1_000,
-        description="Tables with fewer rows are searched exactly, without a vector index.",
-    )
-    # At 0.98, one prompt in a hundred of the sample corpus lost the concept that exact search finds.
-    target_recall: float = Field(
-        default=0.99,
-        ge=0.5,
-        le=1.0,
-        description="Recall@10 that a search must reach; it probes as few partitions of the index as that requires.",
-    )
 
 
 def build_index(

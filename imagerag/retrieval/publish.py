@@ -14,13 +14,12 @@ from math import ceil
 import numpy as np
 import pyarrow.compute as pc
 from lance import LanceDataset
-from pydantic import Field
 
 from imagerag.artifacts import Check, IndexBuild, Publication
-from imagerag.config import Config
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import count_blocked
+from imagerag.retrieval.config import PublishConfig
 from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.pins import drop_resting
 from imagerag.retrieval.recall import to_numpy
@@ -30,27 +29,7 @@ from imagerag.storage.lance_table import batches_of
 from imagerag.storage.spool import MEMORY_ROWS, Parts, by_id
 
 PUBLISHED = "published"
-MAX_SHRINK = 0.5
 _NORM_TOLERANCE = 1e-3
-
-
-class PublishConfig(Config):
-    """Conditions for publishing a version."""
-
-    max_shrink: float = Field(
-        default=MAX_SHRINK,
-        ge=0.0,
-        le=1.0,
-        description="Largest share of its rows that the table may lose; also checked before rows are deleted.",
-    )
-    min_recall: float = Field(default=0.95, ge=0.0, le=1.0, description="Minimum recall@10 compared with exact search.")
-    keep: int = Field(
-        default=5,
-        ge=1,
-        le=100,
-        description="Number of publications kept for a rollback, including the current one. A publication that only "
-        "adds features to the same rows replaces the one without them.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from lance import LanceDataset
 
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import Column, block
-from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.config import IndexConfig
+from imagerag.retrieval.index import build_index
 from imagerag.retrieval.pins import pins, unpin
 from imagerag.retrieval.publish import drop_history, move_tag, published_version
 from imagerag.retrieval.store import Store
