@@ -108,9 +108,11 @@ def ray_session(engines_home: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def lasting_ray(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shared Ray, which a job that a test stops doesn't end: that it starts again is in `test_workers.py`."""
-    monkeypatch.setattr("imagerag.workers.stop_ray", lambda: None)
+def jobs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data jobs run in this process: see `tests/jobs.py`. That they run on Ray is in the tests of the pipeline."""
+    from tests.jobs import use_jobs_here
+
+    use_jobs_here(monkeypatch)
 
 
 @pytest.fixture(scope="session")
