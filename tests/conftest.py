@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ FLOWS = (
     "flows/test_ingest.py",
     "flows/test_evaluate.py",
     "flows/test_folder.py",
-    "flows/test_runs.py",
     "flows/test_finetune.py",
+    "flows/test_runs.py",
 )
 """Files with tests of flows: of several processes, one runs all of them, so that one starts Prefect."""
 RAY = (
@@ -79,8 +80,16 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have the longest files first; the others stay in their order."""
     places = {name: place for place, name in enumerate(LONGEST)}
-    tests = Path(__file__).parent
-    items.sort(key=lambda item: places.get(item.path.relative_to(tests).as_posix(), len(LONGEST)))
+    items.sort(key=lambda item: places.get(_file(item), len(LONGEST)))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
+def _group(file: str) -> str | None:
+    """Name what a file shares an engine with."""
+    return "flows" if file in FLOWS else "ray" if file in RAY else None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -91,8 +100,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            name = file.removeprefix("tests/")
-            return "flows" if name in FLOWS else "ray" if name in RAY else file
+            return _group(file.removeprefix("tests/")) or file
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
@@ -104,6 +112,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("torch finds no CUDA device")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End Ray after the last file that shares it: idle, it takes 3 seconds of CPU a minute."""
+    is_last = _group(_file(item)) is not None and (nextitem is None or _group(_file(nextitem)) is None)
+    if is_last and (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
