@@ -140,6 +140,12 @@ def test_a_failed_job_stops_ray_and_the_next_starts_it_again(tmp_path: Path) -> 
     committed.clear()
     assert run_job(job, config, settings) >= 12 * 0.3
     assert sorted(int(number) for (number,) in committed) == list(range(12))
-    with pytest.raises(KeyError, match="broken"):
-        run_job(replace(job, arguments={"broken": 5}), config, settings)
-    assert not ray.is_initialized()
+    for broken in ({"arguments": {"broken": 5}}, {"read": broken_part}):
+        with pytest.raises(KeyError, match="broken"):
+            run_job(replace(job, **broken), config, settings)
+        assert not ray.is_initialized()
+
+
+def broken_part(part: pa.Table) -> Iterator[pa.Table]:
+    yield part
+    raise KeyError("broken")

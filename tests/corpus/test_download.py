@@ -289,9 +289,12 @@ def test_a_shard_whose_worker_is_killed_is_tried_again(downloads: Downloads, web
     assert set(downloads.outcome()) == {f"i{i}" for i in range(12)}
 
 
-def test_a_shard_that_is_lost_each_time_is_counted_and_tried_by_the_next_run(downloads: Downloads, web: Web) -> None:
+def test_a_shard_that_is_lost_each_time_is_counted_and_tried_by_the_next_run(
+    downloads: Downloads, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagerag.corpus.download._SHARD_RETRIES", 1)
     rows = [{"url": web.serve(f"/tj{i}", picture(i)), "caption": f"{i}"} for i in range(3)]
-    poison = {"url": _kill_workers_at("/tj3", web, times=4), "caption": "3"}
+    poison = {"url": _kill_workers_at("/tj3", web, times=2), "caption": "3"}
     assert downloads.download(rows, config={"shard_size": 1}).num_success == 3
     result = downloads.download([poison])
     assert (result.num_success, result.reasons, result.num_fetched) == (3, {"lost": 1}, 0)

@@ -23,6 +23,7 @@ from imagerag.settings import Settings
 from tests.corpus.whole import images_of
 from tests.embedding.conftest import write_encoder
 from tests.embedding.shards import Sample, sample, want, write_shard
+from tests.jobs import use_jobs_here
 
 # The first sample's image and caption under another URL, and its image under another caption.
 TWINS = (sample(30, seed=0, caption="picture 0"), sample(31, seed=0))
@@ -69,12 +70,14 @@ Finished = tuple[World, Embedded, list[tuple[int, int]]]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path, ray_session: None) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> Finished:
     """A corpus with twins that was embedded, which is only read; what came of it, and the progress that was told."""
     corpus, seen = World(tmp_path_factory.mktemp("finished"), encoder_folder), []
     write_shard(corpus.uri, 2, TWINS)
     want(corpus.uri, [*corpus.samples, *TWINS])
-    return corpus, corpus.embed(lambda done, total, note="": seen.append((done, total)), batch_size=8), seen
+    with pytest.MonkeyPatch.context() as patch:
+        use_jobs_here(patch)
+        return corpus, corpus.embed(lambda done, total, note="": seen.append((done, total)), batch_size=8), seen
 
 
 @pytest.fixture
@@ -89,7 +92,6 @@ def counts(embedded: Embedded) -> tuple[int, int, int, int]:
     return embedded.num_rows, embedded.num_added, embedded.num_removed, embedded.num_duplicates
 
 
-@pytest.mark.engines
 def test_shards_become_rows(finished: Finished) -> None:
     corpus, embedded, seen = finished
     assert counts(embedded) == (21, 21, 0, 1)
@@ -110,8 +112,7 @@ def test_shards_become_rows(finished: Finished) -> None:
         np.testing.assert_allclose(row["text_embed"], encoder.encode_texts([entry.caption])[0], atol=1e-5)
 
 
-@pytest.mark.engines
-def test_only_what_changed_is_done(again: World) -> None:
+def test_only_what_changed_is_done(again: World, jobs_here: None) -> None:
     corpus, version = again, again.store.version
     added = [sample(number) for number in range(20, 25)]
     write_shard(corpus.uri, 3, added)
@@ -145,8 +146,7 @@ def test_a_killed_worker_costs_nothing(corpus: World, ray_session: None) -> None
     assert corpus.urls() == sorted(entry.url for entry in corpus.samples)
 
 
-@pytest.mark.engines
-def test_a_stopped_job_goes_on(corpus: World, lasting_ray: None) -> None:
+def test_a_stopped_job_goes_on(corpus: World, jobs_here: None) -> None:
     class StopError(Exception):
         pass
 
@@ -160,8 +160,7 @@ def test_a_stopped_job_goes_on(corpus: World, lasting_ray: None) -> None:
     assert corpus.urls() == sorted(entry.url for entry in corpus.samples)
 
 
-@pytest.mark.engines
-def test_a_broken_shard_fails_loudly(corpus: World, ray_session: None) -> None:
+def test_a_broken_shard_fails_loudly(corpus: World, jobs_here: None) -> None:
     broken = Sample("https://example.org/broken.jpg", "broken", corpus.samples[0].image[:300])
     write_shard(corpus.uri, 2, [sample(30), broken])
     want(corpus.uri, [*corpus.samples, sample(30), broken])
@@ -177,7 +176,6 @@ def test_an_image_that_a_shard_lacks_is_named(corpus: World) -> None:
         list(read_images(images_of(shards), shards))
 
 
-@pytest.mark.engines
 def test_no_work_starts_nothing(again: World, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, version = again, again.store.version
 

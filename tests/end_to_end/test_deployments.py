@@ -23,6 +23,7 @@ from imagerag.services import prefect_environment
 from imagerag.settings import Settings
 from imagerag.training.config import tiny
 from tests.end_to_end.prefect_api import call
+from tests.jobs import use_jobs_here
 from tests.security.leaks import files_with_secrets
 
 pytestmark = pytest.mark.engines
@@ -69,6 +70,7 @@ class Server:
         with pytest.MonkeyPatch.context() as patch, chdir(ROOT):
             for name, value in self._own.items():
                 patch.setenv(name, value)
+            use_jobs_here(patch)
             run_flow(load_flow(flow_run), flow_run=flow_run)
 
     def create_run(self, deployment: str, parameters: object) -> str:

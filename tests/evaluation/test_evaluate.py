@@ -1,4 +1,4 @@
-"""An evaluation on Ray: made once, continued, and never more than what is missing."""
+"""An evaluation: made once, continued, and never more than what is missing."""
 
 import json
 from collections.abc import Callable
@@ -28,8 +28,6 @@ from imagerag.training.tracking import tracking_uri
 from tests.evaluation.networks import write_clip
 from tests.training.conftest import HELD_OUT, NAME, World
 
-pytestmark = pytest.mark.engines
-
 WAYS = ("base", "slerp", "best_slerp", "adapter", "random", "no_references", "teacher")
 NUM_MADE = 6 + 4 + 2
 """Ways whose pictures are made, w's of slerp that are no way's, and scales."""
@@ -41,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
     return EvaluateConfig(images_per_prompt=2, teacher_steps=2, batch_size=2, files=MetricFiles(clip=clip))
 
 
-@pytest.mark.usefixtures("lasting_ray")
+@pytest.mark.usefixtures("jobs_here")
 def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
     own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
 ) -> None:

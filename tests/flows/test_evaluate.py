@@ -15,7 +15,7 @@ from imagerag.registry.versions import CANDIDATE, CHAMPION, list_versions
 from tests.evaluation.networks import write_clip
 from tests.training.conftest import NAME, World
 
-pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefect_api_url")]
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("jobs_here", "prefect_api_url")]
 
 
 def aliases(world: World) -> dict[str, int]:

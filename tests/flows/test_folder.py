@@ -11,7 +11,7 @@ from imagerag.retrieval.publish import PublishConfig, status
 from imagerag.retrieval.store import Store
 from tests.corpus.web import picture
 
-pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefect_api_url")]
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefect_api_url", "jobs_here")]
 
 CAPTIONS = {"a.png": "a red mug", "b/c.png": "a blue cup", "b/d.png": "a green bowl"}
 

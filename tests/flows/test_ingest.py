@@ -19,8 +19,9 @@ from imagerag.errors import UserError
 from imagerag.retrieval.publish import rollback, status
 from imagerag.retrieval.store import Store
 from tasks.report import CorpusReport
+from tests.jobs import use_jobs_here
 
-pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefect_api_url")]
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session", "prefect_api_url", "jobs_here")]
 
 NUM_IMAGES = 120
 Finished = tuple[Path, CorpusReport, set[Any]]
@@ -45,6 +46,7 @@ def finished(server: SampleServer, tmp_path_factory: pytest.TempPathFactory) -> 
     bars_before = {artifact.id for artifact in _artifacts("progress")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMAGERAG_HOME", str(folder / "home"))
+        use_jobs_here(patch)
         report = ingest(**_parameters(server.url_list(limit=NUM_IMAGES), folder))
     return folder / "home", report, {bar.data for bar in _artifacts("progress") if bar.id not in bars_before}
 

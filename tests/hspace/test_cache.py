@@ -1,4 +1,4 @@
-"""The cached-features job, with a real Ray."""
+"""The cached-features job."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ from tests.devices import DEVICES
 from tests.generation.folders import write_sd
 from tests.retrieval.rows import ENCODER, append, make_rows
 
-pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.usefixtures("jobs_here")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,6 @@ def test_every_row_has_what_the_base_model_makes_of_it(
     assert store.version == version
 
 
-@pytest.mark.usefixtures("lasting_ray")
 def test_a_job_that_dies_keeps_what_it_committed(
     store: Store, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,8 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     monkeypatch.setattr("imagerag.recipes.tiny_base.prior._NUM_NOISES", 32)
     monkeypatch.setattr("imagerag.recipes.loop._GRIDS", 1)
     monkeypatch.setattr("imagerag.recipes.tiny_base.teacher._GRID_STEPS", (1, 2))
+    monkeypatch.setattr("imagerag.recipes.tiny_base.teacher._NUM_SHOWN", 4)
+    monkeypatch.setattr("imagerag.recipes.tiny_base.vae._BATCH_SIZE", 4)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()

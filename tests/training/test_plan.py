@@ -7,7 +7,7 @@ import torch
 
 from imagerag.base.model import load_base
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
-from imagerag.training.plan import PEAK_TFLOPS, UTILISATION, plan
+from imagerag.training.plan import PEAK_TFLOPS, UTILISATION, Plan, plan
 from imagerag.training.trainer import Finetuning
 from tests.training.conftest import World
 
@@ -15,6 +15,11 @@ CONFIG = FinetuneConfig(
     references=ReferenceChoice(number=2), losses=LossWeights(perceptual=0.0), steps=100, batch_size=8,
     micro_batch_size=4, adapter_inner_dim=64, lora_rank=2,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(world_folder: Path) -> Plan:
+    return plan(World(world_folder).examples(), CONFIG)
 
 
 def test_it_counts_what_a_training_has(world: World, tmp_path: Path) -> None:
@@ -35,33 +40,28 @@ def test_it_counts_what_a_training_has(world: World, tmp_path: Path) -> None:
     assert made.checkpoint_gib * 2**30 == pytest.approx(written + 8 * (made.num_learning + made.num_heads), rel=0.2)
 
 
-def test_time_is_computation_over_the_machines_share(world: World) -> None:
-    made = plan(world.examples(), CONFIG)
+def test_time_is_computation_over_the_machines_share(made: Plan) -> None:
     one, many = made.seconds(PEAK_TFLOPS["L40S"]), made.seconds(PEAK_TFLOPS["L40S"], 64)
     assert one == pytest.approx(64 * many)
     assert one == pytest.approx(100 * 8 * made.tflop_per_row / (362 * UTILISATION))
     assert "64 GPUs" in made.markdown()
 
 
-def test_the_teachers_pictures_are_counted(world: World) -> None:
-    without, guided, plain = (
-        plan(world.examples(num_teacher_latents=count, guidance_scale=scale), CONFIG)
-        for count, scale in ((0, 7.5), (10, 7.5), (10, 1.0))
-    )
-    assert without.teacher_tflop == 0
+def test_the_teachers_pictures_are_counted(world: World, made: Plan) -> None:
+    guided, plain = (plan(world.examples(num_teacher_latents=10, guidance_scale=scale), CONFIG) for scale in (7.5, 1.0))
+    assert made.teacher_tflop == 0
     assert guided.teacher_tflop == pytest.approx(2 * plain.teacher_tflop)
-    assert 0.1 * without.tflop_per_row < plain.teacher_tflop / 20 < without.tflop_per_row, "two steps of ten pictures"
-    assert guided.seconds(1.0) > without.seconds(1.0)
+    assert 0.1 * made.tflop_per_row < plain.teacher_tflop / 20 < made.tflop_per_row, "two steps of ten pictures"
+    assert guided.seconds(1.0) > made.seconds(1.0)
 
 
-def test_losses_that_are_switched_off_cost_nothing(world: World) -> None:
+def test_losses_that_are_switched_off_cost_nothing(world: World, made: Plan) -> None:
     alone = CONFIG.model_copy(update={"losses": LossWeights(adversarial=0.0, perceptual=0.0)})
-    assert plan(world.examples(), alone).tflop_per_row < 0.8 * plan(world.examples(), CONFIG).tflop_per_row
+    assert plan(world.examples(), alone).tflop_per_row < 0.8 * made.tflop_per_row
 
 
-def test_the_encoder_keeps_no_activations(world: World) -> None:
+def test_the_encoder_keeps_no_activations(world: World, made: Plan) -> None:
     """What is kept is less than what a UNet's whole forward pass keeps, though there is an adapter."""
-    made = plan(world.examples(), CONFIG)
     unet, kept = load_base(world.base, "cpu").unet.requires_grad_(True), 0
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,10 +26,9 @@ from tests.retrieval.rows import index_and_publish
 from tests.training.conftest import HELD_OUT, NAME, World
 
 
-@pytest.mark.engines
-@pytest.mark.usefixtures("lasting_ray")
+@pytest.mark.usefixtures("jobs_here")
 def test_a_job_that_was_stopped_goes_on(own_world: World) -> None:
-    """On Ray: what was committed stays, and a third call has nothing to do."""
+    """What was committed stays, and a third call has nothing to do."""
     config = own_world.config(num_teacher_latents=3, commit_every_s=0)
 
     class StoppedError(Exception):

@@ -106,7 +106,7 @@ class PriorPhase:
         latents, noise, text = shown(self._latents, self._prompts, self._device)
         rows = [latents, rebuild_from_h(self.unet, self._diffusion, latents, text)]
         rows += [sample(self.unet, noise.roll(shift, 0), text, text, steps=1) for shift in range(3)]
-        return grid(self._vae.decode(torch.cat(rows)).sample, columns=16)
+        return grid(self._vae.decode(torch.cat(rows)).sample, columns=len(latents))
 
     @torch.no_grad()
     def _cache(self, latents: torch.Tensor, timestep: int, text: torch.Tensor) -> _MidBlock:

@@ -186,4 +186,4 @@ class StudentPhase:
         latents, noise, text = shown(self._latents, self._prompts, self._device)
         rows = [latents, rebuild_from_h(unet, self._diffusion, latents, text)]
         rows += [sample(unet, noise.roll(shift, 0), text, text, steps=1) for shift in range(3)]
-        return grid(self._vae.decode(torch.cat(rows)).sample, columns=16)
+        return grid(self._vae.decode(torch.cat(rows)).sample, columns=len(latents))

@@ -30,6 +30,7 @@ _ALMOST_CLEAN = 30
 _DROPPED_SKIPS = 0.15
 """Share of reconstruction rows with zero skip connections."""
 _GRID_STEPS = (1, 25)
+_NUM_SHOWN = 16
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -139,7 +140,7 @@ class TeacherPhase:
         empty = self._prompts.empty.to(self._device).expand(len(text), -1, -1)
         rebuilt = rebuild_from_h(unet, self._diffusion, latents, text)
         rows = [latents, rebuilt, *(sample(unet, noise, text, empty, steps) for steps in _GRID_STEPS)]
-        return grid(self._vae.decode(torch.cat(rows)).sample, columns=16)
+        return grid(self._vae.decode(torch.cat(rows)).sample, columns=len(latents))
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,9 @@ def rebuild_from_h(
 
 
 def shown(latents: Latents, prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return latents, noise and text features of 16 drawings for an image grid."""
-    noise = torch.randn(16, *latents.values.shape[1:], generator=torch.Generator().manual_seed(0))
-    concepts = torch.arange(0, len(latents.of_style), len(latents.of_style) // 16)[:16]
+    """Return latents, noise and text features of some drawings for an image grid."""
+    noise = torch.randn(_NUM_SHOWN, *latents.values.shape[1:], generator=torch.Generator().manual_seed(0))
+    concepts = torch.arange(0, len(latents.of_style), len(latents.of_style) // _NUM_SHOWN)[:_NUM_SHOWN]
     values = latents.values[latents.chosen_by(noise, concepts)]
     return values.to(device), noise.to(device), prompts.names(concepts).to(device)
 
