@@ -4,6 +4,7 @@ EfficientNet-Lite0 comes with a PyPI package, the second judge with this one. Me
 are in `clip` and `tifa`. A metric that can't be measured raises `NotMeasuredError`.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -199,7 +200,7 @@ class TextScore:
     larger_is_better = True
 
     def __init__(self, retriever: Retriever, prompts: Sequence[str], embeds: Embeds) -> None:
-        """Fit the linear map.
+        """Fit the linear map to rows that are the same in any order of the table: those with the smallest ids.
 
         Args:
             retriever: the index.
@@ -209,14 +210,14 @@ class TextScore:
         Raises:
             NotMeasuredError: if fewer than 100 other rows remain.
         """
-        captions = retriever.read(["caption"])["caption"].to_pylist()
-        own = set(prompts)
+        rows, own = retriever.read(["id", "caption"]), set(prompts)
+        ids, captions = (rows[name].to_pylist() for name in ("id", "caption"))
         others = [row for row, caption in enumerate(captions) if caption.strip() not in own]
         if len(others) < _FEWEST_PICTURES:
             raise NotMeasuredError(
                 f"needs {_FEWEST_PICTURES} index rows whose captions are not prompts; there are {len(others)}"
             )
-        chosen = np.sort(np.random.default_rng(0).permutation(others)[:NUM_ROWS])
+        chosen = np.array(heapq.nsmallest(NUM_ROWS, others, key=ids.__getitem__))
         rows = retriever.take(chosen, ["image", "text_embed"])
         self._scorer = Scorer.fit(rows["image"].to_pylist(), to_numpy(rows["text_embed"]))
         self._embeds = embeds

@@ -17,14 +17,26 @@ from imagerag.errors import UserError
 from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid
 from imagerag.evaluation.config import MetricFiles
 from imagerag.evaluation.copies import measure_copies, threshold_of
-from imagerag.evaluation.metrics import Distance, NotMeasuredError, Pictures, Real, Recognised, by_prompt, mean_of
+from imagerag.evaluation.metrics import (
+    Distance,
+    NotMeasuredError,
+    Pictures,
+    Real,
+    Recognised,
+    TextScore,
+    by_prompt,
+    mean_of,
+)
 from imagerag.evaluation.pictures import Made
 from imagerag.evaluation.results import JUDGES
 from imagerag.evaluation.tifa import Tifa
 from imagerag.evaluation.ways import Way
 from imagerag.evaluation.weights import digests_of
 from imagerag.generation.references import Reference
+from imagerag.retrieval.search import Retriever
+from imagerag.retrieval.store import Store
 from tests.evaluation.networks import CLIP_DIM, write_clip, write_head, write_inception, write_vilt
+from tests.retrieval.rows import DIM, ENCODER, append, embeddings, index_and_publish, make_rows
 
 WAY = Way(name="adapter", title="adapter", base="", base_digest="")
 
@@ -152,6 +164,25 @@ def test_prompts_without_pictures_in_the_index_count_for_nothing(
     means = by_prompt(np.array([1.0, 0.0, 1.0]), np.array([0, 0, 2]), 3)
     assert means[0] == 0.5
     assert np.isnan(means[1])
+
+
+def test_a_text_score_is_the_same_in_any_order_of_the_index(
+    drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagerag.evaluation.metrics.NUM_ROWS", 60)
+    real, images, numbers = drawn
+    rows = make_rows(0, 120, image=[each.image for each in load_drawings(styles=["noto"])[:120]])
+    embeds = embeddings(0, len(images), DIM)
+    scores = []
+    for name, order in (("a", np.arange(120)), ("b", np.arange(120)[::-1])):
+        store = Store(str(tmp_path), name)
+        store.create(ENCODER)
+        append(store, rows.take(order))
+        index_and_publish(store)
+        metric = TextScore(Retriever(str(tmp_path), name), ["picture number 7"], embeds)
+        scores.append(metric.measure(pictures_of(real, images, numbers)))
+    assert np.ptp(scores[0]) > 0.1
+    np.testing.assert_array_equal(*scores)
 
 
 def test_clip_scores_follow_its_embeddings(drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path) -> None:
