@@ -32,8 +32,20 @@ class Texts:
         self._conditioner = load_conditioner("tiny")
 
     def encode(self, texts: list[str]) -> Embeds:
-        parts = [self._conditioner.encode(texts[start : start + 64]).sentences for start in range(0, len(texts), 64)]
-        return np.concatenate([part.numpy() for part in parts if part is not None])
+        """Return the embeddings (N, D). Those of like length are encoded together: padding is most of the work."""
+        ((tokenizer, _),) = self._conditioner._towers
+        longest = tokenizer.model_max_length
+        lengths = np.array([len(tokens) for tokens in tokenizer(texts, truncation=True).input_ids])
+        order = np.argsort(lengths, kind="stable")
+        parts = []
+        try:
+            for some in np.split(order, range(64, len(order), 64)):
+                tokenizer.model_max_length = int(lengths[some].max())
+                parts.append(self._conditioner.encode([texts[place] for place in some]).sentences)
+        finally:
+            tokenizer.model_max_length = longest
+        made = np.concatenate([part.numpy() for part in parts if part is not None])
+        return made[np.argsort(order)]
 
 
 def found_by(retriever: Retriever, texts: Texts, prompts: list[Prompt], *, compose: bool) -> list[list[str]]:

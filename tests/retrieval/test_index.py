@@ -33,8 +33,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only `large` has its recall measured by as many as a real table: a measurement is most of a build's time."""
-    monkeypatch.setattr("imagerag.retrieval.index._NUM_QUERIES", 50)
+    """A measurement of recall is most of a build's time, which only `large` needs to be precise."""
+    monkeypatch.setattr("imagerag.retrieval.index._NUM_QUERIES", 20)
 
 
 def vector_indexes(store: Store) -> dict[str, tuple[int, int]]:
