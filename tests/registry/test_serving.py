@@ -206,6 +206,25 @@ def test_requests_that_wait_together_run_together(pipeline: ImageRAGTurboPipelin
         assert [row.id for row in each.references] == [row.id for row in alone.references]
 
 
+def test_clients_that_ask_again_and_again_share_their_batches(pipeline: ImageRAGTurboPipeline) -> None:
+    slow = Slow(pipeline)
+    waiting = Waiting(slow, WaitingConfig(batch_size=2, batch_wait_s=60))  # type: ignore[arg-type]
+
+    def ask(prompts: str) -> None:
+        for prompt in prompts:
+            waiting.make([(prompt, 0)], {})
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ask, "abc")
+        assert slow.begun.acquire(timeout=60)
+        second = threads.submit(ask, "xy")
+        while not waiting._jobs:
+            pass
+        slow.go.set()
+        first.result(), second.result()
+    assert [sorted(batch) for batch in slow.batches] == [["a"], ["b", "x"], ["c", "y"]]
+
+
 def test_who_would_wait_for_too_long_is_told_so(pipeline: ImageRAGTurboPipeline) -> None:
     slow = Slow(pipeline)
     waiting = Waiting(slow, WaitingConfig(max_waiting=2, max_wait_s=0.05))  # type: ignore[arg-type]
