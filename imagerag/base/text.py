@@ -10,6 +10,8 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from imagerag.errors import UserError
+
 LCM_GUIDANCE = 8.5
 """Default guidance scale of diffusers' LatentConsistencyModelPipeline."""
 
@@ -30,7 +32,10 @@ class Condition:
 class TextConditioner:
     """A text encoder with its tokenizer, or two of each (SDXL)."""
 
-    def __init__(self, tokenizers: Sequence[PreTrainedTokenizerBase], encoders: Sequence[PreTrainedModel]) -> None:
+    def __init__(
+        self, tokenizers: Sequence[PreTrainedTokenizerBase], encoders: Sequence[PreTrainedModel | None]
+    ) -> None:
+        """Create a conditioner; `encode` needs all encoders, and pipelines may have been made without."""
         self._towers = list(zip(tokenizers, encoders, strict=True))
 
     @torch.no_grad()
@@ -40,6 +45,9 @@ class TextConditioner:
         Args:
             prompts: any number of prompts.
             device: device to compute on, if the weights are offloaded to another one.
+
+        Raises:
+            UserError: if a text encoder is missing.
         """
         outputs = [self._run(*tower, prompts, device) for tower in self._towers]
         if len(outputs) == 1:
@@ -52,7 +60,7 @@ class TextConditioner:
     def makes_sentences(self) -> bool:
         """Whether the encoder provides `Condition.sentences`."""
         (_, encoder), *others = self._towers
-        return not others and encoder.config.model_type == "bert" and _uses_mask(encoder)
+        return not others and encoder is not None and encoder.config.model_type == "bert" and _uses_mask(encoder)
 
     def sentences(self, prompts: Sequence[str], embeds: torch.Tensor) -> torch.Tensor | None:
         """Return `Condition.sentences` of prompts from their `embeds` (B, L, D), or None if the encoder has none."""
@@ -65,10 +73,15 @@ class TextConditioner:
     def _run(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        encoder: PreTrainedModel,
+        encoder: PreTrainedModel | None,
         prompts: Sequence[str],
         device: torch.device | None,
     ) -> Any:
+        if encoder is None:
+            raise UserError(
+                "captions of reference pictures are encoded by the base model's text encoders, which this pipeline "
+                "does not have: add them, or use an index, whose features are cached"
+            )
         tokens = _tokens(tokenizer, prompts).to(device or encoder.device)
         mask = tokens.attention_mask if _uses_mask(encoder) else None
         return encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=len(self._towers) > 1)
@@ -88,8 +101,10 @@ def _uses_mask(encoder: PreTrainedModel) -> bool:
     return bool(getattr(encoder.config, "use_attention_mask", False))
 
 
-def is_text_tower(encoder: PreTrainedModel, weights: Path) -> bool:
-    """Return whether a safetensors file contains all of a text encoder's weights."""
+def is_text_tower(encoder: PreTrainedModel | None, weights: Path) -> bool:
+    """Return whether a safetensors file contains all of a text encoder's weights; if there is no encoder, False."""
+    if encoder is None:
+        return False
     own = encoder.state_dict()
     with safe_open(weights, "pt") as file:
         if not own.keys() <= set(file.keys()) or any(each.is_meta for each in own.values()):

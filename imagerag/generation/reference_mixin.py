@@ -385,13 +385,13 @@ class ReferenceMixin:
 
     @property
     def _makes_sentences(self) -> bool:
-        return self.text_encoder is not None and self._conditioner.makes_sentences
+        return self._conditioner.makes_sentences
 
     @property
     def _conditioner(self) -> TextConditioner:
         towers = [(self.tokenizer, self.text_encoder)]
         towers += [(self.tokenizer_2, self.text_encoder_2)] if hasattr(self, "text_encoder_2") else []
-        tokenizers, encoders = zip(*((t, e) for t, e in towers if e is not None), strict=True)
+        tokenizers, encoders = zip(*towers, strict=True)
         return TextConditioner(tokenizers, encoders)
 
 

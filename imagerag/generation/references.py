@@ -159,7 +159,7 @@ class ReferenceIndex:
         name: str,
         base: BaseIdentity,
         unet_config: Mapping[str, Any],
-        text_encoder: "PreTrainedModel",
+        text_encoder: "PreTrainedModel | None",
         version: int | None = None,
     ) -> None:
         """Open the index.
@@ -169,7 +169,7 @@ class ReferenceIndex:
             name: name of the corpus.
             base: identity of the base model.
             unet_config: configuration of its UNet.
-            text_encoder: its text encoder, which may also be the index's encoder.
+            text_encoder: its text encoder, if there is one; it may also be the index's encoder.
             version: version of the index to pin; by default the published version.
         """
         from imagerag.retrieval.publish import require_version

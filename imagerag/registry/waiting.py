@@ -29,6 +29,12 @@ class WaitingConfig(Config):
         description="Pictures per batch, from all waiting requests. More than 1 is several times faster, but a "
         "picture's last digits then depend on the other requests.",
     )
+    batch_wait_s: float = Field(
+        default=0.1,
+        ge=0,
+        description="Maximum time in seconds, from the end of a batch, to wait for its clients' next requests, so that "
+        "these share a batch with those that wait already.",
+    )
     max_images: int = Field(default=64, ge=1, description="Maximum number of pictures per request.")
     max_waiting: int = Field(
         default=256, ge=1, description="Maximum number of waiting pictures; further requests are refused."
@@ -58,6 +64,7 @@ class Waiting:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._is_making = False
+        self._expected, self._expected_until = 0, 0.0
 
     def make(self, wanted: Sequence[tuple[str, int]], arguments: dict[str, Any]) -> list[Generated]:
         """Return a picture for each prompt and seed.
@@ -79,7 +86,10 @@ class Waiting:
             try:
                 while any(job.result is None for job in jobs):
                     if not self._is_making:
-                        self._make_next()
+                        if (remaining := self._time_to_gather()) > 0:
+                            self._changed.wait(remaining)
+                        else:
+                            self._make_next()
                         continue
                     begun = any(job.started for job in jobs)
                     if not self._changed.wait(None if begun else deadline - time.monotonic()) and not begun:
@@ -91,6 +101,12 @@ class Waiting:
             if isinstance(result, Exception):
                 raise result
         return [result for result in results if isinstance(result, Generated)]
+
+    def _time_to_gather(self) -> float:
+        """Return the seconds to wait for more pictures; the thread that adds the last of them makes the batch."""
+        if len(self._jobs) >= self._expected:
+            return 0.0
+        return self._expected_until - time.monotonic()
 
     def _make_next(self) -> None:
         """Generate the next batch with the lock released, so that other threads can add pictures."""
@@ -104,6 +120,8 @@ class Waiting:
             for job in batch:
                 job.result = job.result or RuntimeError("the thread that made this picture was stopped")
             self._is_making = False
+            self._expected = min(len(batch) + len(self._jobs), self.config.batch_size)
+            self._expected_until = time.monotonic() + self.config.batch_wait_s
             self._changed.notify_all()
 
     def _take(self) -> list[_Job]:

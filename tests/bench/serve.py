@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,11 @@ from imagerag.hspace.config import FeaturesConfig
 from imagerag.hspace.encode import feature_identity
 from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
+from imagerag.registry.model import PACKAGE
 from imagerag.registry.promotion import promote
 from imagerag.registry.serving import ImageRAGTurboModel
 from imagerag.registry.versions import register
-from imagerag.registry.waiting import Waiting, WaitingConfig
+from imagerag.registry.waiting import Waiting
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.tracking import start_run, tracking_uri
@@ -204,17 +206,21 @@ def _batches(settings: Settings, folder: Path) -> Iterator[Row]:
 
 
 def _clients(folder: Path) -> Row:
-    """Requests for one picture each, by several clients at a time."""
-    loaded = package.load(folder / "model" / "artifacts" / "package")
+    """Requests for one picture each, by several clients at a time, each with a prompt of its own."""
+    artifacts = {PACKAGE: str(folder / "model" / "artifacts" / "package")}
+
+    def loaded(batch_size: int) -> ImageRAGTurboModel:
+        model = ImageRAGTurboModel()
+        model.load_context(SimpleNamespace(artifacts=artifacts, model_config={"batch_size": batch_size}))
+        return model
 
     def rate(model: ImageRAGTurboModel) -> float:
         with ThreadPoolExecutor(CLIENTS) as clients:
             started = time.perf_counter()
-            list(clients.map(partial(_predict, model), range(4 * CLIENTS)))
-            return 4 * CLIENTS / (time.perf_counter() - started)
+            list(clients.map(lambda seed: _predict(model, seed, f"{PROMPT} {seed % CLIENTS}"), range(8 * CLIENTS)))
+            return 8 * CLIENTS / (time.perf_counter() - started)
 
-    models = [_model_of(loaded, WaitingConfig(batch_size=size)) for size in (CLIENTS, 1)]
-    together, alone = alternate(3, *(partial(rate, model) for model in models))
+    together, alone = alternate(3, *(partial(rate, loaded(size)) for size in (CLIENTS, 1)))
     return Row(
         what=f"`tiny` with {NUM_REFERENCES} references, {CLIENTS} clients of pyfunc, `batch_size` {CLIENTS}",
         unit="pictures/s",
@@ -231,16 +237,16 @@ def _identity(pipeline: Any) -> Any:
     return BaseIdentity(id=pipeline.config.base_id, digest=pipeline.config.base_digest)
 
 
-def _model_of(pipeline: Any, config: WaitingConfig | None = None) -> ImageRAGTurboModel:
+def _model_of(pipeline: Any) -> ImageRAGTurboModel:
     """What MLflow calls, around a pipeline that is loaded already."""
     pipeline.set_progress_bar_config(disable=True)
     model = ImageRAGTurboModel()
-    model._waiting = Waiting(pipeline, config)
+    model._waiting = Waiting(pipeline)
     return model
 
 
-def _predict(model: ImageRAGTurboModel, seed: int) -> object:
-    return model.predict(None, pd.DataFrame({"prompt": [PROMPT]}), {"seed": seed, "num_references": NUM_REFERENCES})
+def _predict(model: ImageRAGTurboModel, seed: int, prompt: str = PROMPT) -> object:
+    return model.predict(None, pd.DataFrame({"prompt": [prompt]}), {"seed": seed, "num_references": NUM_REFERENCES})
 
 
 def _seconds(way: Callable[[int], object]) -> float:

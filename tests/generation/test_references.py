@@ -238,6 +238,20 @@ def test_embeds_are_searched_for_by_a_query(pipe: ImageRAGTurboPipeline) -> None
     assert torch.equal(call(pipe, None, prompt_embeds=embeds, fusion="none").images, plain)
 
 
+def test_an_index_needs_no_text_encoder(pipe: ImageRAGTurboPipeline) -> None:
+    """Neither does diffusers' pipeline, once prompts are encoded: theirs may be on another machine."""
+    embeds, _ = pipe.encode_prompt("a red dragon", "cpu", 1, False)
+    expected = call(pipe, "a red dragon", num_references=2)
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.use_index(pipe.config.index_uri, pipe.config.index_name)
+    given = {"prompt_embeds": embeds, "query": "a red dragon"}
+    made = call(pipe, None, num_references=2, **given)
+    assert torch.allclose(made.images, expected.images, atol=1e-4)
+    assert [row.id for row in made.references[0]] == [row.id for row in expected.references[0]]
+    with pytest.raises(UserError, match="text encoders, which this pipeline does not have"):
+        call(pipe, None, reference_images=Image.new("RGB", (8, 8)), reference_captions="a castle", **given)
+
+
 def test_other_heights_and_widths_have_references_too(pipe: ImageRAGTurboPipeline) -> None:
     made = latents(pipe, height=24, width=32)
     assert made.shape == (1, 4, 12, 16)

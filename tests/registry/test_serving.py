@@ -206,6 +206,39 @@ def test_requests_that_wait_together_run_together(pipeline: ImageRAGTurboPipelin
         assert [row.id for row in each.references] == [row.id for row in alone.references]
 
 
+def test_clients_that_ask_again_and_again_share_their_batches(pipeline: ImageRAGTurboPipeline) -> None:
+    slow = Slow(pipeline)
+    waiting = Waiting(slow, WaitingConfig(batch_size=2, batch_wait_s=60))  # type: ignore[arg-type]
+
+    def ask(prompts: str) -> None:
+        for prompt in prompts:
+            waiting.make([(prompt, 0)], {})
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ask, "abc")
+        assert slow.begun.acquire(timeout=60)
+        second = threads.submit(ask, "xy")
+        while not waiting._jobs:
+            pass
+        slow.go.set()
+        first.result(), second.result()
+    assert [sorted(batch) for batch in slow.batches] == [["a"], ["b", "x"], ["c", "y"]]
+
+
+def test_a_model_that_batches_makes_the_same_pictures_but_for_their_last_digits(
+    champion: Home, pipeline: ImageRAGTurboPipeline, tmp_path: Path
+) -> None:
+    download(champion.settings, 1, tmp_path / "model")
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"batch_size": 2})
+    unet = model.unwrap_python_model()._waiting.pipeline.unet
+    assert unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    ours = model.predict([{"prompt": PROMPT}, {"prompt": "a castle"}], params={"num_references": 2})
+    for own, single in zip(ours, rows_of(pipeline, [PROMPT, "a castle"], num_references=2), strict=True):
+        difference = np.abs(np.asarray(opened(own), int) - np.asarray(opened(single), int))
+        assert difference.max() <= 1
+        assert [row["id"] for row in own["references"]] == [row["id"] for row in single["references"]]
+
+
 def test_who_would_wait_for_too_long_is_told_so(pipeline: ImageRAGTurboPipeline) -> None:
     slow = Slow(pipeline)
     waiting = Waiting(slow, WaitingConfig(max_waiting=2, max_wait_s=0.05))  # type: ignore[arg-type]
