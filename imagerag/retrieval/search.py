@@ -18,6 +18,7 @@ from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, Features, encoder_of
 from imagerag.retrieval.store import Store
+from imagerag.storage.lance_table import rows_with
 
 By = Literal["caption", "image", "words", "hybrid"]
 """What a query is compared with: embeddings of captions or of images, words of captions, or captions in both ways."""
@@ -53,6 +54,7 @@ class Neighbour:
     """A row that a search found."""
 
     id: str
+    """In hexadecimal digits, as people see it."""
     caption: str
     url: str
     source: str
@@ -199,7 +201,7 @@ class Retriever:
         """Return the rows with these ids, in this order.
 
         Args:
-            ids: ids of rows in the version that is searched.
+            ids: ids of rows in the version that is searched, in hexadecimal digits.
             embed: embedding (D,) of a query; rows get the cosine similarity of their caption as score, otherwise 0.
             images: whether to return the rows' images.
             features: the cached features to return, if any.
@@ -210,9 +212,8 @@ class Retriever:
         if features is not None:
             require_cached(self._schema, features)
         wanted = _Wanted(len(ids), None, images, features)
-        quoted = ", ".join("'" + each.replace("'", "''") + "'" for each in ids)
         with self.reading():
-            found = self.dataset.to_table(columns=[*wanted.columns, "text_embed"], filter=f"id IN ({quoted})")
+            found = rows_with(self.dataset, "id", ids, [*wanted.columns, "text_embed"])
         similarities = None if embed is None else to_numpy(found["text_embed"]) @ self._check(embed[None])[0]
         scores = np.zeros(found.num_rows) if similarities is None else similarities
         by_id = {each.id: each for each in _neighbours(found, wanted, scores, similarities)}
@@ -343,6 +344,6 @@ def _neighbours(
     rows = found.select([*_COLUMNS, *(["image"] if wanted.images else [])]).to_pylist()
     near = [None] * num_rows if similarities is None else similarities.tolist()
     return [
-        Neighbour(**row, score=score, similarity=similarity, features=own)
+        Neighbour(**row | {"id": row["id"].hex()}, score=score, similarity=similarity, features=own)
         for row, score, similarity, own in zip(rows, scores.tolist(), near, features, strict=True)
     ]

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from imagerag.embedding.survey import survey
+from imagerag.embedding.survey import survey, with_ids
 from imagerag.retrieval import feature_column
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, check_rows, publish, status
-from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, row_ids, row_schema
+from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, row_schema
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import reachable_rows
 from tests.bench.harness import Row, Scale, in_fresh_process, median
@@ -87,8 +87,7 @@ def _make(folder: str, num_rows: int) -> None:
         vectors = random.standard_normal((len(images), DIM), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         embeds = pa.FixedSizeListArray.from_arrays(vectors.ravel(), DIM)
-        rows = images.drop_columns(["shard", "row"]).rename_columns({"sha256": "image_sha256"})
-        rows = rows.append_column("id", row_ids(images["sha256"], images["caption"]))
+        rows = with_ids(images)
         rows = rows.append_column("image", pa.repeat(pa.scalar(b"an image", pa.large_binary()), len(images)))
         rows = rows.append_column("text_embed", embeds).append_column("image_embed", embeds)
         fragments += store.write_fragments(rows.select(schema.names))
