@@ -256,9 +256,7 @@ class Retriever:
         return rows["image"].to_pylist(), to_numpy(rows["text_embed"])
 
     def _search_vectors(self, embeds: Embeds, column: str, wanted: "_Wanted") -> list[list[Neighbour]]:
-        with self.reading():
-            nprobes = self._probes(column, wanted)
-            found = nearest(self.dataset, column, embeds, wanted.k, wanted.columns, nprobes, wanted.where)
+        found = self._nearest(column, embeds, wanted, wanted.columns)
         neighbours: list[list[Neighbour]] = [[] for _ in embeds]
         queries = found["query_index"].to_pylist()
         scores = 1 - found["_distance"].to_numpy()
@@ -276,15 +274,20 @@ class Retriever:
 
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
         columns = [*wanted.columns, "text_embed"]
-        with self.reading():
-            nprobes = self._probes("text_embed", wanted)
-            near = nearest(
-                self.dataset, "text_embed", embed[None], wanted.k, columns, nprobes, wanted.where, with_row_id=True
-            )
+        near = self._nearest("text_embed", embed[None], wanted, columns, with_row_id=True)
         found = RRFReranker().rerank_hybrid(
             text, near.drop_columns(["query_index"]), self._match(text, wanted.where, wanted.k, columns)
         )[: wanted.k]
         return _neighbours(found, wanted, found["_relevance_score"].to_numpy(), to_numpy(found["text_embed"]) @ embed)
+
+    def _nearest(
+        self, column: str, embeds: Embeds, wanted: "_Wanted", columns: Sequence[str], *, with_row_id: bool = False
+    ) -> pa.Table:
+        with self.reading():
+            return nearest(
+                self.dataset, column, embeds, wanted.k, columns, self._probes(column, wanted), wanted.where,
+                is_indexed=self._record.num_unindexed_rows == 0, with_row_id=with_row_id,
+            )  # fmt: skip
 
     def _probes(self, column: str, wanted: "_Wanted") -> int | None:
         if wanted.where is None or column not in self._record.nprobes:  # which a count of rows would not change

@@ -152,6 +152,17 @@ def test_a_narrow_filter_finds_all_its_rows(large: Store) -> None:
     assert found.num_rows == 20
 
 
+@pytest.mark.parametrize("where", [None, "source = 'even'"])
+def test_a_search_that_looks_for_no_unindexed_rows_finds_the_same(large: Store, where: str | None) -> None:
+    dataset, queries = large.dataset(), embeddings(20_000, 20_020, 64)
+    usual, quick = (
+        nearest(dataset, "text_embed", queries, 10, ["id"], 8, where, is_indexed=is_indexed)
+        for is_indexed in (False, True)
+    )
+    assert quick.num_rows == 200
+    assert quick.equals(usual)
+
+
 def test_recall_is_low_where_a_search_looks_into_too_little(large: Store) -> None:
     """The measure must be able to say no."""
     probes = make_probes(large.dataset(), 100)
