@@ -35,6 +35,7 @@ from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove_rows
 from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_file
+from imagerag.storage.hexadecimal import ID, SHA256, from_hex, to_hex
 from imagerag.storage.keyed_table import KeyedTable
 from imagerag.storage.lance_table import table_at
 from imagerag.storage.locks import writer_lock
@@ -44,12 +45,15 @@ REPORTS = "takedowns"
 _PULLED = "model_index.json"
 """File by which the folder of a pulled model is recognised."""
 _BATCH_ROWS = 65_536
-_KNOWN = pa.schema([("id", pa.string()), ("url", pa.string()), ("image_sha256", pa.string())])
+_KNOWN = pa.schema([("id", ID), ("url", pa.string()), ("image_sha256", SHA256)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Images to take down, with every row id, URL and hash under which they are known."""
+    """Images to take down, with every row id, URL and hash under which they are known.
+
+    Ids and hashes are in hexadecimal digits.
+    """
 
     ids: tuple[str, ...]
     urls: tuple[str, ...]
@@ -77,10 +81,10 @@ def find(
     """Return the images with these URLs, row ids or hashes, including their other URLs and captions.
 
     Raises:
-        UserError: if no value is given, or the corpus never had one of them.
+        UserError: if no value is given, the corpus never had one of them, or it is no id or hash.
     """
     store, corpus = Store(settings.index_uri, name), Corpus(settings.shards_of(name))
-    sha256s = [sha256.lower() for sha256 in sha256s]
+    ids, sha256s = ([digits.lower() for digits in values] for values in (ids, sha256s))
     wanted: dict[Column, Sequence[str]] = {"id": ids, "url": urls, "image_sha256": sha256s}
     if not any(wanted.values()):
         raise UserError("name at least one URL, id or image hash to take down")
@@ -88,14 +92,14 @@ def find(
     hashes = set(sha256s)
     for column, values in wanted.items():
         # The rows of a blocked value may be gone already, removed by a takedown that was killed later.
-        missing = set(values) - set(known[column].to_pylist()) - set(blocked(store, column) if store.exists else ())
+        missing = set(values) - _texts(known[column]) - set(blocked(store, column) if store.exists else ())
         if missing:
             raise UserError(f"{name!r} never had an image of the {column} {min(missing)!r}; nothing was taken down")
-    hashes |= set(known["image_sha256"].to_pylist())
+    hashes |= _texts(known["image_sha256"])
     own = _known(store, corpus, {"image_sha256": hashes})
     return Target(
-        ids=tuple(sorted({*ids, *own["id"].to_pylist()})),
-        urls=tuple(sorted({*urls, *own["url"].to_pylist()})),
+        ids=tuple(sorted({*ids, *_texts(own["id"])})),
+        urls=tuple(sorted({*urls, *_texts(own["url"])})),
         image_sha256s=tuple(sorted(hashes)),
         asked=wanted,
     )
@@ -107,11 +111,15 @@ def _known(store: Store, corpus: Corpus, wanted: Mapping[Column, Collection[str]
     for batch in chain.from_iterable(rows.to_batches(max_chunksize=_BATCH_ROWS) for rows in iter_attempts(corpus)):
         batch = batch.filter(pc.is_valid(batch["sha256"]))
         ids = row_ids(batch["sha256"], batch["caption"])
-        rows = pa.table([ids, batch["url"], batch["sha256"]], schema=_KNOWN)
+        rows = pa.table([ids, batch["url"], from_hex(batch["sha256"].to_pylist(), SHA256)], schema=_KNOWN)
         found += [rows.filter(matches(rows, column, list(values))) for column, values in wanted.items()]
     if store.exists:
         found.append(reachable_rows(store, wanted).select(_KNOWN.names).cast(_KNOWN))
     return pa.concat_tables(found)
+
+
+def _texts(column: pa.ChunkedArray) -> set[str]:
+    return set(column.to_pylist() if pa.types.is_string(column.type) else to_hex(column))
 
 
 def take_down(settings: Settings, name: str, target: Target) -> Takedown:
@@ -129,7 +137,7 @@ def take_down(settings: Settings, name: str, target: Target) -> Takedown:
 
 def _take_down(settings: Settings, name: str, corpus: Corpus, target: Target) -> Takedown:
     now = datetime.now(UTC)
-    store, ids = Store(settings.index_uri, name), pa.array(target.ids, pa.string())
+    store, ids = Store(settings.index_uri, name), from_hex(target.ids, ID)
     reading = [label for label in (pins(store) if store.exists else ()) if label.startswith((JOB, TRAINING))]
     # Shards come first: an ingest between the two steps must not restore the rows.
     num_samples = remove_images(corpus, urls=target.asked["url"], sha256s=target.image_sha256s)
@@ -172,7 +180,10 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
     # Without the locks, uncommitted files of another writer would be deleted too.
     with writer_lock(folder, "training"), writer_lock(f"{folder}/evaluations", "pictures"):
         for uri in _tables(folder, "real"):
-            if count := KeyedTable.at(uri).drop(pa.chunked_array([ids])):
+            if _is_early(uri):
+                _delete(uri)
+                deleted.append(uri)
+            elif count := KeyedTable.at(uri).drop(pa.chunked_array([ids])):
                 deleted.append(f"{count} latents in {uri}")
         pictures = [uri for uri in _tables(f"{folder}/evaluations", "pictures") if _concerns(uri, _shows, ids)]
         # Their index version is gone, so nothing reads them any more.
@@ -217,8 +228,12 @@ def _tables(folder: str, kind: str) -> list[str]:
 
 
 def _concerns(uri: str, contains: Callable[[str, pa.Array], bool], ids: pa.Array) -> bool:
-    """Return whether a table contains the rows, or lacks files because a killed takedown had begun to delete it."""
-    if not table_at(uri).exists:
+    """Return whether a table contains the rows, or may contain them.
+
+    It may if a killed takedown had begun to delete it, so that files are missing, or if it is of an early version, in
+    which ids were texts.
+    """
+    if not table_at(uri).exists or _is_early(uri):
         return True
     try:
         return contains(uri, ids)
@@ -226,6 +241,10 @@ def _concerns(uri: str, contains: Callable[[str, pa.Array], bool], ids: pa.Array
         if "not found" not in str(error).lower():
             raise
         return True
+
+
+def _is_early(uri: str) -> bool:
+    return bool(table_at(uri).dataset().schema.field("id").type != ID)
 
 
 def _holds(uri: str, ids: pa.Array) -> bool:
@@ -239,7 +258,7 @@ def _lists(uri: str, ids: pa.Array) -> bool:
 
 
 def _shows(uri: str, ids: pa.Array) -> bool:
-    taken, batches = {*ids.to_pylist()}, KeyedTable.at(uri).dataset().to_batches(columns=["references"])
+    taken, batches = {*to_hex(ids)}, KeyedTable.at(uri).dataset().to_batches(columns=["references"])
     texts = (text for rows in batches for text in rows["references"].to_pylist())
     return any(reference["id"] in taken for text in texts for reference in json.loads(text))
 
@@ -247,7 +266,7 @@ def _shows(uri: str, ids: pa.Array) -> bool:
 def _pages(folder: str, ids: pa.Array) -> Iterator[str]:
     """Yield HTML pages that show one of the rows, recognised by its id in `data-row`."""
     filesystem, root = fsspec.url_to_fs(folder)
-    marks = [f'data-row="{id}"'.encode() for id in ids.to_pylist()]
+    marks = [f'data-row="{id}"'.encode() for id in to_hex(ids)]
     for path in filesystem.glob(f"{root}/**/*.html"):
         content = filesystem.cat_file(path)
         if any(mark in content for mark in marks):

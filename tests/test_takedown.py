@@ -23,7 +23,9 @@ from imagerag.registry.versions import list_versions, register
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.search import Retriever
 from imagerag.storage import lance_table
+from imagerag.storage.hexadecimal import ID, to_hex
 from imagerag.storage.keyed_table import KeyedTable
+from imagerag.storage.lance_table import LanceTable, rows_with
 from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
 from tests.embedding.shards import Sample, want, write_shard
 from tests.evaluation.conftest import finetuned
@@ -56,16 +58,16 @@ class Everything:
     def __init__(self, world: World, own: Finetuned) -> None:
         self.world, self.settings, self.own = world, world.settings, own
         table = world.store.dataset().to_table(filter=f"url = '{URL}'")
-        (self.row,) = table.select(["id", "image", "image_sha256"]).to_pylist()
-        self.image = self.row["image"]
-        own_latents = world.examples().real_table.dataset().to_table(filter=f"id = '{self.row['id']}'")["latents"]
+        (self.id,), (self.sha256,) = to_hex(table["id"]), to_hex(table["image_sha256"])
+        self.image = table["image"][0].as_py()
+        own_latents = rows_with(world.examples().real_table.dataset(), "id", [self.id], ["latents"])["latents"]
         features = table[world.identity.column]
         arrays = [column.combine_chunks().flatten().to_numpy() for column in (own_latents, features)]
         self.traces = (self.image, b64encode(self.image), *(array.tobytes() for array in arrays))
         self._write_shards()
         self._evaluate()
         self._register()
-        write_page(world, self.settings.home / NAME, self.row["id"])
+        write_page(world, self.settings.home / NAME, self.id)
 
     def _write_shards(self) -> None:
         uri = Path(self.settings.shards_of(NAME))
@@ -78,13 +80,17 @@ class Everything:
 
     def _evaluate(self) -> None:
         folder = Path(self.settings.training_of(NAME)) / "evaluations" / "e1"
-        write_page(self.world, folder, self.row["id"])
+        write_page(self.world, folder, self.id)
         self.evaluation_run = start_run(self.settings, "evaluate", "e1", {})
         (folder / "results.json").write_text(json.dumps({"evaluated": {"run_id": self.evaluation_run}}))
-        shown = [[{"id": self.row["id"]}], [{"id": "another"}]]
+        shown = [[{"id": self.id}], [{"id": "another"}]]
         columns = (pa.field("image", pa.large_binary()), pa.field("references", pa.string()))
         table = KeyedTable.of(str(folder.parent), "pictures", {"index": 1}, columns)
-        rows = {"id": ["a", "b"], "image": [self.image, b""], "references": [json.dumps(own) for own in shown]}
+        rows = {
+            "id": pa.array([b"a" * 20, b"b" * 20], ID),
+            "image": [self.image, b""],
+            "references": [json.dumps(own) for own in shown],
+        }
         table.dataset()
         table.commit(table.write_fragments(pa.table(rows)), table.dataset().version)
         validation = {"references_uri": self.world.examples().references_table.table_uri}
@@ -126,7 +132,7 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
     assert len(everything.world.store.dataset().get_fragments()) > 1
 
     target = takedown.find(settings, NAME, urls=[URL])
-    assert target.image_sha256s == (everything.row["image_sha256"],)
+    assert target.image_sha256s == (everything.sha256,)
     done = takedown.take_down(settings, NAME, target)
 
     assert files_with(home, *everything.traces) == []
@@ -134,13 +140,13 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
     assert done.removal is not None
     assert done.removal.num_rows == 1
     assert everything.world.store.count() == 10
-    assert everything.row["id"] not in everything.world.examples().real_table.ids().to_pylist()
+    assert everything.id not in to_hex(everything.world.examples().real_table.ids())
     assert len(everything.world.examples().real_table.ids().to_pylist()) == 10
     assert [info.version for info in list_versions(settings)] == [1]
     report = Path(done.uri).read_text()
     assert Path(done.uri).parent == Path(settings.shards_of(NAME), "takedowns")
     for part in (
-        everything.row["image_sha256"], everything.row["id"], URL, "1 latents in",
+        everything.sha256, everything.id, URL, "1 latents in",
         f"MLflow run {everything.evaluation_run}: index.html", f"MLflow run {everything.training_run}: validation",
         "imagerag-turbo 1: grid.png", "version 2 of imagerag-turbo, which was candidate and champion, with its copy",
         "whoever pulled or downloaded version 2", f"adapter {everything.own.uri} learnt from the images",
@@ -148,7 +154,7 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
     ):  # fmt: skip
         assert part in report, part
 
-    again = takedown.take_down(settings, NAME, takedown.find(settings, NAME, ids=[everything.row["id"]]))
+    again = takedown.take_down(settings, NAME, takedown.find(settings, NAME, ids=[everything.id]))
     assert (again.num_samples, again.sweep.deleted) == (0, ()), "a second time there is nothing left to do"
 
 
@@ -169,7 +175,7 @@ def test_a_takedown_that_was_killed_as_it_deleted_tables_goes_on(everything: Eve
 def test_an_image_that_left_the_index_is_taken_down(everything: Everything) -> None:
     """From the shards, the models and whatever else was made of it before."""
     world = everything.world
-    world.store.delete([everything.row["id"]])
+    world.store.delete([everything.id])
     for start in (100, 200):
         append(world.store, make_rows(start, start + 1, world.store.encoder))
         world.fill()
@@ -196,11 +202,24 @@ def test_a_copy_of_the_index_in_no_models_folder_is_named_and_stays(own_world: W
     assert swept.left == (f"{backup / 'index' / NAME}.lance is a copy of the index outside of a model's folder",)
 
 
+def test_tables_of_early_versions_are_deleted_whole(own_world: World) -> None:
+    """Their ids were texts: which rows they have can't be told."""
+    folder = own_world.settings.training_of(NAME)
+    early = [LanceTable(folder, f"{kind}-early") for kind in ("real", "references")]
+    for table in early:
+        table.append(pa.table({"id": ["0" * 40]}))
+    swept = takedown._sweep_training(own_world.settings, NAME, own_world.store.ids()[:1].combine_chunks())
+    assert not any(table.exists for table in early)
+    assert {table.table_uri for table in early} <= set(swept.deleted)
+
+
 def test_what_was_never_there_is_named(own_world: World) -> None:
     version = own_world.store.version
     for wanted in ({"urls": [URL, "https://example.org/nope"]}, {"ids": ["0" * 40]}, {"sha256s": ["0" * 64]}):
         with pytest.raises(UserError, match=r"'images' never had an image of the .*; nothing was taken down"):
             takedown.find(own_world.settings, NAME, **wanted)
+    with pytest.raises(UserError, match="40 hexadecimal digits, got 'x'"):
+        takedown.find(own_world.settings, NAME, ids=["x"])
     with pytest.raises(UserError, match="at least one URL"):
         takedown.find(own_world.settings, NAME)
     assert own_world.store.version == version

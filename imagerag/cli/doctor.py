@@ -173,7 +173,11 @@ def _indexes() -> Iterator[Finding]:
     if not stores:
         yield Finding("index", "none yet", "imagerag ingest LIST, or `make demo` for the sample corpus")
     for store in stores:
-        state = status(store)
+        try:
+            state = status(store)
+        except UserError as error:
+            yield Finding(store.name, "can't be read", str(error))
+            continue
         if state.published_version is None:
             yield Finding(
                 store.name, f"{state.num_rows:,} rows, not published", f"imagerag index status --name {store.name}"

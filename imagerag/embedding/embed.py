@@ -182,9 +182,8 @@ class Worker:
                 f"the image {row['key']} of {self._corpus.shard(row['shard']).tar} can't be decoded "
                 f"({error.reason}), though it was when it was downloaded"
             ) from error
-        embedded = rows.rename_columns({"sha256": "image_sha256"})
         for name, embeds in (("text_embed", text_embeds), ("image_embed", image_embeds)):
-            embedded = embedded.append_column(
+            rows = rows.append_column(
                 name, pa.FixedSizeListArray.from_arrays(embeds.ravel(), self._encoder.identity.dim)
             )
-        return self._store.write_fragments(embedded), rows.num_rows
+        return self._store.write_fragments(rows), rows.num_rows

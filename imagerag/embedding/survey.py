@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from imagerag.retrieval.schema import row_ids
 from imagerag.retrieval.store import Store
+from imagerag.storage.hexadecimal import ID, SHA256, column_from_hex
 from imagerag.storage.lance_table import batches_of
 from imagerag.storage.spool import MEMORY_ROWS, Parts, by_id, paired
 
@@ -59,13 +60,14 @@ def survey(images: Iterable[pa.Table], store: Store) -> Survey:
             yield lacking
 
     lacking = Parts(missing(), lambda rows: rows["shard"].to_numpy() // _SHARDS_OF_A_PART)
-    ids = pa.chunked_array([chunk for each in stale for chunk in each.chunks], pa.string())
+    ids = pa.chunked_array([chunk for each in stale for chunk in each.chunks], ID)
     return Survey(lacking, lacking.num_rows, ids, int(counts[0]), int(counts[1]))
 
 
 def with_ids(images: pa.Table) -> pa.Table:
-    """Return images with their `id`. Unknown sources and licences become empty."""
+    """Return images with `id` and `image_sha256` of the table's rows. Unknown sources and licences become empty."""
     rows = images.append_column("id", row_ids(images["sha256"], images["caption"]))
+    rows = rows.append_column("image_sha256", column_from_hex(images["sha256"], SHA256)).drop_columns("sha256")
     for name in ("source", "licence"):
         rows = rows.set_column(rows.column_names.index(name), name, rows[name].fill_null(""))
     return rows

@@ -1,6 +1,8 @@
 """Copies of references in generated pictures, and leakage of evaluation prompts into the training set."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from imagerag.artifacts import TrainingSet
@@ -67,13 +69,14 @@ def measure_leakage(retriever: Retriever, prompts: tuple[str, ...], training_set
     rows = retriever.read(["id", "caption", "image_sha256", "image_embed"])
     captions = np.array([caption.strip() for caption in rows["caption"].to_pylist()])
     is_own = np.isin(captions, prompts)
-    is_learnt = np.isin(rows["id"].to_pylist(), learnt_rows["id"].to_pylist()) & ~is_own
-    sha256, embeds = np.array(rows["image_sha256"].to_pylist()), to_numpy(rows["image_embed"])
+    is_learnt = pc.is_in(rows["id"], learnt_rows["id"]).to_numpy() & ~is_own
+    embeds = to_numpy(rows["image_embed"])
+    own, others = (rows["image_sha256"].filter(pa.array(mask)) for mask in (is_own, is_learnt))
     return Leakage(
         num_prompts_in_index=len(set(prompts) & set(captions)),
         num_prompts_learnt=len(set(prompts) & learnt),
         num_images=int(is_own.sum()),
-        num_images_learnt=int(np.isin(sha256[is_own], sha256[is_learnt]).sum()),
+        num_images_learnt=int(pc.is_in(own, others).to_numpy().sum()),
         num_near_duplicates=_count_near(retriever, np.nonzero(is_own)[0], np.nonzero(is_learnt)[0], embeds),
     )
 

@@ -27,6 +27,7 @@ from imagerag.hspace.encode import open_images
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
+from imagerag.storage.hexadecimal import to_hex
 
 _FEWEST_PICTURES = 100
 _FEWEST_NAMES = 20
@@ -74,7 +75,7 @@ class Real:
             return cls([], [], np.empty(0, np.int64))
         found = retriever.take(rows, ["id", "image"])
         own = np.array([numbers[captions[row].strip()] for row in rows])
-        return cls(found["id"].to_pylist(), list(open_images(found["image"].to_pylist())), own)
+        return cls(to_hex(found["id"]), list(open_images(found["image"].to_pylist())), own)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from imagerag.generation.sheet import to_png
 from imagerag.progress import OnProgress
 from imagerag.settings import Settings
 from imagerag.storage.files import local_copy
+from imagerag.storage.hexadecimal import ID, to_hex
 from imagerag.storage.keyed_table import KeyedTable
 from imagerag.workers import Dtype, Job, run_job
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from imagerag.evaluation.timed import TimedPipeline
     from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
-VERSION = 4
+VERSION = 5
 """Version of the generation code; a change makes new tables."""
 _ROWS_OF_A_TASK = 64
 _COLUMNS = (
@@ -82,7 +83,7 @@ class PictureJob:
             _seed_of(prompt, number, config.seed) for prompt in prompts for number in range(self.images_per_prompt)
         ]
         repeated = [prompt for prompt in prompts for _ in range(self.images_per_prompt)]
-        self._wanted = pa.table({"id": list(map(_row_id, repeated, seeds)), "prompt": repeated, "seed": seeds})
+        self._wanted = pa.table({"id": pa.array(map(_row_id, repeated, seeds), ID), "prompt": repeated, "seed": seeds})
 
     def run(self, settings: Settings, on_progress: OnProgress) -> dict[str, Latency]:
         """Make the missing pictures, and return the latency of each way."""
@@ -155,7 +156,7 @@ class Worker:
         self._ways: dict[str, Way] = {way.name: way for way in ways}
         self._tables, self._config, self._device, self._dtype = tables, config, device, dtype
         self._pipelines: dict[tuple[str, str | None, IndexVersion | None], TimedPipeline] = {}
-        self._ids: np.ndarray | None = None
+        self._ids: pa.ChunkedArray | None = None
         """Ids of all rows of the index, read once for random references."""
 
     def __call__(self, rows: pa.Table) -> tuple[list[str], int]:
@@ -245,10 +246,9 @@ class Worker:
     def _random_ids(self, prompt: str, count: int, pipeline: "ImageRAGTurboPipeline") -> list[str]:
         if self._ids is None:
             assert pipeline.index is not None
-            self._ids = pipeline.index.retriever.read(["id"])["id"].to_numpy()
+            self._ids = pipeline.index.retriever.read(["id"])["id"]
         rng = np.random.default_rng(_seed_of(prompt, -1, self._config.seed))
-        ids: list[str] = rng.choice(self._ids, min(count, len(self._ids)), replace=False).tolist()
-        return ids
+        return to_hex(self._ids.take(rng.choice(len(self._ids), min(count, len(self._ids)), replace=False)))
 
 
 def _generator(seed: int) -> "torch.Generator":
@@ -262,5 +262,5 @@ def _seed_of(prompt: str, number: int, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{number}\0{prompt}".encode()).digest()[:4])
 
 
-def _row_id(prompt: str, seed: int) -> str:
-    return f"{hashlib.sha256(prompt.encode()).hexdigest()[:24]}-{seed}"
+def _row_id(prompt: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()[: ID.byte_width]

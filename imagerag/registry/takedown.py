@@ -105,7 +105,8 @@ def _sweep_portable(client: "MlflowClient", settings: Settings, info: VersionInf
     if folder is None:
         return Sweep(left=(f"{named} is portable: if its index had the rows, `imagerag models remove`; {copies}",))
     copy = Store(str(folder / FOLDER / INDEX), info.pinned("index_name"))
-    if not copy.exists or not holds(copy.dataset(), ids):
+    dataset = copy.find()
+    if dataset is None or not holds(dataset, ids):
         return Sweep()
     remove_version(client, settings, info)
     aliases = f", which was {' and '.join(info.aliases)}" if info.aliases else ""

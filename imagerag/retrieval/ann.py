@@ -90,12 +90,14 @@ def nearest(
     nprobes: int | None,
     where: str | None = None,
     *,
+    is_indexed: bool = False,
     with_row_id: bool = False,
 ) -> pa.Table:
     """Return the `k` nearest neighbours of each of `embeds` (Q, D) by cosine distance, among rows that meet `where`.
 
     The search is exact if `nprobes` is None; otherwise it probes that many partitions of the column's index. It uses
-    Lance directly: through LanceDB's client, it takes twice as long (6.8 ms instead of 3 ms, 8,000 rows).
+    Lance directly: through LanceDB's client, it takes twice as long (6.8 ms instead of 3 ms, 8,000 rows). With
+    `is_indexed`, which states that the column's index has all rows, it does not look for others (a fifth of the time).
 
     Returns:
         `columns`, `_distance`, and `query_index`. The distances are those of the stored vectors, not of the index's
@@ -114,6 +116,7 @@ def nearest(
         nearest=query,
         filter=where,
         prefilter=where is not None,
+        fast_search=is_indexed and nprobes is not None,
         with_row_id=with_row_id,
     )
     if several:

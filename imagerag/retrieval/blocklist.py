@@ -8,14 +8,15 @@ import pyarrow.compute as pc
 from lance import LanceDataset
 
 from imagerag.retrieval.store import Store
-from imagerag.storage.lance_table import LanceTable, rows_with
+from imagerag.storage.hexadecimal import ID
+from imagerag.storage.lance_table import LanceTable, rows_with, values_of
 
 Column = Literal["id", "url", "image_sha256"]
 
 _SCHEMA = pa.schema(
     [
         pa.field("column", pa.string(), nullable=False),
-        pa.field("value", pa.string(), nullable=False),
+        pa.field("value", pa.string(), nullable=False),  # ids and hashes in hexadecimal digits
         pa.field("blocked_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]
 )
@@ -44,12 +45,12 @@ def count_blocked(store: Store, dataset: LanceDataset) -> int:
     """Return the number of rows of a version that are blocked."""
     columns: tuple[Column, ...] = ("id", "url", "image_sha256")
     found = [rows_with(dataset, column, blocked(store, column), ["id"])["id"] for column in columns]
-    return len(pc.unique(pa.chunked_array([chunk for ids in found for chunk in ids.chunks], pa.string())))
+    return len(pc.unique(pa.chunked_array([chunk for ids in found for chunk in ids.chunks], ID)))
 
 
 def matches(rows: pa.Table, column: Column, values: list[str]) -> pa.ChunkedArray:
     """Return which rows have one of the values in `column`."""
-    return pc.is_in(rows[column], pa.array(values, pa.string()))
+    return pc.is_in(rows[column], values_of(rows[column].type, values))
 
 
 def _list_of(store: Store) -> LanceTable:

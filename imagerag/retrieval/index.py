@@ -158,7 +158,8 @@ def _digest_of_rows(dataset: LanceDataset) -> str:
     Lance hashes each row; the digest is the sum of the hashes, as four numbers of 64 bits.
     """
     total = np.zeros(4, np.uint64)
-    for batch in dataset.to_batches(columns={"digest": "sha256(concat_ws(chr(0), id, url, source, licence))"}):
+    digest = "sha256(concat_ws(chr(0), encode(id, 'hex'), url, source, licence))"
+    for batch in dataset.to_batches(columns={"digest": digest}):
         digests = np.frombuffer(b"".join(batch["digest"].to_pylist()), "<u8").reshape(-1, 4)
         total += digests.sum(axis=0, dtype=np.uint64)
     return total.astype("<u8").tobytes().hex()

@@ -18,6 +18,7 @@ from lance import LanceDataset
 
 from imagerag.retrieval.ann import IndexRecord, nearest
 from imagerag.retrieval.schema import Embeds
+from imagerag.storage.lance_table import literal
 
 K = 10
 """Number of neighbours for which an index must reach its target recall."""
@@ -104,7 +105,7 @@ def make_probes(dataset: LanceDataset, num_queries: int) -> list[Probe]:
             embeds=embeds,
             is_own=is_own,
             similarities=nearest_of[i].sorted(),
-            where=f"id <= '{last}'",
+            where=f"id <= {literal(last)}",
             share=num_among / num_rows,
             among=nearest_among[i].sorted(),
         )

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from imagerag.storage.hexadecimal import ID, SHA256
+
 _ENCODER_KEY = b"imagerag.encoder"
-_ID_BYTES = 20
 _BATCH_ROWS = 8_192
 
 FEATURE_PREFIX = "h_retr_"
@@ -69,24 +70,24 @@ class FeatureIdentity:
         )
 
 
-def row_id(image_sha256: str, caption: str) -> str:
-    """Return the id of an image and caption pair, 40 hexadecimal digits.
+def row_id(image_sha256: str, caption: str) -> bytes:
+    """Return the id of an image, of which the SHA-256 is given in hexadecimal digits, and a caption.
 
     The same pair has the same id, wherever and whenever it was downloaded.
     """
     assert len(image_sha256) == 64, f"not a SHA-256 in hexadecimal: {image_sha256!r}"
-    digest = hashlib.blake2b(person=b"imagerag.row", digest_size=_ID_BYTES)
+    digest = hashlib.blake2b(person=b"imagerag.row", digest_size=ID.byte_width)
     digest.update(image_sha256.encode())
     digest.update(caption.encode())
-    return digest.hexdigest()
+    return digest.digest()
 
 
 def row_ids(image_sha256: pa.Array | pa.ChunkedArray, caption: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return `row_id` of each pair of two string columns of equal length."""
+    """Return `row_id` of each pair of two string columns of equal length, the digests in hexadecimal digits."""
     pairs = pa.table({"image": image_sha256, "text": caption}).to_batches(max_chunksize=_BATCH_ROWS)
     columns = (zip(batch["image"].to_pylist(), batch["text"].to_pylist(), strict=True) for batch in pairs)
-    ids = [pa.array([row_id(image, text) for image, text in column], pa.string()) for column in columns]
-    return pa.chunked_array(ids, pa.string())
+    ids = [pa.array([row_id(image, text) for image, text in column], ID) for column in columns]
+    return pa.chunked_array(ids, ID)
 
 
 def row_schema(encoder: EncoderIdentity) -> pa.Schema:
@@ -98,8 +99,8 @@ def row_schema(encoder: EncoderIdentity) -> pa.Schema:
     embedding = pa.list_(pa.float32(), encoder.dim)
     return pa.schema(
         [
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("image_sha256", pa.string(), nullable=False),
+            pa.field("id", ID, nullable=False),
+            pa.field("image_sha256", SHA256, nullable=False),
             pa.field("url", pa.string(), nullable=False),
             pa.field("source", pa.string(), nullable=False),
             pa.field("licence", pa.string(), nullable=False),

@@ -18,6 +18,7 @@ from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, Features, encoder_of
 from imagerag.retrieval.store import Store
+from imagerag.storage.lance_table import rows_with
 
 By = Literal["caption", "image", "words", "hybrid"]
 """What a query is compared with: embeddings of captions or of images, words of captions, or captions in both ways."""
@@ -53,6 +54,7 @@ class Neighbour:
     """A row that a search found."""
 
     id: str
+    """In hexadecimal digits, as people see it."""
     caption: str
     url: str
     source: str
@@ -199,7 +201,7 @@ class Retriever:
         """Return the rows with these ids, in this order.
 
         Args:
-            ids: ids of rows in the version that is searched.
+            ids: ids of rows in the version that is searched, in hexadecimal digits.
             embed: embedding (D,) of a query; rows get the cosine similarity of their caption as score, otherwise 0.
             images: whether to return the rows' images.
             features: the cached features to return, if any.
@@ -210,9 +212,8 @@ class Retriever:
         if features is not None:
             require_cached(self._schema, features)
         wanted = _Wanted(len(ids), None, images, features)
-        quoted = ", ".join("'" + each.replace("'", "''") + "'" for each in ids)
         with self.reading():
-            found = self.dataset.to_table(columns=[*wanted.columns, "text_embed"], filter=f"id IN ({quoted})")
+            found = rows_with(self.dataset, "id", ids, [*wanted.columns, "text_embed"])
         similarities = None if embed is None else to_numpy(found["text_embed"]) @ self._check(embed[None])[0]
         scores = np.zeros(found.num_rows) if similarities is None else similarities
         by_id = {each.id: each for each in _neighbours(found, wanted, scores, similarities)}
@@ -255,9 +256,7 @@ class Retriever:
         return rows["image"].to_pylist(), to_numpy(rows["text_embed"])
 
     def _search_vectors(self, embeds: Embeds, column: str, wanted: "_Wanted") -> list[list[Neighbour]]:
-        with self.reading():
-            nprobes = self._probes(column, wanted)
-            found = nearest(self.dataset, column, embeds, wanted.k, wanted.columns, nprobes, wanted.where)
+        found = self._nearest(column, embeds, wanted, wanted.columns)
         neighbours: list[list[Neighbour]] = [[] for _ in embeds]
         queries = found["query_index"].to_pylist()
         scores = 1 - found["_distance"].to_numpy()
@@ -275,15 +274,20 @@ class Retriever:
 
         # LanceDB's own hybrid query warns on every call that it does not select the scores, which it can't.
         columns = [*wanted.columns, "text_embed"]
-        with self.reading():
-            nprobes = self._probes("text_embed", wanted)
-            near = nearest(
-                self.dataset, "text_embed", embed[None], wanted.k, columns, nprobes, wanted.where, with_row_id=True
-            )
+        near = self._nearest("text_embed", embed[None], wanted, columns, with_row_id=True)
         found = RRFReranker().rerank_hybrid(
             text, near.drop_columns(["query_index"]), self._match(text, wanted.where, wanted.k, columns)
         )[: wanted.k]
         return _neighbours(found, wanted, found["_relevance_score"].to_numpy(), to_numpy(found["text_embed"]) @ embed)
+
+    def _nearest(
+        self, column: str, embeds: Embeds, wanted: "_Wanted", columns: Sequence[str], *, with_row_id: bool = False
+    ) -> pa.Table:
+        with self.reading():
+            return nearest(
+                self.dataset, column, embeds, wanted.k, columns, self._probes(column, wanted), wanted.where,
+                is_indexed=self._record.num_unindexed_rows == 0, with_row_id=with_row_id,
+            )  # fmt: skip
 
     def _probes(self, column: str, wanted: "_Wanted") -> int | None:
         if wanted.where is None or column not in self._record.nprobes:  # which a count of rows would not change
@@ -343,6 +347,6 @@ def _neighbours(
     rows = found.select([*_COLUMNS, *(["image"] if wanted.images else [])]).to_pylist()
     near = [None] * num_rows if similarities is None else similarities.tolist()
     return [
-        Neighbour(**row, score=score, similarity=similarity, features=own)
+        Neighbour(**row | {"id": row["id"].hex()}, score=score, similarity=similarity, features=own)
         for row, score, similarity, own in zip(rows, scores.tolist(), near, features, strict=True)
     ]

@@ -13,6 +13,7 @@ from lance import LanceDataset
 from imagerag.artifacts import IndexVersion
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
+from imagerag.storage.hexadecimal import ID
 from imagerag.storage.lance_table import LanceTable
 from imagerag.storage.locks import OnWait, local_folder, writer_lock
 
@@ -27,11 +28,16 @@ class Store(LanceTable):
         """Open a version of the table, the newest by default.
 
         Raises:
-            UserError: if there is no such table.
+            UserError: if there is no such table, or it is of an early version.
             VersionGoneError: if the table exists, but not (or no longer) in this version.
         """
         dataset = self.find(version)
         if dataset is not None:
+            if dataset.schema.field("id").type != ID:
+                raise UserError(
+                    f"table {self.name!r} in {self.uri} is of an early version, whose ids were texts: delete "
+                    f"{self.table_uri} and run the ingest again, which embeds the images that were downloaded"
+                )
             return dataset
         if version is not None and self.exists:
             raise VersionGoneError(

@@ -13,6 +13,7 @@ from imagerag.retrieval.index import build_index
 from imagerag.retrieval.pins import pins, unpin
 from imagerag.retrieval.publish import drop_history, move_tag, published_version
 from imagerag.retrieval.store import Store
+from imagerag.storage.hexadecimal import ID, to_hex
 from imagerag.storage.lance_table import Values, rows_with
 
 
@@ -61,7 +62,7 @@ def remove_rows(
         _return_to_published(store)
         for column, values in wanted.items():
             block(store, column, values)
-        block(store, "id", rows["id"].to_pylist())
+        block(store, "id", to_hex(rows["id"]))
         store.delete(rows["id"])
         record = read_record(store.dataset())
         config = IndexConfig(**record.config) if record else IndexConfig()
@@ -76,9 +77,9 @@ def remove_rows(
                 unpin(store, label)
             store.clean_up()
     return Removal(
-        ids=tuple(rows["id"].to_pylist()),
+        ids=tuple(to_hex(rows["id"])),
         urls=tuple(rows["url"].to_pylist()),
-        image_sha256s=tuple(rows["image_sha256"].to_pylist()),
+        image_sha256s=tuple(to_hex(rows["image_sha256"])),
         version=version,
         published=published,
         pinned_by=tuple(sorted(label for label, version in pinned.items() if version in holders)),
@@ -101,7 +102,12 @@ def reachable_rows(store: Store, wanted: Mapping[Column, Values]) -> pa.Table:
 
 
 def holds(dataset: LanceDataset, ids: pa.Array) -> bool:
-    """Return whether a copy of a table may contain one of the rows, also as a deleted row, which stays in its files."""
+    """Return whether a copy of a table may contain one of the rows, also as a deleted row, which stays in its files.
+
+    Copies of early versions have other ids, so they may contain any row.
+    """
+    if dataset.schema.field("id").type != ID:
+        return True
     deleted = any(fragment.num_deletions for fragment in dataset.get_fragments())
     return deleted or rows_with(dataset, "id", ids, ["id"]).num_rows > 0
 

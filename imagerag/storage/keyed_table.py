@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from lance import LanceDataset
 
 from imagerag.errors import UserError
+from imagerag.storage.hexadecimal import ID
 from imagerag.storage.lance_table import LanceTable, rows_with, table_at
 
 Arrays = npt.NDArray[np.floating[Any]]
@@ -36,7 +37,7 @@ class KeyedTable(LanceTable):
         """Return the table of rows that depend on `key`, a JSON object; a column `id` is added."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:_DIGITS]
         metadata = {b"imagerag.key": json.dumps(key, sort_keys=True).encode()}
-        schema = pa.schema([pa.field("id", pa.string(), nullable=False), *columns], metadata=metadata)
+        schema = pa.schema([pa.field("id", ID, nullable=False), *columns], metadata=metadata)
         return cls(folder, f"{name}-{digest}", schema)
 
     @classmethod

@@ -17,10 +17,12 @@ from lance import LanceDataset, LanceOperation
 from lance.fragment import FragmentMetadata, write_fragments
 
 from imagerag.errors import UserError
+from imagerag.storage.hexadecimal import from_hex
 from imagerag.storage.locks import check_locks, local_folder
 from imagerag.storage.spool import MEMORY_ROWS
 
 Values: TypeAlias = pa.Array | pa.ChunkedArray | Collection[str]
+"""Values of a column; if this is binary, Python's strings are their hexadecimal digits."""
 
 _FRAGMENT_ROWS = 2_048
 """Fragments with fewer rows are merged. This limits what a small update rewrites, including images and features, and
@@ -243,21 +245,36 @@ def rows_with(
     values: Values,
     columns: Sequence[str],
 ) -> pa.Table:
-    """Return `columns` of the rows that have one of `values` in a text column.
+    """Return `columns` of the rows that have one of `values` in a column of texts or binary.
 
     A few values are looked up in the column's index, if it has one; for many, the columns are read once, in batches.
+
+    Raises:
+        UserError: if a string is not the hexadecimal digits of a value of a binary column.
     """
-    if len(values) > _LOOK_UPS:
-        wanted = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(list(values), pa.string())
+    kind = dataset.schema.field(column).type
+    wanted = values_of(kind, values)
+    if len(wanted) > _LOOK_UPS:
         read = sorted({column, *columns})
         # Large batches, because the values are hashed again for each batch.
         parts = batches_of(dataset, read, MEMORY_ROWS)
         found = [part.filter(pc.is_in(part[column], wanted)) for part in parts]
         empty = pa.schema([dataset.schema.field(name) for name in read]).empty_table()
         return pa.concat_tables([empty, *found]).select(columns)
-    texts = values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else values
-    quoted = ", ".join("'" + text.replace("'", "''") + "'" for text in texts)
-    return dataset.to_table(columns=list(columns), filter=f"{column} IN ({quoted})" if texts else "false")
+    literals = ", ".join(map(literal, wanted.to_pylist()))
+    return dataset.to_table(columns=list(columns), filter=f"{column} IN ({literals})" if literals else "false")
+
+
+def values_of(kind: pa.DataType, values: Values) -> pa.Array | pa.ChunkedArray:
+    """Return values of a column of this type; see `Values`."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    return from_hex(values, kind) if pa.types.is_fixed_size_binary(kind) else pa.array(list(values), kind)
+
+
+def literal(value: str | bytes) -> str:
+    """Return a value as SQL, which has no bound parameters in Lance."""
+    return f"X'{value.hex()}'" if isinstance(value, bytes) else "'" + value.replace("'", "''") + "'"
 
 
 def _bytes_of(kind: pa.DataType) -> int:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 MEMORY_ROWS = 2**18
 NUM_PARTS = 256
 MEMORY_BYTES = 2**28
-_HEX = pa.array([f"{number:02x}" for number in range(NUM_PARTS)])
+_LAST_BYTES = pa.array([bytes([number]) for number in range(NUM_PARTS)])
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -117,9 +117,9 @@ def by_url(rows: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def by_id(rows: pa.Table) -> npt.NDArray[np.int64]:
-    """Return the part number of each row by its `id`, whose last digits are evenly distributed."""
-    places = pc.index_in(pc.utf8_slice_codeunits(rows["id"], -2), _HEX)
-    parts: npt.NDArray[np.int64] = places.fill_null(0).to_numpy().astype(np.int64)
+    """Return the part number of each row by its `id`, whose last byte is evenly distributed."""
+    places = pc.index_in(pc.binary_slice(rows["id"], -1), _LAST_BYTES)
+    parts: npt.NDArray[np.int64] = places.to_numpy().astype(np.int64)
     return parts
 
 

@@ -25,6 +25,7 @@ from imagerag.hspace.encode import identity_in, side_of
 from imagerag.retrieval.feature_column import require_cached
 from imagerag.retrieval.schema import Embeds, Features
 from imagerag.retrieval.search import Retriever
+from imagerag.storage.hexadecimal import to_hex
 from imagerag.storage.keyed_table import Arrays, KeyedTable, from_column, shape_of
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
 
@@ -178,14 +179,13 @@ class RagData:
 
     def describe(self, examples: Ints) -> list[str]:
         """Return which rows examples (N,) are, with the digests of their pictures."""
-        with self._index.reading():
-            found = self._index.read(["id", "image_sha256"])
-        own = [(row, int(self._own[row])) for row in examples]
+        own = self._own[examples]
+        found = self._index.take(own[own >= 0], ["id", "image_sha256"])
+        pairs = zip(to_hex(found["id"]), to_hex(found["image_sha256"]), strict=True)
+        named = (f"row {id} (image {sha256})" for id, sha256 in pairs)
         return [
-            f"row {found['id'][place]} (image {found['image_sha256'][place]})"
-            if place >= 0
-            else f"the teacher's picture of {self.prompts[row]!r}"
-            for row, place in own
+            next(named) if place >= 0 else f"the teacher's picture of {self.prompts[row]!r}"
+            for row, place in zip(examples, own, strict=True)
         ]
 
     def images(self) -> list[bytes]:
@@ -266,7 +266,7 @@ class RagData:
 
 
 def _places_in(values: pa.ChunkedArray, among: pa.ChunkedArray) -> Ints:
-    """Return where each of some texts (N,) is first among others, -1 where it is not."""
+    """Return where each of some ids (N,) is first among others, -1 where it is not."""
     places: Ints = pc.index_in(values, value_set=among).fill_null(-1).to_numpy().astype(np.int64)
     return places
 

@@ -21,6 +21,7 @@ from imagerag.errors import UserError
 from imagerag.hspace.cache import identity_of
 from imagerag.retrieval.schema import FeatureIdentity
 from imagerag.retrieval.search import Retriever
+from imagerag.storage.hexadecimal import ID
 from imagerag.storage.keyed_table import KeyedTable, array_field
 from imagerag.training.config import SynthesizeConfig
 
@@ -29,7 +30,7 @@ STORED_REFERENCES = 16
 _SHARED = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
 """UNet settings in which student and teacher must agree. A teacher for larger images runs at the student's size."""
 _BATCH_ROWS = 8_192
-_VERSION = 1
+_VERSION = 2
 """Of what is computed: another one makes other tables."""
 
 
@@ -134,7 +135,8 @@ class Examples:
         numbers = range(self.config.num_teacher_latents)
         prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
         key = self.teacher_table.digest
-        ids = [_digest(f"{key}\0{number}\0{prompt}") for number, prompt in zip(numbers, prompts, strict=True)]
+        texts = (f"{key}\0{number}\0{prompt}" for number, prompt in zip(numbers, prompts, strict=True))
+        ids = pa.array([hashlib.blake2b(text.encode(), digest_size=ID.byte_width).digest() for text in texts], ID)
         return pa.table({"id": ids, "number": pa.array(numbers, pa.int64()), "prompt": pa.array(prompts, pa.string())})
 
     @cached_property
@@ -172,7 +174,7 @@ class Examples:
             pa.field("prompt", pa.string()),
             pa.field("number", pa.int64()),  # of the teacher's examples; -1 for real ones
             pa.field("is_held_out", pa.bool_()),
-            pa.field("references", pa.list_(pa.string())),
+            pa.field("references", pa.list_(ID)),
             array_field("embed", (self.retriever.encoder.dim,), pa.float32()),
         ]
         return KeyedTable.of(self.folder, "references", key, columns)

@@ -7,7 +7,7 @@ had in hand, and the next one computes what is missing.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from imagerag.retrieval.search import Neighbour, Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import reachable_rows
 from imagerag.settings import Settings
+from imagerag.storage.hexadecimal import ID, SHA256
 from imagerag.storage.keyed_table import KeyedTable, to_column
 from imagerag.storage.locks import writer_lock
 from imagerag.training.config import SynthesizeConfig
@@ -163,7 +164,7 @@ def _lacking(examples: Examples) -> Iterator[_Lacking]:
         arguments = {"table": table, "base": config.base, "config": config}
         yield _Lacking(table, made, TeacherWorker, "latents by the teacher", arguments)
         made = made.append_column("is_held_out", pa.array(np.zeros(made.num_rows, bool)))
-        made = made.append_column("image_sha256", pa.array([""] * made.num_rows))
+        made = made.append_column("image_sha256", pa.nulls(made.num_rows, SHA256))
         listed = pa.concat_tables([listed, made.select(listed.column_names)])
     table = examples.references_table
     arguments = {"table": table, "held_out": examples.held_out, **index}
@@ -280,22 +281,22 @@ class ReferencesWorker(_Worker):
         return pa.table(
             {
                 **{name: rows[name] for name in ("id", "prompt", "number", "is_held_out")},
-                "references": [[row.id for row in own] for own in chosen],
+                "references": pa.array([[bytes.fromhex(row.id) for row in own] for own in chosen], pa.list_(ID)),
                 "embed": to_column(embeds[prompts.indices.to_numpy()]),
             }
         )
 
-    def _choose(self, found: list[Neighbour], own_sha256: str, is_held_out: bool) -> list[Neighbour]:
+    def _choose(self, found: list[Neighbour], own_sha256: bytes | None, is_held_out: bool) -> list[Neighbour]:
         others = [
             row
             for row in found
-            if self._sha256[row.id] != own_sha256 and (is_held_out or row.caption not in self._held_out)
+            if self._sha256[bytes.fromhex(row.id)] != own_sha256 and (is_held_out or row.caption not in self._held_out)
         ]
         return diversify(others, STORED_REFERENCES)
 
 
 def _to_rows(
-    ids: Iterable[str], prompts: pa.ChunkedArray, latents: "torch.Tensor", conditioner: "TextConditioner"
+    ids: pa.ChunkedArray, prompts: pa.ChunkedArray, latents: "torch.Tensor", conditioner: "TextConditioner"
 ) -> pa.Table:
     from imagerag.hspace.encode import to_cache
 

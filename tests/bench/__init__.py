@@ -21,7 +21,7 @@ BENCHES = {
     "gpu": "a fine-tuning step at SD 2.1's size on a GPU, beside bare matrix products",
     "memory": "peak memory of embedding a corpus, and of planning a list, beside one of a tenth of its size",
     "reindex": "time after 1 % of a list changed, beside a full ingest",
-    "scale": "what drivers do for a table without changes, at ten times the rows",
+    "scale": "what drivers do where little or nothing changed, at ten times the rows",
     "serve": "a registered model: pull to first picture; pyfunc and HTTP beside the bare pipeline",
     "search": "latency, recall and build time at 1k and 100k rows, beside faiss-cpu",
 }

@@ -1,148 +1,216 @@
-"""What drivers do for a table that is as it should be, at ten times the rows: time and memory of each step."""
+"""What drivers do where little or nothing changed, at ten times the rows: time, growth and peak memory of each step.
 
+`BENCH_SCALE_ROWS=100000,10000000` measures other numbers of rows than `--scale` names.
+"""
+
+import math
+import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
+from imagerag import takedown
+from imagerag.base.model import load_base
+from imagerag.corpus.ledger import iter_images
+from imagerag.corpus.plan import plan
 from imagerag.embedding.survey import survey
 from imagerag.retrieval import feature_column
 from imagerag.retrieval.index import IndexConfig, build_index
-from imagerag.retrieval.publish import PublishConfig, check_rows, publish, status
-from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, row_ids, row_schema
-from imagerag.retrieval.store import Store
+from imagerag.retrieval.publish import check_rows, publish, status
 from imagerag.retrieval.takedown import reachable_rows
+from imagerag.training.config import tiny
+from imagerag.training.data import RagData
+from imagerag.training.plan import plan as plan_training
 from tests.bench.harness import Row, Scale, in_fresh_process, median
+from tests.bench.synthetic import NAME, PUBLISH, SHARD_ROWS, World
 
+ROWS = "BENCH_SCALE_ROWS"
 NUM_ROWS: dict[Scale, tuple[int, int]] = {"small": (10_000, 100_000), "full": (100_000, 1_000_000)}
 BAR = 3.0
-MEMORY_BAR = 2.0
+"""Of what should not depend on the number of rows."""
+UPDATE_BAR_S = 60.0
+MEMORY_BAR_GIB = 2.0
+NUM_NEW = 1_000
 REPETITIONS = 3
-DIM = 16
 
-_ENCODER = EncoderIdentity(id="synthetic", digest="0" * 64, dim=DIM)
-_FEATURES = FeatureIdentity(base="synthetic", digest="0" * 64, fit="auto", shape=(16, 4, 4))
-_CHUNK_ROWS = 50_000
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a driver."""
+
+    run: Callable[[World], Callable[[], None]]
+    """Open what the step needs, which is not measured; return the step."""
+    at_most: float | None = None
+    """The bar on the time of many rows, as a multiple of that of few."""
+    changes: bool = False
+    """Whether the step changes the table, so that it is measured once."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step."""
+
+    seconds: float
+    gib: float
+    """Peak memory of the process, beyond what it had before the step."""
 
 
 def run(scale: Scale, folder: Path) -> list[Row]:
-    """Measure on the smaller and the larger table, each in a process of its own."""
-    sizes = NUM_ROWS[scale]
-    for num_rows in sizes:
-        in_fresh_process(_make, str(folder), num_rows)
-    few, many = (in_fresh_process(_measure, str(folder), num_rows)[0] for num_rows in sizes)
-    peer = f"{sizes[0]:,} rows"
-    # What has to read all rows takes ten times as long for ten times as many.
-    bars = {"index status": BAR, "rows without features": BAR, "a takedown's look-up": BAR}
-    rows = [
-        Row(
-            what=f"{sizes[1]:,} rows: {step}",
-            unit="s",
-            ours=many[step],
-            peer=few[step],
-            peer_name=peer,
-            at_most=bars.get(step),
+    """Measure each step on the smaller and the larger table, each in a process of its own."""
+    few, many = (int(number) for number in os.environ[ROWS].split(",")) if ROWS in os.environ else NUM_ROWS[scale]
+    for num_rows in (few, many):
+        in_fresh_process(_make, folder, num_rows)
+    rows = []
+    for name, step in STEPS.items():
+        less, more = (in_fresh_process(_measure, folder, num_rows, name)[0] for num_rows in (few, many))
+        growth = math.log(more.seconds / less.seconds) / math.log(many / few)
+        what = f"{many:,} rows: {name}"
+        peer_name = f"{few:,} rows; the time grows with rows^{growth:.2f}"
+        rows.append(
+            Row(what=what, unit="s", ours=more.seconds, peer=less.seconds, peer_name=peer_name, at_most=step.at_most)
         )
-        for step in _STEPS
-    ]
-    memory = Row(
-        what=f"{sizes[1]:,} rows: memory of all these",
-        unit="GiB",
-        ours=many["memory"],
-        peer=few["memory"],
-        peer_name=peer,
-        at_most=MEMORY_BAR,
-    )
-    return [*rows, memory]
-
-
-def _images(num_rows: int) -> Iterator[pa.Table]:
-    """What the corpus has: the very rows of the table."""
-    for start in range(0, num_rows, _CHUNK_ROWS):
-        numbers = np.arange(start, min(start + _CHUNK_ROWS, num_rows))
-        yield pa.table(
-            {
-                "url": [f"https://images.example/{number}.jpg" for number in numbers],
-                "caption": [f"picture number {number}" for number in numbers],
-                "source": [f"host{number % 100}.example" for number in numbers],
-                "licence": pa.repeat("CC0-1.0", len(numbers)),
-                "sha256": [f"{number:064x}" for number in numbers],
-                "width": pa.array(np.full(len(numbers), 64, np.int32)),
-                "height": pa.array(np.full(len(numbers), 64, np.int32)),
-                "shard": pa.array(numbers // 10_000),
-                "row": pa.array(numbers),
-            }
+        rows.append(
+            Row(what=f"{what}, memory", unit="GiB", ours=more.gib, peer=MEMORY_BAR_GIB, peer_name="limit", at_most=1.0)
         )
+        if name == UPDATE:
+            rows.append(Row(what=what, unit="s", ours=more.seconds, peer=UPDATE_BAR_S, peer_name="limit", at_most=1.0))
+    return rows
 
 
-def _make(folder: str, num_rows: int) -> None:
-    store = Store(folder, f"rows-{num_rows}")
-    store.create(_ENCODER)
-    schema, random = row_schema(_ENCODER), np.random.default_rng(0)
-    fragments: list[str] = []
-    for images in _images(num_rows):
-        vectors = random.standard_normal((len(images), DIM), dtype=np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        embeds = pa.FixedSizeListArray.from_arrays(vectors.ravel(), DIM)
-        rows = images.drop_columns(["shard", "row"]).rename_columns({"sha256": "image_sha256"})
-        rows = rows.append_column("id", row_ids(images["sha256"], images["caption"]))
-        rows = rows.append_column("image", pa.repeat(pa.scalar(b"an image", pa.large_binary()), len(images)))
-        rows = rows.append_column("text_embed", embeds).append_column("image_embed", embeds)
-        fragments += store.write_fragments(rows.select(schema.names))
-    store.commit(fragments, store.version)
-    assert publish(store, build_index(store, IndexConfig()), PublishConfig(min_recall=0.5)).published
-    version = feature_column.prepare(store, _FEATURES)
-    missing = feature_column.missing(store.dataset(version), _FEATURES)
-    zeros = np.zeros((max(missing.values()), *_FEATURES.shape), np.float16)
-    filled = [
-        feature_column.fill(store, _FEATURES, version, fragment, lambda images, _: zeros[: len(images)], len(zeros))
-        for fragment in missing
-    ]
-    feature_column.commit(store, filled, version)
-    assert publish(store, build_index(store, IndexConfig()), PublishConfig(min_recall=0.5)).published
+def _make(folder: Path, num_rows: int) -> None:
+    World(folder, num_rows).make()
 
 
-def _measure(folder: str, num_rows: int) -> dict[str, float]:
-    store, before = Store(folder, f"rows-{num_rows}"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = {
-        step: median([_timed(measure, store, num_rows) for _ in range(REPETITIONS)]) for step, measure in _STEPS.items()
-    }
-    return seconds | {"memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20}
+def _measure(folder: Path, num_rows: int, name: str) -> Cost:
+    step, world = STEPS[name], World(folder, num_rows)
+    measured = step.run(world)
+    before = _peak_gib()
+    seconds = [_timed(measured) for _ in range(1 if step.changes else REPETITIONS)]
+    return Cost(median(seconds), _peak_gib() - before)
 
 
-def _timed(measure: Callable[[Store, int], None], store: Store, num_rows: int) -> float:
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _timed(measured: Callable[[], None]) -> float:
     started = time.perf_counter()
-    measure(store, num_rows)
+    measured()
     return time.perf_counter() - started
 
 
-def _compare(store: Store, num_rows: int) -> None:
-    assert survey(_images(num_rows), store).num_missing == 0
+def _plan_download(world: World) -> Callable[[], None]:
+    def measured() -> None:
+        assert not plan(world.corpus, SHARD_ROWS, retry_failed=False).num_rows
+
+    return measured
 
 
-def _check(store: Store, num_rows: int) -> None:
-    assert all(check.passed for check in check_rows(store, store.dataset(), 0.5))
+def _compare(world: World) -> Callable[[], None]:
+    def measured() -> None:
+        found = survey(iter_images(world.corpus), world.store)
+        assert (found.num_missing, len(found.stale)) == (0, 0)
+
+    return measured
 
 
-def _status(store: Store, num_rows: int) -> None:
-    assert status(store).num_rows == num_rows
+def _check(world: World) -> Callable[[], None]:
+    def measured() -> None:
+        assert all(check.passed for check in check_rows(world.store, world.store.dataset(), 0.5))
+
+    return measured
 
 
-def _lacking(store: Store, num_rows: int) -> None:
-    assert feature_column.count_lacking(store.dataset(), _FEATURES) == 0
+def _publish(world: World) -> Callable[[], None]:
+    return world.publish
 
 
-def _look_up(store: Store, num_rows: int) -> None:
-    assert reachable_rows(store, {"url": ["https://images.example/7.jpg"]}).num_rows == 1
+def _status(world: World) -> Callable[[], None]:
+    def measured() -> None:  # which is also what `doctor` asks of an index
+        assert status(world.store).num_rows == world.num_rows
+
+    return measured
 
 
-_STEPS: dict[str, Callable[[Store, int], None]] = {
-    "ingest's comparison with nothing to do": _compare,
-    "publish's checks of rows": _check,
-    "index status": _status,
-    "rows without features": _lacking,
-    "a takedown's look-up": _look_up,
+def _features(world: World) -> Callable[[], None]:
+    identity = world.features
+
+    def measured() -> None:
+        version = feature_column.prepare(world.store, identity)
+        assert not feature_column.missing(world.store.dataset(version), identity)
+
+    return measured
+
+
+def _plan_training(world: World) -> Callable[[], None]:
+    config = tiny().training
+    plan_training(world.examples, config)  # imports, and the models' sizes
+
+    def measured() -> None:
+        assert plan_training(world.examples, config).num_rows < world.num_rows
+
+    return measured
+
+
+def _open_training(world: World) -> Callable[[], None]:
+    base = load_base(world.base)
+
+    def measured() -> None:
+        training_set = world.training_set
+        data = RagData(training_set, base)
+        assert len(data.learnt) + len(data.held_out) == world.num_rows
+
+    return measured
+
+
+def _find(world: World) -> Callable[[], None]:
+    def measured() -> None:
+        assert reachable_rows(world.store, {"url": [_URL]}).num_rows == 1
+
+    return measured
+
+
+def _take_down(world: World) -> Callable[[], None]:
+    def measured() -> None:
+        done = takedown.take_down(world.settings, NAME, takedown.find(world.settings, NAME, urls=[_URL]))
+        assert done.removal is not None
+        assert (done.num_samples, done.removal.num_rows) == (1, 1)
+
+    return measured
+
+
+def _update(world: World) -> Callable[[], None]:
+    """New rows replace as many old ones, after the comparison and the embedding."""
+    new = pa.concat_tables(world.rows(world.num_rows, world.num_rows + NUM_NEW))
+    old = world.store.dataset().to_table(columns=["id"], limit=NUM_NEW, offset=world.num_rows // 2)["id"]
+
+    def measured() -> None:
+        store = world.store
+        assert store.delete(old) == NUM_NEW
+        store.commit(store.write_fragments(new), store.version)
+        world.fill()
+        assert publish(store, build_index(store, IndexConfig()), PUBLISH).published
+
+    return measured
+
+
+_URL = "https://images.example/7.jpg"
+UPDATE = f"re-index of {NUM_NEW:,} rows, without the download and the models"
+STEPS = {
+    "ingest with nothing to do: what to download": Step(_plan_download, BAR),
+    "ingest with nothing to do: what to embed": Step(_compare, BAR),
+    "index and publish with nothing to do": Step(_publish, BAR),
+    "publish's checks of rows": Step(_check),
+    "`index status`, and `doctor` of an index": Step(_status, BAR),
+    "features with nothing to do": Step(_features, BAR),
+    "plan of a training": Step(_plan_training),
+    "opening a training set": Step(_open_training),
+    "rows of a URL in all versions": Step(_find, BAR),
+    UPDATE: Step(_update, changes=True),
+    "takedown of one image": Step(_take_down, BAR, changes=True),
 }
+"""In this order: the last ones change the table."""

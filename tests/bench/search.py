@@ -18,6 +18,7 @@ from imagerag.retrieval.publish import PublishConfig, publish
 from imagerag.retrieval.schema import EncoderIdentity, row_schema
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
+from imagerag.storage.hexadecimal import ID, SHA256, from_hex
 from tests.bench.harness import Row, Scale, alternate, median
 
 K = 10
@@ -136,8 +137,8 @@ def tables(vectors: Vectors, encoder: EncoderIdentity = _ENCODER) -> Iterator[pa
         numbers = range(start, start + len(chunk))
         embeds = pa.FixedSizeListArray.from_arrays(pa.array(chunk.ravel()), DIM)
         columns = {
-            "id": [f"{number:040x}" for number in numbers],
-            "image_sha256": [f"{number:064x}" for number in numbers],
+            "id": from_hex([f"{number:040x}" for number in numbers], ID),
+            "image_sha256": from_hex([f"{number:064x}" for number in numbers], SHA256),
             "url": [f"https://images.example/{number}.jpg" for number in numbers],
             "source": ["images.example"] * len(chunk),
             "licence": ["CC0-1.0"] * len(chunk),

@@ -107,7 +107,7 @@ def test_shards_become_rows(finished: Finished) -> None:
         row = rows[entry.url]
         assert (row["caption"], row["image"], row["source"]) == (entry.caption, entry.image, "test")
         assert (row["licence"], row["width"], row["height"]) == ("", 48, 40)
-        assert row["id"] == row_id(row["image_sha256"], entry.caption)
+        assert row["id"] == row_id(row["image_sha256"].hex(), entry.caption)
         np.testing.assert_allclose(row["image_embed"], encoder.encode_images([entry.image])[0], atol=1e-5)
         np.testing.assert_allclose(row["text_embed"], encoder.encode_texts([entry.caption])[0], atol=1e-5)
 

@@ -20,6 +20,7 @@ from imagerag.hspace.fit import FITS, fit_square
 from imagerag.retrieval.schema import EncoderIdentity, Fit
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove_rows
+from imagerag.storage.hexadecimal import to_hex
 from tests.generation.folders import write_sd
 from tests.generation.with_index import (
     BASE,
@@ -148,7 +149,7 @@ def test_each_picture_of_a_prompt_has_its_references(pipe: ImageRAGTurboPipeline
 
 
 def test_given_rows_are_used_instead_of_a_search(pipe: ImageRAGTurboPipeline, store: Store) -> None:
-    ids = {row["caption"]: row["id"] for row in store.dataset().to_table(columns=["id", "caption"]).to_pylist()}
+    ids = {row["caption"]: row["id"].hex() for row in store.dataset().to_table(columns=["id", "caption"]).to_pylist()}
     output = call(pipe, ["a castle", "a harp"], reference_ids=[[ids["llama"]], [ids["doughnut"], ids["harp"]]])
     assert [[row.caption for row in own] for own in output.references] == [["llama"], ["doughnut", "harp"]]
     flat = call(pipe, ["a castle", "a harp"], reference_ids=[ids["llama"]])
@@ -349,7 +350,7 @@ def test_an_open_pipeline_moves_on_when_its_version_is_gone(store: Store, tmp_pa
     version = own.version
     following = make_pipeline(make_adapter()).use_index(own.uri, own.name)
     pinned = make_pipeline(make_adapter()).use_index(own.uri, own.name, version)
-    remove_rows(own, ids=make_rows(0, 1, caption=CAPTIONS[:1], image=[drawing(0)])["id"].to_pylist())
+    remove_rows(own, ids=to_hex(make_rows(0, 1, caption=CAPTIONS[:1], image=[drawing(0)])["id"]))
     (found,) = call(following, "a castle", num_references=1).references
     assert found[0].caption == "castle"
     assert following.index is not None

@@ -11,6 +11,7 @@ from imagerag.cli import app
 from imagerag.errors import UserError
 from imagerag.registry.versions import register, resolve_version
 from imagerag.settings import Settings
+from imagerag.storage.hexadecimal import to_hex
 from tests.registry.conftest import Home
 
 
@@ -80,7 +81,7 @@ def test_pictures_of_registered_models(own: Home, tmp_path: Path) -> None:
 def test_a_takedown_names_the_models_that_used_the_rows(own: Home) -> None:
     register(own.finetuned("first"), own.settings)
     register(own.finetuned("second"), own.settings, portable=True)
-    ids = own.store.ids().to_pylist()
+    ids = to_hex(own.store.ids())
     said = run("index", "remove", "--id", ids[0], "--yes")
     assert "imagerag-turbo-1-" in said
     assert "used removed rows and can no longer be loaded, unless it is portable: register it again on version " in said

@@ -20,6 +20,7 @@ from imagerag.retrieval.ranking import diversify, merge, split_phrases
 from imagerag.retrieval.schema import Embeds, EncoderIdentity, row_ids, row_schema
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
+from imagerag.storage.hexadecimal import SHA256, from_hex
 
 Prompt = tuple[str, tuple[str, ...]]
 """What is asked for, and the captions that it should find."""
@@ -75,7 +76,7 @@ def write_index(
     rows = pa.table(
         {
             "id": row_ids(hashes, pa.array(captions)),
-            "image_sha256": hashes,
+            "image_sha256": from_hex(hashes.to_pylist(), SHA256),
             "url": [f"https://example.org/{number}" for number in range(len(drawings))],
             "source": [drawing.style.title for drawing in drawings],
             "licence": [drawing.style.licence for drawing in drawings],

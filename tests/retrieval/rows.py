@@ -14,6 +14,7 @@ from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
 from imagerag.retrieval.schema import Embeds, EncoderIdentity, row_ids, row_schema
 from imagerag.retrieval.store import Store
+from imagerag.storage.hexadecimal import SHA256, from_hex
 
 DIM = 16
 ENCODER = EncoderIdentity(id="encoder-a", digest="a" * 64, dim=DIM)
@@ -50,7 +51,7 @@ def make_rows(start: int, stop: int, encoder: EncoderIdentity = ENCODER, **colum
     hashes = pa.array([hashlib.sha256(image).hexdigest() for image in images])
     data = {
         "id": row_ids(hashes, pa.array(captions)),
-        "image_sha256": hashes,
+        "image_sha256": from_hex(hashes.to_pylist(), SHA256),
         "url": [f"https://example.org/{i}.png" for i in numbers],
         "source": ["even" if i % 2 == 0 else "odd" for i in numbers],
         "licence": ["CC0-1.0"] * len(numbers),

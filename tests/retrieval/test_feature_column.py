@@ -15,6 +15,7 @@ from imagerag.retrieval.schema import FEATURE_KEY, FeatureIdentity, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove_rows
+from imagerag.storage.hexadecimal import to_hex
 from imagerag.storage.lance_table import CommitConflictError
 from tests.retrieval.rows import append, embeddings, index_and_publish, make_rows
 
@@ -224,7 +225,7 @@ def test_rows_are_fetched_by_id(store: Store) -> None:
     append(store, make_rows(0, 50))
     fill_all(store)
     index_and_publish(store)
-    ids = make_rows(0, 50)["id"].to_pylist()
+    ids = to_hex(make_rows(0, 50)["id"])
     retriever = Retriever(store.uri, store.name)
     found = retriever.fetch([ids[7], ids[3]], embeddings(7, 8, 16)[0], features=MINE, images=True)
     assert [row.caption for row in found] == ["picture number 7", "picture number 3"]
@@ -232,7 +233,9 @@ def test_rows_are_fetched_by_id(store: Store) -> None:
     assert found[1].features is not None
     assert found[1].features.max() == 3 / 8
     assert found[0].image == make_rows(7, 8)["image"][0].as_py()
-    with pytest.raises(UserError, match='has no row with the id "x\'; DROP"'):
+    with pytest.raises(UserError, match=f"has no row with the id '{'0' * 40}'"):
+        retriever.fetch([ids[0], "0" * 40])
+    with pytest.raises(UserError, match='has 40 hexadecimal digits, got "x\'; DROP"'):
         retriever.fetch([ids[0], "x'; DROP"])
 
 
@@ -256,6 +259,6 @@ def test_takedown_takes_the_features_too(store: Store) -> None:
     append(store, make_rows(0, 10))
     fill_all(store)
     index_and_publish(store)
-    remove_rows(store, ids=[make_rows(4, 5)["id"][0].as_py()])
+    remove_rows(store, ids=to_hex(make_rows(4, 5)["id"]))
     assert len(cached(store)) == 9
     assert_right(store)

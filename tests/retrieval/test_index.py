@@ -12,7 +12,7 @@ from imagerag.retrieval.recall import make_probes
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.search import Filters
 from imagerag.retrieval.store import Store
-from imagerag.storage.lance_table import rows_with
+from imagerag.storage.lance_table import literal, rows_with
 from tests.retrieval.rows import ENCODER, append, embeddings, fixed_size_lists, make_rows, unit
 
 LOOKED_UP = ("id", "url", "image_sha256", "source", "licence")
@@ -55,7 +55,8 @@ def plan(store: Store, condition: str) -> str:
 
 def test_rows_are_looked_up_by_an_index(large: Store) -> None:
     for column in LOOKED_UP:
-        assert f"{column}_idx" in plan(large, f"{column} = 'x'")
+        value = literal(large.dataset().take([0], columns=[column])[column][0].as_py())
+        assert f"{column}_idx" in plan(large, f"{column} = {value}")
     assert "ScalarIndexQuery" not in plan(large, "caption = 'x'"), "the plan must be able to say no"
     assert "ScalarIndexQuery" in plan(large, Filters(source="even", licence="CC0-1.0").to_sql() or "")
 
@@ -70,7 +71,7 @@ def test_a_few_new_rows_are_found_without_an_index_and_many_join_it(tmp_path: Pa
         assert vector_indexes(store)["text_embed"] == (stop, 1)
         last = make_rows(stop - 1, stop)
         for column in ("id", "url", "image_sha256"):
-            found = rows_with(store.dataset(), column, last[column].to_pylist(), ["caption"])
+            found = rows_with(store.dataset(), column, last[column], ["caption"])
             assert found["caption"].to_pylist() == [f"picture number {stop - 1}"]
     assert store.delete(make_rows(2_014, 2_016)["id"]) == 2
     assert rows_with(store.dataset(), "id", make_rows(2_014, 2_016)["id"], ["id"]).num_rows == 0
@@ -79,9 +80,9 @@ def test_a_few_new_rows_are_found_without_an_index_and_many_join_it(tmp_path: Pa
 def test_a_table_of_before_gets_the_indexes(large: Store) -> None:
     for column in LOOKED_UP:
         large.dataset().drop_index(f"{column}_idx")
-    assert "ScalarIndexQuery" not in plan(large, "id = 'x'")
+    assert "ScalarIndexQuery" not in plan(large, f"id = {literal(bytes(20))}")
     build_index(large, IndexConfig())
-    assert "ScalarIndexQuery" in plan(large, "id = 'x'")
+    assert "ScalarIndexQuery" in plan(large, f"id = {literal(bytes(20))}")
 
 
 @pytest.mark.parametrize("number", [0, 1, 1_000, 1_001])
@@ -149,6 +150,17 @@ def test_a_narrow_filter_finds_all_its_rows(large: Store) -> None:
     where = "caption LIKE 'picture number %777'"
     found = nearest(large.dataset(), "text_embed", embeddings(0, 1, 64), 30, ["id"], nprobes=1, where=where)
     assert found.num_rows == 20
+
+
+@pytest.mark.parametrize("where", [None, "source = 'even'"])
+def test_a_search_that_looks_for_no_unindexed_rows_finds_the_same(large: Store, where: str | None) -> None:
+    dataset, queries = large.dataset(), embeddings(20_000, 20_020, 64)
+    usual, quick = (
+        nearest(dataset, "text_embed", queries, 10, ["id"], 8, where, is_indexed=is_indexed)
+        for is_indexed in (False, True)
+    )
+    assert quick.num_rows == 200
+    assert quick.equals(usual)
 
 
 def test_recall_is_low_where_a_search_looks_into_too_little(large: Store) -> None:

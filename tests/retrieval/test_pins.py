@@ -110,7 +110,7 @@ def test_a_pin_is_renewed_until_a_takedown_removes_it(
         lambda reader, query: reader.search(query, 3),
         lambda reader, query: reader.search(query, 3, by="hybrid", texts=["picture"]),
         lambda reader, query: reader.search(None, 3, by="words", texts=["picture"]),
-        lambda reader, query: reader.fetch(["0"]),
+        lambda reader, query: reader.fetch(["0" * 40]),
         lambda reader, query: reader.read(["caption"]),
         lambda reader, query: reader.take([0], ["caption"]),
         lambda reader, query: reader.sample(2),

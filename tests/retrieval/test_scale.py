@@ -17,6 +17,7 @@ from imagerag.retrieval.publish import check_rows
 from imagerag.retrieval.schema import row_ids, row_schema
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import reachable_rows
+from imagerag.storage.hexadecimal import SHA256, from_hex, to_hex
 from tests.retrieval.rows import DIM, ENCODER, append, fixed_size_lists
 
 NUM_ROWS = 200_000
@@ -41,7 +42,7 @@ def rows() -> pa.Table:
     same = {"source": "here", "licence": "CC0-1.0", "caption": "one", "width": 4, "height": 4, "image": b"an image"}
     columns = {
         "id": row_ids(hashes, pa.repeat("one", NUM_ROWS)),
-        "image_sha256": hashes,
+        "image_sha256": from_hex(hashes.to_pylist(), SHA256),
         "url": pa.array([f"https://example.org/{number}" for number in range(NUM_ROWS)]),
         "text_embed": fixed_size_lists(vectors),
         "image_embed": fixed_size_lists(vectors),
@@ -53,8 +54,9 @@ def rows() -> pa.Table:
 @cache
 def images() -> pa.Table:
     """What the corpus has: the same, but for the last row."""
-    kept = rows().slice(0, NUM_ROWS - 1).rename_columns({"image_sha256": "sha256"})
-    kept = kept.select(["url", "caption", "source", "licence", "sha256"])
+    kept = rows().slice(0, NUM_ROWS - 1)
+    hashes = pa.array(to_hex(kept["image_sha256"]))
+    kept = kept.select(["url", "caption", "source", "licence"]).append_column("sha256", hashes)
     return kept.append_column("row", pa.array(np.arange(len(kept)))).append_column(
         "shard", pa.array(np.arange(len(kept)))
     )

@@ -64,7 +64,8 @@ def test_a_neighbour_is_the_whole_row(retriever: Retriever) -> None:
     row = make_rows(0, 6, caption=CAPTIONS, source=SOURCES).to_pylist()[0]
     (neighbour,) = retriever.search(embeddings(0, 1, DIM), 1, images=True)[0]
     assert neighbour.score == pytest.approx(1)
-    for column in ("id", "caption", "url", "source", "licence", "width", "height", "image"):
+    assert neighbour.id == row["id"].hex()
+    for column in ("caption", "url", "source", "licence", "width", "height", "image"):
         assert getattr(neighbour, column) == row[column]
     assert retriever.search(embeddings(0, 1, DIM), 1)[0][0].image is None
 

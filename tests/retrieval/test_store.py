@@ -5,11 +5,14 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from imagerag.errors import UserError
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store, list_stores
+from imagerag.retrieval.takedown import holds
+from imagerag.storage.lance_table import LanceTable
 from tests.retrieval.rows import DIM, ENCODER, append, make_rows
 
 
@@ -27,6 +30,16 @@ def test_missing_table_is_reported(tmp_path: Path) -> None:
 def test_missing_version_is_reported(store: Store) -> None:
     with pytest.raises(UserError, match=r"version 99 of table 'images'.*is gone"):
         store.dataset(99)
+
+
+def test_a_table_of_an_early_version_is_refused_and_may_have_any_row(tmp_path: Path) -> None:
+    store, ids = Store(str(tmp_path), "images"), make_rows(0, 1)["id"].combine_chunks()
+    LanceTable(store.uri, store.name).append(pa.table({"id": ["0" * 40]}))
+    with pytest.raises(UserError, match=rf"whose ids were texts: delete {store.table_uri} and run the ingest again"):
+        store.dataset()
+    early = store.find()
+    assert early is not None
+    assert holds(early, ids)
 
 
 def test_stores_are_listed(store: Store, tmp_path: Path) -> None:

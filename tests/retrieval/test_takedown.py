@@ -18,6 +18,7 @@ from imagerag.retrieval.publish import (
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove_rows
+from imagerag.storage.hexadecimal import to_hex
 from tests.retrieval.rows import DIM, append, embeddings, index_and_publish, make_rows
 
 SECRET = np.random.default_rng(3).bytes(3_000)
@@ -52,7 +53,9 @@ def test_takedown_leaves_no_trace(history: Store) -> None:
 
     removal = remove_rows(history, urls=[row["url"]])
 
-    assert (removal.ids, removal.urls, removal.image_sha256s) == ((row["id"],), (row["url"],), (row["image_sha256"],))
+    assert (removal.ids, removal.urls, removal.image_sha256s) == (
+        (row["id"].hex(),), (row["url"],), (row["image_sha256"].hex(),),
+    )  # fmt: skip
     assert (removal.num_rows, removal.version, removal.published) == (1, published_version(history), True)
     for trace in (SECRET, CAPTION.encode(), embedding):
         assert files_with(history, trace) == []
@@ -69,7 +72,7 @@ def test_takedown_rewrites_fragments_that_are_too_large_to_be_merged(store: Stor
         images[9:11] = (left_before, taken) if number == 1 else images[9:11]
         append(store, make_rows(start, start + sizes[number], image=images))
     index_and_publish(store)
-    (gone,) = store.dataset().to_table(columns=["id"], filter="url = 'https://example.org/2069.png'")["id"].to_pylist()
+    (gone,) = to_hex(store.dataset().to_table(columns=["id"], filter="url = 'https://example.org/2069.png'")["id"])
     store.delete([gone])
     index_and_publish(store, PublishConfig(keep=1))
     assert len(store.dataset().get_fragments()) > 1
@@ -83,7 +86,7 @@ def test_takedown_rewrites_fragments_that_are_too_large_to_be_merged(store: Stor
 
 def test_no_rollback_past_a_takedown(history: Store) -> None:
     before = [entry.version for entry in status(history).history]
-    remove_rows(history, ids=make_rows(5, 6)["id"].to_pylist())
+    remove_rows(history, ids=to_hex(make_rows(5, 6)["id"]))
     assert [entry.version for entry in status(history).history] == [history.version]
     for version in (None, *before):
         with pytest.raises(UserError, match="publication that is kept"):
@@ -95,8 +98,7 @@ def test_takedown_by_image_removes_every_row_of_it(store: Store) -> None:
     append(store, make_rows(0, 20))
     append(store, make_rows(20, 22, image=[SECRET, SECRET]))
     index_and_publish(store)
-    sha256 = make_rows(20, 21, image=[SECRET])["image_sha256"][0].as_py()
-    removal = remove_rows(store, image_sha256s=[sha256])
+    removal = remove_rows(store, image_sha256s=to_hex(make_rows(20, 21, image=[SECRET])["image_sha256"]))
     assert removal.num_rows == 2
     assert set(removal.urls) == {"https://example.org/20.png", "https://example.org/21.png"}
     assert store.count() == 20
@@ -130,10 +132,10 @@ def test_a_takedown_can_be_repeated(history: Store) -> None:
 
 
 def test_a_takedown_that_was_killed_midway_is_finished(history: Store) -> None:
-    (row,) = history.dataset().to_table(filter=f"caption = '{CAPTION}'").to_pylist()
-    block(history, "id", [row["id"]])
-    history.delete([row["id"]])
-    assert remove_rows(history, ids=[row["id"]]).num_rows == 1
+    ids = to_hex(history.dataset().to_table(columns=["id"], filter=f"caption = '{CAPTION}'")["id"])
+    block(history, "id", ids)
+    history.delete(ids)
+    assert remove_rows(history, ids=ids).num_rows == 1
     assert files_with(history, SECRET) == []
 
 

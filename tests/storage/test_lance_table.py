@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from imagerag.errors import UserError
+from imagerag.storage.hexadecimal import ID, to_hex
 from imagerag.storage.keyed_table import KeyedTable, array_field
 from imagerag.storage.lance_table import CommitConflictError, LanceTable
 
@@ -27,11 +28,15 @@ def keyed(tmp_path: Path) -> KeyedTable:
 
 
 def rows(start: int, stop: int) -> pa.Table:
-    return pa.table({"id": pa.array([str(number) for number in range(start, stop)], pa.string())})
+    return pa.table({"id": ids(*map(str, range(start, stop)))})
 
 
-def computed(*ids: str) -> pa.Table:
-    return pa.table({"id": ids, "latents": [[1.0, 2.0]] * len(ids), "more": [0] * len(ids)})
+def ids(*names: str) -> pa.Array:
+    return pa.array([name.encode().ljust(ID.byte_width) for name in names], ID)
+
+
+def computed(*names: str) -> pa.Table:
+    return pa.table({"id": ids(*names), "latents": [[1.0, 2.0]] * len(names), "more": [0] * len(names)})
 
 
 def data_files(table: LanceTable) -> set[Path]:
@@ -127,15 +132,15 @@ def test_rows_that_are_there_twice_are_both_deleted(table: LanceTable) -> None:
 def test_deleting_what_is_not_there_changes_nothing(table: LanceTable) -> None:
     table.append(rows(0, 3))
     version = table.version
-    assert table.delete(["absent", "it's absent"]) == 0
+    assert table.delete(ids("absent", "it's absent")) == 0
     assert (table.version, table.count()) == (version, 3)
 
 
 def test_many_rows_are_deleted_at_once(table: LanceTable) -> None:
     table.append(rows(0, 100))
     version = table.version
-    ids = [f"{i:06x}" for i in range(100_000)] + rows(0, 50)["id"].to_pylist()
-    assert table.delete(ids) == 50
+    absent = [f"{i:040x}" for i in range(100_000)]
+    assert table.delete(absent + to_hex(rows(0, 50)["id"])) == 50
     assert table.version == version + 1
 
 
@@ -152,29 +157,31 @@ def test_computed_rows_are_committed_with_the_tables_columns(keyed: KeyedTable) 
     version = keyed.version
     assert keyed.commit(keyed.write_fragments(computed("a", "b")), version) == version + 1
     assert keyed.dataset().schema == keyed.schema
-    assert keyed.dataset().to_table().to_pylist() == [{"id": name, "latents": [1.0, 2.0]} for name in "ab"]
+    assert keyed.dataset().to_table().to_pylist() == [
+        {"id": id, "latents": [1.0, 2.0]} for id in ids("a", "b").to_pylist()
+    ]
 
 
 def test_what_is_dropped_is_in_no_file(keyed: KeyedTable) -> None:
-    for ids in ("ab", "cd"):
-        keyed.commit(keyed.write_fragments(computed(*ids)), keyed.version)
+    for names in ("ab", "cd"):
+        keyed.commit(keyed.write_fragments(computed(*names)), keyed.version)
     untouched, left_over = data_files(keyed), keyed.write_fragments(computed("e"))
     assert left_over
-    keyed.keep(pa.chunked_array([["a", "c", "d"]]))
-    assert keyed.ids().to_pylist() == ["a", "c", "d"]
+    keyed.keep(pa.chunked_array([ids("a", "c", "d")]))
+    assert keyed.ids().combine_chunks() == ids("a", "c", "d")
     assert not [version for version in range(1, keyed.version) if keyed.has(version)]
     assert len(data_files(keyed) - untouched) == len(data_files(keyed)) == 1
-    assert keyed.drop(pa.chunked_array([["e"]])) == 0
+    assert keyed.drop(pa.chunked_array([ids("e")])) == 0
 
 
 @pytest.mark.parametrize("killed", ["after the deletion", "after the compaction"])
 def test_what_a_killed_drop_left_is_dropped(keyed: KeyedTable, killed: str) -> None:
     keyed.commit(keyed.write_fragments(computed("a", "b")), keyed.version)
     before = data_files(keyed)
-    keyed.delete(["a"])
+    keyed.delete(ids("a"))
     if killed == "after the compaction":
         keyed.compact(deleted_share=0.0)
     assert data_files(keyed) >= before
-    assert keyed.drop(pa.chunked_array([["a"]])) == 0, "it is deleted already, though not from the files"
-    assert keyed.ids().to_pylist() == ["b"]
+    assert keyed.drop(pa.chunked_array([ids("a")])) == 0, "it is deleted already, though not from the files"
+    assert keyed.ids().combine_chunks() == ids("b")
     assert not data_files(keyed) & before

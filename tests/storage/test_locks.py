@@ -20,6 +20,7 @@ from imagerag.retrieval.publish import move_tag, published_rows
 from imagerag.retrieval.store import Store
 from imagerag.storage import locks
 from imagerag.storage.files import ConflictError, keeps_writers_apart, read_tagged, replace_file, write_file
+from imagerag.storage.hexadecimal import ID
 from imagerag.storage.keyed_table import KeyedTable
 from imagerag.storage.lance_table import CommitConflictError
 from imagerag.storage.locks import LockLostError, check_locks, named_job, writer_lock
@@ -141,7 +142,7 @@ def test_a_lost_lock_stops_a_job_before_its_next_commit(folder: str, monkeypatch
     images.open_or_create(ENCODER)
     table = KeyedTable.of(folder, "real", {}, [])
     fragments, version = images.write_fragments(make_rows(0, 5)), images.version
-    more = table.write_fragments(pa.table({"id": ["a"]})), table.dataset().version
+    more = table.write_fragments(pa.table({"id": pa.array([b"a" * 20], ID)})), table.dataset().version
     with images.writer_lock():
         check_locks()
         _, tag = read_tagged(f"{folder}/images.lock")
@@ -170,11 +171,11 @@ def test_two_writers_of_one_table_never_commit_an_id_twice(place: str) -> None:
     """Without a lock: the second has to look again which ids are missing."""
     table = KeyedTable.of(place, "real", {}, [])
     version = table.dataset().version
-    first, second = (table.write_fragments(pa.table({"id": ["a", "b"]})) for _ in range(2))
+    first, second = (table.write_fragments(pa.table({"id": pa.array([b"a" * 20, b"b" * 20], ID)})) for _ in range(2))
     table.commit(first, version)
     with pytest.raises(CommitConflictError):
         table.commit(second, version)
-    assert sorted(table.ids().to_pylist()) == ["a", "b"]
+    assert sorted(table.ids().to_pylist()) == [b"a" * 20, b"b" * 20]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -169,7 +169,7 @@ def test_a_set_of_which_something_was_taken_down_is_not_learnt_from_any_more(own
     made = own_world.synthesize()
     data = own_world.data(made)
     data.check()
-    remove_rows(own_world.store, ids=[own_world.store.ids()[0].as_py()])
+    remove_rows(own_world.store, ids=[own_world.store.ids()[0].as_py().hex()])
     with pytest.raises(UserError, match=f"version {made.index_version} of table 'images' .* is gone"):
         data.check()
 

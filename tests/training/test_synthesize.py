@@ -89,8 +89,8 @@ def test_latents_are_of_pictures_that_are_fitted_as_for_their_features(own_world
 
 def test_what_is_taken_down_is_in_no_training_set(own_world: World) -> None:
     own_world.synthesize()
-    gone = own_world.store.ids().to_pylist()[0]
-    own_world.store.delete([gone])
+    gone = own_world.store.ids()[0].as_py()
+    own_world.store.delete([gone.hex()])
     own_world.fill()
     index_and_publish(own_world.store)
     examples = own_world.examples()
@@ -106,11 +106,11 @@ def test_what_is_taken_down_is_in_no_training_set(own_world: World) -> None:
 def test_a_training_that_pinned_an_earlier_version_keeps_its_latents(own_world: World) -> None:
     own_world.synthesize()
     table, store = own_world.examples().real_table, own_world.store
-    gone = store.ids().to_pylist()[0]
+    gone = store.ids()[0].as_py()
     for label in pins(store):  # of trainings that other tests stopped in the world that this one is a copy of
         unpin(store, label)
     pin(store, require_published(store), f"{TRAINING}one")
-    store.delete([gone])
+    store.delete([gone.hex()])
     own_world.fill()
     keep_one = PublishConfig(keep=1)
     assert index_and_publish(store, keep_one).published

@@ -15,6 +15,7 @@ from imagerag.base.model import load_base
 from imagerag.generation.finetuned import ADAPTER, load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.adapter import HSpaceAdapter
+from imagerag.storage.hexadecimal import to_hex
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice, describe_accuracy
 from imagerag.training.data import Loader, RagData
 from imagerag.training.perceptual import LatentDistance, LatentNetwork
@@ -180,8 +181,8 @@ def test_a_step_whose_gradient_is_no_number_is_skipped(make: Callable[..., Finet
     assert (training.done, training.skipped, values["skipped"]) == (3, 1, 1)
     assert training.suspects.tolist() == broken.examples.tolist()
     (first, *_) = data.describe(training.suspects)
-    row = next(each for each in data._index.read(["id", "image_sha256"]).to_pylist() if each["id"] in first)
-    assert first == f"row {row['id']} (image {row['image_sha256']})"
+    row = next(each for each in data._index.read(["id", "image_sha256"]).to_pylist() if each["id"].hex() in first)
+    assert first == f"row {row['id'].hex()} (image {row['image_sha256'].hex()})"
 
     again = make(max_skipped=2, micro_batch_size=2)
     again.load_state_dict(training.state_dict())
@@ -250,7 +251,7 @@ def test_what_is_exported_makes_the_same_picture(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.use_index(world.settings.index_uri, "images")
     row = int(data.learnt[0])
-    ids = data._index.read(["id"])["id"].to_pylist()
+    ids = to_hex(data._index.read(["id"])["id"])
     references = [ids[each] for each in data._references[row, :2]]
     made = pipeline(data.prompts[row], latents=batch.noise, reference_ids=references, output_type="latent")
     assert torch.allclose(made.images, expected, atol=5e-3 * float(expected.abs().max()))

@@ -1,0 +1,224 @@
+"""A corpus, its published table with features, and a training set, of any number of rows that nobody downloaded."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from diffusers import UNet2DConditionModel
+
+from imagerag.artifacts import TrainingSet
+from imagerag.base.files import resolve
+from imagerag.corpus import ledger, url_list
+from imagerag.corpus.corpus import Corpus
+from imagerag.corpus.shards import ROW_DIGITS, SHARD_DIGITS
+from imagerag.embedding.survey import with_ids
+from imagerag.hspace.cache import identities_of
+from imagerag.retrieval import feature_column
+from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.publish import PublishConfig, publish
+from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, row_schema
+from imagerag.retrieval.search import Retriever
+from imagerag.retrieval.store import Store
+from imagerag.settings import Settings
+from imagerag.storage.hexadecimal import ID
+from imagerag.storage.keyed_table import KeyedTable, array_field
+from imagerag.storage.lance_table import batches_of
+from imagerag.training.config import SynthesizeConfig
+from imagerag.training.examples import STORED_REFERENCES, Examples
+from imagerag.training.synthesize import describe
+from tests.generation.folders import small_unet
+from tests.generation.with_index import make_pipeline
+
+NAME = "bench"
+DIM = 16
+SHARD_ROWS = 10_000
+PUBLISH = PublishConfig(min_recall=0.5)  # random vectors have no near neighbours
+_CHUNK_ROWS = 100_000
+_ENCODER = EncoderIdentity(id="synthetic", digest="0" * 64, dim=DIM)
+
+
+@dataclass(frozen=True)
+class World:
+    """A home with that many images."""
+
+    folder: Path
+    num_rows: int
+
+    @property
+    def settings(self) -> Settings:
+        """Its settings."""
+        return Settings(home=self.folder / f"home-{self.num_rows}")
+
+    @property
+    def store(self) -> Store:
+        """The table."""
+        return Store(self.settings.index_uri, NAME)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The shards, of which only the first has images."""
+        return Corpus(self.settings.shards_of(NAME))
+
+    @property
+    def base(self) -> str:
+        """A base model whose features are small."""
+        return str(self.folder / "base")
+
+    @property
+    def features(self) -> FeatureIdentity:
+        """The features of all rows."""
+        return identities_of(resolve(self.base))["auto"]
+
+    @property
+    def examples(self) -> Examples:
+        """The examples of a training."""
+        config = SynthesizeConfig(base=self.base, teacher=self.base)
+        return Examples(Retriever(self.settings.index_uri, NAME), config, self.settings.training_of(NAME))
+
+    @property
+    def training_set(self) -> TrainingSet:
+        """A training set with latents of a few numbers."""
+        uris = {"real_uri": self._table("real").table_uri, "references_uri": self._table("references").table_uri}
+        return replace(describe(self.examples), **uris)
+
+    def _table(self, name: str) -> KeyedTable:
+        columns = {
+            "real": [pa.field("prompt", pa.string()), array_field("latents", (4, 2, 2)), array_field("text", (1, 8))],
+            "references": [
+                pa.field("prompt", pa.string()),
+                pa.field("number", pa.int64()),
+                pa.field("is_held_out", pa.bool_()),
+                pa.field("references", pa.list_(ID)),
+                array_field("embed", (DIM,), pa.float32()),
+            ],
+        }
+        return KeyedTable.of(self.settings.training_of(NAME), name, {}, columns[name])
+
+    def make(self) -> None:
+        """Make everything."""
+        if not Path(self.base).exists():
+            unet = UNet2DConditionModel(**small_unet() | {"cross_attention_dim": 384, "sample_size": 4})
+            make_pipeline(unet=unet).save_pretrained(self.base)
+        self._write_corpus()
+        self._write_table()
+        self._write_training_set()
+
+    @staticmethod
+    def images(start: int, stop: int) -> Iterator[pa.Table]:
+        """Yield images number `start` to `stop`, as `ledger.iter_images` does."""
+        for first in range(start, stop, _CHUNK_ROWS):
+            numbers = np.arange(first, min(first + _CHUNK_ROWS, stop))
+            places = zip(*np.divmod(numbers, SHARD_ROWS), strict=True)
+            yield pa.table(
+                {
+                    "url": [f"https://images.example/{number}.jpg" for number in numbers],
+                    "caption": [f"picture number {number}" for number in numbers],
+                    "source": [f"host{number % 100}.example" for number in numbers],
+                    "licence": pa.repeat("CC0-1.0", len(numbers)),
+                    "sha256": [f"{number:064x}" for number in numbers],
+                    "width": pa.array(np.full(len(numbers), 64, np.int32)),
+                    "height": pa.array(np.full(len(numbers), 64, np.int32)),
+                    "shard": pa.array(numbers // SHARD_ROWS),
+                    "key": [f"{shard:0{SHARD_DIGITS}d}{row:0{ROW_DIGITS}d}" for shard, row in places],
+                    "row": pa.array(numbers),
+                }
+            )
+
+    def rows(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """Yield rows of the table with random embeddings."""
+        for images in self.images(start, stop):
+            vectors = np.random.default_rng(start).standard_normal((len(images), DIM), dtype=np.float32)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            embeds = pa.FixedSizeListArray.from_arrays(vectors.ravel(), DIM)
+            rows = with_ids(images)
+            rows = rows.append_column("image", pa.repeat(pa.scalar(b"an image", pa.large_binary()), len(images)))
+            rows = rows.append_column("text_embed", embeds).append_column("image_embed", embeds)
+            yield rows.select(row_schema(_ENCODER).names)
+
+    def fill(self) -> None:
+        """Give all rows features of zeros."""
+        store, features = self.store, self.features
+        version = feature_column.prepare(store, features)
+        missing = feature_column.missing(store.dataset(version), features)
+        zeros = np.zeros((max(missing.values(), default=0), *features.shape), np.float16)
+        filled = [
+            feature_column.fill(store, features, version, fragment, lambda images, _: zeros[: len(images)], len(zeros))
+            for fragment in missing
+        ]
+        if filled:
+            feature_column.commit(store, filled, version)
+
+    def publish(self) -> None:
+        """Index and publish the newest version."""
+        assert publish(self.store, build_index(self.store, IndexConfig()), PUBLISH).published
+
+    def _write_corpus(self) -> None:
+        corpus = self.corpus
+        folder = Path(corpus.uri)
+        folder.mkdir(parents=True)
+        stored = pa.schema([field for field in ledger.SCHEMA if field.name not in ("reason", "shard")])
+        for images in self.images(0, self.num_rows):
+            images = images.append_column("status", pa.repeat("success", len(images)))
+            for name in set(stored.names) - set(images.column_names):
+                images = images.append_column(name, pa.nulls(len(images), pa.string()))
+            for start in range(0, len(images), SHARD_ROWS):
+                shard = corpus.shard(images["shard"][start].as_py())
+                outcomes = images.slice(start, SHARD_ROWS).select(stored.names).cast(stored)
+                pq.write_table(outcomes, folder / f"{shard.name}.parquet")
+                (folder / f"{shard.name}_stats.json").write_text(json.dumps({"count": len(outcomes)}))
+        with tarfile.open(corpus.shard(0).tar, "w") as tar:
+            for key in next(self.images(0, min(SHARD_ROWS, self.num_rows)))["key"].to_pylist():
+                info = tarfile.TarInfo(f"{key}.jpg")
+                info.size = 8
+                tar.addfile(info, io.BytesIO(b"an image"))
+        with corpus.lock():
+            corpus.want(map(_wanted, self.images(0, self.num_rows)))
+
+    def _write_table(self) -> None:
+        store = self.store
+        store.create(_ENCODER)
+        rows = self.rows(0, self.num_rows)
+        store.commit([fragment for some in rows for fragment in store.write_fragments(some)], store.version)
+        self.fill()
+        self.publish()
+
+    def _write_training_set(self) -> None:
+        for name in ("real", "references"):
+            table = self._table(name)
+            version, fragments = table.version, list[str]()
+            for rows in batches_of(self.store.dataset(), ["id", "caption"], _CHUNK_ROWS):
+                fragments += table.write_fragments(_computed(table, rows))
+            table.commit(fragments, version)
+
+
+def _wanted(images: pa.Table) -> pa.Table:
+    absent = pa.nulls(len(images), pa.string())
+    columns = {name: images[name] if name in ("url", "caption", "source", "licence") else absent
+               for name in url_list.SCHEMA.names}  # fmt: skip
+    return pa.table(columns, schema=url_list.SCHEMA)
+
+
+def _computed(table: KeyedTable, rows: pa.Table) -> pa.Table:
+    """Rows of a training set, whose references are the rows that follow."""
+    ids, count = rows["id"].combine_chunks(), len(rows)
+    following = (np.arange(count)[:, None] + np.arange(1, STORED_REFERENCES + 1)) % count
+    offsets = pa.array(np.arange(0, following.size + 1, STORED_REFERENCES, dtype=np.int32))
+    columns = {
+        "id": ids,
+        "prompt": rows["caption"],
+        "number": pa.array(np.full(count, -1)),
+        "is_held_out": pa.array(np.arange(count) % 50 == 0),
+        "references": pa.ListArray.from_arrays(offsets, ids.take(pa.array(following.ravel()))),
+    }
+    for field in table.schema:
+        if field.name not in columns:
+            size = count * field.type.list_size
+            zeros = pa.array(np.zeros(size, field.type.value_type.to_pandas_dtype()))
+            columns[field.name] = pa.FixedSizeListArray.from_arrays(zeros, field.type.list_size)
+    return pa.table([columns[name] for name in table.schema.names], schema=table.schema)
