@@ -157,7 +157,7 @@ class Worker:
         self._tables, self._config, self._device, self._dtype = tables, config, device, dtype
         self._pipelines: dict[tuple[str, str | None, IndexVersion | None], TimedPipeline] = {}
         self._ids: pa.ChunkedArray | None = None
-        """Ids of all rows of the index, read once for random references."""
+        """Ids of all rows of the index, sorted, so that the order of the rows in the table does not matter."""
 
     def __call__(self, rows: pa.Table) -> tuple[list[str], int]:
         """Return the `way` with its `fragments` or with the `latencies`, as JSON, and the number of pictures."""
@@ -246,7 +246,8 @@ class Worker:
     def _random_ids(self, prompt: str, count: int, pipeline: "ImageRAGTurboPipeline") -> list[str]:
         if self._ids is None:
             assert pipeline.index is not None
-            self._ids = pipeline.index.retriever.read(["id"])["id"]
+            ids = pipeline.index.retriever.read(["id"])["id"]
+            self._ids = ids.take(pc.sort_indices(ids))
         rng = np.random.default_rng(_seed_of(prompt, -1, self._config.seed))
         return to_hex(self._ids.take(rng.choice(len(self._ids), min(count, len(self._ids)), replace=False)))
 
