@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -108,14 +109,19 @@ def _prepare_slots() -> None:
 
 
 async def _make_pool(client: "PrefectClient") -> None:
-    from prefect.exceptions import ObjectNotFound
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.workers.process import ProcessWorker
 
     from imagerag.services import WORK_POOL
 
     try:
         await client.read_work_pool(WORK_POOL)
     except ObjectNotFound:
-        _prefect("work-pool", "create", WORK_POOL, "--type", "process")
+        template = ProcessWorker.get_default_base_job_template()
+        pool = WorkPoolCreate(name=WORK_POOL, type=ProcessWorker.type, base_job_template=template)
+        with suppress(ObjectAlreadyExists):  # another process may have been faster
+            await client.create_work_pool(pool)
 
 
 def _version(definition: dict[str, Any], pull: list[dict[str, Any]], project: Path) -> str:

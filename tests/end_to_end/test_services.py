@@ -2,10 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,45 @@ def _deployed(url: str, home: Path) -> tuple[dict[str, Any], list[Any], dict[str
     return deployments, sorted(schedules, key=str), automations
 
 
+LENDING = """
+import sys
+from imagerag.services import prefect_server
+from imagerag.settings import Settings
+with prefect_server(Settings()) as url:
+    print(url, flush=True)
+    sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A process that uses a Prefect server of its home, which is lent to it."""
+
+    home: Path
+    process: "subprocess.Popen[str]"
+    url: str
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    home = tmp_path_factory.mktemp("lent") / "home"
+    environment = os.environ | {"IMAGERAG_HOME": str(home)}
+    command = [sys.executable, "-c", LENDING]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url, "the server did not start"
+        yield Run(home, process, url)
+
+
 @pytest.mark.engines
-def test_deploying_again_keeps_what_people_set_in_the_ui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deploying_again_keeps_what_people_set_in_the_ui(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In this process, which has Prefect imported already; its other settings are put back."""
-    home = tmp_path / "home"
+    home, url = run.home, run.url
     login = f"{credentials.USER}:{credentials.password(home)}"
     weekly = {"cron": "0 5 * * 1", "timezone": "UTC"}
 
@@ -47,10 +83,7 @@ def test_deploying_again_keeps_what_people_set_in_the_ui(tmp_path: Path, monkeyp
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IMAGERAG_HOME", str(home))
-    with (
-        services.prefect_server(Settings()) as url,
-        temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: login}),
-    ):
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: login}):
         monkeypatch.setenv("IMAGERAG_PROJECT", str(ROOT))
         for name, value in services.prefect_environment(Settings(), url).items():
             monkeypatch.setenv(name, value)
@@ -115,21 +148,13 @@ def test_a_nightly_list_that_cannot_be_is_refused_before_anything_starts(tmp_pat
 
 @pytest.mark.engines
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends children of a killed process on Linux only")
-def test_a_killed_run_leaves_no_server_behind(tmp_path: Path) -> None:
-    script = (
-        "import time; from imagerag.services import prefect_server; from imagerag.settings import Settings\n"
-        "with prefect_server(Settings()) as url: print(url, flush=True); time.sleep(600)"
-    )
-    environment = os.environ | {"IMAGERAG_HOME": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        url = run.stdout.readline().strip()
-        assert processes.answers(f"{url}/health")
-        run.send_signal(signal.SIGKILL)
+def test_a_killed_run_leaves_no_server_behind(run: Run) -> None:
+    assert processes.answers(f"{run.url}/health")
+    run.process.kill()
     deadline = time.monotonic() + 10
-    while processes.answers(f"{url}/health") and time.monotonic() < deadline:
+    while processes.answers(f"{run.url}/health") and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not processes.answers(f"{url}/health")
+    assert not processes.answers(f"{run.url}/health")
 
 
 def test_a_configured_server_is_used_as_it_is(tmp_path: Path) -> None:
