@@ -6,7 +6,7 @@ embeddings are interchangeable (as in ann-benchmarks, https://github.com/erikber
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from math import ceil
 
@@ -52,13 +52,23 @@ class Probe:
     """Share of the rows that meet the condition `where`."""
     among: Similarities
     """Similarities (Q, M) of the nearest rows that meet the condition, nearest first; empty if `is_own`."""
+    known: dict[tuple[int, int | None], float] = field(default_factory=dict, compare=False)
+    """Recalls without a condition that were measured already, by number of neighbours and of partitions."""
 
     def recall(self, dataset: LanceDataset, k: int, nprobes: int | None, where: str | None = None) -> float:
         """Return the share of the `k` nearest neighbours that the index finds with `nprobes`; 1 if there are none.
 
         For a larger `k`, fewer queries are made, because the precision depends on the total number of neighbours.
         """
-        exact = self.similarities if where is None else self.among
+        if where is not None:
+            return self._recall(dataset, k, nprobes, self.among, where)
+        if (k, nprobes) not in self.known:
+            self.known[k, nprobes] = self._recall(dataset, k, nprobes, self.similarities)
+        return self.known[k, nprobes]
+
+    def _recall(
+        self, dataset: LanceDataset, k: int, nprobes: int | None, exact: Similarities, where: str | None = None
+    ) -> float:
         own = int(self.is_own)
         k = min(k, exact.shape[1] - own)
         if k < 1:
