@@ -41,4 +41,6 @@ def from_hex(texts: Iterable[str], kind: pa.FixedSizeBinaryType) -> pa.FixedSize
     except ValueError as error:  # also what Arrow raises for another width
         digits = 2 * kind.byte_width
         wrong = next(text for text in texts if not re.fullmatch(f"[0-9A-Fa-f]{{{digits}}}", text))
-        raise UserError(f"an id or SHA-256 here has {digits} hexadecimal digits, got {wrong!r}") from error
+        raise UserError(
+            f"{'an id' if kind == ID else 'a SHA-256'} has {digits} hexadecimal digits, got {wrong!r}"
+        ) from error

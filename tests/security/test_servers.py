@@ -78,7 +78,7 @@ def test_they_listen_on_loopback_only(home: Path) -> None:
 
 def test_every_flow_is_deployed_and_a_second_up_starts_nothing_new(home: Path) -> None:
     first = tuple(service(home, name) for name in (services.PREFECT, services.WORKER, services.MLFLOW))
-    flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__"}
+    flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__", "parameters"}
     deployments = call(f"{first[0].url}/api", home, "POST", "/deployments/filter", {})
     assert {each["name"] for each in deployments} == flows
     assert services.up(Settings(home=home), project=ROOT) == first
