@@ -11,25 +11,19 @@ from datetime import datetime
 from itertools import pairwise
 from math import ceil
 
-import numpy as np
-import pyarrow.compute as pc
 from lance import LanceDataset
 
 from imagerag.artifacts import Check, IndexBuild, Publication
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.ann import read_record
-from imagerag.retrieval.blocklist import count_blocked
+from imagerag.retrieval.checks import check_rows, check_shrink
 from imagerag.retrieval.config import PublishConfig
 from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.pins import drop_resting
-from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, Fit
 from imagerag.retrieval.store import Store
-from imagerag.storage.lance_table import batches_of
-from imagerag.storage.spool import MEMORY_ROWS, Parts, by_id
 
 PUBLISHED = "published"
-_NORM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,23 +261,6 @@ def drop_history(store: Store) -> None:
     _drop_tags(store, [version for version in _kept(store) if version != current])
 
 
-def check_rows(store: Store, dataset: LanceDataset, max_shrink: float) -> tuple[Check, ...]:
-    """Check the rows of a version, independently of its index."""
-    num_rows = int(dataset.count_rows())
-    # Rows with the same id are in the same part.
-    parts = Parts(batches_of(dataset, ["id"], MEMORY_ROWS), by_id)
-    num_repeated = sum(len(part) - len(pc.unique(part["id"])) for part in parts)
-    num_bad = _count_bad_embeddings(dataset)
-    num_blocked = count_blocked(store, dataset)
-    return (
-        Check(name="rows", passed=num_rows > 0, detail=f"{num_rows} rows"),
-        Check(name="unique ids", passed=num_repeated == 0, detail=f"{num_repeated} rows repeat another's id"),
-        Check(name="embeddings", passed=num_bad == 0, detail=f"{num_bad} rows have an embedding whose norm is not 1"),
-        Check(name="takedown", passed=num_blocked == 0, detail=f"{num_blocked} rows were taken down before"),
-        _check_shrink(num_rows, published_rows(store), max_shrink),
-    )
-
-
 def require_rows(store: Store, num_rows: int, max_shrink: float) -> None:
     """Make sure that a table may shrink to `num_rows` rows, before rows are deleted irreversibly.
 
@@ -291,20 +268,12 @@ def require_rows(store: Store, num_rows: int, max_shrink: float) -> None:
         UserError: if more than the share `max_shrink` of the newest or the published rows would be deleted.
     """
     num_before = max(store.count(), published_rows(store))
-    if _check_shrink(num_rows, num_before, max_shrink).passed:
+    if check_shrink(num_rows, num_before, max_shrink).passed:
         return
     needed = ceil(100 * (1 - num_rows / num_before)) / 100
     raise UserError(
         f"table {store.name!r} would shrink from {num_before} rows to {num_rows}; at most {max_shrink:.0%} may go. "
         f"Nothing was deleted. Is the list whole? If it is: --max-shrink {needed:.2f} (`publish.max_shrink` in the UI)"
-    )
-
-
-def _check_shrink(num_rows: int, num_before: int, max_shrink: float) -> Check:
-    return Check(
-        name="shrink",
-        passed=num_rows >= (1 - max_shrink) * num_before,
-        detail=f"{num_rows} rows after {num_before}; at most {max_shrink:.0%} may go",
     )
 
 
@@ -315,23 +284,16 @@ def _check(store: Store, index: IndexBuild, previous: int | None, config: Publis
     if index.version in _kept(store):
         detail = f"version {index.version} was rolled back: `imagerag index rollback --to {index.version}` undoes that"
         return (Check(name="newer", passed=False, detail=detail),)
+    dataset = store.dataset(index.version)
     return (
-        *check_rows(store, store.dataset(index.version), config.max_shrink),
+        *check_rows(store, dataset),
+        check_shrink(int(dataset.count_rows()), published_rows(store), config.max_shrink),
         Check(
             name="recall@10",
             passed=index.recall_at_10 >= config.min_recall,
             detail=f"{index.recall_at_10:.3f} with {index.kind}; at least {config.min_recall} is wanted",
         ),
     )
-
-
-def _count_bad_embeddings(dataset: LanceDataset) -> int:
-    num_bad = 0
-    for batch in dataset.to_batches(columns=["text_embed", "image_embed"]):
-        norms = np.stack([np.linalg.norm(to_numpy(column), axis=1) for column in batch.columns])
-        # A NaN is not close to anything, so it counts as bad too.
-        num_bad += int((~(np.abs(norms - 1) < _NORM_TOLERANCE)).any(axis=0).sum())
-    return num_bad
 
 
 def _kept(store: Store) -> list[int]:

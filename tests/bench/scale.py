@@ -19,8 +19,9 @@ from imagerag.corpus.ledger import iter_images
 from imagerag.corpus.plan import plan
 from imagerag.embedding.survey import survey
 from imagerag.retrieval import feature_column
+from imagerag.retrieval.checks import check_rows
 from imagerag.retrieval.index import IndexConfig, build_index
-from imagerag.retrieval.publish import check_rows, publish, status
+from imagerag.retrieval.publish import publish, status
 from imagerag.retrieval.takedown import reachable_rows
 from imagerag.training.config import tiny
 from imagerag.training.data import RagData
@@ -120,7 +121,7 @@ def _compare(world: World) -> Callable[[], None]:
 
 def _check(world: World) -> Callable[[], None]:
     def measured() -> None:
-        assert all(check.passed for check in check_rows(world.store, world.store.dataset(), 0.5))
+        assert all(check.passed for check in check_rows(world.store, world.store.dataset()))
 
     return measured
 

@@ -13,7 +13,7 @@ import pytest
 from imagerag.embedding.survey import survey
 from imagerag.retrieval import index
 from imagerag.retrieval.blocklist import block
-from imagerag.retrieval.publish import check_rows
+from imagerag.retrieval.checks import check_rows
 from imagerag.retrieval.schema import row_ids, row_schema
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import reachable_rows
@@ -68,7 +68,7 @@ def survey_of(store: Store) -> None:
 
 
 def check(store: Store) -> None:
-    assert all(each.passed for each in check_rows(store, store.dataset(), 0.5))
+    assert all(each.passed for each in check_rows(store, store.dataset()))
 
 
 def digest(store: Store) -> None:
