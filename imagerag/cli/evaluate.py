@@ -11,6 +11,9 @@ from imagerag.cli.run import run_flow
 if TYPE_CHECKING:
     from tasks.report import EvaluateReport
 
+_WIDE = 150
+"""Characters that a table of all metrics takes with their intervals."""
+
 
 def evaluate(context: typer.Context, name: NameOption = None) -> None:
     """Measure an adapter, register it as a model, and make it champion if the gate passes."""
@@ -32,6 +35,7 @@ def pipeline(context: typer.Context, recipe: RecipeChoice = RecipeOption.TINY) -
 
 def show_evaluation(report: "EvaluateReport") -> None:
     """Print the results of an evaluation and the gate's decision."""
+    from rich.box import SIMPLE_HEAD
     from rich.markdown import Markdown
     from rich.table import Table
 
@@ -39,12 +43,19 @@ def show_evaluation(report: "EvaluateReport") -> None:
     from imagerag.evaluation.results import PAGE, read_results
 
     console, results = PlainConsole(), read_results(report.evaluated.uri)
-    head, *rows = ([*row[:-1]] for row in results.rows())  # the page has the split of the latency
-    table = Table(title=f"{results.base} with {results.index}", title_justify="left")
-    for title in head:
-        table.add_column(title)
-    for row in rows:
-        table.add_row(*(cell.replace(" [", "\n[") for cell in row))
+    rows = [row[:-1] for row in results.rows()]  # the page has the split of the latency
+    table = Table(title=f"{results.base} with {results.index}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    is_wide = console.width >= _WIDE
+    if is_wide:
+        cells = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
+    else:  # a column per way, without the intervals, which are on the page
+        cells = [[cell.partition(" [")[0] for cell in column] for column in zip(*rows, strict=True)]
+    for number, title in enumerate(cells[0]):
+        table.add_column(
+            title, overflow="fold", min_width=10 if number == 0 else 5, max_width=None if is_wide or number == 0 else 7
+        )
+    for own in cells[1:]:
+        table.add_row(*own)
     console.print(table)
     for note in results.notes():
         console.print(note)
