@@ -76,15 +76,15 @@ def configure_mlflow() -> None:
 
 def _make(database: Path, make: Callable[[str], "Engine"]) -> None:
     """Make the tables in another folder, and move the database to its place when it is complete."""
-    if database.exists():
+    folder = database.with_suffix(".new")
+    if database.exists() and not folder.exists():
         return
     database.parent.mkdir(parents=True, exist_ok=True)
     with writer_lock(str(database.parent), database.stem):
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed process
         if database.exists():
             return
         configure_mlflow()
-        folder = database.with_suffix(".new")
-        shutil.rmtree(folder, ignore_errors=True)  # of a killed process
         folder.mkdir()
         unfinished = folder / database.name
         make(f"sqlite:///{unfinished}").dispose()
@@ -95,6 +95,8 @@ def _make(database: Path, make: Callable[[str], "Engine"]) -> None:
 def _follow_home(database: Path, home: Path) -> None:
     """Rewrite paths under a former home to paths under `home`. Idempotent."""
     with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+            return  # an empty file, whose tables MLflow makes
         query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE 'file://%'"
         locations = [Path(unquote(urlsplit(location).path)) for (location,) in connection.execute(query)]
         for former in {location.parents[1] for location in locations if location.parts[-2:] == ARTIFACTS.parts}:

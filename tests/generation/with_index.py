@@ -14,7 +14,7 @@ from imagerag.base.files import BaseIdentity
 from imagerag.embedded import tiny_base
 from imagerag.embedded.tiny_encoder import text_folder
 from imagerag.embedding.encoder_files import resolve
-from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.encode import encode_references, feature_identity, open_images, to_cache
 from imagerag.retrieval import feature_column
@@ -93,3 +93,16 @@ def fill(store: Store, plain: ImageRAGTurboPipeline, fit: Fit = "auto") -> None:
 
 def encode(plain: ImageRAGTurboPipeline, images: list[bytes], captions: list[str], fit: Fit = "auto") -> torch.Tensor:
     return encode_references(plain.vae, plain.unet, plain._conditioner, open_images(images), captions, fit)
+
+
+def latents(
+    pipeline: ImageRAGTurboPipeline, prompt: Any = "a red dragon", seed: int = 0, **arguments: Any
+) -> torch.Tensor:
+    made: torch.Tensor = call(pipeline, prompt, seed, **arguments).images
+    return made
+
+
+def call(pipeline: ImageRAGTurboPipeline, prompt: Any, seed: int = 0, **arguments: Any) -> ImageRAGTurboOutput:
+    count = (len(prompt) if isinstance(prompt, list) else 1) * arguments.get("num_images_per_prompt", 1)
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(count)]
+    return pipeline(prompt, generator=generators, output_type="latent", **arguments)

@@ -45,3 +45,16 @@ def test_a_killed_process_leaves_no_half_made_database(
     use(tmp_path)
     assert [path.name for path in (tmp_path / "mlflow").iterdir() if path.is_dir()] == []
     use(tmp_path)
+
+
+def test_what_a_process_left_that_was_killed_at_the_end_is_removed(tmp_path: Path) -> None:
+    use_runs(tmp_path)
+    (tmp_path / "mlflow" / "mlflow.new").mkdir()
+    use_runs(tmp_path)
+    assert not (tmp_path / "mlflow" / "mlflow.new").exists()
+
+
+def test_an_empty_database_gets_its_tables(tmp_path: Path) -> None:
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "mlflow.db").touch()
+    use_runs(tmp_path)
