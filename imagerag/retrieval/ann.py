@@ -35,9 +35,11 @@ class IndexRecord:
     recall_at_10: float
     recalls: dict[str, float] = field(default_factory=dict)
     """Measured recalls, by name of the measurement; empty for `exact`."""
+    num_new_rows: int = 0
+    """Number of rows that were added since the recalls were measured."""
     num_unindexed_rows: int
     rows: str = ""
-    """Digest of the rows without their features. Recall is not measured again if rows and partitions are the same."""
+    """Digest of the rows without their features."""
     config: dict[str, Any]
     """The `IndexConfig` of the build."""
     words: dict[str, str | bool] = field(default_factory=dict)

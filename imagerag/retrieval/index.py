@@ -3,13 +3,14 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from lance import LanceDataset
+import numpy.typing as npt
+from lance import LanceDataset, LanceFragment
 
 from imagerag.artifacts import IndexBuild
 from imagerag.progress import OnProgress, silent
@@ -17,6 +18,7 @@ from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.config import IndexConfig
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
 from imagerag.retrieval.store import Store
+from imagerag.storage.lance_table import changed_fragments
 
 # LanceDB takes seconds to import, and every flow imports this module.
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ _NUM_QUERIES = 400
 """Number of queries for measuring recall. With 100, the measured recall was up to 0.02 higher than with 400."""
 _MAX_GROWTH = 2
 """Growth factor of the table above which partitions are trained again; until then, they take in new rows."""
+_MAX_NEW_SHARE = 0.02
+"""Share of rows that were added since recall was measured, above which it is measured again, for which all embeddings
+are read. New rows join the partitions of their nearest centroids, as those before them did."""
 _NUM_STEPS = 4
 
 
@@ -112,6 +117,7 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
     num_trained_rows = _index_vectors(store, kind, num_rows, last)
     if kind != EXACT:
         _index_looked_up(store)
+    num_new_rows = _num_unindexed(store.dataset())
     _add_new_rows(store.dataset())
     on_progress(3, _NUM_STEPS, f"indexed {num_rows} rows: {kind}")
     dataset = store.dataset()
@@ -122,12 +128,9 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
         num_trained_rows=num_trained_rows,
         nprobes={},
         recall_at_10=1.0,
-        num_unindexed_rows=max(
-            _num_unindexed(dataset, index)
-            for index in dataset.describe_indices()
-            if index.field_names[0] not in _LOOKED_UP
-        ),
-        rows=_digest_of_rows(dataset),
+        num_new_rows=num_new_rows,
+        num_unindexed_rows=_num_unindexed(dataset),
+        rows=_digest_of_rows(dataset, last and store.find(last.version)),
         config=config.model_dump(),
         words=_WORDS,
     )
@@ -139,30 +142,47 @@ def _build(store: Store, config: IndexConfig, last: IndexRecord | None, on_progr
 
 
 def _measured(dataset: LanceDataset, record: IndexRecord, last: IndexRecord | None, config: IndexConfig) -> IndexRecord:
-    """Return the record with measured `nprobes` and recalls, taken from `last` if rows and partitions are the same."""
+    """Return the record with measured `nprobes` and recalls.
+
+    They are those of `last` if its partitions are still in use, and few rows are newer than its measurement.
+    """
     known: Mapping[str, Mapping[str, int]] = {}
     if last is not None and (last.kind, last.num_trained_rows) == (record.kind, record.num_trained_rows):
-        if last.recalls and last.rows == record.rows:
-            return replace(record, nprobes=last.nprobes, recall_at_10=last.recall_at_10, recalls=last.recalls)
+        num_new_rows = last.num_new_rows + record.num_new_rows
+        if last.recalls and num_new_rows <= _MAX_NEW_SHARE * record.num_rows:
+            measured = {"nprobes": last.nprobes, "recall_at_10": last.recall_at_10, "recalls": last.recalls}
+            return replace(record, **measured, num_new_rows=num_new_rows)
         known = last.nprobes
     probes = make_probes(dataset, _NUM_QUERIES)
     nprobes = fewest_probes(dataset, probes, isqrt(record.num_trained_rows), config.target_recall, known)
-    record = replace(record, nprobes=nprobes)
+    record = replace(record, nprobes=nprobes, num_new_rows=0)
     recalls = measure(dataset, probes, record)
     return replace(record, recalls=recalls, recall_at_10=recalls[f"recall@{K}"])
 
 
-def _digest_of_rows(dataset: LanceDataset) -> str:
+def _digest_of_rows(dataset: LanceDataset, before: LanceDataset | None) -> str:
     """Return a digest of everything that distinguishes rows, except their features, independently of their order.
 
-    Lance hashes each row; the digest is the sum of the hashes, as four numbers of 64 bits.
+    The digest is the sum of the rows' hashes, as four numbers of 64 bits. So that of an earlier version, if there is
+    one with a record, becomes this one's by subtracting the rows of fragments that changed, and adding them as they are
+    now.
     """
-    total = np.zeros(4, np.uint64)
-    digest = "sha256(concat_ws(chr(0), encode(id, 'hex'), url, source, licence))"
-    for batch in dataset.to_batches(columns={"digest": digest}):
-        digests = np.frombuffer(b"".join(batch["digest"].to_pylist()), "<u8").reshape(-1, 4)
-        total += digests.sum(axis=0, dtype=np.uint64)
-    return total.astype("<u8").tobytes().hex()
+    record = before and read_record(before)
+    if before is None or record is None or not record.rows:
+        return _sum_of_hashes(dataset, dataset.get_fragments()).tobytes().hex()
+    old, new = changed_fragments(before, dataset)
+    total = np.frombuffer(bytes.fromhex(record.rows), "<u8")
+    return (total - _sum_of_hashes(before, old) + _sum_of_hashes(dataset, new)).tobytes().hex()
+
+
+def _sum_of_hashes(dataset: LanceDataset, fragments: Sequence[LanceFragment]) -> npt.NDArray[np.uint64]:
+    total = np.zeros(4, "<u8")
+    if fragments:  # none would mean all
+        digest = "sha256(concat_ws(chr(0), encode(id, 'hex'), url, source, licence))"
+        for batch in dataset.scanner(columns={"digest": digest}, fragments=fragments).to_batches():
+            digests = np.frombuffer(b"".join(batch["digest"].to_pylist()), "<u8").reshape(-1, 4)
+            total += digests.sum(axis=0, dtype=np.uint64)
+    return total
 
 
 def _index_looked_up(store: Store) -> None:
@@ -179,14 +199,20 @@ def _add_new_rows(dataset: LanceDataset) -> None:
     names = [
         index.name
         for index in dataset.describe_indices()
-        if _num_unindexed(dataset, index) > (few if index.field_names[0] in _LOOKED_UP else 0)
+        if _num_unindexed_by(dataset, index) > (few if index.field_names[0] in _LOOKED_UP else 0)
     ]
     if names:
         # Merges them into the existing index, because a search would also have to query every further index.
         dataset.optimize.optimize_indices(num_indices_to_merge=1, index_names=names)
 
 
-def _num_unindexed(dataset: LanceDataset, index: "IndexDescription") -> int:
+def _num_unindexed(dataset: LanceDataset) -> int:
+    """Return the number of rows that a search index lacks, of the index that lacks most."""
+    indexes = [index for index in dataset.describe_indices() if index.field_names[0] not in _LOOKED_UP]
+    return max(_num_unindexed_by(dataset, index) for index in indexes)
+
+
+def _num_unindexed_by(dataset: LanceDataset, index: "IndexDescription") -> int:
     return int(dataset.stats.index_stats(index.name)["num_unindexed_rows"])
 
 

@@ -286,7 +286,7 @@ def _check(store: Store, index: IndexBuild, previous: int | None, config: Publis
         return (Check(name="newer", passed=False, detail=detail),)
     dataset = store.dataset(index.version)
     return (
-        *check_rows(store, dataset),
+        *check_rows(store, dataset, None if previous is None else store.dataset(previous)),
         check_shrink(int(dataset.count_rows()), published_rows(store), config.max_shrink),
         Check(
             name="recall@10",

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import lance
 import pyarrow as pa
 import pyarrow.compute as pc
-from lance import LanceDataset, LanceOperation
+from lance import LanceDataset, LanceFragment, LanceOperation
 from lance.fragment import FragmentMetadata, write_fragments
 
 from imagerag.errors import UserError
@@ -237,6 +237,25 @@ def batches_of(dataset: LanceDataset, columns: Sequence[str], num_rows: int) -> 
             held.clear()
     if held:
         yield pa.Table.from_batches(held)
+
+
+def changed_fragments(before: LanceDataset, after: LanceDataset) -> tuple[list[LanceFragment], list[LanceFragment]]:
+    """Return the fragments with rows that the other version does not have: those of `before`, and those of `after`.
+
+    A fragment's rows are those of its first data file that are not in its deletion file; columns that are added later
+    are in further data files.
+    """
+
+    def by_rows(dataset: LanceDataset) -> dict[tuple[str, str | None], LanceFragment]:
+        return {(first_file(fragment), fragment.deletion_file()): fragment for fragment in dataset.get_fragments()}
+
+    old, new = by_rows(before), by_rows(after)
+    return [old[key] for key in old if key not in new], [new[key] for key in new if key not in old]
+
+
+def first_file(fragment: LanceFragment) -> str:
+    """Return the path of the data file with a fragment's first columns, which is never written to again."""
+    return str(fragment.metadata.files[0].path)
 
 
 def rows_with(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from imagerag import takedown
@@ -187,7 +188,8 @@ def _take_down(world: World) -> Callable[[], None]:
 def _update(world: World) -> Callable[[], None]:
     """New rows replace as many old ones, after the comparison and the embedding."""
     new = pa.concat_tables(world.rows(world.num_rows, world.num_rows + NUM_NEW))
-    old = world.store.dataset().to_table(columns=["id"], limit=NUM_NEW, offset=world.num_rows // 2)["id"]
+    places = np.random.default_rng(0).choice(world.num_rows, NUM_NEW, replace=False)
+    old = world.store.dataset().take(np.sort(places), columns=["id"])["id"]
 
     def measured() -> None:
         store = world.store

@@ -16,7 +16,7 @@ from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove_rows
 from imagerag.storage.hexadecimal import to_hex
-from imagerag.storage.lance_table import CommitConflictError
+from imagerag.storage.lance_table import CommitConflictError, changed_fragments
 from tests.retrieval.rows import append, embeddings, index_and_publish, make_rows
 
 SHAPE = (3, 2, 2)
@@ -58,8 +58,10 @@ def assert_right(store: Store, identity: FeatureIdentity = MINE) -> None:
 def test_every_row_gets_its_own(store: Store) -> None:
     append(store, make_rows(0, 20))
     append(store, make_rows(20, 30))
+    before = store.dataset()
     assert fill_all(store) == [20, 10]
     assert_right(store)
+    assert changed_fragments(before, store.dataset()) == ([], []), "the rows are the same"
 
 
 def test_only_what_is_missing_is_computed(store: Store) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from imagerag.retrieval import index
 from imagerag.retrieval.ann import IndexRecord, nearest, read_record
 from imagerag.retrieval.index import IndexConfig, build_index, open_table
 from imagerag.retrieval.recall import make_probes
@@ -266,6 +267,53 @@ def test_partitions_are_trained_anew_when_the_table_has_grown(store: Store) -> N
         record = read_record(store.dataset())
         assert record is not None
         assert record.num_trained_rows == trained
+
+
+def test_recall_is_measured_again_when_many_rows_are_new(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, measured = IndexConfig(exact_below=1_000), list[int]()
+    monkeypatch.setattr(index, "make_probes", lambda dataset, n: measured.append(n) or make_probes(dataset, n))
+    for stop, num_new, num_measured in ((1_500, 0, 1), (1_520, 20, 1), (1_530, 30, 1), (1_532, 0, 2), (1_533, 1, 2)):
+        append(store, make_rows(store.count(), stop))
+        build_index(store, config)
+        record = read_record(store.dataset())
+        assert record is not None
+        assert (record.num_new_rows, len(measured)) == (num_new, num_measured)
+        assert record.recalls
+        assert vector_indexes(store)["text_embed"] == (stop, 1)
+
+
+def test_the_digest_of_rows_follows_every_change(store: Store) -> None:
+    """Whether it is made from that of the version before or from all rows."""
+    append(store, make_rows(0, 60))
+    build_index(store, IndexConfig())
+    first = digest_of(store)
+    steps = {
+        "added": lambda: append(store, make_rows(60, 70)),
+        "deleted": lambda: store.delete(make_rows(5, 8)["id"]),
+        "deleted of the same fragment": lambda: store.delete(make_rows(8, 9)["id"]),
+        "replaced": lambda: (
+            store.delete(make_rows(20, 21)["id"]),
+            append(store, make_rows(20, 21, licence=["other"])),
+        ),
+        "rewritten": lambda: store.compact(deleted_share=0.0),
+    }
+    digests = [first]
+    for change, apply in steps.items():
+        apply()
+        build_index(store, IndexConfig())
+        digests.append(digest_of(store))
+        assert digests[-1] == index._digest_of_rows(store.dataset(), None), change
+    assert len(set(digests)) == 5, "all steps change the rows except the last"
+    store.delete(store.ids())
+    append(store, make_rows(0, 60))
+    build_index(store, IndexConfig())
+    assert digest_of(store) == first
+
+
+def digest_of(store: Store) -> str:
+    record = read_record(store.dataset())
+    assert record is not None
+    return record.rows
 
 
 def test_a_table_that_shrank_loses_its_index(store: Store) -> None:

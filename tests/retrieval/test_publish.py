@@ -6,8 +6,11 @@ import pytest
 
 from imagerag.artifacts import Check, Publication
 from imagerag.errors import UserError
+from imagerag.retrieval import checks
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish, published_rows, published_version, rollback, status
+from imagerag.retrieval.recall import to_numpy
+from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from tests.retrieval.rows import DIM, ENCODER, append, embeddings, index_and_publish, make_rows
@@ -77,6 +80,31 @@ def test_bad_rows_are_not_published(store: Store, name: str, rows: pa.Table, det
     assert [check.name for check in failed(refused)] == [name]
     assert failed(refused)[0].detail.startswith(detail)
     assert status(store).unpublished_changes
+
+
+def test_embeddings_that_passed_are_not_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = list[int]()
+
+    def read(embeddings: pa.FixedSizeListArray) -> Embeds:
+        numbers[-1] += len(embeddings)
+        return to_numpy(embeddings)
+
+    monkeypatch.setattr(checks, "to_numpy", read)
+
+    def publish_it() -> bool:
+        numbers.append(0)
+        return index_and_publish(store).published
+
+    append(store, make_rows(0, 2_060))  # too many to be merged with others
+    assert publish_it()
+    store.delete(make_rows(0, 1)["id"])
+    assert publish_it()
+    append(store, make_rows(2_060, 2_070))
+    assert publish_it()
+    append(store, make_rows(2_070, 2_075, text_embed=broken_embeddings(np.nan)))
+    assert not publish_it()
+    assert not publish_it(), "a version that did not pass is checked again"
+    assert numbers == [2 * 2_060, 0, 2 * 10, 2 * 5, 2 * 5]
 
 
 def test_an_empty_table_is_not_published(store: Store) -> None:

@@ -9,7 +9,7 @@ import pytest
 from imagerag.errors import UserError
 from imagerag.storage.hexadecimal import ID, to_hex
 from imagerag.storage.keyed_table import KeyedTable, array_field
-from imagerag.storage.lance_table import CommitConflictError, LanceTable
+from imagerag.storage.lance_table import CommitConflictError, LanceTable, changed_fragments
 
 KEYED_BY = {"model": "a"}
 COLUMNS = (array_field("latents", (1, 2)),)
@@ -91,6 +91,23 @@ def test_fragments_grow_with_the_table_a_part_at_a_time(table: LanceTable, monke
     assert len(sizes[-1]) <= 4
     assert sizes[-1] == sizes[-2], "what is large is left alone"
     assert table.dataset().to_table(columns=["id"]).equals(rows(0, 132))
+
+
+def test_changed_fragments_are_those_with_other_rows(table: LanceTable) -> None:
+    table.append(rows(0, 10))
+    table.append(rows(10, 20))
+    before = table.dataset()
+    table.delete(ids("3"))
+    table.append(rows(20, 25))
+    table.dataset().add_columns({"more": "1"})  # which writes a further file for each fragment
+    after = table.dataset()
+    old, new = changed_fragments(before, after)
+    assert [fragment.count_rows() for fragment in old] == [10]
+    assert [fragment.count_rows() for fragment in new] == [9, 5]
+    assert changed_fragments(after, after) == ([], [])
+    table.delete(ids("4"))
+    old, new = changed_fragments(after, table.dataset())
+    assert [(fragment.count_rows(), len(new)) for fragment in old] == [(9, 1)]
 
 
 def test_of_two_commits_at_once_one_wins(table: LanceTable) -> None:
