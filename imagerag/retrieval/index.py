@@ -150,8 +150,13 @@ def _measured(dataset: LanceDataset, record: IndexRecord, last: IndexRecord | No
     if last is not None and (last.kind, last.num_trained_rows) == (record.kind, record.num_trained_rows):
         num_new_rows = last.num_new_rows + record.num_new_rows
         if last.recalls and num_new_rows <= _MAX_NEW_SHARE * record.num_rows:
-            measured = {"nprobes": last.nprobes, "recall_at_10": last.recall_at_10, "recalls": last.recalls}
-            return replace(record, **measured, num_new_rows=num_new_rows)
+            return replace(
+                record,
+                nprobes=last.nprobes,
+                recall_at_10=last.recall_at_10,
+                recalls=last.recalls,
+                num_new_rows=num_new_rows,
+            )
         known = last.nprobes
     probes = make_probes(dataset, _NUM_QUERIES)
     nprobes = fewest_probes(dataset, probes, isqrt(record.num_trained_rows), config.target_recall, known)
