@@ -18,6 +18,7 @@ It is a diffusers pipeline, which also takes images as references:
 ingest` and `imagerag features` made. The public names are in `__all__`.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ _MODULES = {
 }
 
 _torchvision.install()
+# Lance reads this when it is imported. It would warn of every partition to which a few new rows add nothing.
+os.environ.setdefault("LANCE_LOG", "warn,lance::index::vector::builder=error")
 
 
 def __getattr__(name: str) -> Any:

@@ -44,13 +44,13 @@ def remove_rows(
     """Take down all rows with one of these URLs, ids or image hashes, and such rows deleted before but still in files.
 
     The values and the ids of the rows are blocked first, so that no later version with such a row is published. Then
-    the rows are deleted, the remaining ones are rewritten and indexed again, readers are moved to the result, and all
+    the rows are deleted, all files that may contain them are rewritten, readers are moved to the result, and all
     earlier versions are deleted, including pinned ones: **no rollback past a takedown is possible**, and readers that
     are still on an earlier version must refresh. Unpublished rows are dropped; the next re-indexing embeds them again.
     If it is killed, call it again with the same values.
 
-    Everything is rewritten even if no row has one of the values, because a row that a re-indexing deleted stays in its
-    file until a tenth of the file's rows are deleted.
+    Files are rewritten even if no row has one of the values, because a row that a re-indexing deleted stays in its file
+    until a tenth of the file's rows are deleted.
 
     On an object store, files that a killed writer left there may contain the bytes for up to seven more days.
     """
@@ -66,7 +66,7 @@ def remove_rows(
         store.delete(rows["id"])
         record = read_record(store.dataset())
         config = IndexConfig(**record.config) if record else IndexConfig()
-        version = build_index(store, config, from_scratch=True).version
+        version = build_index(store, config, rewrite=True).version
         published = published_version(store) is not None
         if published:
             move_tag(store, version)

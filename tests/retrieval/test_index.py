@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from imagerag.retrieval import index
 from imagerag.retrieval.ann import IndexRecord, nearest, read_record
 from imagerag.retrieval.index import IndexConfig, build_index, open_table
-from imagerag.retrieval.recall import make_probes
+from imagerag.retrieval.recall import make_probes, to_numpy
 from imagerag.retrieval.schema import EncoderIdentity
-from imagerag.retrieval.search import Filters
+from imagerag.retrieval.search import Filters, Retriever
 from imagerag.retrieval.store import Store
 from imagerag.storage.lance_table import literal, rows_with
 from tests.retrieval.rows import ENCODER, append, embeddings, fixed_size_lists, make_rows, unit
@@ -39,7 +39,7 @@ def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def vector_indexes(store: Store) -> dict[str, tuple[int, int]]:
-    """Column to rows indexed and number of indexes."""
+    """Column to rows indexed and number of segments."""
     return {column: found for column, found in indexes(store).items() if column not in LOOKED_UP}
 
 
@@ -65,11 +65,11 @@ def test_rows_are_looked_up_by_an_index(large: Store) -> None:
 def test_a_few_new_rows_are_found_without_an_index_and_many_join_it(tmp_path: Path) -> None:
     store, config = Store(str(tmp_path), "images"), IndexConfig(exact_below=1_000)
     store.open_or_create(ENCODER)
-    for stop, indexed in ((2_000, 2_000), (2_015, 2_000), (2_100, 2_100)):
+    for stop, indexed, num_segments in ((2_000, 2_000, 1), (2_015, 2_000, 2), (2_100, 2_100, 1)):
         append(store, make_rows(store.count(), stop))
         build_index(store, config)
         assert {indexes(store)[column] for column in LOOKED_UP} == {(indexed, 1)}
-        assert vector_indexes(store)["text_embed"] == (stop, 1)
+        assert vector_indexes(store)["text_embed"] == (stop, num_segments)
         last = make_rows(stop - 1, stop)
         for column in ("id", "url", "image_sha256"):
             found = rows_with(store.dataset(), column, last[column], ["caption"])
@@ -241,14 +241,37 @@ def test_more_is_looked_into_where_neighbours_are_spread(tmp_path: Path) -> None
 
 
 def test_new_rows_join_the_index(large: Store) -> None:
-    for start in (20_000, 20_100):
-        append(large, make_rows(start, start + 100, LARGE))
+    """A few of them in a second segment, which is merged into the first when it has 1 % of the rows."""
+    for start, num_segments in ((20_000, 2), (20_100, 2), (20_200, 1), (20_300, 2)):
+        rows = make_rows(start, start + 100, LARGE, caption=[f"zebra {number}" for number in range(start, start + 100)])
+        append(large, rows)
         result = build_index(large, IndexConfig())
         assert (result.num_rows, result.num_unindexed_rows) == (start + 100, 0)
+        assert set(vector_indexes(large).values()) == {(start + 100, num_segments)}
+        retriever = Retriever(large.uri, large.name, version=large.version)
+        (near,) = retriever.search(to_numpy(rows["text_embed"])[7:8], 1)
+        (word,) = retriever.search(None, 1, by="words", texts=[f"zebra {start + 7}"])
+        assert (near[0].caption, word[0].caption) == (f"zebra {start + 7}",) * 2
     record = read_record(large.dataset())
     assert record is not None
     assert record.num_trained_rows == 20_000
-    assert set(vector_indexes(large).values()) == {(20_200, 1)}
+
+
+def test_words_score_the_same_in_two_segments(store: Store) -> None:
+    """Rare words are rare among all rows, not among those of a segment."""
+    append(store, make_rows(0, 1_000))
+    build_index(store, IndexConfig())
+    append(store, make_rows(1_000, 1_005, caption=[f"picture of zebra number {number}" for number in range(5)]))
+    found = list[dict[str, float]]()
+    for rewrite in (False, True):
+        build_index(store, IndexConfig(), rewrite=rewrite)
+        assert vector_indexes(store) == {"caption": (1_005, 1 if rewrite else 2)}
+        (rows,) = Retriever(store.uri, store.name, version=store.version).search(
+            None, 8, by="words", texts=["zebra picture 17"]
+        )
+        found.append({row.caption: row.score for row in rows[:6]})  # the others score the same
+    assert len(found[0]) == 6
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_small_fragments_are_merged(store: Store) -> None:
@@ -279,7 +302,7 @@ def test_recall_is_measured_again_when_many_rows_are_new(store: Store, monkeypat
         assert record is not None
         assert (record.num_new_rows, len(measured)) == (num_new, num_measured)
         assert record.recalls
-        assert vector_indexes(store)["text_embed"] == (stop, 1)
+        assert vector_indexes(store)["text_embed"][0] == stop
 
 
 def test_the_digest_of_rows_follows_every_change(store: Store) -> None:

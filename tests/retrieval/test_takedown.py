@@ -1,14 +1,18 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from lance.file import LanceFileReader
 
 from imagerag.errors import UserError
+from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import block, count_blocked
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.pins import pin, pins
 from imagerag.retrieval.publish import (
     PublishConfig,
+    publish,
     published_rows,
     published_version,
     require_published,
@@ -111,16 +115,51 @@ def test_takedown_finds_rows_that_only_an_older_publication_holds(history: Store
     assert history.count() == 30
 
 
-def test_takedown_of_an_indexed_table(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shares_its_file", [True, False])
+def test_takedown_of_an_indexed_table(store: Store, monkeypatch: pytest.MonkeyPatch, *, shares_its_file: bool) -> None:
+    """No file of an index has a trace of the row, whether other rows of its data file stay or not."""
     monkeypatch.setattr("imagerag.retrieval.index._NUM_QUERIES", 20)  # recall is not what is tested
-    append(store, make_rows(0, 1_500))
+    taken = make_rows(
+        7, 8, url=["https://gone.example/0815"], caption=[CAPTION], source=["its source"], licence=["its licence"]
+    )
+    for rows in [pa.concat_tables([make_rows(0, 7), taken])] if shares_its_file else [make_rows(0, 7), taken]:
+        append(store, rows)
+    append(store, make_rows(8, 2_060))
     index = build_index(store, IndexConfig(exact_below=1_000))
     assert index.kind == "IVF_SQ"
-    index_and_publish(store)
-    remove_rows(store, urls=["https://example.org/7.png"])
-    found = Retriever(store.uri, store.name).search(embeddings(0, 1_500, DIM)[7:8], 5)[0]
+    assert publish(store, index, PublishConfig(min_recall=0.0)).published
+    taken = store.dataset().to_table(filter=f"caption = '{CAPTION}'", with_row_id=True)
+    (row,) = taken.to_pylist()
+    traces = [row["id"], row["image_sha256"], row["url"].encode(), b"its source", b"its licence"]
+    assert [trace for trace in traces if not index_files_with(store, trace)] == []
+    before = read_record(store.dataset())
+
+    remove_rows(store, ids=[row["id"].hex()])
+
+    assert [trace for trace in traces if index_files_with(store, trace)] == []
+    assert {row["_rowid"]} & rows_of_vector_indexes(store) == set()
+    assert len(rows_of_vector_indexes(store)) == store.count() == 2_059
+    after = read_record(store.dataset())
+    assert before is not None
+    assert after is not None
+    assert (after.num_trained_rows, after.recalls) == (before.num_trained_rows, before.recalls), "nothing was retrained"
+    found = Retriever(store.uri, store.name).search(embeddings(0, 2_060, DIM)[7:8], 5)[0]
     assert len(found) == 5
-    assert "picture number 7" not in {neighbour.caption for neighbour in found}
+    assert CAPTION not in {neighbour.caption for neighbour in found}
+
+
+def index_files_with(store: Store, content: bytes) -> list[Path]:
+    return [path for path in files_with(store, content) if "_indices" in path.parts]
+
+
+def rows_of_vector_indexes(store: Store) -> set[int]:
+    """Return the addresses of all rows in vector indexes; the same address is another row after a compaction."""
+    files = list(Path(store.uri).rglob("auxiliary.idx"))
+    assert len(files) == 2
+    rows = [LanceFileReader(str(path)).read_all().to_table()["_rowid"].to_pylist() for path in files]
+    assert rows[0]
+    assert set(rows[0]) == set(rows[1])
+    return set(rows[0])
 
 
 def test_a_takedown_can_be_repeated(history: Store) -> None:
