@@ -119,12 +119,10 @@ def test_takedown_finds_rows_that_only_an_older_publication_holds(history: Store
 def test_takedown_of_an_indexed_table(store: Store, monkeypatch: pytest.MonkeyPatch, *, shares_its_file: bool) -> None:
     """No file of an index has a trace of the row, whether other rows of its data file stay or not."""
     monkeypatch.setattr("imagerag.retrieval.index._NUM_QUERIES", 20)  # recall is not what is tested
-    taken = make_rows(
-        7, 8, url=["https://gone.example/0815"], caption=[CAPTION], source=["its source"], licence=["its licence"]
-    )
-    for rows in [pa.concat_tables([make_rows(0, 7), taken])] if shares_its_file else [make_rows(0, 7), taken]:
+    own = {"url": ["https://gone.example/0815"], "source": ["its source"], "licence": ["its licence"]}
+    parts = [make_rows(0, 2_060), make_rows(2_060, 2_061, caption=[CAPTION], **own), make_rows(2_061, 4_121)]
+    for rows in [pa.concat_tables(parts)] if shares_its_file else parts:  # the large ones are not merged with others
         append(store, rows)
-    append(store, make_rows(8, 2_060))
     index = build_index(store, IndexConfig(exact_below=1_000))
     assert index.kind == "IVF_SQ"
     assert publish(store, index, PublishConfig(min_recall=0.0)).published
@@ -138,12 +136,12 @@ def test_takedown_of_an_indexed_table(store: Store, monkeypatch: pytest.MonkeyPa
 
     assert [trace for trace in traces if index_files_with(store, trace)] == []
     assert {row["_rowid"]} & rows_of_vector_indexes(store) == set()
-    assert len(rows_of_vector_indexes(store)) == store.count() == 2_059
+    assert len(rows_of_vector_indexes(store)) == store.count() == 4_120
     after = read_record(store.dataset())
     assert before is not None
     assert after is not None
     assert (after.num_trained_rows, after.recalls) == (before.num_trained_rows, before.recalls), "nothing was retrained"
-    found = Retriever(store.uri, store.name).search(embeddings(0, 2_060, DIM)[7:8], 5)[0]
+    found = Retriever(store.uri, store.name).search(embeddings(2_060, 2_061, DIM), 5)[0]
     assert len(found) == 5
     assert CAPTION not in {neighbour.caption for neighbour in found}
 
