@@ -1,12 +1,15 @@
 """A corpus: what it wants, what it must never contain, and its shards, in a folder at any fsspec URI.
 
     wanted.parquet        the rows that the corpus wants now, from all lists; replaced as a whole
+    outcomes.json         how many of them have which outcome, as long as nothing changes
     takedowns.parquet     the URLs and SHA-256s that it must never contain
     plan/, 00012.*        its shards, with increasing ids; see `Shard`
 
 The files are replaced atomically; takedowns, only if they have not changed since they were read.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +27,16 @@ from imagerag.corpus import url_list
 from imagerag.corpus.shards import Shard, to_parquet
 from imagerag.storage.files import ConflictError, put_file, read_tagged, replace_file
 from imagerag.storage.locks import OnWait, check_locks, writer_lock
+from imagerag.storage.memo import Memo
 
 logger = logging.getLogger(__name__)
 
 TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
 
 _NUM_READERS = 32
+_LAST_LIST = b"imagerag.list"
+_VERSION = ("size", "mtime", "ino", "created", "ETag", "LastModified")
+"""What file systems state about a file, one or the other, that is different when it was written again."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +95,47 @@ class Corpus:
                 columns = [batch.column(name) if name in names else absent for name in url_list.SCHEMA.names]
                 yield pa.table(columns, schema=url_list.SCHEMA)
 
-    def want(self, rows: Iterable[pa.Table]) -> None:
+    def want(self, rows: Iterable[pa.Table], last: str = "", *, is_all: bool = False) -> None:
         """Replace the rows that it wants. The caller must hold the lock.
 
         The file may be too large for one request to an object store, so it is not written conditionally.
+
+        Args:
+            rows: the rows.
+            last: digest of the list that was added last.
+            is_all: whether there are no other rows than those of that list.
         """
+        metadata = {_LAST_LIST: json.dumps({"digest": last, "is_all": is_all}).encode()}
         with TemporaryDirectory(prefix="imagerag-") as folder:
             path = Path(folder, "wanted.parquet")
-            with pq.ParquetWriter(path, url_list.SCHEMA) as writer:
+            with pq.ParquetWriter(path, url_list.SCHEMA.with_metadata(metadata)) as writer:
                 for some in rows:
                     writer.write_table(some.cast(url_list.SCHEMA))
             check_locks()
             put_file(f"{self.uri}/wanted.parquet", path)
+
+    def last_list(self) -> tuple[str, bool]:
+        """Return the digest of the list that was added last, and whether it has all wanted rows; empty if unknown."""
+        fs, root = self.open()
+        with suppress(FileNotFoundError), fs.open(f"{root}/wanted.parquet", "rb") as file:
+            last = json.loads((pq.read_schema(file).metadata or {}).get(_LAST_LIST, b"{}"))
+            return last.get("digest", ""), last.get("is_all", False)
+        return "", False
+
+    def state(self) -> str:
+        """Return a digest of everything that plans and outcomes depend on: the versions of its files, except images."""
+        fs, root = self.open()
+        files = sorted(fs.find(root, detail=True).items())
+        versions = [
+            (path.removeprefix(root), [str(about.get(name)) for name in _VERSION])
+            for path, about in files
+            if path.endswith((".parquet", "_stats.json"))
+        ]
+        return hashlib.sha256(json.dumps(versions).encode()).hexdigest()
+
+    def outcomes(self) -> Memo:
+        """Return where the numbers of outcomes are kept while nothing changes. The messages with them name URLs."""
+        return Memo(f"{self.uri}/outcomes.json", self.state())
 
     def takedowns(self) -> pa.Table:
         """Return what it must not contain; columns as in `TAKEDOWN_SCHEMA`, one of them null in every row."""

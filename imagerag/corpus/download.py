@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -53,7 +53,8 @@ def download(
     This fetches URLs that were never tried, that an earlier run left unfinished, or for which the list has a new
     caption or SHA-256; and it retries transient failures, in at most five runs, or with `retry_failed` all failures. A
     URL that was fetched before must return the same bytes again, unless the list states another SHA-256. A run that was
-    killed at any time is continued by the next call.
+    killed at any time is continued by the next call. If nothing changed since a call that fetched nothing, its outcomes
+    are returned.
 
     With `refresh`, all images that were fetched by URL, and whose SHA-256 no list states, are requested again,
     conditionally on the version that their servers stated. A changed image replaces the previous one, which stays if
@@ -68,10 +69,18 @@ def download(
     started = time.monotonic()
     with corpus.lock(on_wait=lambda said: on_progress(0, 0, said)):
         num_removed = want(corpus, url_list.rows, mode)
-        work = plan(corpus, config.shard_size, retry_failed=retry_failed, refresh=refresh)
-        fetched = list(_fetch(work, config, settings, on_progress))
-        remove_taken_down(corpus)
-        num_rows, counts, examples = _count(corpus)
+        fetched: list[FetchedShard] = []
+        memo = corpus.outcomes()
+        outcomes = None if retry_failed or refresh else memo.recall()
+        if outcomes is None:
+            work = plan(corpus, config.shard_size, retry_failed=retry_failed, refresh=refresh)
+            fetched += _fetch(work, config, settings, on_progress)
+            remove_taken_down(corpus)
+            outcomes = _count(corpus)
+            if not work.num_rows and corpus.state() == memo.state:  # a worker without a driver may have changed it
+                memo.keep(outcomes)
+    num_rows, examples = outcomes["num_rows"], outcomes["examples"]
+    counts = Counter(outcomes["counts"])
     num_failed = counts.total()
     if url_list.num_invalid:
         counts[str(Reason.INVALID_ROW)] = url_list.num_invalid
@@ -95,7 +104,7 @@ def download(
     )
 
 
-def _count(corpus: Corpus) -> tuple[int, Counter[str], dict[str, Sequence[str]]]:
+def _count(corpus: Corpus) -> dict[str, Any]:
     """Return the number of wanted rows, the numbers of failures by reason, and messages about the first of each."""
     num_rows, counts = 0, Counter[str]()
     first: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
@@ -108,7 +117,8 @@ def _count(corpus: Corpus) -> tuple[int, Counter[str], dict[str, Sequence[str]]]
             some = failed.filter(pc.equal(reasons, reason)).slice(0, _NUM_EXAMPLES).to_pylist()
             said = [(row["row"], f"{row['url']:.200}: {row['error_message'] or reason}") for row in some]
             first[reason] = sorted(first[reason] + said)[:_NUM_EXAMPLES]
-    return num_rows, counts, {reason: tuple(printable(said) for _, said in some) for reason, some in first.items()}
+    examples = {reason: [printable(said) for _, said in some] for reason, some in first.items()}
+    return {"num_rows": num_rows, "counts": counts, "examples": examples}
 
 
 def _fetch(work: Work, config: DownloadConfig, settings: Settings, on_progress: OnProgress) -> Iterator[FetchedShard]:

@@ -18,17 +18,24 @@ _MAX_FAILED_RUNS = 5  # of a URL, after which only `retry_failed` tries it again
 
 
 def want(corpus: Corpus, rows: Spool, mode: Literal["add", "replace"]) -> int:
-    """Add `rows` to those that the corpus wants, or replace these by them; return how many are no longer wanted."""
+    """Add `rows` to those that the corpus wants, or replace these by them; return how many are no longer wanted.
+
+    This changes nothing if the corpus last got the same list.
+    """
+    digest = rows.digest()
+    last, is_all = corpus.last_list()
+    if digest == last and (is_all or mode == "add"):
+        return 0
     before = corpus.wanted()
     if (first := next(before, None)) is None:
-        corpus.want(rows)
+        corpus.want(rows, digest, is_all=True)
         return 0
     before_too = distinct(chain(rows, [first], before))
     if mode == "add":
-        corpus.want(before_too)
+        corpus.want(before_too, digest)
         return 0
     num_removed = sum(map(len, before_too)) - rows.num_rows
-    corpus.want(rows)
+    corpus.want(rows, digest, is_all=True)
     return num_removed
 
 

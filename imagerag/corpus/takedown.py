@@ -22,6 +22,7 @@ def remove_images(corpus: Corpus, *, urls: Collection[str] = (), sha256s: Collec
     """
     with corpus.lock():
         corpus.block(urls=urls, sha256s=[sha256.lower() for sha256 in sha256s])
+        corpus.outcomes().forget()
         return remove_taken_down(corpus)
 
 

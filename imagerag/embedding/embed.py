@@ -28,6 +28,7 @@ from imagerag.retrieval.publish import require_rows
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
+from imagerag.storage.memo import Memo
 from imagerag.workers import Dtype, Job, run_job
 
 _IMAGE_SUFFIXES = {".jpg", ".png", ".webp"}
@@ -50,7 +51,8 @@ def embed(
 ) -> Embedded:
     """Synchronise the table of `store` with a corpus, so that it holds exactly the corpus's rows.
 
-    Idempotent: if no rows are missing, neither Ray nor the model is started. URLs with the same image and caption are
+    Idempotent: if no rows are missing, neither Ray nor the model is started, and while neither the corpus nor the table
+    changes, they are not compared again. URLs with the same image and caption are
     one row, with the first URL. A row whose URL, source or licence changed is deleted and added again.
 
     Args:
@@ -73,21 +75,28 @@ def embed(
     identity = resolve(encoder).identity
     with store.writer_lock():
         store.open_or_create(identity)
+        version = store.version
         # Now, as another job may have changed what is wanted while this one waited.
-        found = survey(iter_images(corpus), store)
-        require_rows(store, found.num_wanted, max_shrink)
-        num_removed = store.delete(found.stale)
-        machine_s = 0.0
-        if found.num_missing:
-            machine_s = _embed_missing(found, corpus, store, identity, config, settings, on_progress)
+        state = [corpus.uri, corpus.state(), version, store.created_at(version).isoformat()]
+        memo = Memo(f"{store.uri}/{store.name}.compared.json", state)
+        num_missing, num_removed, machine_s = 0, 0, 0.0
+        if (num_duplicates := memo.recall()) is None:
+            found = survey(iter_images(corpus), store)
+            require_rows(store, found.num_wanted, max_shrink)
+            num_missing, num_duplicates = found.num_missing, found.num_images - found.num_wanted
+            num_removed = store.delete(found.stale)
+            if num_missing:
+                machine_s = _embed_missing(found, corpus, store, identity, config, settings, on_progress)
+            if store.version == version:
+                memo.keep(num_duplicates)
         return Embedded(
             uri=store.uri,
             table=store.name,
             version=store.version,
             num_rows=store.count(),
-            num_added=found.num_missing,
+            num_added=num_missing,
             num_removed=num_removed,
-            num_duplicates=found.num_images - found.num_wanted,
+            num_duplicates=num_duplicates,
             encoder_id=identity.id,
             encoder_digest=identity.digest,
             duration_s=time.perf_counter() - started,

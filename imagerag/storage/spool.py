@@ -5,6 +5,7 @@ Up to `MEMORY_ROWS` rows (and `MEMORY_BYTES`) stay in memory. Larger tables are 
 `NUM_PARTS` parts, whichever is more.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from tempfile import TemporaryFile
@@ -56,6 +57,14 @@ class Spool:
     def table(self) -> pa.Table:
         """Return all rows, in memory."""
         return pa.concat_tables([self._schema.empty_table(), *self])
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the rows and of the batches that they were appended in."""
+        sha256 = hashlib.sha256()
+        for table in self:
+            for batch in table.to_batches():
+                sha256.update(batch.serialize())
+        return sha256.hexdigest()
 
 
 class Parts:

@@ -3,15 +3,19 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from imagerag.artifacts import Download
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
 from imagerag.corpus.guard import Reason
+from imagerag.corpus.plan import plan
 from imagerag.corpus.takedown import remove_images
 from imagerag.corpus.url_list import read_url_list
 from imagerag.embedded.sample.bad import bad_urls
@@ -346,6 +350,37 @@ def test_the_sample_corpus_with_all_its_bad_urls(downloads: Downloads) -> None:
         assert result.num_failed == sum(reason != "success" for reason in expected.values())
         again = downloads.download(rows, config=config, retry_failed=True)
         assert (again.num_fetched, again.num_success) == (result.num_failed, result.num_success + 1)
+
+
+def test_what_is_unchanged_is_not_read_again(downloads: Downloads, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"url": web.serve(f"/t{number}", picture(number)), "caption": "c"} for number in range(5)]
+    rows.append({"url": web.serve("/t9", b"", status=404), "caption": "c"})
+    planned, times = list[int](), replace(downloads.download(rows), num_fetched=0, num_bytes=0)
+    monkeypatch.setattr(
+        "imagerag.corpus.download.plan", lambda *args, **options: planned.append(1) or plan(*args, **options)
+    )
+
+    def again(**options: Any) -> Download:
+        planned.clear()
+        return downloads.download(rows, **options)
+
+    def outcome(result: Download) -> Download:
+        return replace(result, duration_s=0.0, machine_s=0.0)
+
+    assert outcome(again()) == outcome(times)
+    assert planned, "the first of these calls finds that there is nothing to fetch"
+    assert outcome(again()) == outcome(times)
+    assert not planned
+    assert again(retry_failed=True).num_fetched == 1
+    again()
+    assert planned, "the retry wrote a shard"
+    again()
+    assert not planned
+    remove_images(downloads.corpus, urls=[rows[0]["url"]])
+    assert not (downloads.folder / "outcomes.json").exists(), "it may name the URL"
+    assert again().reasons == {"http_status": 1, "taken_down": 1}
+    rows.append({"url": web.serve("/t10", picture(10)), "caption": "c"})
+    assert again().num_fetched == 1
 
 
 def test_the_marker_is_img2datasets(downloads: Downloads, web: Web) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pytest
@@ -59,9 +60,9 @@ def test_a_corpus_from_list_to_list(tmp_path: Path, web: Web) -> None:
     assert planned(corpus) == planned(corpus) == shards, "a plan that was begun is gone on with"
     fetch(corpus, web, 0, 2)
     assert planned(corpus) == {1: shards[1]}
-    num_rows, counts, examples = _count(corpus)
-    assert (num_rows, counts) == (10, {"lost": 4, "http_status": 1})
-    assert examples["lost"] == tuple(f"{web.url(f'/{number}')}: lost" for number in (4, 5, 6))
+    outcomes = _count(corpus)
+    assert (outcomes["num_rows"], outcomes["counts"]) == (10, {"lost": 4, "http_status": 1})
+    assert outcomes["examples"]["lost"] == [f"{web.url(f'/{number}')}: lost" for number in (4, 5, 6)]
 
     # New rows come first; of an unfinished shard, what nobody wants any more is left out.
     assert want(corpus, rows_of(web, 11, 2, 10), "add") == 0
@@ -86,6 +87,44 @@ def test_a_corpus_from_list_to_list(tmp_path: Path, web: Web) -> None:
     recorded = {image["caption"]: image["sha256"] for image in images_of(corpus).to_pylist()}
     assert row["expected_sha256"] == recorded["c0"]
     assert corpus.planned() == [corpus.shard(id) for id in range(6)]
+
+
+def test_the_same_list_again_changes_nothing(tmp_path: Path, web: Web) -> None:
+    corpus = Corpus(str(tmp_path / "shards"))
+
+    def changes(numbers: list[int], mode: Literal["add", "replace"]) -> bool:
+        before = corpus.state()
+        want(corpus, rows_of(web, *numbers), mode)
+        return corpus.state() != before
+
+    a, b = [*range(8)], [6, 7, 8, 9]
+    assert changes(a, "add")
+    assert not changes(a, "add")
+    assert not changes(a, "replace"), "there are no other rows"
+    assert changes(b, "add")
+    assert not changes(b, "add")
+    assert changes(a, "add"), "its rows are the newest now"
+    assert changes(a, "replace"), "those of the other list go"
+    assert not changes(a, "replace")
+    assert changes(a[::-1], "replace"), "another order is another list"
+    assert sum(map(len, corpus.wanted())) == 8
+
+
+def test_a_state_is_another_after_every_change(tmp_path: Path, web: Web) -> None:
+    corpus = Corpus(str(tmp_path / "shards"))
+    states = [corpus.state()]
+    for change in (
+        lambda: want(corpus, rows_of(web, *range(8)), "add"),
+        lambda: plan(corpus, 4, retry_failed=False),
+        lambda: fetch(corpus, web, 0),
+        lambda: fetch(corpus, web, 1),
+        lambda: corpus.block(urls=[web.url("/1")]),
+    ):
+        change()
+        states.append(corpus.state())
+    assert len(set(states)) == len(states)
+    plan(corpus, 4, retry_failed=False)
+    assert corpus.state() == states[-1]
 
 
 def test_rows_of_a_folder_share_shards(tmp_path: Path) -> None:

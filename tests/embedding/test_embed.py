@@ -187,6 +187,14 @@ def test_no_work_starts_nothing(again: World, monkeypatch: pytest.MonkeyPatch) -
     second = corpus.embed()
     assert counts(second) == (21, 0, 0, 1)
     assert second.version == version
+    with monkeypatch.context() as patch:
+        patch.setattr("imagerag.embedding.embed.survey", fail)
+        assert counts(corpus.embed()) == counts(second), "nothing changed since they were compared"
+        corpus.store.dataset().update_config({"another": "version"})
+        with pytest.raises(AssertionError, match="no engine"):
+            corpus.embed()
+    assert counts(corpus.embed()) == counts(second)
+    version = corpus.store.version
     want(corpus.uri, corpus.samples[:5])
     with pytest.raises(UserError, match=r"from 21 rows to 5; at most 50% may go.*--max-shrink 0.77"):
         corpus.embed()
