@@ -27,7 +27,10 @@ from imagerag.retrieval.schema import Embeds, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.storage.hexadecimal import to_hex
 from imagerag.storage.keyed_table import Arrays, KeyedTable, from_column, shape_of
+from imagerag.storage.lance_table import batches_of
+from imagerag.storage.spool import MEMORY_ROWS
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
+from imagerag.training.examples import STORED_REFERENCES
 
 _READ_AHEAD = 2
 _KEPT_BYTES = 2**29
@@ -130,10 +133,13 @@ class RagData:
         self._prompt_embeds = Column(examples, "embed", (dim,))
         uris = [uri for uri in (training_set.real_uri, training_set.teacher_uri) if uri is not None]
         self._latents = [_Latents(KeyedTable.at(uri).dataset()) for uri in uris]
-        listed = examples.to_table(columns=["id", "prompt", "number", "is_held_out", "references"])
+        listed = examples.to_table(columns=["id", "prompt", "number", "is_held_out"])
         self.prompts = Texts(listed["prompt"])
         self._place = self._places(listed["id"])
-        self._read_references(listed["id"], listed["references"])
+        of_index = self._index.read(["id"])["id"]
+        self._own = _places_in(listed["id"], of_index)
+        """Each example's own row of the index (N,), -1 where there is none."""
+        self._references = _references_in(examples, of_index)
 
         # Tables keep the order in which workers were done; a training must not depend on it.
         order = pc.sort_indices(listed["id"]).to_numpy().astype(np.int64)
@@ -254,15 +260,21 @@ class RagData:
             raise UserError(f"the training set lacks {lacking} latents, which were deleted: make it again")
         return places
 
-    def _read_references(self, ids: pa.ChunkedArray, found: pa.ChunkedArray) -> None:
-        """Keep each example's own row of the index (N,) and its references' (N, K), -1 where there is none."""
-        of_index = self._index.read(["id"])["id"]
-        self._own = _places_in(ids, of_index)
+
+def _references_in(examples: LanceDataset, of_index: pa.ChunkedArray) -> npt.NDArray[np.int32]:
+    """Return each example's references as rows of the index (N, K), -1 where there is none."""
+    references = np.full((examples.count_rows(), STORED_REFERENCES), -1, np.int32)
+    # Each batch is looked up among all ids, so about as many references are held as there are ids.
+    batch_rows = max(len(of_index) // STORED_REFERENCES, MEMORY_ROWS)
+    start = 0
+    for batch in batches_of(examples, ["references"], batch_rows):
+        found = batch["references"]
         lengths = pc.list_value_length(found).to_numpy()
-        is_there = np.arange(lengths.max(initial=0)) < lengths[:, None]
-        self._references = np.full(is_there.shape, -1, np.int32)
-        self._references[is_there] = _places_in(pc.list_flatten(found), of_index)
-        assert (self._references[is_there] >= 0).all(), "a reference is no row of the index"
+        places = _places_in(pc.list_flatten(found), of_index)
+        assert (places >= 0).all(), "a reference is no row of the index"
+        references[start : start + len(batch)][np.arange(STORED_REFERENCES) < lengths[:, None]] = places
+        start += len(batch)
+    return references
 
 
 def _places_in(values: pa.ChunkedArray, among: pa.ChunkedArray) -> Ints:
