@@ -318,8 +318,8 @@ class CompactWriter(WebDatasetSampleWriter):  # type: ignore[misc]
     """Writes webdataset shards with one header block per entry and JSON on one line.
 
     img2dataset's own writer puts two more blocks (1 KiB) before each of an image's three entries, for the fractions of
-    a second of its time. Together with indented JSON, they took about a quarter of the interpreter's time for a shard
-    of small images.
+    a second of its time, and copies each entry before. With indented JSON, they took about a third of the interpreter's
+    time for a shard of small images.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -330,6 +330,16 @@ class CompactWriter(WebDatasetSampleWriter):  # type: ignore[misc]
     def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         """Write a row's metadata, and its image and caption if there is an image."""
         if img_str is not None:
-            files = {self.encode_format: img_str, "txt": caption or "", "json": json.dumps(meta)}
-            self.tarwriter.write({"__key__": key} | files)
+            files = {self.encode_format: img_str, "txt": (caption or "").encode(), "json": json.dumps(meta).encode()}
+            for extension in sorted(files):
+                entry, content = _Entry(f"{key}.{extension}"), files[extension]
+                entry.size, entry.mtime, entry.mode = len(content), self.tarwriter.mtime, self.tarwriter.mode
+                self.tarwriter.tarstream.addfile(entry, io.BytesIO(content))
         self.buffered_parquet_writer.write(meta)
+
+
+class _Entry(tarfile.TarInfo):
+    """An entry that nothing changes after it was added, so that `TarFile.addfile` need not copy it."""
+
+    def __copy__(self) -> "_Entry":
+        return self
