@@ -132,10 +132,11 @@ class RagData:
         examples = KeyedTable.at(training_set.references_uri).dataset()
         self._prompt_embeds = Column(examples, "embed", (dim,))
         uris = [uri for uri in (training_set.real_uri, training_set.teacher_uri) if uri is not None]
-        self._latents = [_Latents(KeyedTable.at(uri).dataset()) for uri in uris]
+        latents = [KeyedTable.at(uri).dataset() for uri in uris]
+        self._latents = [_Latents(dataset) for dataset in latents]
         listed = examples.to_table(columns=["id", "prompt", "number", "is_held_out"])
         self.prompts = Texts(listed["prompt"])
-        self._place = self._places(listed["id"])
+        self._place = _latents_of(listed["id"], latents)
         of_index = self._index.read(["id"])["id"]
         self._own = _places_in(listed["id"], of_index)
         """Each example's own row of the index (N,), -1 where there is none."""
@@ -249,16 +250,17 @@ class RagData:
         columns = (np.concatenate(each)[order].astype(np.float32) for each in zip(*read, strict=True))
         return [torch.from_numpy(column) for column in columns]
 
-    def _places(self, ids: pa.ChunkedArray) -> Ints:
-        """Return for each example its latents' table and its row there (N, 2)."""
-        places = np.full((len(ids), 2), -1)
-        for number, table in enumerate(self._latents):
-            rows = _places_in(ids, table.ids)
-            places[rows >= 0] = np.stack([np.full(len(rows), number), rows], axis=1)[rows >= 0]
-        lacking = int((places[:, 1] < 0).sum())
-        if lacking:
-            raise UserError(f"the training set lacks {lacking} latents, which were deleted: make it again")
-        return places
+
+def _latents_of(ids: pa.ChunkedArray, tables: Sequence[LanceDataset]) -> npt.NDArray[np.int32]:
+    """Return for each example its latents' table and its row there (N, 2)."""
+    places = np.full((len(ids), 2), -1, np.int32)
+    for number, table in enumerate(tables):
+        rows = _places_in(ids, table.to_table(columns=["id"])["id"])
+        places[rows >= 0] = np.stack([np.full(len(rows), number), rows], axis=1)[rows >= 0]
+    lacking = int((places[:, 1] < 0).sum())
+    if lacking:
+        raise UserError(f"the training set lacks {lacking} latents, which were deleted: make it again")
+    return places
 
 
 def _references_in(examples: LanceDataset, of_index: pa.ChunkedArray) -> npt.NDArray[np.int32]:
@@ -287,7 +289,6 @@ class _Latents:
     """A table of examples' latents and text features."""
 
     def __init__(self, dataset: LanceDataset) -> None:
-        self.ids: pa.ChunkedArray = dataset.to_table(columns=["id"])["id"]
         names = [name for name in ("latents", "text", "pooled") if name in dataset.schema.names]
         self._columns = [Column(dataset, name, shape_of(dataset.schema.field(name))) for name in names]
 
