@@ -58,8 +58,8 @@ def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: 
             pip_requirements=manifest.requirements,
             metadata={name: getattr(manifest, name) for name in _METADATA},
         )
-    # Any patch release will do, and only wheels are installed: MLflow would ask for this machine's Python, pip and
-    # setuptools, which other machines, and a folder of the requirements' wheels, do not have.
+    # MLflow would name this machine's patch release of Python, its pip and its setuptools. Other machines lack these, a
+    # folder of the requirements' wheels does too, and nothing has to be built.
     python = ".".join(platform.python_version_tuple()[:2])
     (model / "python_env.yaml").write_text(f'python: "{python}"\ndependencies:\n- -r requirements.txt\n')
     (model / CARD).write_text(card, encoding="utf-8")

@@ -42,10 +42,9 @@ def write_packages(requirements: list[str], folder: Path) -> Path:
         for top in {path.parts[0] for path in distribution.files or []} - {"..", "__pycache__"}:
             if not (folder / top).exists():
                 (folder / top).symlink_to(Path(str(distribution.locate_file(top))))
+        extras = ("", *requirement.extras)
         for each in map(Requirement, distribution.requires or []):
-            if each.marker is None or any(
-                each.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)
-            ):
+            if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in extras):
                 wanted.append(each)
     return folder
 
@@ -92,7 +91,8 @@ curl --silent --fail http://127.0.0.1:5000/invocations --header 'Content-Type: a
 
 def ask(model: Path, manager: str, wheels: Path, folder: Path) -> list[dict[str, Any]]:
     """Return the pictures of `mlflow models serve` in an environment that MLflow creates without a network."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("IMAGERAG_", "PIP_", "UV_"))}
+    of_here = ("IMAGERAG_", "PIP_", "PYTHON", "UV_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(of_here)}
     own |= {"UV_OFFLINE": "1", "UV_FIND_LINKS": str(wheels), "UV_CACHE_DIR": str(folder / "cache")}
     own |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
     own |= {"HF_HOME": str(folder / "hub"), "MLFLOW_ENV_ROOT": str(folder / "environments")}
