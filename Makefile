@@ -1,6 +1,6 @@
 # Every target makes the virtual environment when it is missing and reuses it otherwise.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-kill test-cluster test-browser test-gpu bench lint up down lock clean
+.PHONY: help demo test test-unit test-kill test-cluster test-browser test-gpu test-wheels bench lint up down lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -29,10 +29,10 @@ JOBS ?= 3
 
 test: $(STAMP)  ## Run the unit and engine tests, JOBS files at a time.
 	@# More than there are cores: much of an engine test is waiting. The long ones first. A job takes 2 GB, and its Ray more.
-	@$(BIN)/pytest -m "not cluster and not browser and not gpu" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest -m "not cluster and not browser and not gpu and not wheels" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-unit: $(STAMP)  ## Run the tests that take seconds.
-	@$(BIN)/pytest -m "not engines and not cluster and not browser and not gpu"
+	@$(BIN)/pytest -m "not engines and not cluster and not browser and not gpu and not wheels"
 
 KILLS ?= 30
 
@@ -47,6 +47,9 @@ test-browser: $(STAMP)  ## Use the UIs of Prefect and MLflow in Chromium; needs 
 
 test-gpu: $(STAMP)  ## Run the tests that need a GPU.
 	@$(BIN)/pytest -m gpu
+
+test-wheels: $(STAMP)  ## Serve models offline, in MLflow's own environments; needs a package index, uv and pyenv.
+	@$(BIN)/pytest -m wheels
 
 bench: $(STAMP)  ## Measure speed and memory against peers; writes the table that the README shows.
 	@$(BIN)/python -m tests.bench

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from imagerag.registry.package import DISTRIBUTION, Manifest
+from imagerag.registry.package import Manifest
 
 if TYPE_CHECKING:
     from imagerag.retrieval.search import Retriever
@@ -68,7 +68,7 @@ def model_card(manifest: Manifest, sources: Mapping[tuple[str, str], int], resul
             "",
             "## Needs",
             "",
-            f"{DISTRIBUTION} {manifest.packages[DISTRIBUTION]}, with {', '.join(manifest.requirements)}",
+            ", ".join(f"{name} {version}" for name, version in manifest.packages.items()),
             "",
         ]
     )

@@ -58,9 +58,10 @@ def write_model(model: Path, folder: Path, manifest: Manifest, card: str, grid: 
             pip_requirements=manifest.requirements,
             metadata={name: getattr(manifest, name) for name in _METADATA},
         )
-    # Any patch release will do: a machine without the one that is installed here could not make MLflow's environment.
-    path, python = model / "python_env.yaml", platform.python_version()
-    path.write_text(path.read_text().replace(f"python: {python}", f'python: "{python.rpartition(".")[0]}"'))
+    # MLflow would name this machine's patch release of Python, its pip and its setuptools. Other machines lack these, a
+    # folder of the requirements' wheels does too, and nothing has to be built.
+    python = ".".join(platform.python_version_tuple()[:2])
+    (model / "python_env.yaml").write_text(f'python: "{python}"\ndependencies:\n- -r requirements.txt\n')
     (model / CARD).write_text(card, encoding="utf-8")
     if grid is not None:
         shutil.copy(grid, model / GRID)

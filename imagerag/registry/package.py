@@ -89,9 +89,10 @@ class Manifest:
 
     @property
     def requirements(self) -> list[str]:
-        """Requirements of this package, with exact versions, for pip."""
+        """Exact versions for pip, of this package too, unless the model is portable and has a copy of it."""
         # Local versions (`2.13.0+cpu`) are builds that package indexes don't have.
-        return [f"{name}=={own.split('+')[0]}" for name, own in self.packages.items() if name != DISTRIBUTION]
+        versions = {name: version.split("+")[0] for name, version in self.packages.items()}
+        return [f"{name}=={own}" for name, own in versions.items() if not (self.portable and name == DISTRIBUTION)]
 
 
 def pack(folder: Path, finetuned: Finetuned, retriever: "Retriever", *, portable: bool) -> Manifest:

@@ -28,11 +28,10 @@ from mlflow.pyfunc.scoring_server import init
 from PIL import Image
 from starlette.testclient import TestClient
 
-import imagerag
 from imagerag.errors import UserError
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
-from imagerag.registry.fetch import download, pull, pull_served
+from imagerag.registry.fetch import download, pull
 from imagerag.registry.serving import make_rows
 from imagerag.registry.versions import register
 from imagerag.registry.waiting import BusyError, Waiting, WaitingConfig
@@ -266,31 +265,6 @@ def test_a_portable_model_needs_no_store(home: Home, tmp_path: Path) -> None:
     assert rows_of(pulled, [PROMPT], **PARAMS) == expected
     with pytest.raises(UserError, match="is not to be had: there is no such table"):
         pull(home.settings, "1", tmp_path / "more")
-
-
-ELSEWHERE = """
-import json, sys
-sys.path[:] = [path for path in sys.path if path != sys.argv[2]]
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-import mlflow
-model = mlflow.pyfunc.load_model(sys.argv[1])
-import imagerag
-print(json.dumps([imagerag.__file__, model.metadata.metadata, model.predict([{"prompt": "a red dragon"}])]))
-"""
-
-
-def test_a_portable_model_needs_no_package(home: Home, tmp_path: Path) -> None:
-    """Whoever has its requirements can load it: MLflow's own environments have no more."""
-    register(home.finetuned("second"), home.settings, portable=True)
-    pull_served(home.settings, "1", tmp_path / "model")
-    root = str(Path(imagerag.__file__).parent.parent)
-    file, metadata, rows = run(home, tmp_path, ELSEWHERE, str(tmp_path / "model"), root)
-    assert file == str(tmp_path / "model" / "code" / "imagerag" / "__init__.py")
-    assert (metadata["index_name"], metadata["portable"]) == ("images", True)
-    assert len(rows[0]["references"]) == 4
-    sample = tmp_path / "model" / "code" / "imagerag" / "embedded" / "sample"
-    assert sample.is_dir()
-    assert not (sample / "data").exists()
 
 
 def test_a_version_states_its_dtype(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

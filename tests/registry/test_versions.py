@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from imagerag.artifacts import CachedFeatures, Registered
@@ -65,12 +66,16 @@ def test_a_version_pins_all_that_its_pictures_depend_on(champion: Home, tmp_path
     assert manifest.packages.keys() >= {"imagerag-turbo", "torch", "diffusers", "pylance"}
     assert {path.split("/")[0] for path in manifest.files} == {"adapter", "lora"}
     assert all("==" in each and "+" not in each for each in manifest.requirements)
-    assert not any(each.startswith("imagerag") for each in manifest.requirements)
+    assert f"imagerag-turbo=={manifest.packages['imagerag-turbo']}" in manifest.requirements
+    assert not any(each.startswith("imagerag") for each in replace(manifest, portable=True).requirements)
 
     folder = tmp_path / "model"
     assert (folder / "requirements.txt").read_text().splitlines() == manifest.requirements
-    python = f'python: "{sys.version_info.major}.{sys.version_info.minor}"\n'
-    assert (folder / "python_env.yaml").read_text().startswith(python), "whichever patch release a machine has"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert yaml.safe_load((folder / "python_env.yaml").read_text()) == {
+        "python": python,  # whichever patch release a machine has
+        "dependencies": ["-r requirements.txt"],  # and no pip and setuptools that are in no folder of their wheels
+    }
     example = json.loads((folder / "serving_input_example.json").read_text())
     assert example["dataframe_split"] == {"columns": ["prompt"], "data": [["a red dragon"]]}
     assert example["params"] == {"seed": 0, "num_images": 1}
