@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.artifacts import Sweep
 from imagerag.corpus.corpus import Corpus
-from imagerag.corpus.ledger import iter_attempts
+from imagerag.corpus.ledger import having, iter_attempts
 from imagerag.corpus.takedown import remove_images
 from imagerag.errors import UserError
 from imagerag.retrieval.blocklist import Column, blocked, matches
@@ -108,7 +108,11 @@ def find(
 def _known(store: Store, corpus: Corpus, wanted: Mapping[Column, Collection[str]]) -> pa.Table:
     """Return what was ever fetched, and rows of the table, that have one of some values in one of some columns."""
     found = [_KNOWN.empty_table()]
-    for batch in chain.from_iterable(rows.to_batches(max_chunksize=_BATCH_ROWS) for rows in iter_attempts(corpus)):
+    where = None  # ids have to be computed of all rows
+    if not wanted.get("id"):
+        where = having(urls=wanted.get("url", ()), sha256s=wanted["image_sha256"])
+    attempts = iter_attempts(corpus, where)
+    for batch in chain.from_iterable(rows.to_batches(max_chunksize=_BATCH_ROWS) for rows in attempts):
         batch = batch.filter(pc.is_valid(batch["sha256"]))
         ids = row_ids(batch["sha256"], batch["caption"])
         rows = pa.table([ids, batch["url"], from_hex(batch["sha256"].to_pylist(), SHA256)], schema=_KNOWN)

@@ -1,6 +1,6 @@
 """The ledger: the outcome of every URL, derived from the finished shards and stored nowhere else."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -85,17 +85,29 @@ def _latest(attempts: pa.Table) -> pa.Table:
     return attempts
 
 
-def iter_attempts(corpus: Corpus) -> Iterator[pa.Table]:
-    """Yield every row of every finished shard, ignoring takedowns, in batches; columns as in `SCHEMA`."""
+def iter_attempts(corpus: Corpus, where: pc.Expression | None = None) -> Iterator[pa.Table]:
+    """Yield the rows of all finished shards, ignoring takedowns, in batches; columns as in `SCHEMA`.
+
+    Args:
+        corpus: the corpus.
+        where: condition on the stored columns (those of `SCHEMA` without `reason` and `shard`); by default, all rows.
+    """
     finished = corpus.finished()
     fs, root = corpus.open()
     paths = [f"{root}/{shard.name}.parquet" for shard in finished]
     stored = pa.schema([field for field in SCHEMA if field.name not in ("reason", "shard")])
     for start in range(0, len(paths), _SHARDS_AT_ONCE):
         some = ds.dataset(paths[start : start + _SHARDS_AT_ONCE], schema=stored, filesystem=fs, format="parquet")
-        rows = some.to_table()
+        rows = some.to_table(filter=where)
         rows = rows.append_column("shard", pc.divide(pc.cast(rows["key"], pa.int64()), 10**ROW_DIGITS))
         yield _with_reasons(rows)
+
+
+def having(*, urls: Collection[str], sha256s: Collection[str]) -> pc.Expression:
+    """Return the condition of `iter_attempts` for rows with one of these URLs or SHA-256s."""
+    wanted = {"url": urls, "sha256": sha256s}
+    by_url, by_sha256 = (pc.field(name).isin(pa.array(values, pa.string())) for name, values in wanted.items())
+    return by_url | by_sha256
 
 
 def with_takedowns(rows: pa.Table, takedowns: pa.Table, *hash_columns: str) -> pa.Table:

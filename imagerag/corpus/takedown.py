@@ -9,7 +9,7 @@ import fsspec
 import pyarrow.compute as pc
 
 from imagerag.corpus.corpus import Corpus
-from imagerag.corpus.ledger import iter_attempts, with_takedowns
+from imagerag.corpus.ledger import having, iter_attempts, with_takedowns
 from imagerag.corpus.shards import Shard
 from imagerag.storage.files import write_file
 
@@ -40,7 +40,8 @@ def remove_taken_down(corpus: Corpus) -> int:
     for shard in set(corpus.planned()) - set(corpus.finished()):
         _remove_unfinished_tar(shard)
     num_removed = 0
-    for attempts in iter_attempts(corpus):
+    urls, sha256s = (takedowns[name].drop_null().to_pylist() for name in ("url", "sha256"))
+    for attempts in iter_attempts(corpus, having(urls=urls, sha256s=sha256s)):
         judged = with_takedowns(attempts.filter(pc.equal(attempts["status"], "success")), takedowns)
         taken = judged.filter(pc.equal(judged["status"], "failed")).group_by("shard").aggregate([("key", "list")])
         num_removed += sum(_remove_samples(corpus.shard(row["shard"]), {*row["key_list"]}) for row in taken.to_pylist())
