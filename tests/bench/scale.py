@@ -16,8 +16,12 @@ import pyarrow as pa
 
 from imagerag import takedown
 from imagerag.base.model import load_base
+from imagerag.corpus.config import DownloadConfig
+from imagerag.corpus.download import download
 from imagerag.corpus.ledger import iter_images
 from imagerag.corpus.plan import plan
+from imagerag.embedding.config import EmbedConfig
+from imagerag.embedding.embed import embed
 from imagerag.embedding.survey import survey
 from imagerag.retrieval import feature_column
 from imagerag.retrieval.checks import check_rows
@@ -105,10 +109,43 @@ def _timed(measured: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
+def _read_list(world: World) -> Callable[[], None]:
+    def measured() -> None:
+        assert world.url_list.rows.num_rows == world.num_rows
+
+    return measured
+
+
 def _plan_download(world: World) -> Callable[[], None]:
     def measured() -> None:
         assert not plan(world.corpus, SHARD_ROWS, retry_failed=False).num_rows
 
+    return measured
+
+
+def _download(world: World) -> Callable[[], None]:
+    rows = world.url_list
+
+    def measured() -> None:
+        done = download(rows, corpus=world.corpus, config=DownloadConfig(), settings=world.settings, mode="replace")
+        assert (done.num_success, done.num_fetched) == (world.num_rows, 0)
+
+    measured()  # which is what the step before measures, and what it finds is kept
+    return measured
+
+
+def _embed(world: World) -> Callable[[], None]:
+    def measured() -> None:
+        done = embed(
+            corpus=world.corpus,
+            store=world.store,
+            encoder=world.encoder,
+            config=EmbedConfig(),
+            settings=world.settings,
+        )
+        assert (done.num_rows, done.num_added, done.num_removed) == (world.num_rows, 0, 0)
+
+    measured()
     return measured
 
 
@@ -204,8 +241,11 @@ def _update(world: World) -> Callable[[], None]:
 _URL = "https://images.example/7.jpg"
 UPDATE = f"re-index of {NUM_NEW:,} rows, without the download and the models"
 STEPS = {
-    "ingest with nothing to do: what to download": Step(_plan_download, BAR),
-    "ingest with nothing to do: what to embed": Step(_compare, BAR),
+    "reading a list": Step(_read_list),
+    "what to download, after a change": Step(_plan_download),
+    "what to embed, after a change": Step(_compare),
+    "ingest with nothing to do: download": Step(_download, BAR),
+    "ingest with nothing to do: embed": Step(_embed, BAR),
     "index and publish with nothing to do": Step(_publish, BAR),
     "publish's checks of rows": Step(_check),
     "`index status`, and `doctor` of an index": Step(_status, BAR),

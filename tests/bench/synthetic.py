@@ -14,9 +14,12 @@ from diffusers import UNet2DConditionModel
 
 from imagerag.artifacts import TrainingSet
 from imagerag.base.files import resolve
-from imagerag.corpus import ledger, url_list
+from imagerag.corpus import ledger
 from imagerag.corpus.corpus import Corpus
+from imagerag.corpus.plan import want
 from imagerag.corpus.shards import ROW_DIGITS, SHARD_DIGITS
+from imagerag.corpus.url_list import UrlList, read_url_list
+from imagerag.embedding import encoder_files
 from imagerag.embedding.survey import with_ids
 from imagerag.hspace.cache import identities_of
 from imagerag.retrieval import feature_column
@@ -32,6 +35,7 @@ from imagerag.storage.lance_table import batches_of
 from imagerag.training.config import SynthesizeConfig
 from imagerag.training.examples import STORED_REFERENCES, Examples
 from imagerag.training.synthesize import describe
+from tests.embedding.conftest import write_encoder
 from tests.generation.folders import small_unet
 from tests.generation.with_index import make_pipeline
 
@@ -40,7 +44,7 @@ DIM = 16
 SHARD_ROWS = 10_000
 PUBLISH = PublishConfig(min_recall=0.5)  # random vectors have no near neighbours
 _CHUNK_ROWS = 100_000
-_ENCODER = EncoderIdentity(id="synthetic", digest="0" * 64, dim=DIM)
+_LIST = pa.schema([(name, pa.string()) for name in ("url", "caption", "source", "licence")])
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,16 @@ class World:
         return Corpus(self.settings.shards_of(NAME))
 
     @property
+    def url_list(self) -> UrlList:
+        """The list that the corpus is of."""
+        return read_url_list(str(self.settings.home / "list.parquet"))
+
+    @property
+    def encoder(self) -> str:
+        """An encoder whose embeddings are small."""
+        return str(self.folder / "encoder")
+
+    @property
     def base(self) -> str:
         """A base model whose features are small."""
         return str(self.folder / "base")
@@ -87,6 +101,10 @@ class World:
         uris = {"real_uri": self._table("real").table_uri, "references_uri": self._table("references").table_uri}
         return replace(describe(self.examples), **uris)
 
+    @property
+    def _encoder_identity(self) -> EncoderIdentity:
+        return encoder_files.resolve(self.encoder).identity
+
     def _table(self, name: str) -> KeyedTable:
         columns = {
             "real": [pa.field("prompt", pa.string()), array_field("latents", (4, 2, 2)), array_field("text", (1, 8))],
@@ -102,6 +120,8 @@ class World:
 
     def make(self) -> None:
         """Make everything."""
+        if not Path(self.encoder).exists():
+            write_encoder(Path(self.encoder), seed=0)
         if not Path(self.base).exists():
             unet = UNet2DConditionModel(**small_unet() | {"cross_attention_dim": 384, "sample_size": 4})
             make_pipeline(unet=unet).save_pretrained(self.base)
@@ -139,7 +159,7 @@ class World:
             rows = with_ids(images)
             rows = rows.append_column("image", pa.repeat(pa.scalar(b"an image", pa.large_binary()), len(images)))
             rows = rows.append_column("text_embed", embeds).append_column("image_embed", embeds)
-            yield rows.select(row_schema(_ENCODER).names)
+            yield rows.select(row_schema(self._encoder_identity).names)
 
     def fill(self) -> None:
         """Give all rows features of zeros."""
@@ -177,12 +197,15 @@ class World:
                 info = tarfile.TarInfo(f"{key}.jpg")
                 info.size = 8
                 tar.addfile(info, io.BytesIO(b"an image"))
+        with pq.ParquetWriter(self.settings.home / "list.parquet", _LIST) as writer:
+            for images in self.images(0, self.num_rows):
+                writer.write_table(images.select(_LIST.names))
         with corpus.lock():
-            corpus.want(map(_wanted, self.images(0, self.num_rows)))
+            want(corpus, self.url_list.rows, "replace")
 
     def _write_table(self) -> None:
         store = self.store
-        store.create(_ENCODER)
+        store.create(self._encoder_identity)
         rows = self.rows(0, self.num_rows)
         store.commit([fragment for some in rows for fragment in store.write_fragments(some)], store.version)
         self.fill()
@@ -195,13 +218,6 @@ class World:
             for rows in batches_of(self.store.dataset(), ["id", "caption"], _CHUNK_ROWS):
                 fragments += table.write_fragments(_computed(table, rows))
             table.commit(fragments, version)
-
-
-def _wanted(images: pa.Table) -> pa.Table:
-    absent = pa.nulls(len(images), pa.string())
-    columns = {name: images[name] if name in ("url", "caption", "source", "licence") else absent
-               for name in url_list.SCHEMA.names}  # fmt: skip
-    return pa.table(columns, schema=url_list.SCHEMA)
 
 
 def _computed(table: KeyedTable, rows: pa.Table) -> pa.Table:
