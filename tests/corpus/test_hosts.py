@@ -228,6 +228,18 @@ def test_a_friendly_host_is_not_remembered() -> None:
     assert hosts["a"] is not known
 
 
+def test_a_host_that_failed_once_or_may_not_be_asked_yet_is_remembered() -> None:
+    failed, asked = (Hosts(DownloadConfig(per_host_rate=rate), clock=lambda: 0.0) for rate in (None, 1))
+    queue = Queue(["http://a/"], failed)
+    queue.failed(queue.take(), FetchError(Reason.TIMEOUT, "no"))
+    queue = Queue(["http://a/"], asked)
+    queue.succeeded(queue.take())
+    for hosts in (failed, asked):
+        known = hosts["a"]
+        hosts.forget_ordinary()
+        assert hosts["a"] is known
+
+
 def test_threads_bring_every_url_to_its_end_once() -> None:
     config = DownloadConfig(per_host=3, back_off_s=0.001, retries=2)
     urls = [f"http://host{number % 7}/{number}" for number in range(700)]
