@@ -43,7 +43,9 @@ def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_a_large_file_is_hashed_again_only_after_a_change(tmp_path: Path, hashed: list[str]) -> None:
-    small, large, more = (file(tmp_path / name, b"1" * size) for name, size in (("small", 3), ("large", 4), ("more", 9)))
+    small, large, more = (
+        file(tmp_path / name, b"1" * size) for name, size in (("small", 3), ("large", 4), ("more", 9))
+    )
     first = digest_of({"s": small, "l": large})
     digest_of({"m": more})
     hashed.clear()
