@@ -56,3 +56,5 @@ def test_prompts_and_pictures_that_were_learnt_from_are_counted(tmp_path: Path) 
         num_images_learnt=1,  # that of cup, as a mug; that of fish is held out as a boat
         num_near_duplicates=2,  # those of cup and harp
     )
+    nothing = measure_leakage(retriever, ("star",), training_set(examples.table_uri))
+    assert (nothing.num_images, nothing.num_near_duplicates) == (0, 0)
