@@ -63,7 +63,7 @@ class Pace:
         self._drop_old(now)
 
     def refused(self, now: float, resume_at: float) -> None:
-        """Cut the rate after a refusal; no request is made before `resume_at`."""
+        """Cut the rate after a refusal; no request is made before `resume_at`, which is not before `now`."""
         self._drop_old(now)
         seen = float(len(self._taken))
         rate = self.rate(now)
@@ -72,7 +72,7 @@ class Pace:
         elif now - self._resumed_at > 1:
             self._growth_s = min(2 * self._growth_s, _MAX_GROWTH_S)
         self._rate = max(_MIN_RATE, _CUT * min(rate, max(seen, rate / 2)))
-        self._resumed_at = self.next_at = max(now, resume_at)
+        self._resumed_at = self.next_at = resume_at
 
     def _drop_old(self, now: float) -> None:
         while self._taken and self._taken[0] <= now - 1:

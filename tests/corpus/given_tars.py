@@ -83,7 +83,9 @@ def _tars() -> list[Given]:
         ),
         Given(
             what="a caption in JSON alone",
-            make=_tar([("0.png", encoded(scene((60, 90)), "PNG")), ("0.json", b'{"text": "a", "licence": "MIT"}')]),
+            make=_tar(
+                [("0.png", encoded(scene((60, 90)), "PNG")), ("0.json", b'{"text": "a", "licence": "MIT", "image": 0}')]
+            ),
             outcomes={"a": "success"},
         ),
         Given(what="a tar without captions", make=_tar(good[:1]), error="has no column that looks like 'caption'"),

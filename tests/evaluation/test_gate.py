@@ -150,7 +150,9 @@ def test_a_candidate_does_not_pass_where_the_metric_was_not_measured() -> None:
     found = results(way("base", NOISE), way("adapter", BETTER))
     decision = decide(found, GateConfig(metric="tifa"), has_champion=False)
     assert not decision.passed
-    assert decision.summary().startswith("tifa is measured: it needs files.tifa_questions")
+    assert decision.summary() == (
+        "tifa is measured: it needs files.tifa_questions; promote by hand, or name another metric"
+    )
     unknown = Score(estimate=estimate(NOISE), by_prompt=(None,) * NUM)
     base = replace(found.base_model, scores=dict(found.base_model.scores) | {"clip_score": unknown})
     decision = decide(results(base, found.candidate), CONFIG, has_champion=False)
@@ -188,6 +190,20 @@ def test_results_survive_json_and_say_what_was_not_measured() -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") == lines[0].count("|") for line in lines[:5])
     assert "| slerp, w = 0.2 | 0.400 | 0.500 |" in text
+    assert list(replace(found, categories=("",) * NUM).slices()) == [], "they are no slices of one category"
+
+
+def test_a_run_has_the_metrics_of_every_way() -> None:
+    base, candidate = way("base", NOISE), way("adapter", BETTER)
+    flat = results(replace(base, latency=None, copies=None), candidate).flat()
+    assert {name: value for name, value in flat.items() if not name.startswith("best_slerp")} == {
+        "base/clip_score": NOISE.mean(),
+        "base/frechet": 5.0,
+        "adapter/clip_score": BETTER.mean(),
+        "adapter/frechet": 5.0,
+        "adapter/ms": 100.0,
+        "adapter/copies": 0.5,
+    }
 
 
 def test_the_table_says_how_often_the_judges_disagree() -> None:
@@ -199,5 +215,10 @@ def test_the_table_says_how_often_the_judges_disagree() -> None:
     }
     own = replace(way("base", NOISE), scores=scores)
     assert own.disputed.tolist() == [False, True, True, False]
-    head, row = list(results(own, metrics=about).rows())[:2]
-    assert dict(zip(head, row, strict=True))["judges disagree"] == "0.500"
+    unmeasured = {"kernel": MetricAbout(title="kernel", larger_is_better=False)}
+    found = results(own, slerp=replace(slerp_of(own), copies=None, latency=None), metrics=about | unmeasured)
+    head, *rows = found.rows()
+    whole, less = (dict(zip(head, row, strict=True)) for row in rows)
+    assert (whole["judges disagree"], whole["kernel ↓"]) == ("0.500", "not measured")
+    assert (whole["copies"], whole["ms per image"], rows[0][-1]) == ("0.500", "100", "1.0 + 2.0 + 3.0 + 4.0")
+    assert (less["copies"], less["ms per image"], rows[1][-1]) == ("", "", "")

@@ -140,6 +140,11 @@ def test_copies_are_found_and_drawings_of_the_same_are_none(drawn: tuple[Real, l
     assert measure_copies(pictures_of(real, images, numbers), threshold) is None, "shown nothing"
 
 
+def test_larger_is_better_of_all_but_distances() -> None:
+    assert all(metric.larger_is_better for metric in (Recognised, TextScore, ClipScore, Aesthetics, Tifa))
+    assert not any(metric.larger_is_better for metric in (Distance, Cmmd, Fid))
+
+
 def test_too_little_is_not_measured(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
     real, images, numbers = drawn
     few = Real(real.ids[:10], real.images[:10], real.prompts[:10])

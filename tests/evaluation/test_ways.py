@@ -32,6 +32,11 @@ def test_a_default_is_no_more_than_an_index_has_rows(tmp_path: Path, finetuned: 
     ways = ways_of(config, finetuned, "tiny", three, Deployed(folder=str(tmp_path), index=five))
     numbers = {way.name: way.num_references for way in ways if way.is_column}
     assert numbers == {"base": 0, "slerp": 1, "adapter": 3, "random": 3, "champion": 4}
+    columns = {way.curve: way.setting for way in ways if way.is_column}
+    points = [(way.curve, way.setting) for way in ways if not way.is_column]
+    settings = {"slerp": config.slerp_ws, "adapter": config.adapter_scales}
+    assert points == [(curve, each) for curve, own in settings.items() for each in own if each != columns[curve]]
+    assert len(points) < sum(map(len, settings.values())), "a setting that is a column's is no point beside it"
 
 
 def test_a_request_for_more_is_refused(tmp_path: Path, finetuned: Finetuned) -> None:

@@ -25,6 +25,7 @@ def ids(rows: list[Neighbour]) -> list[str]:
         ("A red fox with an umbrella, next to the castle", ["red fox", "umbrella", "castle"]),
         ("two cats on a mat", ["cats", "mat"]),
         ("cat and cat", []),
+        ("a cat, ", []),
         ("sandwich", []),
         ("ein Hund und eine Katze", []),
     ],
@@ -36,6 +37,7 @@ def test_phrases(prompt: str, phrases: list[str]) -> None:
 def test_no_caption_takes_all_places() -> None:
     ranking = [row("a1", "a"), row("a2", "a"), row("a3", "a"), row("b1", "b"), row("a4", "a"), row("c1", "c")]
     assert ids(diversify(ranking, 4, 2)) == ["a1", "a2", "b1", "c1"]
+    assert ids(diversify(ranking, 3, 2)) == ["a1", "a2", "b1"]
     assert ids(diversify(ranking, 1, 2)) == ["a1"]
 
 

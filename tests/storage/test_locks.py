@@ -137,6 +137,21 @@ def test_a_lease_of_another_machine_is_kept_while_it_is_renewed(
     assert holder_of(folder) == {}
 
 
+def test_a_lease_that_was_found_lost_while_it_was_renewed_is_lost_at_once(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the time since the last renewal: another process may be writing already."""
+    monkeypatch.setattr(locks, "_RENEW_EVERY_S", 0.05)
+    lease = locks._Lease(f"{folder}/images.lock")
+    lease.acquire(pytest.fail)
+    write_file(f"{folder}/images.lock", json.dumps(locks._about_this_job() | {"job": "another"}).encode())
+    lease._thread.join(10)  # it ends when it finds out
+    with pytest.raises(LockLostError, match="taken over by `another`"):
+        lease.check()
+    lease.release()
+    assert holder_of(folder)["job"] == "another"
+
+
 def test_a_lost_lock_stops_a_job_before_its_next_commit(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images = Store(folder, "images")
     images.open_or_create(ENCODER)

@@ -62,6 +62,14 @@ def test_references_are_the_features_that_are_cached(data: RagData, base: BaseMo
     assert (batch.similarities[0, 1:] < 0.9).all()
 
 
+def test_references_are_the_same_in_any_number_of_batches(
+    data: RagData, world: World, training_set: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "MEMORY_ROWS", 3)
+    assert len(data.prompts) > 2 * 3
+    assert np.array_equal(world.data(training_set)._references, data._references)
+
+
 def test_nothing_that_is_held_out_is_learnt_from_or_shown(data: RagData) -> None:
     assert {data.prompts[row] for row in data.held_out} == set(HELD_OUT)
     assert not {data.prompts[row] for row in data.learnt} & set(HELD_OUT)

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from imagerag.recipes.tiny_base.teacher import build_scheduler, build_unet
 from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
-from imagerag.training.discriminator import build_discriminator, discriminator_loss, generator_loss
+from imagerag.training.discriminator import Head, build_discriminator, discriminator_loss, generator_loss
 from imagerag.training.ladd import Ladd
 from imagerag.training.perceptual import LatentDistance, LatentNetwork
 
@@ -36,6 +36,10 @@ def test_hinge_losses() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
     assert discriminator_loss(real, fake) == pytest.approx(0.25 + 0.5)
     assert generator_loss(fake) == pytest.approx(1.5)
+
+
+def test_a_head_has_one_logit_per_position() -> None:
+    assert Head(8, 4)(torch.zeros(2, 8, 5, 3), torch.zeros(2, 4)).shape == (2, 5 * 3)
 
 
 def test_only_the_heads_learn(ladd: Ladd) -> None:

@@ -57,7 +57,9 @@ def test_the_teachers_pictures_are_counted(world: World, made: Plan) -> None:
 
 def test_losses_that_are_switched_off_cost_nothing(world: World, made: Plan) -> None:
     alone = CONFIG.model_copy(update={"losses": LossWeights(adversarial=0.0, perceptual=0.0)})
-    assert plan(world.examples(), alone).tflop_per_row < 0.8 * made.tflop_per_row
+    found = plan(world.examples(num_teacher_latents=10, guidance_scale=1.0), alone)
+    forward = found.teacher_tflop / 20
+    assert 1.3 * forward < found.tflop_per_row < 0.8 * made.tflop_per_row, "it goes backward through the decoder"
 
 
 def test_the_encoder_keeps_no_activations(world: World, made: Plan) -> None:
