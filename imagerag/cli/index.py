@@ -30,7 +30,9 @@ def status(name: NameOption = None) -> None:
     else:
         typer.echo(f"published  version {state.published_version}, {state.num_rows:,} rows, index {state.kind}")
     if state.recalls:
-        typer.echo("recall     " + ", ".join(f"{name} {value:.3f}" for name, value in state.recalls.items()))
+        measured = ", ".join(f"{name} {value:.3f}" for name, value in state.recalls.items())
+        since = f", measured before {state.num_new_rows:,} rows were added" if state.num_new_rows else ""
+        typer.echo(f"recall     {measured}{since}")
     for cached in state.features:
         made_by = f"{cached.base}, fit {cached.fit}, digest {cached.digest}"
         typer.echo(f"features   of {cached.num_rows:,} rows for {made_by}")

@@ -59,6 +59,8 @@ class IndexStatus:
     recall_at_10: float | None
     recalls: Mapping[str, float]
     """Measured recalls of the published version's index, by name; empty if search is exact."""
+    num_new_rows: int
+    """Number of rows that were added since the recalls were measured."""
     features: tuple[FeaturesEntry, ...]
     newest_version: int
     num_newest_rows: int
@@ -204,6 +206,7 @@ def status(store: Store) -> IndexStatus:
         kind=record.kind if record else None,
         recall_at_10=record.recall_at_10 if record else None,
         recalls=record.recalls if record else {},
+        num_new_rows=record.num_new_rows if record else 0,
         features=() if published is None else tuple(_features_of(published)),
         newest_version=int(newest.version),
         num_newest_rows=int(newest.count_rows()),

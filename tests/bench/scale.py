@@ -1,6 +1,7 @@
 """What drivers do where little or nothing changed, at ten times the rows: time, growth and peak memory of each step.
 
-`BENCH_SCALE_ROWS=100000,10000000` measures other numbers of rows than `--scale` names.
+`BENCH_SCALE_ROWS=100000,10000000` measures other numbers of rows than `--scale` names. In `BENCH_SCALE_FOLDER`, the
+tables that a run made are kept if it is interrupted.
 """
 
 import math
@@ -35,6 +36,7 @@ from tests.bench.harness import Row, Scale, in_fresh_process, median
 from tests.bench.synthetic import NAME, PUBLISH, SHARD_ROWS, World
 
 ROWS = "BENCH_SCALE_ROWS"
+FOLDER = "BENCH_SCALE_FOLDER"
 NUM_ROWS: dict[Scale, tuple[int, int]] = {"small": (10_000, 100_000), "full": (100_000, 1_000_000)}
 BAR = 3.0
 """Of what should not depend on the number of rows."""
@@ -67,6 +69,7 @@ class Cost:
 
 def run(scale: Scale, folder: Path) -> list[Row]:
     """Measure each step on the smaller and the larger table, each in a process of its own."""
+    folder = Path(os.environ.get(FOLDER, folder))
     few, many = (int(number) for number in os.environ[ROWS].split(",")) if ROWS in os.environ else NUM_ROWS[scale]
     for num_rows in (few, many):
         in_fresh_process(_make, folder, num_rows)

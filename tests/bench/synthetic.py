@@ -119,7 +119,10 @@ class World:
         return KeyedTable.of(self.settings.training_of(NAME), name, {}, columns[name])
 
     def make(self) -> None:
-        """Make everything."""
+        """Make everything, unless an interrupted run did: ten million rows take half an hour."""
+        made = self.settings.home / "made"
+        if made.exists():
+            return
         if not Path(self.encoder).exists():
             write_encoder(Path(self.encoder), seed=0)
         if not Path(self.base).exists():
@@ -128,6 +131,7 @@ class World:
         self._write_corpus()
         self._write_table()
         self._write_training_set()
+        made.touch()
 
     @staticmethod
     def images(start: int, stop: int) -> Iterator[pa.Table]:
