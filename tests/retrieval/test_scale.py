@@ -72,7 +72,7 @@ def check(store: Store) -> None:
 
 
 def digest(store: Store) -> None:
-    assert len(index._digest_of_rows(store.dataset())) == 64
+    assert len(index._digest_of_rows(store.dataset(), None)) == 64
 
 
 def look_up(store: Store) -> None:
@@ -113,7 +113,7 @@ def test_a_digest_tells_rows_and_not_their_order(tmp_path: Path) -> None:
         store.open_or_create(ENCODER)
         for part in parts:
             append(store, part)
-        return index._digest_of_rows(store.dataset())
+        return index._digest_of_rows(store.dataset(), None)
 
     some = rows().slice(0, 50)
     first = digest_of("a", some)
