@@ -68,6 +68,9 @@ class Pace:
         seen = float(len(self._taken))
         rate = self.rate(now)
         if math.isinf(rate):
+            if not seen:  # other workers took all that the host allows, which tells nothing about this one's share
+                self._begun_at = self._resumed_at = self.next_at = resume_at
+                return
             rate = seen / min(1.0, max(now - self._begun_at, 0.001))
         elif now - self._resumed_at > 1:
             self._growth_s = min(2 * self._growth_s, _MAX_GROWTH_S)

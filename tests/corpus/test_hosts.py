@@ -57,8 +57,16 @@ class Bucket:
 class Simulation:
     """Workers that fetch shards from servers, each of which answers after a while."""
 
-    def __init__(self, config: DownloadConfig | None = None, num_workers: int = 1, latency_s: float = 0.01) -> None:
+    def __init__(
+        self,
+        config: DownloadConfig | None = None,
+        num_workers: int = 1,
+        latency_s: float = 0.01,
+        late_s: float = 0.0,
+    ) -> None:
+        """`late_s` is when all workers but the first start."""
         random.seed(0)
+        self._late_s = late_s
         self.now = 0.0
         self.outcomes: Counter[str] = Counter()
         self.asked: list[tuple[float, str]] = []
@@ -76,7 +84,7 @@ class Simulation:
         free = list(self._hosts)
         answers: list[tuple[float, int, int, Job, FetchError | None]] = []
         while True:
-            while todo and free:
+            while todo and free and (not queues or self.now >= self._late_s):
                 shard = todo.pop(0)
                 queues.append((Queue(shard, free.pop()), [len(shard)]))
             later = [
@@ -91,7 +99,9 @@ class Simulation:
             if all(left[0] < 0 for _, left in queues) and not todo:
                 return self.now - begun
             if todo and free:
-                continue
+                if self.now >= self._late_s:
+                    continue
+                later.append(self._late_s)
             self.now = max(self.now, min(later))
             while answers and answers[0][0] <= self.now:
                 _, _, number, job, error = heapq.heappop(answers)
@@ -134,6 +144,15 @@ def test_a_server_with_a_limit_is_used_up_to_it(server: Callable[[], Server], nu
     assert simulation.outcomes == {"success": num_urls}
     assert took_s < 1.12 * num_urls / RATE
     assert len(simulation.refused) < 0.005 * num_urls
+
+
+@pytest.mark.parametrize("late_s", [0.2, 0.5, 0.9, 1.5])
+def test_a_worker_that_finds_the_limit_used_up_gets_its_share(late_s: float) -> None:
+    """Its first request is refused, which does not mean that the host is slow."""
+    simulation = Simulation(num_workers=2, late_s=late_s)
+    took_s = simulation.run({"a": Window()}, ["http://a/"] * 9_000, shard_size=500)
+    assert simulation.outcomes == {"success": 9_000}
+    assert took_s < 1.2 * 9_000 / RATE
 
 
 def test_retry_after_is_respected() -> None:
