@@ -114,6 +114,8 @@ class Cluster:
     folder: Path
     home: Path
     """Of the machine that runs the flows; Ray's nodes don't see what is in it."""
+    disk: Path
+    """A disk of 700 kB that all machines see."""
     logs: list[Path]
     """Folders of them."""
     jobs_address: str = ""
@@ -175,8 +177,12 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         }
         (folder / "token").write_text(token := secrets.token_hex(32))
         (folder / "prefect").mkdir()
-        home = folder / "home"
+        home, disk = folder / "home", folder / "disk"
         home.mkdir(0o700)
+        disk.mkdir()
+        # Before the nodes start, which do not see what is mounted later.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], check=True)
+        stack.callback(subprocess.run, ["umount", "--lazy", disk], check=True)
 
         def run(name: str, *command: str | Path, user: str | None = None, **environment: str) -> Process:
             process = Process(command, folder / f"{name}.log", here | environment, user)
@@ -194,6 +200,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             secrets=[database_password, auth_string, token, machine["AWS_SECRET_ACCESS_KEY"]],
             folder=folder,
             home=home,
+            disk=disk,
             logs=[folder, sockets],
         )
         head = run(

@@ -1,9 +1,7 @@
 """What a flow relies on is lost while it runs: it ends well, or as a failure after which a rerun does."""
 
-import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +15,6 @@ from tests.cluster.engines import Cluster
 pytestmark = MARKS
 
 ADDED = f"{NUM_IMAGES} added"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can make a disk")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 def test_a_node_is_lost_while_embedding_and_training(engines: Cluster, url_list: Path) -> None:
@@ -61,13 +49,13 @@ def test_a_server_is_gone_for_a_while(engines: Cluster, url_list: Path, name: st
     assert ADDED in ingest.said
 
 
-def test_the_disk_is_full(engines: Cluster, url_list: Path, small_disk: Path) -> None:
-    places = {f"IMAGERAG_{name}_URI": str(small_disk / name.lower()) for name in ("SHARDS", "INDEX")}
+def test_the_disk_is_full(engines: Cluster, url_list: Path) -> None:
+    places = {f"IMAGERAG_{name}_URI": str(engines.disk / name.lower()) for name in ("SHARDS", "INDEX")}
     ingest = Flow(engines, "ingest", str(url_list), "--name", "disk", **places)
     with ingest.started() as process:
         pass
     assert process.returncode == 1, ingest.said
     assert "No space left on device" in ingest.said
-    subprocess.run(["mount", "-o", "remount,size=1g", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=1g", str(engines.disk)], check=True)
     ingest.run()  # what was committed before the disk was full is not added again
     assert published_rows(Store(places["IMAGERAG_INDEX_URI"], "disk")) == NUM_IMAGES
