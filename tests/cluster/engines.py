@@ -162,7 +162,10 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         # What a local Ray was told in this process is not for these.
         here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))  # their paths have to be short
-        port = {name: free_port() for name in ("postgres", "moto", "s3", "prefect", "mlflow", "ray", "client", "jobs")}
+        names, ports = ("postgres", "moto", "s3", "prefect", "mlflow", "ray", "client", "jobs"), set[int]()
+        while len(ports) < len(names):  # a port that was found free may be found again
+            ports.add(free_port())
+        port = dict(zip(names, ports, strict=True))
         database_password, auth_string = secrets.token_hex(16), f"imagerag:{secrets.token_hex(16)}"
         machine = {
             "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
