@@ -327,11 +327,8 @@ class _Wanted:
 
     @property
     def columns(self) -> list[str]:
-        return [
-            *_COLUMNS,
-            *(["image"] if self.images else []),
-            *([self.features.column] if self.features is not None else []),
-        ]
+        features = [] if self.features is None else [self.features.column]
+        return [*_COLUMNS, *(["image"] if self.images else []), *features]
 
 
 Scores = np.ndarray[Any, Any]

@@ -21,11 +21,12 @@ from imagerag.generation.sheet import sheet
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.encode import in_its_range
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
-from imagerag.training.data import Ints, Loaded, RagData
+from imagerag.training.data import Ints, RagData
 from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import build_discriminator
 from imagerag.training.generator import Generator
 from imagerag.training.ladd import Ladd, Terms
+from imagerag.training.loader import Loaded
 from imagerag.training.perceptual import Perceptual
 from imagerag.training.scale import choose_scale
 

@@ -77,7 +77,8 @@ def _train_steps(task: Task, board: Any) -> None:
     import ray.train.torch
     import torch
 
-    from imagerag.training.data import Loader, RagData
+    from imagerag.training.data import RagData
+    from imagerag.training.loader import Loader
 
     torch.set_num_threads(task.num_threads)  # Ray sets 1
     context, device = ray.train.get_context(), ray.train.torch.get_device()

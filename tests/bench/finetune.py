@@ -21,8 +21,9 @@ from imagerag.hspace.split import EncoderOutput, encode
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainWorkersConfig, tiny
-from imagerag.training.data import Loaded, Loader, RagData
+from imagerag.training.data import RagData
 from imagerag.training.finetune import finetune
+from imagerag.training.loader import Loaded, Loader
 from imagerag.training.perceptual import load_perceptual
 from imagerag.training.synthesize import synthesize
 from imagerag.training.trainer import Finetuning

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from imagerag.base.files import BaseIdentity
 from imagerag.base.model import BaseModel
 from imagerag.training.config import FinetuneConfig, LossWeights
-from imagerag.training.data import Loaded, RagBatch
+from imagerag.training.data import RagBatch
+from imagerag.training.loader import Loaded
 from imagerag.training.plan import PEAK_TFLOPS
 from imagerag.training.trainer import Finetuning
 from tests.bench.generate import NUM_REFERENCES, SD21_UNET

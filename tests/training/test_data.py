@@ -11,7 +11,8 @@ from imagerag.hspace.encode import encode_latents, encode_references, open_image
 from imagerag.retrieval.takedown import remove_rows
 from imagerag.training import data as data_module
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
-from imagerag.training.data import Loader, RagBatch, RagData, micro_batches
+from imagerag.training.data import RagBatch, RagData
+from imagerag.training.loader import Loader, micro_batches
 from tests.generation.with_index import CAPTIONS, drawing
 from tests.training.conftest import HELD_OUT, World
 

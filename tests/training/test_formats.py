@@ -16,9 +16,10 @@ from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.training import generator as training_generator
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
-from imagerag.training.data import Loader, RagBatch, RagData
+from imagerag.training.data import RagBatch, RagData
 from imagerag.training.diffusion import Diffusion
 from imagerag.training.generator import Generator
+from imagerag.training.loader import Loader
 from imagerag.training.plan import plan
 from imagerag.training.trainer import Finetuning
 from tests.generation.folders import write_lcm, write_sd, write_sdxl

@@ -17,7 +17,8 @@ from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.storage.hexadecimal import to_hex
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice, describe_accuracy
-from imagerag.training.data import Loader, RagData
+from imagerag.training.data import RagData
+from imagerag.training.loader import Loader
 from imagerag.training.perceptual import LatentDistance, LatentNetwork
 from imagerag.training.scale import SCALES
 from imagerag.training.trainer import Finetuning
