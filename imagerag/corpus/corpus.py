@@ -35,8 +35,6 @@ TAKEDOWN_SCHEMA = pa.schema([("url", pa.string()), ("sha256", pa.string())])
 
 _NUM_READERS = 32
 _LAST_LIST = b"imagerag.list"
-_VERSION = ("size", "mtime", "ino", "created", "ETag", "LastModified")
-"""What file systems state about a file, one or the other, that is different when it was written again."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,15 @@ class Corpus:
         return "", False
 
     def state(self) -> str:
-        """Return a digest of everything that plans and outcomes depend on: the versions of its files, except images."""
+        """Return a digest of everything that plans and outcomes depend on: the versions of its files, except images.
+
+        A version is all that the file system states about a file, as in fsspec's `ukey`, but from one listing: sizes
+        and times or inodes, ETags or generations.
+        """
         fs, root = self.open()
         files = sorted(fs.find(root, detail=True).items())
         versions = [
-            (path.removeprefix(root), [str(about.get(name)) for name in _VERSION])
+            sorted((name, str(value)) for name, value in about.items())
             for path, about in files
             if path.endswith((".parquet", "_stats.json"))
         ]

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pyarrow as pa
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.corpus import Corpus
@@ -125,6 +126,19 @@ def test_a_state_is_another_after_every_change(tmp_path: Path, web: Web) -> None
     assert len(set(states)) == len(states)
     plan(corpus, 4, retry_failed=False)
     assert corpus.state() == states[-1]
+
+
+def test_a_version_is_all_that_a_store_states_about_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stores have different names for it: Azure's has `etag`, Google's `generation`."""
+    corpus = Corpus(str(tmp_path))
+
+    def state(**about: object) -> str:
+        found = {"shards/wanted.parquet": {"name": "shards/wanted.parquet", "size": 9, **about}}
+        monkeypatch.setattr(LocalFileSystem, "find", lambda *_, **__: found)
+        return corpus.state()
+
+    assert state(etag="a") == state(etag="a") != state(etag="b")
+    assert state(generation=1) != state(generation=2)
 
 
 def test_rows_of_a_folder_share_shards(tmp_path: Path) -> None:
