@@ -32,6 +32,7 @@ class Spool:
         self._held = _Held()
         self._file: _File | None = None
         self._places: list[int] = []
+        self._sha256 = hashlib.sha256()
 
     @classmethod
     def of(cls, table: pa.Table) -> "Spool":
@@ -43,6 +44,8 @@ class Spool:
     def append(self, rows: pa.Table) -> None:
         """Append rows."""
         self.num_rows += rows.num_rows
+        for batch in rows.to_batches():  # now, because reading files for it again would take as long as writing them
+            self._sha256.update(batch.serialize())
         self._held.append(rows)
         if self._held.is_much:
             self._file = self._file or _File()
@@ -60,11 +63,7 @@ class Spool:
 
     def digest(self) -> str:
         """Return a SHA-256 of the rows and of the batches that they were appended in."""
-        sha256 = hashlib.sha256()
-        for table in self:
-            for batch in table.to_batches():
-                sha256.update(batch.serialize())
-        return sha256.hexdigest()
+        return self._sha256.hexdigest()
 
 
 class Parts:
