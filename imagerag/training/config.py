@@ -33,19 +33,19 @@ class ReferenceChoice(Config):
     """Which references a training row receives: four shares of rows, and nearest neighbours for the rest.
 
     A row that is its own reference teaches the adapter to reproduce the reference. Without such rows, nothing
-    determines the target's style, and the adapter learns a weak average. Neighbours with the row's own image are
-    excluded.
+    determines the target's style, and the adapter learns a weak average. Rows with neighbours only, from which their
+    own image is excluded, teach it to make one picture of several references, as it is used.
     """
 
     number: int = Field(default=4, ge=0, le=16, description="References per row; 0 trains LoRA alone, as a control.")
     own: float = Field(
-        default=0.65,
+        default=0.45,
         ge=0,
         le=1,
         description="Share of rows whose only reference is the row itself, as in IP-Adapter's training.",
     )
     own_among: float = Field(
-        default=0.1,
+        default=0.05,
         ge=0,
         le=1,
         description="Share of rows with themselves and neighbours as references, so that the adapter learns to select.",

@@ -44,6 +44,7 @@ VALIDATED_WS = tuple(number / 10 for number in range(10))
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 _VALIDATION_SPLIT = "adapter"
 _SHOWN = 12
+_RIGHT = {"4 references": RIGHT, "1 reference": ONE}
 
 Model = tuple[BaseModel, HSpaceAdapter | None]
 
@@ -76,7 +77,7 @@ class Report:
     best_w: float
     """Best slerp weight on other concepts than those of `rows`."""
     gains: dict[str, Estimate]
-    """Paired difference in recognition by concept: each adapter with four references minus slerp with `best_w`."""
+    """Paired difference in recognition by concept: each adapter's way with references minus slerp with `best_w`."""
     copies: tuple[CopyPoint, ...] = field(default=())
 
     def markdown(self) -> str:
@@ -95,8 +96,8 @@ class Report:
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines += ["", f"The best w of slerp on other concepts: {self.best_w}."]
         lines += [
-            f"Recognised, {name} with 4 references minus slerp with that w, paired by concept: {gain}."
-            for name, gain in self.gains.items()
+            f"Recognised, {title} minus slerp with that w, paired by concept: {gain}."
+            for title, gain in self.gains.items()
         ]
         lines += ["", _COPY_HEAD, _line_under(_COPY_HEAD)]
         for point in self.copies:
@@ -259,6 +260,7 @@ def make_report(adapters: dict[str, list[Path]], out: Path) -> Report:
     best = maker.way(f"slerp, w = {best_w}, the best on other concepts", plain, ONE, w=best_w)
     ways.append(best)
     with_references: dict[str, list[Model]] = {}
+    compared: list[str] = []
     for name, folders in adapters.items():
         models: list[Model] = []
         for folder in folders:
@@ -266,9 +268,9 @@ def make_report(adapters: dict[str, list[Path]], out: Path) -> Report:
             models.append((own, load_finetuned(folder, own)))
         if json.loads((folders[0] / MANIFEST).read_text())["config"]["references"]["number"]:
             with_references[name] = models
-            ways.append(maker.way(f"{name}, 4 references", models, RIGHT))
-            ways.append(maker.way(f"{name}, 1 reference", models, ONE))
-            ways.append(maker.way(f"{name}, random references", models, RANDOM))
+            right = [maker.way(f"{name}, {number}", models, choice) for number, choice in _RIGHT.items()]
+            compared += [way.title for way in right]
+            ways += [*right, maker.way(f"{name}, random references", models, RANDOM)]
         ways.append(maker.way(f"{name}, no references", models, NONE))
     ways += [maker.references(data), maker.teacher()]
     rows = {way.title: measurer.measure(way.title, way.made, base, way.shown) for way in tqdm(ways, unit=" ways")}
@@ -276,7 +278,7 @@ def make_report(adapters: dict[str, list[Path]], out: Path) -> Report:
     report = Report(
         rows=tuple(rows.values()),
         best_w=best_w,
-        gains={name: estimate(np.array(rows[f"{name}, 4 references"].by_concept) - slerps) for name in with_references},
+        gains={title: estimate(np.array(rows[title].by_concept) - slerps) for title in compared},
         copies=tuple(_copies(measurer, maker, base, {name: models[0] for name, models in with_references.items()})),
     )
     _write(out, report, measurer, base, ways)
