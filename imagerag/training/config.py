@@ -34,7 +34,7 @@ class ReferenceChoice(Config):
 
     A row that is its own reference teaches the adapter to reproduce the reference. Without such rows, nothing
     determines the target's style, and the adapter learns a weak average. Rows with neighbours only, from which their
-    own image is excluded, teach it to make one picture of several references, as it is used.
+    own image is excluded, are what it meets in use.
     """
 
     number: int = Field(default=4, ge=0, le=16, description="References per row; 0 trains LoRA alone, as a control.")

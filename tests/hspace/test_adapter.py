@@ -32,14 +32,6 @@ def references() -> torch.Tensor:
     return torch.randn(SIZE, COUNT, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture
-def copying() -> HSpaceAdapter:
-    """An adapter that replaces the target by its references."""
-    adapter = HSpaceAdapter(CHANNELS, num_heads=4)
-    torch.nn.init.constant_(adapter.to_gate.bias, 100.0)
-    return adapter
-
-
 WEIGHTS = torch.tensor([[0.9, 0.5, 0.7], [0.3, 0.0, 0.0], [0.0, 0.0, 0.0], [0.8, 0.8, 0.0]])
 
 
@@ -114,42 +106,23 @@ def test_one_reference_is_the_papers_formula(
 
 
 def test_a_wide_open_gate_puts_the_reference_in_the_targets_place(
-    copying: HSpaceAdapter, target: torch.Tensor, references: torch.Tensor
+    target: torch.Tensor, references: torch.Tensor
 ) -> None:
-    fused = copying(target, references[:, :1], torch.ones(SIZE, 1)).sample
+    adapter = HSpaceAdapter(CHANNELS, num_heads=4)
+    torch.nn.init.constant_(adapter.to_gate.bias, 100.0)
+    fused = adapter(target, references[:, :1], torch.ones(SIZE, 1)).sample
     assert torch.allclose(fused, references[:, 0], atol=1e-5)
 
 
-def test_references_of_a_less_similar_text_are_ignored(
-    copying: HSpaceAdapter, target: torch.Tensor, references: torch.Tensor
-) -> None:
+def test_of_several_references_the_nearest_is_followed(target: torch.Tensor, references: torch.Tensor) -> None:
+    """By text where that differs, else in the H-space: a mean of pictures is no picture."""
+    adapter = HSpaceAdapter(CHANNELS, num_heads=4)
+    torch.nn.init.constant_(adapter.to_gate.bias, 100.0)
     like_target = references.clone()
-    like_target[:, 1] = target
-    by_text = copying(target, like_target, torch.tensor([[0.95, 0.95, 1.0]]).expand(SIZE, -1)).sample
-    assert torch.allclose(by_text, like_target[:, 2], atol=1e-2)
-
-
-def test_references_of_equal_text_are_mixed_with_most_of_the_one_like_the_target(
-    copying: HSpaceAdapter, target: torch.Tensor, references: torch.Tensor
-) -> None:
-    pair = references[:, :2].clone()
-    pair[:, 1] += 0.1 * target  # a logit of about 1.5
-    fused = copying(target, pair, torch.ones(SIZE, 2)).sample
-    nearness = [torch.cosine_similarity(fused.flatten(1), pair[:, k].flatten(1)) for k in (0, 1)]
-    assert nearness[1].mean() > nearness[0].mean() > 0.1
-
-
-def test_a_mix_has_as_much_contrast_as_its_references(
-    copying: HSpaceAdapter, target: torch.Tensor, references: torch.Tensor
-) -> None:
-    """The mean of two unrelated references alone would have 0.7 of their deviation."""
-    pair = torch.stack([references[:, 0], references[:, 0].flip(0)], 1)
-    fused = copying(torch.zeros_like(target), pair, torch.ones(SIZE, 2)).sample
-    mean = pair.mean(1)
-    assert torch.allclose(fused.mean((2, 3)), mean.mean((2, 3)), atol=1e-4)
-    around, all_around = (each - each.mean((-2, -1), keepdim=True) for each in (fused, pair))
-    norms = all_around.flatten(2).norm(dim=-1).mean(1)
-    assert torch.allclose(around.flatten(1).norm(dim=-1), norms, rtol=1e-3)
+    like_target[:, 1] = target + 0.1 * references[:, 1]
+    assert torch.allclose(adapter(target, like_target, torch.ones(SIZE, COUNT)).sample, like_target[:, 1], atol=1e-3)
+    by_text = adapter(target, references, torch.tensor([[0.2, 0.2, 1.0]]).expand(SIZE, -1)).sample
+    assert torch.allclose(by_text, references[:, 2], atol=1e-3)
 
 
 def test_the_gate() -> None:
