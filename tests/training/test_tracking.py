@@ -12,17 +12,12 @@ import pytest
 from PIL import Image
 
 from imagerag.errors import UserError
+from imagerag.processes import free_port
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.storage.files import write_json
 from imagerag.training import tracking
 from imagerag.training.tracking import MlflowTracker, lasting_run, log_index, mlflow_client, start_run, tracking_uri
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
