@@ -32,7 +32,7 @@ class Size:
     """URLs of the server with a limit."""
 
 
-SIZES: dict[Scale, Size] = {"small": Size(400, 100, 1, 800), "full": Size(5000, 500, 3, 9000)}
+SIZES: dict[Scale, Size] = {"small": Size(400, 100, 1, 800), "full": Size(5000, 500, 7, 9000)}
 
 
 @dataclass(frozen=True)
