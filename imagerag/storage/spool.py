@@ -44,7 +44,7 @@ class Spool:
     def append(self, rows: pa.Table) -> None:
         """Append rows."""
         self.num_rows += rows.num_rows
-        for batch in rows.to_batches():  # now, because reading files for it again would take as long as writing them
+        for batch in rows.to_batches():  # now, so that no temporary file is read again for it
             self._sha256.update(batch.serialize())
         self._held.append(rows)
         if self._held.is_much:

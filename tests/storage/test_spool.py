@@ -36,6 +36,16 @@ def test_rows_stay_in_order(memory_rows: int) -> None:
     assert Spool(rows.schema).table() == rows.schema.empty_table()
 
 
+def test_a_digest_tells_any_other_rows(memory_rows: int) -> None:
+    rows, other = rows_of(0), rows_of(0).set_column(2, "number", pa.array([*range(499), 0]))
+    same, again, different, fewer = (Spool(rows.schema) for _ in range(4))
+    for kept, table in ((same, rows), (again, rows), (different, other), (fewer, rows.slice(0, 499))):
+        for piece in pieces(table):
+            kept.append(piece)
+    assert same.digest() == again.digest()
+    assert len({each.digest() for each in (same, different, fewer, Spool(rows.schema))}) == 4
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_first_of_each_pair_stays_in_order(memory_rows: int, seed: int) -> None:
     rows = rows_of(seed)
