@@ -40,6 +40,8 @@ class IndexRecord:
     num_unindexed_rows: int
     rows: str = ""
     """Digest of the rows without their features."""
+    lacking: dict[str, int] = field(default_factory=dict)
+    """Number of rows without cached features, by the features' digest."""
     config: dict[str, Any]
     """The `IndexConfig` of the build."""
     words: dict[str, str | bool] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from lance import LanceDataset, LanceOperation
 from lance.fragment import FragmentMetadata
 
 from imagerag.errors import UserError
+from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.schema import FEATURE_KEY, FEATURE_PREFIX, FeatureIdentity, Features
 from imagerag.retrieval.store import Store
 
@@ -64,9 +65,15 @@ def lacking(schema: pa.Schema, identity: FeatureIdentity) -> str:
 
 
 def count_lacking(dataset: LanceDataset, identity: FeatureIdentity) -> int:
-    """Return the number of rows of a table without these features."""
+    """Return the number of rows of a table without these features.
+
+    An indexed version states it. In other versions, the rows are counted.
+    """
     if identity.column not in dataset.schema.names:
         return int(dataset.count_rows())
+    record = read_record(dataset)
+    if record is not None and record.version == dataset.version and identity.digest in record.lacking:
+        return record.lacking[identity.digest]
     return int(dataset.count_rows(lacking(dataset.schema, identity)))
 
 

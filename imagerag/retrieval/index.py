@@ -16,6 +16,7 @@ from imagerag.artifacts import IndexBuild
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.config import IndexConfig
+from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
 from imagerag.retrieval.store import Store
 from imagerag.storage.lance_table import changed_fragments
@@ -133,6 +134,7 @@ def _build(
         num_new_rows=num_new_rows,
         num_unindexed_rows=_num_unindexed(dataset),
         rows=_digest_of_rows(dataset, last and store.find(last.version)),
+        lacking={each.digest: count_lacking(dataset, each) for each in cached_features(dataset.schema)},
         config=config.model_dump(),
         words=_WORDS,
     )

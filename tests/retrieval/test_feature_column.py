@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+from lance import LanceDataset
 
 from imagerag.errors import UserError
 from imagerag.retrieval import feature_column
@@ -145,6 +146,28 @@ def test_a_fragment_that_another_writer_changed_is_not_overwritten(store: Store,
     with pytest.raises(CommitConflictError):
         feature_column.commit(store, [filled], version)
     assert len(cached(store)) == 12
+
+
+def test_an_indexed_version_states_how_many_rows_lack_features(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(store, make_rows(0, 10))
+    fill_all(store)
+    append(store, make_rows(10, 12))
+    index_and_publish(store)
+
+    def count_rows(dataset: LanceDataset, filter: str | None = None) -> int:  # noqa: A002 - Lance's name
+        assert filter is None, "counting by a condition reads a column of all rows"
+        return sum(fragment.count_rows() for fragment in dataset.get_fragments())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LanceDataset, "count_rows", count_rows)
+        assert [each.num_rows for each in status(store).features] == [10]
+        assert feature_column.count_lacking(store.dataset(), MINE) == 2
+        assert feature_column.count_lacking(store.dataset(), OTHER) == 12
+    assert fill_all(store) == [2]
+    assert feature_column.count_lacking(store.dataset(), MINE) == 0
+    assert [each.num_rows for each in status(store).features] == [10]
+    index_and_publish(store)
+    assert [each.num_rows for each in status(store).features] == [12]
 
 
 def test_fragments_are_committed_together(store: Store) -> None:
