@@ -154,7 +154,7 @@ def test_an_indexed_version_states_how_many_rows_lack_features(store: Store, mon
     append(store, make_rows(10, 12))
     index_and_publish(store)
 
-    def count_rows(dataset: LanceDataset, filter: str | None = None) -> int:  # noqa: A002 - Lance's name
+    def count_rows(dataset: LanceDataset, filter: str | None = None) -> int:
         assert filter is None, "counting by a condition reads a column of all rows"
         return sum(fragment.count_rows() for fragment in dataset.get_fragments())
 
