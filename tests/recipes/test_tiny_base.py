@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.errors import UserError
 from imagerag.recipes.tiny_base.latents import Latents
+from imagerag.recipes.tiny_base.teacher import build_unet, deepened
 from imagerag.recipes.tiny_base.train import Recipe, Training
 from imagerag.storage.digests import sha256_of
 from tests.recipes.test_loop import Kept as _Kept
@@ -89,9 +90,10 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     with pytest.raises(UserError, match=r"weights of another recipe.*choose --out"):
         Training(replace(RECIPE, seed=1), drawings, [pictures], killed, Kept()).run()
 
-    started = tmp_path / "started"
-    started.mkdir()
-    Training(RECIPE, drawings, [pictures], started, Kept(), start=whole).run()
+    started, other = tmp_path / "started", tmp_path / "other"
+    for folder in (started, other):
+        folder.mkdir()
+    Training(replace(RECIPE, prior_steps=0), drawings, [pictures], started, Kept(), start=whole).run()
     for part, weights in _weights(started).items():
         same = all(torch.equal(value, expected[part][name]) for name, value in weights.items())
         assert same == (part in ("vae", "perceptual")), part
@@ -100,6 +102,25 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     assert digests["checkpoint"] == sha256_of(whole / "student.checkpoint")
     with pytest.raises(UserError, match="weights of another recipe"):
         Training(RECIPE, drawings, [pictures], started, Kept()).run()
+    kept = Kept()
+    Training(replace(RECIPE, teacher_steps=0), drawings, [pictures], other, kept, start=whole).run()
+    assert {name.split("/")[0] for name in kept.images} == {"prior", "student"}
+    weights = _weights(other)
+    assert all(torch.equal(value, expected["teacher"][name]) for name, value in weights["teacher"].items())
+    assert "checkpoint" not in json.loads((other / "manifest.json").read_text())["recipe"]["start"]
+
+
+def test_a_deeper_mid_block_starts_with_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    with monkeypatch.context() as patched:
+        patched.setattr("imagerag.recipes.tiny_base.teacher._MID_LAYERS", 2)
+        shallow = build_unet().eval()
+    deep = deepened(shallow).eval()
+    assert sum(p.numel() for p in deep.parameters()) > 1.2 * sum(p.numel() for p in shallow.parameters())
+    inputs = torch.randn(2, 4, 16, 16), 999, torch.randn(2, 5, 384)
+    with torch.inference_mode():
+        assert torch.equal(deep(*inputs).sample, shallow(*inputs).sample)
+    assert deepened(deep).state_dict().keys() == deep.state_dict().keys()
 
 
 def test_the_noise_chooses_among_a_concepts_drawings_evenly() -> None:

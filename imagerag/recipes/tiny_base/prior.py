@@ -1,8 +1,9 @@
-"""Third phase: text conditioning of the mid block, trained in the H-space, where a picture has 3,072 values.
+"""Text conditioning of the mid block, trained in the H-space, where a picture has 3,072 values.
 
-Only the mid block is trained. Its inputs are cached for every drawing at t = 0 and for a pool of noises at T, and so
-are the targets: the `h` of the drawings, which the decoder already reads. From noise and text, the mid block predicts
-the `h` of the coupled drawing; from a drawing, it reproduces its former output.
+The third phase of a training, and the first of a student that starts from given weights. Only the mid block is trained.
+Its inputs are cached for every drawing at t = 0 and for a pool of noises at T, and so are the targets: the `h` of the
+drawings, which the decoder already reads. From noise and text, the mid block predicts the `h` of the coupled drawing;
+from a drawing, it reproduces its former output, whatever the prompt.
 """
 
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ from imagerag.recipes.tiny_base.latents import Latents
 from imagerag.recipes.tiny_base.pictures import grid
 from imagerag.recipes.tiny_base.teacher import build_scheduler, rebuild_from_h, sample, shown
 from imagerag.training.diffusion import Diffusion
+from imagerag.training.muon import Muon
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
+REST_LEARNING_RATE = 4e-4
 _BATCH_SIZE = 128
 _DRAWINGS_IN_BATCH = _BATCH_SIZE // 8
-_NUM_NOISES = 8192
+_OTHER_PROMPTS = _DRAWINGS_IN_BATCH // 2
+"""Number of drawings of a batch whose prompt is empty, or that of another drawing."""
+_NUM_NOISES = 16384
 _CACHED_AT_ONCE = 256
 
 
@@ -67,9 +72,13 @@ class PriorPhase:
         self._of_noises = self._cache(self._noise, self._diffusion.last, names[:1].expand(_NUM_NOISES, -1, -1))
         self._scale = self._of_drawings.h.std((0, 2, 3), keepdim=True)
         unet.mid_block.train().requires_grad_(True)
-        self._optimizer = torch.optim.AdamW(unet.mid_block.parameters(), LEARNING_RATE, weight_decay=1e-2)
+        self._optimizer = Muon(unet.mid_block.parameters(), LEARNING_RATE, REST_LEARNING_RATE)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.05, 100 / steps)
+            self._optimizer,
+            [LEARNING_RATE, REST_LEARNING_RATE],
+            total_steps=steps,
+            pct_start=min(0.05, 100 / steps),
+            cycle_momentum=False,
         )
 
     def state(self) -> dict[str, Any]:
@@ -83,7 +92,11 @@ class PriorPhase:
         noises = torch.from_numpy(rng.integers(_NUM_NOISES, size=_BATCH_SIZE - _DRAWINGS_IN_BATCH))
         made = slice(_DRAWINGS_IN_BATCH, None)
         drawings[made] = self._latents.chosen_by(self._noise[noises], self._latents.concepts[drawings[made]])
-        text = self._prompts.draw(self._latents.concepts[drawings], rng).to(self._device)
+        concepts = self._latents.concepts[drawings]
+        concepts[:_OTHER_PROMPTS] = concepts[:_OTHER_PROMPTS].roll(1)
+        text = self._prompts.draw(concepts, rng)
+        text[: _OTHER_PROMPTS // 2] = self._prompts.empty
+        text = text.to(self._device)
         own = drawings[:_DRAWINGS_IN_BATCH]
         inputs = torch.cat([self._of_drawings.inputs[own], self._of_noises.inputs[noises]]).to(self._device)
         temb = torch.cat([self._of_drawings.temb[own], self._of_noises.temb[noises]]).to(self._device)

@@ -44,8 +44,10 @@ READING_WEIGHT = 10.0
 _PERCEPTUAL_READING = 0.05
 _MAX_TIMESTEP = 300
 """Exclusive upper bound of the discriminator's timesteps: with more noise, sharp and blurred latents look alike."""
+_ADVERSARIAL_AFTER = 300
+"""Steps until the adversarial loss has its full weight: that of an untrained discriminator is misleading."""
 _HEADS_BETAS = (0.0, 0.99)
-_SHARES = (0.125, 0.25, 0.25)
+_SHARES = (0.125, 0.1875, 0.1875)
 """Shares of reconstruction rows: drawings, augmented drawings and augmented other pictures. The rest is generated."""
 _EMPTY_PROMPTS = 0.25
 """Share of reconstructed rows with the empty prompt."""
@@ -135,7 +137,9 @@ class StudentPhase:
         fake, real, text = clean[made], batch.latents[made], text[made]
 
         terms = self._judge(fake, real, text, generator)
-        loss, of_generator = self._ladd.of_generator(fake, real, text, generator, WEIGHTS)
+        adversarial = WEIGHTS.adversarial * min(1.0, (index + 1) / _ADVERSARIAL_AFTER)
+        weights = WEIGHTS.model_copy(update={"adversarial": adversarial})
+        loss, of_generator = self._ladd.of_generator(fake, real, text, generator, weights)
         read, wanted = clean[: batch.num_read], batch.latents[: batch.num_read]
         reading = F.mse_loss(read, wanted)
         alike = self._perceptual(read, wanted, generator)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from imagerag.hspace.split import EncoderOutput, decode, encode
@@ -29,12 +30,14 @@ _ALMOST_CLEAN = 30
 """Exclusive upper bound of the timesteps of reconstruction rows: the picture is almost noise-free."""
 _DROPPED_SKIPS = 0.15
 """Share of reconstruction rows with zero skip connections."""
+_MID_LAYERS = 4
+"""Transformer layers of the mid block, which alone attends to the text."""
 _GRID_STEPS = (1, 25)
 _NUM_SHOWN = 16
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Return a UNet with random weights: 7.3M parameters, H-space 192x4x4."""
+    """Return a UNet with random weights: 8.9M parameters, H-space 192x4x4."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -44,11 +47,27 @@ def build_unet() -> UNet2DConditionModel:
         up_block_types=("UpBlock2D",) * 3,
         block_out_channels=(48, 96, 192),
         layers_per_block=1,
-        transformer_layers_per_block=2,
+        transformer_layers_per_block=_MID_LAYERS,
         cross_attention_dim=384,
         attention_head_dim=6,
         norm_num_groups=16,
     )
+
+
+def deepened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Return a UNet with the same outputs and as many transformer layers in the mid block as `build_unet` has.
+
+    The output projections of the added layers are zero.
+    """
+    before = unet.config.transformer_layers_per_block
+    deep = build_unet()
+    deep.load_state_dict(unet.state_dict(), strict=before == _MID_LAYERS)
+    for attention in deep.mid_block.attentions:
+        for layer in attention.transformer_blocks[before:]:
+            for linear in (layer.attn1.to_out[0], layer.attn2.to_out[0], layer.ff.net[-1]):
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+    return deep
 
 
 def build_scheduler() -> EulerDiscreteScheduler:

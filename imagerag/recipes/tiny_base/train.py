@@ -35,7 +35,7 @@ from imagerag.recipes.tiny_base.latents import Latents
 from imagerag.recipes.tiny_base.perceptual import PerceptualPhase
 from imagerag.recipes.tiny_base.prior import PriorPhase
 from imagerag.recipes.tiny_base.student import StudentPhase
-from imagerag.recipes.tiny_base.teacher import TeacherPhase, build_scheduler, build_unet
+from imagerag.recipes.tiny_base.teacher import TeacherPhase, build_scheduler, build_unet, deepened
 from imagerag.recipes.tiny_base.vae import VaePhase, encode_all, normalize_latents
 from imagerag.settings import Settings
 from imagerag.storage.digests import sha256_of
@@ -152,16 +152,22 @@ class Training:
             "hspace", build_unet(), **common, steps=self._recipe.hspace_steps, learning_rate=1e-3, reads=True
         )
         self._run(hspace)
+        return self._train_prior(_copy(hspace.ema.module), common)
+
+    def _train_prior(self, unet: UNet2DConditionModel, common: dict[str, Any]) -> UNet2DConditionModel:
         without_size = {name: value for name, value in common.items() if name != "batch_size"}
-        prior = PriorPhase(_copy(hspace.ema.module), **without_size, steps=self._recipe.prior_steps)
-        self._run(prior)
-        return prior.unet
+        phase = PriorPhase(unet, **without_size, steps=self._recipe.prior_steps)
+        self._run(phase)
+        return phase.unet
 
     def _train_student(
         self, teacher: UNet2DConditionModel, network: LatentNetwork, common: dict[str, Any]
     ) -> ModelMixin:
+        student = self._started("unet")
+        if student is not None and self._recipe.prior_steps:
+            student = self._train_prior(student, common)
         phase = StudentPhase(
-            self._started("unet") or _copy(teacher),
+            student or _copy(teacher),
             LatentDistance(network, "tiny"),
             Cutouts.of_drawings(self._pictures.pixels),
             Cutouts.of_files(self._anything),
@@ -175,9 +181,11 @@ class Training:
 
     @property
     def _checkpoint(self) -> Path | None:
-        """The student's checkpoint in the folder `--start`, or None."""
-        path = self._start / f"{StudentPhase.name}{CHECKPOINT_SUFFIX}" if self._start is not None else None
-        return path if path is not None and path.exists() else None
+        """The student's checkpoint in the folder `--start`, or None. `prior` changes the student that it is of."""
+        if self._start is None or self._recipe.prior_steps:
+            return None
+        path = self._start / f"{StudentPhase.name}{CHECKPOINT_SUFFIX}"
+        return path if path.exists() else None
 
     def _started(self, part: str) -> UNet2DConditionModel | None:
         """Return a UNet with the initial weights of `--start`, or None."""
@@ -186,7 +194,7 @@ class Training:
         unet: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(
             self._start / part, torch_dtype=torch.float32, local_files_only=True
         )
-        return unet
+        return deepened(unet)
 
     def _train_perceptual(self, latents: Latents) -> ModelMixin:
         concepts = {concept.codepoint: concept.name for concept in load_concepts()}
