@@ -47,8 +47,10 @@ _MAX_TIMESTEP = 300
 _ADVERSARIAL_AFTER = 300
 """Steps until the adversarial loss has its full weight: that of an untrained discriminator is misleading."""
 _HEADS_BETAS = (0.0, 0.99)
-_SHARES = (0.125, 0.1875, 0.1875)
-"""Shares of reconstruction rows: drawings, augmented drawings and augmented other pictures. The rest is generated."""
+_ALIGNMENT_WEIGHT = 0.5
+_SHARES = (0.25, 0.125, 0.125)
+"""Shares of reconstruction rows: drawings, augmented drawings and augmented other pictures. The rest is generated, and
+the reconstructed drawings are the targets of the first generated rows."""
 _EMPTY_PROMPTS = 0.25
 """Share of reconstructed rows with the empty prompt."""
 
@@ -94,6 +96,7 @@ class StudentPhase:
         self.recipe |= {"batch_size": batch_size}
         self.recipe |= {"heads_learning_rate": HEADS_LEARNING_RATE, "ema_decay": EMA_DECAY}
         self.recipe |= {"weights": WEIGHTS.model_dump(), "reading_weight": READING_WEIGHT, "others": others.digest}
+        self.recipe |= {"alignment_weight": _ALIGNMENT_WEIGHT, "shares": _SHARES}
         self.unet = student.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
         self.ema = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
         self._drawings, self._others = drawings, others
@@ -132,7 +135,7 @@ class StudentPhase:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         batch, text = self._draw(rng, generator)
         batch, text = batch.to(self._device), text.to(self._device)
-        _, prediction = predict(self.unet, self._diffusion, batch, text)
+        _, prediction, h = predict(self.unet, self._diffusion, batch, text)
         clean, made = -prediction, slice(batch.num_read, None)  # v at T
         fake, real, text = clean[made], batch.latents[made], text[made]
 
@@ -143,13 +146,25 @@ class StudentPhase:
         read, wanted = clean[: batch.num_read], batch.latents[: batch.num_read]
         reading = F.mse_loss(read, wanted)
         alike = self._perceptual(read, wanted, generator)
+        aligned = self._misalignment(h[made], h[: batch.num_read])
         self._optimizer.zero_grad()
-        (loss + READING_WEIGHT * (reading + _PERCEPTUAL_READING * alike)).backward()
+        (loss + READING_WEIGHT * (reading + _PERCEPTUAL_READING * alike) + _ALIGNMENT_WEIGHT * aligned).backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self._optimizer.step()
         self._schedule.step()
         self.ema.update_parameters(self.unet)
-        return {name: float(term) for name, term in (terms | of_generator | {"reading": reading.detach()}).items()}
+        terms |= of_generator | {"reading": reading.detach(), "alignment": aligned.detach()}
+        return {name: float(term) for name, term in terms.items()}
+
+    def _misalignment(self, of_made: torch.Tensor, of_read: torch.Tensor) -> torch.Tensor:
+        """Return the error of the `h` of generated rows (B, C, H, W) against that of the same drawings, at t = 0.
+
+        Both are read by one decoder, and fusion interpolates between them.
+        """
+        count = round(_SHARES[0] * self._batch_size)
+        target = of_read[:count].detach()
+        scale = target.std((0, 2, 3), keepdim=True)
+        return F.mse_loss(of_made[:count] / scale, target / scale)
 
     def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Batch, torch.Tensor]:
         """Return a random batch and its text features (B, L, D)."""
@@ -167,7 +182,10 @@ class StudentPhase:
         made = slice(-num_made, None)
         concepts = self._latents.concepts[chosen]
         chosen[made] = self._latents.chosen_by(batch.noise[made], concepts[made])
-        batch.latents[made] = self._latents.values[chosen[made]]
+        chosen[:plain] = chosen[made][:plain]
+        concepts = self._latents.concepts[chosen]
+        for rows, source in ((made, chosen[made]), (slice(plain), chosen[:plain])):
+            batch.latents[rows] = self._latents.values[source]
         # Unlabelled pictures get random prompts, so that reconstruction does not depend on text.
         others_text = self._prompts.draw(
             self._latents.concepts[rng.integers(len(self._latents.values), size=others)], rng, drop=_EMPTY_PROMPTS

@@ -138,7 +138,7 @@ class TeacherPhase:
         rng = np.random.default_rng([self._seed, index])
         batch, concepts = draw(self._latents, self._batch_size, rng, self._diffusion, num_read=self._num_read)
         text = self._prompts.draw(concepts, rng, drop=_EMPTY_PROMPTS).to(self._device)
-        target, prediction = predict(self.unet, self._diffusion, batch.to(self._device), text)
+        target, prediction, _ = predict(self.unet, self._diffusion, batch.to(self._device), text)
         errors = (prediction - target).square().mean((1, 2, 3))
         loss = errors.mean()
         self._optimizer.zero_grad()
@@ -224,13 +224,13 @@ def compose(
 
 def predict(
     unet: UNet2DConditionModel, diffusion: Diffusion, batch: Batch, text: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return target and prediction of v (B, 4, 16, 16) for a batch."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return target and prediction of v (B, 4, 16, 16) for a batch, and its `h` (B, 192, 4, 4)."""
     target = diffusion.velocity(batch.latents, batch.noise, batch.timesteps)
     target[: batch.num_read] = -batch.latents[: batch.num_read]  # v at T
     noised = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
     encoded = encode(unet, noised.contiguous(memory_format=torch.channels_last), batch.timesteps, text)
-    return target, decode(unet, _lend(encoded, batch))
+    return target, decode(unet, _lend(encoded, batch)), encoded.h
 
 
 def _lend(encoded: EncoderOutput, batch: Batch) -> EncoderOutput:
