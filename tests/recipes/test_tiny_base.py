@@ -19,7 +19,7 @@ from imagerag.storage.digests import sha256_of
 from tests.recipes.test_loop import Kept as _Kept
 
 RECIPE = Recipe(
-    vae_steps=2, hspace_steps=2, prior_steps=2, teacher_steps=2, student_steps=2, perceptual_steps=2, batch_size=4
+    vae_steps=2, hspace_steps=2, prior_steps=2, teacher_steps=2, student_steps=2, perceptual_steps=2, batch_size=8
 )
 PARTS = ["vae", "teacher", "unet", "perceptual"]
 
