@@ -36,8 +36,8 @@ from imagerag.training.ladd import Ladd, Terms
 from imagerag.training.muon import Muon
 from imagerag.training.perceptual import Perceptual
 
-LEARNING_RATE = 2e-3
-REST_LEARNING_RATE = 4e-4
+LEARNING_RATE = 6e-4
+REST_LEARNING_RATE = 2e-4
 HEADS_LEARNING_RATE = 5e-4
 WEIGHTS = LossWeights(adversarial=0.3, distillation=1.0, perceptual=1.0)
 READING_WEIGHT = 10.0

@@ -23,8 +23,10 @@ from imagerag.recipes.tiny_base.data import Prompts
 from imagerag.recipes.tiny_base.latents import Latents
 from imagerag.recipes.tiny_base.pictures import grid
 from imagerag.training.diffusion import Diffusion
+from imagerag.training.muon import Muon
 
 EMA_DECAY = 0.998
+_REST_LEARNING_RATE = 4e-4
 _EMPTY_PROMPTS = 0.1
 _ALMOST_CLEAN = 30
 """Exclusive upper bound of the timesteps of reconstruction rows: the picture is almost noise-free."""
@@ -109,7 +111,7 @@ class TeacherPhase:
             prompts: text features of the prompts.
             vae: the autoencoder, for the image grids.
             steps: training steps.
-            learning_rate: peak learning rate.
+            learning_rate: peak learning rate of matrices and convolution kernels.
             reads: whether a quarter of each batch is reconstruction rows.
             batch_size: rows per step.
             seed: seed of the batches.
@@ -124,9 +126,13 @@ class TeacherPhase:
         self._latents, self._prompts, self._vae = latents, prompts, vae
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._diffusion = Diffusion(build_scheduler())
-        self._optimizer = torch.optim.AdamW(self.unet.parameters(), learning_rate, weight_decay=1e-2)
+        self._optimizer = Muon(self.unet.parameters(), learning_rate, _REST_LEARNING_RATE)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, learning_rate, total_steps=steps, pct_start=min(0.05, 200 / steps)
+            self._optimizer,
+            [learning_rate, _REST_LEARNING_RATE],
+            total_steps=steps,
+            pct_start=min(0.05, 100 / steps),
+            cycle_momentum=False,
         )
 
     def state(self) -> dict[str, Any]:
@@ -193,13 +199,17 @@ class Batch:
 def draw(
     latents: Latents, size: int, rng: np.random.Generator, diffusion: Diffusion, *, num_read: int
 ) -> tuple[Batch, torch.Tensor]:
-    """Return a random batch, of which a quarter is pure noise, and the concepts (B,) of its rows."""
+    """Return a random batch, of which a quarter is pure noise, and the concepts (B,) of its rows.
+
+    Noise and drawings are coupled at all timesteps, so that a trajectory that starts at pure noise stays at the drawing
+    that the first step shows.
+    """
     num_last = size // 4
     chosen = torch.from_numpy(rng.integers(len(latents.values), size=size))
+    concepts = latents.concepts[chosen]
     batch = compose(latents.values[chosen], num_read, num_last, rng, diffusion)
-    at_last = slice(num_read, num_read + num_last)
-    chosen[at_last] = latents.chosen_by(batch.noise[at_last], latents.concepts[chosen[at_last]])
-    return replace(batch, latents=latents.values[chosen]), latents.concepts[chosen]
+    chosen[num_read:] = latents.chosen_by(batch.noise[num_read:], concepts[num_read:])
+    return replace(batch, latents=latents.values[chosen]), concepts
 
 
 def compose(

@@ -111,9 +111,9 @@ class Training:
             "seed": self._recipe.seed,
             "device": self._device,
         }
-        teacher = self._finished("teacher", UNet2DConditionModel, lambda: self._train_teacher(common))
+        self._finished("teacher", UNet2DConditionModel, lambda: self._train_teacher(common))
         network = self._finished("perceptual", LatentNetwork, lambda: self._train_perceptual(latents))
-        self._finished("unet", UNet2DConditionModel, lambda: self._train_student(teacher, network, common))
+        self._finished("unet", UNet2DConditionModel, lambda: self._train_student(network, common))
         build_scheduler().save_pretrained(self._folder / "scheduler")
 
     def _finished(self, part: str, kind: type[ModelMixin], train: Callable[[], ModelMixin]) -> Any:
@@ -137,37 +137,43 @@ class Training:
         return phase.vae
 
     def _train_teacher(self, common: dict[str, Any]) -> ModelMixin:
-        unet = self._started("teacher") or self._train_hspace(common)
         if not self._recipe.teacher_steps:
-            return unet
-        teacher = TeacherPhase(
-            "teacher", unet, **common, steps=self._recipe.teacher_steps, learning_rate=4e-4, reads=False
+            return self._started("teacher") or self._initial(common)
+        phase = TeacherPhase(
+            "teacher",
+            self._initial(common),
+            **common,
+            steps=self._recipe.teacher_steps,
+            learning_rate=1e-3,
+            reads=False,
         )
-        self._run(teacher)
-        return teacher.ema.module
+        self._run(phase)
+        return phase.ema.module
+
+    def _initial(self, common: dict[str, Any]) -> UNet2DConditionModel:
+        """Return the UNet that teacher and student start from: the student of `--start`, or a new one, with a prior.
+
+        Phases that are finished are not run again.
+        """
+        unet = self._started("unet") or self._train_hspace(common)
+        if not self._recipe.prior_steps:
+            return unet
+        without_size = {name: value for name, value in common.items() if name != "batch_size"}
+        prior = PriorPhase(unet, **without_size, steps=self._recipe.prior_steps)
+        self._run(prior)
+        return prior.unet
 
     def _train_hspace(self, common: dict[str, Any]) -> UNet2DConditionModel:
         torch.manual_seed(self._recipe.seed)
-        hspace = TeacherPhase(
-            "hspace", build_unet(), **common, steps=self._recipe.hspace_steps, learning_rate=1e-3, reads=True
+        phase = TeacherPhase(
+            "hspace", build_unet(), **common, steps=self._recipe.hspace_steps, learning_rate=2e-3, reads=True
         )
-        self._run(hspace)
-        return self._train_prior(_copy(hspace.ema.module), common)
-
-    def _train_prior(self, unet: UNet2DConditionModel, common: dict[str, Any]) -> UNet2DConditionModel:
-        without_size = {name: value for name, value in common.items() if name != "batch_size"}
-        phase = PriorPhase(unet, **without_size, steps=self._recipe.prior_steps)
         self._run(phase)
-        return phase.unet
+        return _copy(phase.ema.module)
 
-    def _train_student(
-        self, teacher: UNet2DConditionModel, network: LatentNetwork, common: dict[str, Any]
-    ) -> ModelMixin:
-        student = self._started("unet")
-        if student is not None and self._recipe.prior_steps:
-            student = self._train_prior(student, common)
+    def _train_student(self, network: LatentNetwork, common: dict[str, Any]) -> ModelMixin:
         phase = StudentPhase(
-            student or _copy(teacher),
+            self._initial(common),
             LatentDistance(network, "tiny"),
             Cutouts.of_drawings(self._pictures.pixels),
             Cutouts.of_files(self._anything),
