@@ -174,7 +174,7 @@ class HSpaceAdapter(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
 
 def _difference(h: torch.Tensor, hs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return lambda times the difference of the nearest of the references `hs` and the target `h` (B, H * W, C)."""
-    nearest = weights.argmax(1)  # the first of equals
+    weight, nearest = weights.max(1)  # the first of equals
     reference = hs[torch.arange(len(hs), device=hs.device), nearest].to(h.dtype)
-    difference = weights.amax(1).view(-1, 1, 1, 1).to(h.dtype) * (reference - h)
+    difference = weight.view(-1, 1, 1, 1).to(h.dtype) * (reference - h)
     return difference.flatten(2).transpose(1, 2)

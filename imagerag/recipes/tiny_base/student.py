@@ -1,9 +1,9 @@
 """Sixth phase: the one-step student, trained by latent adversarial distillation and reconstruction from the H-space.
 
 A part of each batch is generated in one step from noise and text, with the losses of `Ladd`: regression to the coupled
-drawing, a perceptual loss and an adversarial loss. Most rows train encoder and decoder to reconstruct pictures from
+drawing, a perceptual loss and an adversarial loss. The others train encoder and decoder to reconstruct pictures from
 their `h` at t = 0 alone, including unlabelled pictures (`anything`): this limits how much of a reference fusion can
-transfer.
+transfer. An alignment loss keeps the `h` of generated rows near that of drawings.
 """
 
 from typing import Any
@@ -157,7 +157,7 @@ class StudentPhase:
         return {name: float(term) for name, term in terms.items()}
 
     def _misalignment(self, of_made: torch.Tensor, of_read: torch.Tensor) -> torch.Tensor:
-        """Return the error of the `h` of generated rows (B, C, H, W) against that of the same drawings, at t = 0.
+        """Return the error of the `h` of generated rows (B, C, H, W) against that of the same drawings.
 
         Both are read by one decoder, and fusion interpolates between them.
         """
@@ -180,12 +180,11 @@ class StudentPhase:
         latents = torch.cat([own[:plain], encoded, own[plain + varied :]])
         batch = compose(latents, plain + varied + others, num_made, rng, self._diffusion)
         made = slice(-num_made, None)
-        concepts = self._latents.concepts[chosen]
-        chosen[made] = self._latents.chosen_by(batch.noise[made], concepts[made])
+        chosen[made] = self._latents.chosen_by(batch.noise[made], self._latents.concepts[chosen[made]])
         chosen[:plain] = chosen[made][:plain]
+        batch.latents[made] = self._latents.values[chosen[made]]
+        batch.latents[:plain] = batch.latents[made][:plain]
         concepts = self._latents.concepts[chosen]
-        for rows, source in ((made, chosen[made]), (slice(plain), chosen[:plain])):
-            batch.latents[rows] = self._latents.values[source]
         # Unlabelled pictures get random prompts, so that reconstruction does not depend on text.
         others_text = self._prompts.draw(
             self._latents.concepts[rng.integers(len(self._latents.values), size=others)], rng, drop=_EMPTY_PROMPTS

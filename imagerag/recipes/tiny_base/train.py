@@ -3,9 +3,10 @@
 The training has six phases, on the `base` concepts of the sample corpus: the autoencoder; a UNet whose decoder
 reconstructs pictures from the H-space; its text conditioning; the teacher; the network of the perceptual loss, which
 fine-tuning uses too; and the student, which is also trained to reconstruct the pictures in `--pictures`. A stopped run
-resumes. `--start` takes the autoencoder, the perceptual network and the initial weights of teacher and student from a
-folder, and the student's optimizers, EMA and discriminator from its checkpoint, if it was kept. Losses and image grids
-are logged to MLflow.
+resumes. `--start` takes the autoencoder, the perceptual network and a student from a folder; the new teacher and
+student start from that student, after the phase of text conditioning if that has steps. Without that phase, the student
+also keeps the optimizers, EMA and discriminator of its checkpoint, if there is one. Losses and image grids are logged
+to MLflow.
 
 The shipped weights used public-domain clip art as `--pictures`: Debian's package `openclipart-png`.
 """
@@ -58,7 +59,7 @@ class Recipe:
     hspace_steps: int = 2100
     prior_steps: int = 2400
     teacher_steps: int = 1500
-    """0 keeps the teacher's initial weights."""
+    """0 keeps the teacher of `--start`."""
     student_steps: int = 2500
     perceptual_steps: int = 1200
     batch_size: int = 64
