@@ -3,7 +3,8 @@
     shards                  its samples are removed from the tars, and it is blocked from now on
     table                   its rows are removed from all versions, with embeddings and features; all pins are dropped
     training sets           its latents for every base model; entire tables of references that contain it
-    evaluations             images generated with it as a reference; pages that show it, also MLflow's copies
+    evaluations             images generated with it as a reference; metrics' features of these images and of itself;
+                            pages that show it, also MLflow's copies
     models                  versions, and copies under the home, with an index that contains it
 
 Images that the teacher generated from prompts alone are kept, and so are trained weights: the report lists the
@@ -190,6 +191,8 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
             elif count := KeyedTable.at(uri).drop(pa.chunked_array([ids])):
                 deleted.append(f"{count} latents in {uri}")
         pictures = [uri for uri in _tables(f"{folder}/evaluations", "pictures") if _concerns(uri, _shows, ids)]
+        # Features first: if this is killed, the next call finds them through the pictures.
+        deleted += _sweep_features(f"{folder}/evaluations", name, pictures, ids)
         # Their index version is gone, so nothing reads them any more.
         for uri in (*sets, *pictures):
             _delete(uri)
@@ -199,6 +202,27 @@ def _sweep_training(settings: Settings, name: str, ids: pa.Array) -> Sweep:
         _delete(f"{page.rsplit('/', 1)[0]}/grid.png")
         deleted.append(page)
     return Sweep.merged([swept, Sweep(deleted=tuple(deleted), left=tuple(trained))])
+
+
+def _sweep_features(folder: str, index_name: str, pictures: Sequence[str], ids: pa.Array) -> list[str]:
+    """Delete the features that metrics computed of deleted pictures and of the rows' images; return what was deleted.
+
+    Only features of the index's images have its rows' ids. A table of which files are missing is one that a killed
+    takedown began to delete.
+    """
+    from imagerag.evaluation.feature_job import FEATURES
+
+    deleted, gone = [], {table_at(uri).name for uri in pictures}
+    for uri in _tables(folder, FEATURES):
+        of = (
+            KeyedTable.at(uri).key["of"] if table_at(uri).exists else None
+        )  # None: a killed takedown began to delete it
+        if of is None or of in gone:
+            _delete(uri)
+            deleted.append(uri)
+        elif of == index_name and (count := KeyedTable.at(uri).drop(pa.chunked_array([ids]))):
+            deleted.append(f"{count} images' features in {uri}")
+    return deleted
 
 
 def _sweep_copies(settings: Settings, store: Store, ids: pa.Array) -> Sweep:

@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -17,13 +18,14 @@ from imagerag.cli import app
 from imagerag.errors import UserError
 from imagerag.evaluation.compare import Cell, Comparison
 from imagerag.evaluation.compare_page import write_comparison
+from imagerag.evaluation.feature_job import FEATURES
 from imagerag.generation.references import Reference
 from imagerag.registry.promotion import promote
 from imagerag.registry.versions import list_versions, register
 from imagerag.retrieval.publish import PublishConfig
 from imagerag.retrieval.search import Retriever
 from imagerag.storage import lance_table
-from imagerag.storage.hexadecimal import ID, to_hex
+from imagerag.storage.hexadecimal import ID, from_hex, to_hex
 from imagerag.storage.keyed_table import KeyedTable
 from imagerag.storage.lance_table import LanceTable, rows_with
 from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
@@ -63,7 +65,8 @@ class Everything:
         own_latents = rows_with(world.examples().real_table.dataset(), "id", [self.id], ["latents"])["latents"]
         features = table[world.identity.column]
         arrays = [column.combine_chunks().flatten().to_numpy() for column in (own_latents, features)]
-        self.traces = (self.image, b64encode(self.image), *(array.tobytes() for array in arrays))
+        self.looks = np.random.default_rng(0).standard_normal(64).astype(np.float32)
+        self.traces = (self.image, b64encode(self.image), *(array.tobytes() for array in (*arrays, self.looks)))
         self._write_shards()
         self._evaluate()
         self._register()
@@ -91,8 +94,8 @@ class Everything:
             "image": [self.image, b""],
             "references": [json.dumps(own) for own in shown],
         }
-        table.dataset()
-        table.commit(table.write_fragments(pa.table(rows)), table.dataset().version)
+        table.append(pa.table(rows, schema=table.schema))
+        self.looked_at = [self._look(str(folder.parent), of, rows["id"]) for of in (table.name, NAME)]
         validation = {"references_uri": self.world.examples().references_table.table_uri}
         self.training_run = start_run(self.settings, "finetune", "t1", {}, validation)
         for run_id, name in (
@@ -103,6 +106,15 @@ class Everything:
                     tracker.image(f"validation/{name}", Image.open(folder / "grid.png"))
                 else:
                     tracker.file(name, (folder / name).read_bytes())
+
+    def _look(self, folder: str, of: str, ids: pa.Array) -> Path:
+        """Write a metric's features of pictures, or of the index's images."""
+        table = KeyedTable.of(folder, FEATURES, {"of": of}, [pa.field("values", pa.list_(pa.float32()))])
+        if of == NAME:
+            ids = pa.array([from_hex([self.id], ID)[0].as_py(), b"another image's id.."], ID)
+        values = [self.looks.tolist(), [0.0] * 64]
+        table.append(pa.table({"id": ids, "values": values}, schema=table.schema))
+        return Path(table.table_uri)
 
     def _register(self) -> None:
         grid = Path(self.settings.training_of(NAME)) / "evaluations" / "e1" / "grid.png"
@@ -127,7 +139,9 @@ def everything(own_world: World, finetuned: Callable[..., Finetuned], monkeypatc
 def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
     home, settings = everything.settings.home, everything.settings
     held = files_with(home, *everything.traces)
-    for part in ("shards/", "index/", "/real-", "evaluations/e1/", "mlflow/artifacts", "models/2-abc", "model-2"):
+    for part in (
+        "shards/", "index/", "/real-", "evaluations/e1/", "/features-", "mlflow/artifacts", "models/2-abc", "model-2",
+    ):  # fmt: skip
         assert any(part in path for path in held), part
     assert len(everything.world.store.dataset().get_fragments()) > 1
 
@@ -136,6 +150,7 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
     done = takedown.take_down(settings, NAME, target)
 
     assert files_with(home, *everything.traces) == []
+    assert [path.exists() for path in everything.looked_at] == [False, True], "other images' features stay"
     assert done.num_samples == 1
     assert done.removal is not None
     assert done.removal.num_rows == 1
@@ -146,7 +161,7 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
     report = Path(done.uri).read_text()
     assert Path(done.uri).parent == Path(settings.shards_of(NAME), "takedowns")
     for part in (
-        everything.sha256, everything.id, URL, "1 latents in",
+        everything.sha256, everything.id, URL, "1 latents in", "1 images' features in",
         f"MLflow run {everything.evaluation_run}: index.html", f"MLflow run {everything.training_run}: validation",
         "imagerag-turbo 1: grid.png", "version 2 of imagerag-turbo, which was candidate and champion, with its copy",
         "whoever pulled or downloaded version 2", f"adapter {everything.own.uri} learnt from the images",

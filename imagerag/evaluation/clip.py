@@ -2,7 +2,8 @@
 
 import tempfile
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from imagerag.evaluation.recognition import Floats
 from imagerag.evaluation.weights import load_tensors, transformers_folder
 
 _BATCH_SIZE = 32
+_BLOCK_ROWS = 1024
 _MMD_SIGMA = 10.0
 _MMD_SCALE = 1000.0
 
@@ -25,46 +27,84 @@ _MMD_SCALE = 1000.0
 class Clip:
     """A CLIP model in transformers' format, used for evaluation only."""
 
-    def __init__(self, folder: str, encoder_id: str) -> None:
+    def __init__(self, folder: str, device: str = "cpu") -> None:
         """Load the model.
 
-        Args:
-            folder: a transformers folder with safetensors weights.
-            encoder_id: the index's encoder, which must not be the evaluator.
-
         Raises:
-            UserError: if the folder holds no CLIP in safetensors, or is the index's encoder.
+            UserError: if the folder is no transformers folder with safetensors weights.
         """
         from transformers import CLIPModel, CLIPProcessor
 
         path = transformers_folder("clip", folder)
-        if Path(encoder_id).expanduser().absolute() == path.absolute():
-            raise UserError(f"the evaluator must not be the retriever: both are {folder}")
-        self._model = CLIPModel.from_pretrained(path, use_safetensors=True, local_files_only=True).eval()
+        self._model = CLIPModel.from_pretrained(path, use_safetensors=True, local_files_only=True).eval().to(device)
         self._processor = CLIPProcessor.from_pretrained(path, local_files_only=True)
-        self._last: tuple[Sequence[Image.Image], Floats] | None = None
-
-    def images(self, pictures: Sequence[Image.Image]) -> Floats:
-        """Return L2-normalised image embeddings (N, D)."""
-        # Several metrics need the embeddings of the same pictures in turn.
-        if self._last is None or self._last[0] is not pictures:
-            self._last = pictures, self._embed(pictures)
-        return self._last[1]
+        self.dim: int = self._model.config.projection_dim
 
     @torch.inference_mode()
-    def _embed(self, pictures: Sequence[Image.Image]) -> Floats:
+    def images(self, pictures: Sequence[Image.Image]) -> Floats:
+        """Return L2-normalised image embeddings (N, D)."""
         parts = []
         for start in range(0, len(pictures), _BATCH_SIZE):
             own = [to_rgb(picture) for picture in pictures[start : start + _BATCH_SIZE]]
-            pixels = self._processor(images=own, return_tensors="pt")["pixel_values"]
+            pixels = self._processor(images=own, return_tensors="pt")["pixel_values"].to(self._model.device)
             parts.append(self._model.visual_projection(self._model.vision_model(pixels).pooler_output))
         return _normalized(torch.cat(parts))
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Floats:
         """Return L2-normalised text embeddings (N, D)."""
-        tokens = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
-        return _normalized(self._model.text_projection(self._model.text_model(**tokens).pooler_output))
+        parts = []
+        for start in range(0, len(texts), _BATCH_SIZE):
+            own = list(texts[start : start + _BATCH_SIZE])
+            tokens = self._processor(text=own, return_tensors="pt", padding=True, truncation=True)
+            hidden = self._model.text_model(**tokens.to(self._model.device)).pooler_output
+            parts.append(self._model.text_projection(hidden))
+        return _normalized(torch.cat(parts))
+
+
+def check_evaluator(folder: str, encoder_id: str) -> None:
+    """Make sure that the CLIP in `folder` is not the index's encoder.
+
+    Raises:
+        UserError: if it is.
+    """
+    if Path(encoder_id).expanduser().absolute() == Path(folder).expanduser().absolute():
+        raise UserError(f"the evaluator must not be the retriever: both are {folder}")
+
+
+class Inception:
+    """torch-fidelity's InceptionV3."""
+
+    def __init__(self, path: str, device: str = "cpu") -> None:
+        """Load the network.
+
+        Raises:
+            UserError: if the file can't be read as tensors, or they are not InceptionV3's.
+        """
+        from torch_fidelity.utils import create_feature_extractor
+
+        # torch-fidelity unpickles its weights file, so it receives a copy that was loaded with weights_only.
+        with tempfile.NamedTemporaryFile(suffix=".pth") as safe:
+            torch.save(load_tensors(path), safe.name)
+            try:
+                network = create_feature_extractor(
+                    "inception-v3-compat", ["2048"], cuda=False, verbose=False, feature_extractor_weights_path=safe.name
+                )
+            except RuntimeError as error:
+                raise UserError(f"files.inception must hold torch-fidelity's InceptionV3; {path}: {error}") from error
+        self._network, self._device = network.to(device), device
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[Image.Image]) -> Floats:
+        """Return the features (N, 2048) of pictures of any sizes, which the network resizes to its input size."""
+        parts = [np.empty((0, 2048), np.float32)]
+        for _, group in groupby(pictures, key=lambda picture: picture.size):
+            alike = list(group)
+            for start in range(0, len(alike), _BATCH_SIZE):
+                pixels = np.stack([np.asarray(to_rgb(picture)) for picture in alike[start : start + _BATCH_SIZE]])
+                inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._device)
+                parts.append(self._network(inputs)[0].cpu().numpy())
+        return np.concatenate(parts)
 
 
 class ClipScore:
@@ -75,11 +115,11 @@ class ClipScore:
     larger_is_better = True
 
     def __init__(self, clip: Clip, prompts: Sequence[str]) -> None:
-        self._clip, self._texts = clip, clip.texts(prompts)
+        self._texts = clip.texts(prompts)
 
     def measure(self, pictures: Pictures) -> Value:
         """Return the cosine similarity of each picture (N,)."""
-        scores: Floats = (self._clip.images(pictures.made.images) * self._texts[pictures.numbers]).sum(1)
+        scores: Floats = (pictures.made.features("clip") * self._texts[pictures.numbers]).sum(1)
         return scores
 
 
@@ -90,17 +130,28 @@ class Cmmd:
     title = "CMMD"
     larger_is_better = False
 
-    def __init__(self, clip: Clip, real: Real) -> None:
-        self._clip, self._real = clip, clip.images(real.images) if real.images else np.empty((0, 1), np.float32)
-        self._spread = _spread(check_enough(self._real, "the index"))
+    def __init__(self, real: Real) -> None:
+        """Initialise the distance to the real pictures.
+
+        Raises:
+            NotMeasuredError: if there are fewer than 100.
+        """
+        check_enough(len(real), "the index")
+        self._real = real
+
+    @cached_property
+    def _spread_of_real(self) -> float:
+        return _spread(self._real.features("clip"))
 
     def measure(self, pictures: Pictures) -> Value:
         """Return the unbiased MMD² with a Gaussian kernel of sigma 10, times 1,000, as in the paper."""
-        own = check_enough(self._clip.images(pictures.made.images), "each way")
-        return distance_of(pictures, own, self._distance)
+        check_enough(len(pictures.made), "each way")
+        return distance_of(pictures, pictures.made.features("clip"), self._distance)
 
     def _distance(self, own: Floats) -> float:
-        return float(_MMD_SCALE * (_spread(own) + self._spread - 2 * _kernel(own, self._real).mean()))
+        real = self._real.features("clip")
+        between = _kernel_sum(own, real) / (len(own) * len(real))
+        return float(_MMD_SCALE * (_spread(own) + self._spread_of_real - 2 * between))
 
 
 class Aesthetics:
@@ -110,28 +161,28 @@ class Aesthetics:
     title = "aesthetics"
     larger_is_better = True
 
-    def __init__(self, clip: Clip, path: str) -> None:
+    def __init__(self, path: str, dim: int) -> None:
         """Load the head.
 
+        Args:
+            path: the head's file.
+            dim: dimension D of the CLIP embeddings.
+
         Raises:
-            UserError: if the file does not hold linear layers that end in one value.
+            UserError: if the file does not hold linear layers from D values to one.
         """
         weights = load_tensors(path)
         names = sorted((name for name in weights if name.endswith("weight")), key=_layer_of)
         layers = [(weights[name], weights.get(f"{name.removesuffix('weight')}bias")) for name in names]
         if not layers or any(w.ndim != 2 or b is None for w, b in layers) or len(layers[-1][0]) != 1:
             raise UserError(f"files.aesthetic_head must hold linear layers down to one value; {path} does not")
-        self._clip = clip
+        if (own := layers[0][0].shape[1]) != dim:
+            raise UserError(f"files.aesthetic_head takes embeddings of dimension {own}; files.clip has dimension {dim}")
         self._layers = [(w.float().numpy(), b.float().numpy()) for w, b in layers if b is not None]
 
     def measure(self, pictures: Pictures) -> Value:
         """Return the aesthetic score of each picture (N,), 1 to 10."""
-        values = self._clip.images(pictures.made.images)
-        if values.shape[1] != self._layers[0][0].shape[1]:
-            raise UserError(
-                f"files.aesthetic_head takes embeddings of dimension {self._layers[0][0].shape[1]}; files.clip has "
-                f"dimension {values.shape[1]}"
-            )
+        values = pictures.made.features("clip")
         for weight, bias in self._layers:
             values = values @ weight.T + bias
         scores: Floats = values[:, 0]
@@ -145,37 +196,21 @@ class Fid:
     title = "FID"
     larger_is_better = False
 
-    def __init__(self, path: str, real: Real) -> None:
-        """Load the network and compute the features of the real pictures.
+    def __init__(self, real: Real) -> None:
+        """Initialise the distance to the real pictures.
 
         Raises:
-            UserError: if the file can't be read as tensors, or they are not InceptionV3's.
+            NotMeasuredError: if there are fewer than 100.
         """
-        from torch_fidelity.utils import create_feature_extractor
-
-        # torch-fidelity unpickles its weights file, so it receives a copy that was loaded with weights_only.
-        with tempfile.NamedTemporaryFile(suffix=".pth") as safe:
-            torch.save(load_tensors(path), safe.name)
-            try:
-                self._network = create_feature_extractor(
-                    "inception-v3-compat", ["2048"], cuda=False, verbose=False, feature_extractor_weights_path=safe.name
-                )
-            except RuntimeError as error:
-                raise UserError(f"files.inception must hold torch-fidelity's InceptionV3; {path}: {error}") from error
-        self._real = check_enough(self._features(real.images), "the index")
+        check_enough(len(real), "the index")
+        self._real = real
 
     def measure(self, pictures: Pictures) -> Value:
         """Return the FID with its interval."""
-        own = check_enough(self._features(pictures.made.images), "each way")
-        return distance_of(pictures, own, partial(frechet, other=self._real))
-
-    @torch.inference_mode()
-    def _features(self, images: Sequence[Image.Image]) -> Floats:
-        parts = [np.empty((0, 2048), np.float64)]
-        for image in images:  # one at a time, as sizes may differ; the network resizes each to its input size
-            pixels = torch.from_numpy(np.asarray(to_rgb(image)).copy()).permute(2, 0, 1)[None]
-            parts.append(self._network(pixels)[0].double().numpy())
-        return np.concatenate(parts)
+        check_enough(len(pictures.made), "each way")
+        return distance_of(
+            pictures, pictures.made.features("inception"), partial(frechet, other=self._real.features("inception"))
+        )
 
 
 def _layer_of(name: str) -> tuple[int, ...]:
@@ -184,8 +219,14 @@ def _layer_of(name: str) -> tuple[int, ...]:
 
 def _spread(values: Floats) -> float:
     """Return the mean kernel value over pairs of different embeddings."""
-    kernel = _kernel(values, values)
-    return float((kernel.sum() - len(kernel)) / (len(kernel) * (len(kernel) - 1)))
+    return (_kernel_sum(values, values) - len(values)) / (len(values) * (len(values) - 1))
+
+
+def _kernel_sum(one: Floats, other: Floats) -> float:
+    """Return the sum of the kernel over all pairs, computed in blocks, as the matrix of all pairs may not fit."""
+    return sum(
+        float(_kernel(one[start : start + _BLOCK_ROWS], other).sum()) for start in range(0, len(one), _BLOCK_ROWS)
+    )
 
 
 def _kernel(one: Floats, other: Floats) -> Floats:
@@ -195,5 +236,5 @@ def _kernel(one: Floats, other: Floats) -> Floats:
 
 
 def _normalized(values: torch.Tensor) -> Floats:
-    normalized: Floats = torch.nn.functional.normalize(values, dim=-1).numpy()
+    normalized: Floats = torch.nn.functional.normalize(values.float(), dim=-1).cpu().numpy()
     return normalized

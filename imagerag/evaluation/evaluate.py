@@ -5,25 +5,31 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
+from PIL import Image
 
 from imagerag.artifacts import Deployed, Evaluated, Finetuned, TrainingSet
 from imagerag.base.files import resolve
 from imagerag.evaluation.config import EvaluateConfig, GateMetricName, MetricName
 from imagerag.evaluation.copies import measure_copies, measure_leakage, threshold_of
-from imagerag.evaluation.metrics import Pictures, Real
+from imagerag.evaluation.feature_job import FeatureJob, Source
+from imagerag.evaluation.made import Made
+from imagerag.evaluation.metrics import Pictures, Real, real_rows
+from imagerag.evaluation.networks import NetworkName, check_networks
 from imagerag.evaluation.no_training import choose_ws, with_chosen_ws
 from imagerag.evaluation.page import to_files
-from imagerag.evaluation.pictures import VERSION, Made, PictureJob
+from imagerag.evaluation.pictures import VERSION, PictureJob
 from imagerag.evaluation.prompts import Prompts, read_prompts
+from imagerag.evaluation.recognition import Floats
 from imagerag.evaluation.results import JUDGES, RESULTS, CurvePoint, Latency, Results, Retrieval, Score, WayResults
 from imagerag.evaluation.suite import Suite
 from imagerag.evaluation.ways import Way, ways_of
 from imagerag.evaluation.weights import digests_of
+from imagerag.generation.references import Reference
 from imagerag.hspace.cache import identity_of
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.pins import JOB, held
@@ -31,11 +37,14 @@ from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_file, write_json
+from imagerag.storage.hexadecimal import to_hex
 from imagerag.storage.locks import writer_lock
 from imagerag.training.finetune import training_set_of
 from imagerag.training.tracking import MlflowTracker, lasting_run, log_index, tracking_uri
 
 EXPERIMENT = "evaluate"
+_INDEX = "index"
+"""Name of the real pictures among the sources of features."""
 _VERSION = 3
 """Version of the measurements; a change repeats every evaluation, but not its pictures."""
 
@@ -159,12 +168,17 @@ class _Inputs:
 def _measure(inputs: _Inputs, settings: Settings, on_progress: OnProgress) -> tuple[Results, list[Pictures]]:
     """Make the pictures of all ways and measure them; return the results, and the pictures of the columns."""
     config, prompts, retriever = inputs.config, inputs.prompts, inputs.retriever
-    real = Real.of(retriever, prompts.texts)
+    rows = real_rows(retriever, prompts.texts)
+    index = Source(table=inputs.store, version=retriever.version, rows=rows.select(["id", "prompt"]))
+    job = PictureJob(prompts.texts, inputs.ways, config, inputs.parent)
+    looks = FeatureJob({_INDEX: index, **{way.name: job.source(way) for way in inputs.ways}}, config, inputs.parent)
+    real = Real(to_hex(rows["id"]), rows["number"].to_numpy(), cache(partial(looks.read, _INDEX)))
     # Before any picture is made, to fail early on invalid files.
     suite = Suite(config, prompts, real, retriever)
-    job = PictureJob(prompts.texts, inputs.ways, config, inputs.parent)
+    check_networks(config.files)
     latencies = job.run(settings, on_progress)
-    measuring = _Measuring(job, suite, real, prompts, on_progress)
+    looks.run(settings, on_progress)
+    measuring = _Measuring(job, looks, suite, real, prompts, on_progress)
     rows, points, pictures = measuring.measure(config, inputs.metric, latencies)
     metrics = suite.about
     results = Results(
@@ -183,11 +197,43 @@ def _measure(inputs: _Inputs, settings: Settings, on_progress: OnProgress) -> tu
     return results, pictures
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """The pictures of a way in the jobs' tables."""
+
+    job: PictureJob
+    looks: FeatureJob
+    way: Way
+
+    def __len__(self) -> int:
+        return self.job.num_pictures
+
+    def references(self) -> Sequence[tuple[Reference, ...]]:
+        """Return the references of each picture (N,)."""
+        return self.job.references(self.way)
+
+    def features(self, network: NetworkName) -> Floats:
+        """Return the features (N, D) of the pictures by a network."""
+        return self.looks.read(self.way.name, network)
+
+    def image(self, number: int) -> Image.Image:
+        """Return a picture."""
+        return self.job.image(self.way, number)
+
+
 class _Measuring:
     """Measures the pictures of a job against one set of real pictures."""
 
-    def __init__(self, job: PictureJob, suite: Suite, real: Real, prompts: Prompts, on_progress: OnProgress) -> None:
-        self._job, self._suite, self._real, self._on_progress = job, suite, real, on_progress
+    def __init__(
+        self,
+        job: PictureJob,
+        looks: FeatureJob,
+        suite: Suite,
+        real: Real,
+        prompts: Prompts,
+        on_progress: OnProgress,
+    ) -> None:
+        self._job, self._looks, self._suite, self._real, self._on_progress = job, looks, suite, real, on_progress
         self._numbers = np.repeat(np.arange(len(prompts.texts)), job.images_per_prompt)
         self._texts = tuple(prompts.texts[number] for number in self._numbers)
         self._left_out = np.concatenate([real.places_of(job.references(way)) for way in job.ways], 1)
@@ -202,7 +248,7 @@ class _Measuring:
         points: list[CurvePoint] = []
         by_w: dict[float, tuple[Made, dict[MetricName, Score]]] = {}
         for number, way in enumerate(self._job.ways, 1):
-            pictures = self._pictures(self._job.read(way))
+            pictures = self._pictures(_Stored(self._job, self._looks, way))
             if way.is_column:
                 rows.append(self._row(pictures, latencies[way.name]))
                 columns.append(pictures)
@@ -233,7 +279,7 @@ class _Measuring:
             name=way.name,
             title=way.title,
             function_evaluations=way.steps,
-            num_pictures=len(pictures.made.images),
+            num_pictures=len(pictures.made),
             scores=self._suite.measure(pictures),
             latency=latency,
             retrieval=_retrieval(pictures.made, self._texts),
@@ -241,17 +287,18 @@ class _Measuring:
         )
 
     def _pictures(self, made: Made) -> Pictures:
-        return Pictures(made, self._texts, self._numbers, self._real, self._left_out)
+        return Pictures(made, self._numbers, self._real, self._left_out)
 
 
 def _retrieval(made: Made, prompts: tuple[str, ...]) -> Retrieval | None:
     """Summarise the references of a way; None if it has none."""
-    shown = [reference for own in made.references for reference in own]
+    references = made.references()
+    shown = [reference for own in references for reference in own]
     if not shown:
         return None
     hits = [
         any(reference.caption.strip() == prompt for reference in own)
-        for own, prompt in zip(made.references, prompts, strict=True)
+        for own, prompt in zip(references, prompts, strict=True)
     ]
     return Retrieval(
         hit_rate=float(np.mean(hits)),

@@ -5,29 +5,28 @@ are in `clip` and `tifa`. A metric that can't be measured raises `NotMeasuredErr
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from imagerag.embedded.judge import contrastive_features
 from imagerag.evaluation.config import MetricName
 from imagerag.evaluation.distances import frechet, measure_distances
-from imagerag.evaluation.efficientnet import Features, features_of, to_batches
+from imagerag.evaluation.efficientnet import Features
 from imagerag.evaluation.intervals import Estimate, estimate, jackknifed
-from imagerag.evaluation.pictures import Made
-from imagerag.evaluation.recognition import NUM_NAMES, Floats, Judge
+from imagerag.evaluation.made import FeaturesBy, Made
+from imagerag.evaluation.networks import NetworkName
+from imagerag.evaluation.recognition import NUM_NAMES, Floats, Ints, Judge
 from imagerag.evaluation.scorer import NUM_ROWS, Scorer
 from imagerag.generation.references import Reference
-from imagerag.hspace.encode import open_images
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds
 from imagerag.retrieval.search import Retriever
-from imagerag.storage.hexadecimal import to_hex
+from imagerag.storage.hexadecimal import ID
 
 _FEWEST_PICTURES = 100
 _FEWEST_NAMES = 20
@@ -35,6 +34,7 @@ _MOST_REAL = 20_000
 _LEAST_KNOWN = 0.1
 """Minimum share of real pictures that the second judge must recognise to be used."""
 _MOST_ASKED = 500
+_REAL_ROWS = pa.schema([("id", ID), ("prompt", pa.string()), ("number", pa.int64())])
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,14 @@ class Real:
     """The real pictures: rows of the index whose captions are prompts."""
 
     ids: list[str]
-    images: list[Image.Image]
-    prompts: npt.NDArray[np.int64]
+    prompts: Ints
     """Prompt number of each picture (N,)."""
+    features: FeaturesBy
 
-    @cached_property
-    def features(self) -> Features:
-        """EfficientNet-Lite0 features (N, 1280)."""
-        return features_of(self.images)
+    def __len__(self) -> int:
+        return len(self.ids)
 
-    @cached_property
-    def second_features(self) -> Features:
-        """Features of the second judge (N, 160)."""
-        return contrastive_features(to_batches(self.images))
-
-    def places_of(self, references: Sequence[tuple[Reference, ...]]) -> npt.NDArray[np.int64]:
+    def places_of(self, references: Sequence[tuple[Reference, ...]]) -> Ints:
         """Return the positions of references among these pictures (N, K); -1 pads and marks other references."""
         places = {id: place for place, id in enumerate(self.ids)}
         most = max((len(own) for own in references), default=0)
@@ -65,17 +58,20 @@ class Real:
             found[row, : len(own)] = [places.get(reference.id, -1) for reference in own]
         return found
 
-    @classmethod
-    def of(cls, retriever: Retriever, prompts: Sequence[str]) -> "Real":
-        """Read the real pictures of `prompts`, at most the first 20,000."""
-        captions = retriever.read(["caption"])["caption"].to_pylist()
-        numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        rows = [row for row, caption in enumerate(captions) if caption.strip() in numbers][:_MOST_REAL]
-        if not rows:
-            return cls([], [], np.empty(0, np.int64))
-        found = retriever.take(rows, ["id", "image"])
-        own = np.array([numbers[captions[row].strip()] for row in rows])
-        return cls(to_hex(found["id"]), list(open_images(found["image"].to_pylist())), own)
+
+def real_rows(retriever: Retriever, prompts: Sequence[str]) -> pa.Table:
+    """Return the first 20,000 rows of the index whose captions are prompts: `id`, `prompt` and its `number`."""
+    found, num_rows = [_REAL_ROWS.empty_table()], 0
+    wanted = pa.array(prompts, pa.string())
+    for batch in retriever.batches(["id", "caption"]):
+        captions = pc.utf8_trim_whitespace(batch["caption"])
+        numbers = pc.index_in(captions, value_set=wanted).cast(pa.int64())
+        rows = pa.table([batch["id"], captions, numbers], schema=_REAL_ROWS).filter(pc.is_valid(numbers))
+        found.append(rows)
+        num_rows += rows.num_rows
+        if num_rows >= _MOST_REAL:
+            break
+    return pa.concat_tables(found).slice(0, _MOST_REAL)
 
 
 @dataclass(frozen=True)
@@ -83,29 +79,12 @@ class Pictures:
     """The pictures of one way, as input of the metrics."""
 
     made: Made
-    prompts: tuple[str, ...]
-    """Prompt of each picture (N,)."""
-    numbers: npt.NDArray[np.int64]
+    numbers: Ints
     """Prompt number of each picture (N,)."""
     real: Real
-    left_out: npt.NDArray[np.int64]
+    left_out: Ints
     """Positions among the real pictures of the references of all ways (N, K), padded with -1. Judges ignore them when
     they judge a picture, so that copying a reference is not rewarded and all ways are judged by the same drawings."""
-
-    @cached_property
-    def features(self) -> Features:
-        """EfficientNet-Lite0 features (N, 1280)."""
-        return features_of(self.made.images)
-
-    @cached_property
-    def second_features(self) -> Features:
-        """Features of the second judge (N, 160)."""
-        return contrastive_features(to_batches(self.made.images))
-
-    @cached_property
-    def shown(self) -> npt.NDArray[np.int64]:
-        """Positions of each picture's references among the real pictures (N, K); -1 pads and marks other references."""
-        return self.real.places_of(self.made.references)
 
 
 Value = Floats | Estimate
@@ -141,52 +120,59 @@ class Recognised:
             name: `recognised` uses EfficientNet-Lite0, `recognised_second` a network trained on drawings only.
 
         Raises:
-            NotMeasuredError: if fewer than 20 prompts are captions of the index, or the second judge recognises less
-                than 10 % of the index's own pictures.
+            NotMeasuredError: if fewer than 20 prompts are captions of the index.
         """
         self.name: MetricName = name
-        self._candidates = np.unique(real.prompts)
+        self._network: NetworkName = "efficientnet" if name == "recognised" else "drawings"
+        self._real, self._candidates = real, np.unique(real.prompts)
         if len(self._candidates) < _FEWEST_NAMES:
             raise NotMeasuredError(
                 f"needs index rows whose captions are at least {_FEWEST_NAMES} of the prompts; there are "
                 f"{len(self._candidates)}"
             )
         self._num_names = min(NUM_NAMES, len(self._candidates))
-        self.title = f"recognised among {self._num_names}"
-        if name == "recognised":
-            self._judge = Judge.of(real.features, real.prompts)
-            return
-        self.title += ", second judge"
-        self._judge = Judge.of(real.second_features, real.prompts)
-        known = self._share_of_real(real)
-        if known < _LEAST_KNOWN:
+        second = "" if name == "recognised" else ", second judge"
+        self.title = f"recognised among {self._num_names}{second}"
+
+    @cached_property
+    def _judge(self) -> Judge:
+        judge = Judge.of(self._real.features(self._network), self._real.prompts)
+        if self._network == "drawings" and (known := self._share_of_real(judge)) < _LEAST_KNOWN:
             raise NotMeasuredError(
                 f"knows drawings alone: of the index's own pictures it recognises {known:.2f} (leave-one-out), less "
                 f"than {_LEAST_KNOWN}"
             )
+        return judge
 
     def measure(self, pictures: Pictures) -> Value:
-        """Return 1 or 0 for each picture (N,); NaN if no real picture of its prompt remains after leaving out."""
-        own = self._judge.concepts == pictures.numbers[:, None]
-        rows, places = np.nonzero(pictures.left_out >= 0)
-        own[rows, pictures.left_out[rows, places]] = False
-        known = own.any(1)
+        """Return 1 or 0 for each picture (N,); NaN if no real picture of its prompt remains after leaving out.
+
+        Raises:
+            NotMeasuredError: if the second judge recognises less than 10 % of the index's own pictures.
+        """
+        remaining = np.bincount(self._judge.concepts, minlength=int(pictures.numbers.max()) + 1)[pictures.numbers]
+        for row, places in enumerate(pictures.left_out):
+            ignored = np.unique(places[places >= 0])
+            remaining[row] -= int((self._judge.concepts[ignored] == pictures.numbers[row]).sum())
+        known = remaining > 0
         values = np.full(len(known), np.nan)
-        features = pictures.features if self.name == "recognised" else pictures.second_features
         values[known] = self._judge.recognised(
-            features[known], pictures.numbers[known], self._candidates, pictures.left_out[known], self._num_names
+            pictures.made.features(self._network)[known],
+            pictures.numbers[known],
+            self._candidates,
+            pictures.left_out[known],
+            self._num_names,
         )
         return values
 
-    def _share_of_real(self, real: Real) -> float:
+    def _share_of_real(self, judge: Judge) -> float:
         """Return the leave-one-out accuracy on at most 500 real pictures of prompts with several."""
-        several = np.flatnonzero(np.bincount(real.prompts)[real.prompts] > 1)
+        several = np.flatnonzero(np.bincount(judge.concepts)[judge.concepts] > 1)
         some = np.random.default_rng(0).permutation(several)[:_MOST_ASKED]
         if len(some) == 0:
             return 0.0
-        found = self._judge.recognised(
-            real.second_features[some], real.prompts[some], self._candidates, some[:, None], self._num_names
-        )
+        features = self._real.features(self._network)[some]
+        found = judge.recognised(features, judge.concepts[some], self._candidates, some[:, None], self._num_names)
         return float(found.mean())
 
 
@@ -211,21 +197,18 @@ class TextScore:
         Raises:
             NotMeasuredError: if fewer than 100 other rows remain.
         """
-        rows, own = retriever.read(["id", "caption"]), set(prompts)
-        ids, captions = (rows[name].to_pylist() for name in ("id", "caption"))
-        others = [row for row, caption in enumerate(captions) if caption.strip() not in own]
-        if len(others) < _FEWEST_PICTURES:
+        chosen = heapq.nsmallest(NUM_ROWS, _others(retriever, set(prompts)))
+        if len(chosen) < _FEWEST_PICTURES:
             raise NotMeasuredError(
-                f"needs {_FEWEST_PICTURES} index rows whose captions are not prompts; there are {len(others)}"
+                f"needs {_FEWEST_PICTURES} index rows whose captions are not prompts; there are {len(chosen)}"
             )
-        chosen = np.array(heapq.nsmallest(NUM_ROWS, others, key=ids.__getitem__))
-        rows = retriever.take(chosen, ["image", "text_embed"])
+        rows = retriever.take([row for _, row in chosen], ["image", "text_embed"])
         self._scorer = Scorer.fit(rows["image"].to_pylist(), to_numpy(rows["text_embed"]))
         self._embeds = embeds
 
     def measure(self, pictures: Pictures) -> Value:
         """Return the cosine similarity of each picture (N,)."""
-        return self._scorer.scores_of(pictures.features, self._embeds[pictures.numbers])
+        return self._scorer.scores_of(pictures.made.features("efficientnet"), self._embeds[pictures.numbers])
 
 
 class Distance:
@@ -245,17 +228,20 @@ class Distance:
         """
         self.name: MetricName = name
         self.title = {"frechet": "Fréchet distance", "kernel": "kernel distance, x 1,000"}[name]
-        self._real = check_enough(real.features, "the index")
+        check_enough(len(real), "the index")
+        self._real = real
 
     def measure(self, pictures: Pictures) -> Value:
         """Return the distance with its interval."""
-        features = check_enough(pictures.features, "each way")
+        count = len(pictures.made)
+        check_enough(count, "each way")
+        features, real = (each.features("efficientnet") for each in (pictures.made, self._real))
         if self.name == "frechet":
-            return distance_of(pictures, features, partial(frechet, other=self._real))
-        found = measure_distances(features, self._real)
+            return distance_of(pictures, features, partial(frechet, other=real))
+        found = measure_distances(features, real)
         # The deviation over subsets of 100 pictures, scaled to all pictures.
-        half = 1.96 * found.kernel_deviation * np.sqrt(_FEWEST_PICTURES / len(pictures.features))
-        return Estimate(found.kernel, found.kernel - half, found.kernel + half, len(pictures.features))
+        half = 1.96 * found.kernel_deviation * np.sqrt(_FEWEST_PICTURES / count)
+        return Estimate(found.kernel, found.kernel - half, found.kernel + half, count)
 
 
 def distance_of(pictures: Pictures, features: Features, distance: Callable[[Features], float]) -> Estimate:
@@ -269,24 +255,30 @@ def distance_of(pictures: Pictures, features: Features, distance: Callable[[Feat
     return jackknifed(distance, features, pictures.numbers)
 
 
-def check_enough(features: Features, whose: str) -> Features:
-    """Return `features` (N, D) if there are at least 100, the minimum for a distance.
+def check_enough(count: int, whose: str) -> None:
+    """Make sure that there are at least 100 pictures, the minimum for a distance.
 
     Args:
-        features: features of pictures.
+        count: number of pictures.
         whose: names the pictures in the error.
 
     Raises:
         NotMeasuredError: if there are fewer.
     """
-    if len(features) < _FEWEST_PICTURES:
-        raise NotMeasuredError(
-            f"needs {_FEWEST_PICTURES} pictures of {whose} for the prompts; there are {len(features)}"
-        )
-    return features
+    if count < _FEWEST_PICTURES:
+        raise NotMeasuredError(f"needs {_FEWEST_PICTURES} pictures of {whose} for the prompts; there are {count}")
 
 
-def by_prompt(value: Floats, numbers: npt.NDArray[np.int64], num_prompts: int) -> Floats:
+def _others(retriever: Retriever, prompts: set[str]) -> Iterator[tuple[bytes, int]]:
+    """Yield the id and the number of each row of the index whose caption is not a prompt."""
+    first = 0
+    for batch in retriever.batches(["id", "caption"]):
+        pairs = zip(batch["id"].to_pylist(), batch["caption"].to_pylist(), strict=True)
+        yield from ((id, row) for row, (id, caption) in enumerate(pairs, first) if caption.strip() not in prompts)
+        first += batch.num_rows
+
+
+def by_prompt(value: Floats, numbers: Ints, num_prompts: int) -> Floats:
     """Return the mean value of each prompt's pictures (P,); NaN where nothing was measured."""
     counts = np.bincount(numbers, minlength=num_prompts)
     sums = np.bincount(numbers, weights=value, minlength=num_prompts)

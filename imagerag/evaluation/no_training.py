@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from imagerag.evaluation.pictures import Made
+from imagerag.evaluation.made import ChosenMade, Made
 from imagerag.evaluation.recognition import Floats, Ints
 
 
@@ -26,7 +26,7 @@ def choose_ws(scores: Mapping[float, Floats], *, larger_is_better: bool) -> list
     return [best[half] for half in halves]
 
 
-def with_chosen_ws(made: Mapping[float, Made], ws: Sequence[float], numbers: Ints) -> Made:
+def with_chosen_ws(made: Mapping[float, Made], ws: Sequence[float], numbers: Ints) -> ChosenMade:
     """Return slerp's pictures with the chosen w of each prompt.
 
     Args:
@@ -34,14 +34,10 @@ def with_chosen_ws(made: Mapping[float, Made], ws: Sequence[float], numbers: Int
         ws: w of each prompt (P,).
         numbers: prompt number of each picture (N,).
     """
-    chosen = [made[ws[number]] for number in numbers]
-    named = " and ".join(str(w) for w in dict.fromkeys(ws))
+    distinct = list(dict.fromkeys(ws))
+    named = " and ".join(map(str, distinct))
     way = replace(made[ws[0]].way, name="best_slerp", title=f"slerp, w best on other prompts ({named})", is_column=True)
-    return Made(
-        way,
-        [own.images[place] for place, own in enumerate(chosen)],
-        [own.references[place] for place, own in enumerate(chosen)],
-    )
+    return ChosenMade(way, [made[w] for w in distinct], [distinct.index(ws[number]) for number in numbers])
 
 
 def _mean(values: Floats) -> float:

@@ -1,7 +1,7 @@
 """The files of an evaluation: a self-contained HTML page, Markdown tables and an image grid."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -10,7 +10,8 @@ from imagerag.evaluation.compare import Cell, Comparison
 from imagerag.evaluation.compare_page import render_comparisons
 from imagerag.evaluation.curve import Point, to_svg
 from imagerag.evaluation.metrics import Pictures
-from imagerag.evaluation.results import GRID, PAGE, TABLE, Results
+from imagerag.evaluation.results import GRID, PAGE, TABLE, Results, WayResults
+from imagerag.generation.references import Reference
 from imagerag.generation.sheet import sheet, to_png
 from imagerag.retrieval.search import Retriever
 
@@ -21,8 +22,10 @@ _DISPUTED = 4
 def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retriever) -> dict[str, bytes]:
     """Return the contents of the files by name."""
     chosen = _chosen(results)
+    columns = [_column(results, way, own, chosen) for way, own in zip(results.ways, pictures, strict=True)]
     comparisons = [
-        Comparison(prompt=results.prompts[number], cells=tuple(_cells(results, pictures, number))) for number in chosen
+        Comparison(prompt=results.prompts[number], cells=cells)
+        for number, cells in zip(chosen, zip(*columns, strict=True), strict=True)
     ]
     html = render_comparisons(
         "evaluate.html",
@@ -72,23 +75,29 @@ def _curves(results: Results) -> str:
     return to_svg(curves, x_title="share of copies", y_title="recognised") if curves else ""
 
 
-def _cells(results: Results, pictures: Sequence[Pictures], number: int) -> Iterator[Cell]:
-    """Yield the first picture of a prompt for every way."""
-    for way, own in zip(results.ways, pictures, strict=True):
-        first = int(np.argmax(own.numbers == number))
-        scored = {name: score.by_prompt[number] for name, score in way.scores.items() if score.by_prompt is not None}
-        notes = [
-            f"{results.metrics[name].title}: {'not measured' if value is None else f'{value:.2f}'}"
-            for name, value in scored.items()
-        ]
-        if way.copies is not None and (label := way.copies.label(first)):
-            notes.insert(0, label)
-        assert way.latency is not None, way
-        yield Cell(
-            title=way.title,
-            image=own.made.images[first],
-            score=math.nan,
-            seconds=way.latency.total / 1000,
-            references=own.made.references[first],
-            note=", ".join(notes),
-        )
+def _column(results: Results, way: WayResults, own: Pictures, chosen: Sequence[int]) -> list[Cell]:
+    """Return the first picture of each chosen prompt for one way."""
+    references = own.made.references()
+    return [_cell(results, way, own, number, references) for number in chosen]
+
+
+def _cell(
+    results: Results, way: WayResults, own: Pictures, number: int, references: Sequence[tuple[Reference, ...]]
+) -> Cell:
+    first = int(np.argmax(own.numbers == number))
+    scored = {name: score.by_prompt[number] for name, score in way.scores.items() if score.by_prompt is not None}
+    notes = [
+        f"{results.metrics[name].title}: {'not measured' if value is None else f'{value:.2f}'}"
+        for name, value in scored.items()
+    ]
+    if way.copies is not None and (label := way.copies.label(first)):
+        notes.insert(0, label)
+    assert way.latency is not None, way
+    return Cell(
+        title=way.title,
+        image=own.made.image(first),
+        score=math.nan,
+        seconds=way.latency.total / 1000,
+        references=references[first],
+        note=", ".join(notes),
+    )

@@ -9,7 +9,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 
 from imagerag.artifacts import IndexVersion
 from imagerag.evaluation.config import EvaluateConfig
+from imagerag.evaluation.feature_job import Source
 from imagerag.evaluation.results import Latency
 from imagerag.evaluation.ways import Way
 from imagerag.generation.references import Reference
@@ -28,6 +29,7 @@ from imagerag.settings import Settings
 from imagerag.storage.files import local_copy
 from imagerag.storage.hexadecimal import ID, to_hex
 from imagerag.storage.keyed_table import KeyedTable
+from imagerag.storage.lance_table import rows_with
 from imagerag.workers import Dtype, Job, run_job
 
 if TYPE_CHECKING:
@@ -54,15 +56,6 @@ _TIMED_S = 4.0
 """Time budget per way; no further pair starts after it."""
 
 
-@dataclass(frozen=True)
-class Made:
-    """The pictures of one way in the order of the prompts, `images_per_prompt` of each."""
-
-    way: Way
-    images: list[Image.Image]
-    references: list[tuple[Reference, ...]]
-
-
 class PictureJob:
     """Makes the pictures of all prompts in all ways, and measures latencies."""
 
@@ -87,8 +80,9 @@ class PictureJob:
 
     def run(self, settings: Settings, on_progress: OnProgress) -> dict[str, Latency]:
         """Make the missing pictures, and return the latency of each way."""
-        versions = {name: table.version for name, table in self._tables.items()}
-        missing = {way.name: self._missing(self._tables[way.name]) for way in self.ways}
+        distinct = {table.name: name for name, table in self._tables.items()}  # ways that are the same have one table
+        versions = {name: self._tables[name].version for name in distinct.values()}
+        missing = {name: self._missing(self._tables[name]) for name in distinct.values()}
         for name, rows in missing.items():
             if rows.num_rows:
                 self._tables[name].clean_up()
@@ -121,20 +115,25 @@ class PictureJob:
         run_job(job, self._config, settings)
         return latencies
 
-    def read(self, way: Way) -> Made:
-        """Return a way's pictures."""
-        images = self._column(way, "image")
-        opened = [Image.open(io.BytesIO(image), formats=["PNG"]).convert("RGB") for image in images]
-        return Made(way, opened, self.references(way))
+    @property
+    def num_pictures(self) -> int:
+        """Number of pictures of each way."""
+        return int(self._wanted.num_rows)
+
+    def source(self, way: Way) -> Source:
+        """Return a way's pictures as input of networks."""
+        return Source(table=self._tables[way.name], rows=self._wanted.select(["id", "prompt"]))
+
+    def image(self, way: Way, number: int) -> Image.Image:
+        """Return a picture of a way."""
+        rows = rows_with(self._tables[way.name].dataset(), "id", self._wanted["id"].slice(number, 1), ["image"])
+        return Image.open(io.BytesIO(rows["image"][0].as_py()), formats=["PNG"]).convert("RGB")
 
     def references(self, way: Way) -> list[tuple[Reference, ...]]:
         """Return the references of each of a way's pictures."""
-        return [tuple(Reference(**each) for each in json.loads(text)) for text in self._column(way, "references")]
-
-    def _column(self, way: Way, name: str) -> list[Any]:
-        rows = self._tables[way.name].dataset().to_table(columns=["id", name])
-        column: list[Any] = rows[name].take(pc.index_in(self._wanted["id"], rows["id"].combine_chunks())).to_pylist()
-        return column
+        rows = self._tables[way.name].dataset().to_table(columns=["id", "references"])
+        texts = rows["references"].take(pc.index_in(self._wanted["id"], value_set=rows["id"]))
+        return [tuple(Reference(**each) for each in json.loads(text)) for text in texts.to_pylist()]
 
     def _missing(self, table: KeyedTable) -> pa.Table:
         present = table.ids()
@@ -238,9 +237,8 @@ class Worker:
         }
         arguments |= {"slerp": {"w": way.w}, "adapter": {"adapter_scale": way.adapter_scale}}.get(way.fusion, {})
         if way.is_random:
-            arguments["reference_ids"] = [
-                self._random_ids(prompt, way.num_references, pipeline.pipeline) for prompt in prompts
-            ]
+            count = arguments.pop("num_references")
+            arguments["reference_ids"] = [self._random_ids(prompt, count, pipeline.pipeline) for prompt in prompts]
         return arguments
 
     def _random_ids(self, prompt: str, count: int, pipeline: "ImageRAGTurboPipeline") -> list[str]:

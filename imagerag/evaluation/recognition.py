@@ -17,6 +17,7 @@ from imagerag.evaluation.efficientnet import Features
 
 NUM_NAMES = 100
 _RIDGE = 100.0
+_BLOCK_ROWS = 1024
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating[Any]]
@@ -60,15 +61,24 @@ class Judge:
                 its references.
             num_names: number of competing concepts, including the true one.
         """
-        similarities = _normalized(features - self.centre) @ self.features.T
-        if ignored is not None:
-            rows, columns = np.nonzero(ignored >= 0)
-            similarities[rows, ignored[rows, columns]] = -np.inf
-        return is_nearest(similarities, self.concepts, concepts, candidates, num_names)
+        rng, found = np.random.default_rng(0), [np.empty(0, bool)]
+        for start in range(0, len(features), _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            similarities = _normalized(features[block] - self.centre) @ self.features.T
+            if ignored is not None:
+                rows, columns = np.nonzero(ignored[block] >= 0)
+                similarities[rows, ignored[block][rows, columns]] = -np.inf
+            found.append(is_nearest(similarities, self.concepts, concepts[block], candidates, num_names, rng))
+        return np.concatenate(found)
 
 
 def is_nearest(
-    similarities: Floats, drawn: Ints, concepts: Ints, candidates: Sequence[int] | Ints, num_names: int
+    similarities: Floats,
+    drawn: Ints,
+    concepts: Ints,
+    candidates: Sequence[int] | Ints,
+    num_names: int,
+    rng: np.random.Generator | None = None,
 ) -> npt.NDArray[np.bool_]:
     """Return for each picture (B,) whether the nearest drawing among `num_names` concepts has its own concept.
 
@@ -78,10 +88,11 @@ def is_nearest(
         concepts: true concepts of the pictures (B,), all of them among the candidates.
         candidates: concepts from which `num_names - 1` competitors are drawn, separately for each picture.
         num_names: number of competing concepts, including the true one.
+        rng: draws the competitors; by default, a generator with the seed 0.
     """
     pool = np.unique(candidates)
     best = np.stack([similarities[:, drawn == concept].max(1) for concept in pool], 1)
-    rng = np.random.default_rng(0)
+    rng = rng or np.random.default_rng(0)
     found = np.empty(len(similarities), bool)
     for row, own in enumerate(np.searchsorted(pool, concepts)):
         others = rng.choice(np.delete(np.arange(len(pool)), own), num_names - 1, replace=False)

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 
 from imagerag.embedding.encoder import load_encoder
-from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid
+from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid, check_evaluator
 from imagerag.evaluation.config import EvaluateConfig, MetricName
 from imagerag.evaluation.intervals import Estimate
 from imagerag.evaluation.metrics import (
@@ -91,15 +91,16 @@ def _makers(
 
     @cache
     def clip() -> Clip:
-        return Clip(files.clip or "", retriever.encoder.id)
+        check_evaluator(files.clip or "", retriever.encoder.id)
+        return Clip(files.clip or "")
 
-    yield "fid", lambda: Fid(files.inception or "", real)
-    yield "cmmd", lambda: Cmmd(clip(), real)
+    yield "fid", lambda: Fid(real)
+    yield "cmmd", lambda: Cmmd(real)
     yield "frechet", lambda: Distance("frechet", real)
     yield "kernel", lambda: Distance("kernel", real)
     yield "clip_score", lambda: ClipScore(clip(), prompts.texts)
-    yield "aesthetics", lambda: Aesthetics(clip(), files.aesthetic_head or "")
-    yield "tifa", lambda: Tifa(files.tifa_questions or "", files.tifa_vqa or "", prompts.texts)
+    yield "aesthetics", lambda: Aesthetics(files.aesthetic_head or "", clip().dim)
+    yield "tifa", lambda: Tifa(files.tifa_questions or "", prompts.texts)
     yield "recognised", lambda: Recognised(real)
     yield "recognised_second", lambda: Recognised(real, "recognised_second")
 

@@ -18,7 +18,8 @@ from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.recall import to_numpy
 from imagerag.retrieval.schema import Embeds, EncoderIdentity, FeatureIdentity, Features, encoder_of
 from imagerag.retrieval.store import Store
-from imagerag.storage.lance_table import rows_with
+from imagerag.storage.lance_table import batches_of, rows_with
+from imagerag.storage.spool import MEMORY_ROWS
 
 By = Literal["caption", "image", "words", "hybrid"]
 """What a query is compared with: embeddings of captions or of images, words of captions, or captions in both ways."""
@@ -232,6 +233,11 @@ class Retriever:
             require_cached(self._schema, features)
         with self.reading():
             return self.dataset.to_table(columns=list(columns))
+
+    def batches(self, columns: Sequence[str], num_rows: int = MEMORY_ROWS) -> Iterator[pa.Table]:
+        """Yield these columns of all rows, in the order of `read`, in batches of about `num_rows`."""
+        with self.reading():
+            yield from batches_of(self.dataset, columns, num_rows)
 
     def count_without(self, features: FeatureIdentity) -> int:
         """Return the number of rows without these cached features.

@@ -54,6 +54,12 @@ class KeyedTable(LanceTable):
         return cls(table.uri, table.name, dataset.schema)
 
     @property
+    def key(self) -> dict[str, Any]:
+        """What the rows depend on besides their ids."""
+        key: dict[str, Any] = json.loads(self.schema.metadata[b"imagerag.key"])
+        return key
+
+    @property
     def digest(self) -> str:
         """Digest of the table's key."""
         return self.name.rsplit("-", 1)[1]

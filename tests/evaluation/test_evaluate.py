@@ -17,6 +17,8 @@ from imagerag.errors import UserError
 from imagerag.evaluation import pictures
 from imagerag.evaluation.config import EvaluateConfig, MetricFiles
 from imagerag.evaluation.evaluate import EXPERIMENT, evaluate
+from imagerag.evaluation.feature_job import FeatureJob
+from imagerag.evaluation.networks import networks_of
 from imagerag.evaluation.results import GRID, PAGE, RESULTS, TABLE, read_results
 from imagerag.evaluation.ways import ways_of
 from imagerag.generation.finetuned import load_finetuned
@@ -166,8 +168,29 @@ def test_another_candidate_costs_only_its_own_pictures(
     second = finetuned(own_world)
     job = job_of(own_world, second, config, champion=first.uri)
     assert make_here(job) == {"base": 0, "slerp": 0, "adapter": 2, "champion": 0, "slerp, w = 0.2": 0}
-    made = {way.name: job.read(way).images for way in job.ways}
-    assert not np.array_equal(np.asarray(made["adapter"][0]), np.asarray(made["champion"][0]))
+    made = {way.name: job.image(way, 0) for way in job.ways}
+    assert not np.array_equal(np.asarray(made["adapter"]), np.asarray(made["champion"]))
+
+
+@pytest.mark.usefixtures("jobs_here")
+def test_pictures_of_equal_ways_are_made_once(
+    own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
+) -> None:
+    """A candidate that is the champion already, with prompts that it was not evaluated on."""
+    own = finetuned(own_world)
+    few = {"ways": ("base", "slerp", "adapter", "champion"), "images_per_prompt": 1, "adapter_scales": ()}
+    config = config.model_copy(update=few)
+    job, seen = job_of(own_world, own, config, champion=own.uri), set[int]()
+    tables = {way.name: job.source(way).table.name for way in job.ways}
+    assert tables["adapter"] == tables["champion"]
+    num_pictures = 2 * (len(tables) - 1)
+    job.run(own_world.settings, lambda done, total, note="": seen.add(total))
+    assert seen == {num_pictures}
+    sources = {way.name: job.source(way) for way in job.ways}
+    looks = FeatureJob(sources, config, f"{own_world.settings.training_of(NAME)}/evaluations")
+    looks.run(own_world.settings, lambda done, total, note="": seen.add(total))
+    assert seen == {num_pictures, num_pictures * len(networks_of(config.files))}
+    assert np.array_equal(looks.read("adapter", "drawings"), looks.read("champion", "drawings"))
 
 
 def test_a_way_is_what_the_pipeline_makes(
@@ -191,10 +214,10 @@ def test_a_way_is_what_the_pipeline_makes(
     }
     assert {way.name for way in job.ways} == set(arguments)
     for way in job.ways:
-        for prompt, image in zip(HELD_OUT, job.read(way).images, strict=True):
+        for number, prompt in enumerate(HELD_OUT):
             generator = torch.Generator().manual_seed(pictures._seed_of(prompt, 0, 0))
             expected = pipeline(prompt, generator=generator, **arguments[way.name]).images[0]
-            difference = np.abs(np.asarray(image, int) - np.asarray(expected, int))
+            difference = np.abs(np.asarray(job.image(way, number), int) - np.asarray(expected, int))
             assert difference.max() <= 1, "a batch's sums are in another order"
 
 

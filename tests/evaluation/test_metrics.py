@@ -3,7 +3,7 @@
 import io
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 
 from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.errors import UserError
-from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid
+from imagerag.evaluation import clip as clip_metrics
+from imagerag.evaluation import recognition
+from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid, Inception, check_evaluator
 from imagerag.evaluation.config import MetricFiles
 from imagerag.evaluation.copies import measure_copies, threshold_of
+from imagerag.evaluation.made import MadeHere, features_here
 from imagerag.evaluation.metrics import (
     Distance,
     NotMeasuredError,
@@ -27,9 +30,10 @@ from imagerag.evaluation.metrics import (
     by_prompt,
     mean_of,
 )
-from imagerag.evaluation.pictures import Made
+from imagerag.evaluation.networks import check_networks
+from imagerag.evaluation.recognition import Judge
 from imagerag.evaluation.results import JUDGES
-from imagerag.evaluation.tifa import Tifa
+from imagerag.evaluation.tifa import AnswerNetwork, Tifa
 from imagerag.evaluation.ways import Way
 from imagerag.evaluation.weights import digests_of
 from imagerag.generation.references import Reference
@@ -49,16 +53,32 @@ def reference(id: str) -> Reference:
     return Reference(id=id, caption="", url="", source="", licence="", similarity=0.9, weight=1.0)
 
 
+@dataclass(frozen=True)
+class RealHere(Real):
+    """Real pictures in memory."""
+
+    images: list[Image.Image]
+
+
+def real_of(
+    ids: list[str], images: list[Image.Image], prompts: np.ndarray, files: MetricFiles | None = None
+) -> RealHere:
+    return RealHere(ids, prompts, features_here(images, files), images)
+
+
 def pictures_of(
-    real: Real, images: list[Image.Image], numbers: np.ndarray, shown: list[tuple[str, ...]] | None = None
+    real: Real,
+    images: list[Image.Image],
+    numbers: np.ndarray,
+    shown: list[tuple[str, ...]] | None = None,
+    files: MetricFiles | None = None,
 ) -> Pictures:
     references = [tuple(map(reference, own)) for own in shown or [()] * len(images)]
-    left_out = real.places_of(references)
-    return Pictures(Made(WAY, images, references), tuple(map(str, numbers)), numbers, real, left_out)
+    return Pictures(MadeHere(WAY, images, references, files), numbers, real, real.places_of(references))
 
 
 @pytest.fixture(scope="module")
-def drawn() -> tuple[Real, list[Image.Image], np.ndarray]:
+def drawn() -> tuple[RealHere, list[Image.Image], np.ndarray]:
     """Held-out drawings in two styles as real ones, and those of a third as if they had been generated."""
     by_style = {
         style: {d.concept.name: d for d in load_drawings(styles=[style], splits=["held_out"])}
@@ -68,7 +88,7 @@ def drawn() -> tuple[Real, list[Image.Image], np.ndarray]:
     listed = [
         (style, number, by_style[style][name]) for style in ("twemoji", "noto-v1") for number, name in enumerate(names)
     ]
-    real = Real(
+    real = real_of(
         [f"{style}-{number}" for style, number, _ in listed],
         [open_image(each) for _, _, each in listed],
         np.array([number for _, number, _ in listed]),
@@ -76,7 +96,7 @@ def drawn() -> tuple[Real, list[Image.Image], np.ndarray]:
     return real, [open_image(by_style["noto"][name]) for name in names], np.arange(len(names))
 
 
-def test_drawings_of_another_style_are_recognised(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+def test_drawings_of_another_style_are_recognised(drawn: tuple[RealHere, list[Image.Image], np.ndarray]) -> None:
     """Measured: 0.82, and 0.00 with wrong prompts; chance is 0.01."""
     real, images, numbers = drawn
     judge = Recognised(real)
@@ -84,7 +104,7 @@ def test_drawings_of_another_style_are_recognised(drawn: tuple[Real, list[Image.
     assert np.mean(judge.measure(pictures_of(real, images, np.roll(numbers, 40)))) < 0.06
 
 
-def test_a_copy_is_not_recognised_by_what_it_copies(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+def test_a_copy_is_not_recognised_by_what_it_copies(drawn: tuple[RealHere, list[Image.Image], np.ndarray]) -> None:
     """It is as good as the copied drawing is at telling what the remaining one shows. Measured: 0.41."""
     real, _, numbers = drawn
     half = len(real.ids) // 2
@@ -95,14 +115,14 @@ def test_a_copy_is_not_recognised_by_what_it_copies(drawn: tuple[Real, list[Imag
 
 
 def test_a_picture_is_worth_the_same_whatever_its_way_was_shown(
-    drawn: tuple[Real, list[Image.Image], np.ndarray],
+    drawn: tuple[RealHere, list[Image.Image], np.ndarray],
 ) -> None:
     """The widest way decides what is left out for all, and what leaves nothing is not measured."""
     real, images, numbers = drawn
     half = len(real.ids) // 2
     judge = Recognised(real)
     one, two = ([own[:count] for own in zip(real.ids[:half], real.ids[half:], strict=True)] for count in (1, 2))
-    left_out = real.places_of(pictures_of(real, images, numbers, one).made.references)
+    left_out = real.places_of(pictures_of(real, images, numbers, one).made.references())
     values = [
         np.asarray(judge.measure(replace(pictures_of(real, images, numbers, shown), left_out=left_out)))
         for shown in (None, one, two)
@@ -113,7 +133,7 @@ def test_a_picture_is_worth_the_same_whatever_its_way_was_shown(
 
 
 def test_the_second_judge_is_another_one_and_knows_what_it_does_not_know(
-    drawn: tuple[Real, list[Image.Image], np.ndarray],
+    drawn: tuple[RealHere, list[Image.Image], np.ndarray],
 ) -> None:
     real, images, numbers = drawn
     pictures = pictures_of(real, images, numbers)
@@ -121,12 +141,14 @@ def test_the_second_judge_is_another_one_and_knows_what_it_does_not_know(
     assert second.mean() > 0.2
     assert 0.02 < (first != second).mean() < 0.5
     noise = np.random.default_rng(0).integers(0, 256, (len(real.images), 16, 16, 3), np.uint8)
-    unlike = Real(real.ids, [Image.fromarray(each) for each in noise], real.prompts)
+    unlike = real_of(real.ids, [Image.fromarray(each) for each in noise], real.prompts)
     with pytest.raises(NotMeasuredError, match=r"knows drawings alone: of the index's own pictures it recognises 0\.0"):
-        Recognised(unlike, "recognised_second")
+        Recognised(unlike, "recognised_second").measure(pictures)
 
 
-def test_copies_are_found_and_drawings_of_the_same_are_none(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+def test_copies_are_found_and_drawings_of_the_same_are_none(
+    drawn: tuple[RealHere, list[Image.Image], np.ndarray],
+) -> None:
     """Measured: 1.00 and 0.03."""
     real, images, numbers = drawn
     half, threshold = len(real.ids) // 2, threshold_of(real)
@@ -145,9 +167,9 @@ def test_larger_is_better_of_all_but_distances() -> None:
     assert not any(metric.larger_is_better for metric in (Distance, Cmmd, Fid))
 
 
-def test_too_little_is_not_measured(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+def test_too_little_is_not_measured(drawn: tuple[RealHere, list[Image.Image], np.ndarray]) -> None:
     real, images, numbers = drawn
-    few = Real(real.ids[:10], real.images[:10], real.prompts[:10])
+    few = real_of(real.ids[:10], real.images[:10], real.prompts[:10])
     with pytest.raises(NotMeasuredError, match="at least 20 of the prompts; there are 10"):
         Recognised(few)
     with pytest.raises(NotMeasuredError, match="needs 100 pictures of the index for the prompts; there are 10"):
@@ -159,7 +181,7 @@ def test_too_little_is_not_measured(drawn: tuple[Real, list[Image.Image], np.nda
 
 
 def test_prompts_without_pictures_in_the_index_count_for_nothing(
-    drawn: tuple[Real, list[Image.Image], np.ndarray],
+    drawn: tuple[RealHere, list[Image.Image], np.ndarray],
 ) -> None:
     real, images, numbers = drawn
     unknown = numbers.max() + 1
@@ -172,9 +194,9 @@ def test_prompts_without_pictures_in_the_index_count_for_nothing(
 
 
 def test_a_text_score_is_the_same_in_any_order_of_the_index(
-    drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: tuple[RealHere, list[Image.Image], np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imagerag.evaluation.metrics.NUM_ROWS", 60)
+    monkeypatch.setattr("imagerag.evaluation.metrics.NUM_ROWS", 100)
     real, images, numbers = drawn
     rows = make_rows(0, 120, image=[each.image for each in load_drawings(styles=["noto"])[:120]])
     embeds = embeddings(0, len(images), DIM)
@@ -190,37 +212,61 @@ def test_a_text_score_is_the_same_in_any_order_of_the_index(
     np.testing.assert_array_equal(*scores)
 
 
-def test_clip_scores_follow_its_embeddings(drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path) -> None:
+def test_clip_scores_follow_its_embeddings(
+    drawn: tuple[RealHere, list[Image.Image], np.ndarray], tmp_path: Path
+) -> None:
     real, images, numbers = drawn
-    clip = Clip(str(write_clip(tmp_path / "clip")), "tiny")
-    own, prompts = pictures_of(real, images[:3], numbers[:3]), ["a", "bc", "def"]
+    files = MetricFiles(clip=str(write_clip(tmp_path / "clip")))
+    clip, prompts = Clip(files.clip or ""), ["a", "bc", "def"]
+    own = pictures_of(real, images[:3], numbers[:3], files=files)
     scores = np.asarray(ClipScore(clip, prompts).measure(own))
     expected = (clip.images(images[:3]) * clip.texts(prompts)).sum(1)
     assert scores == pytest.approx(expected)
     assert np.linalg.norm(clip.images(images[:3]), axis=1) == pytest.approx(1, abs=1e-5)
-    cmmd = Cmmd(clip, real)
-    same = pictures_of(real, real.images, real.prompts)
+    cmmd = Cmmd(real_of(real.ids, real.images, real.prompts, files))
+    same = pictures_of(real, real.images, real.prompts, files=files)
     noise = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (64, 64, 3), np.uint8)) for n in range(120)]
-    near, far = (cmmd.measure(each).mean for each in (same, pictures_of(real, noise, np.arange(120))))  # type: ignore[union-attr]
+    unlike = pictures_of(real, noise, np.arange(120), files=files)
+    near, far = (cmmd.measure(each).mean for each in (same, unlike))  # type: ignore[union-attr]
     assert abs(near) < 0.1 * far
     head = write_head(tmp_path / "head.safetensors", CLIP_DIM, 8, 1)
-    values = np.asarray(Aesthetics(clip, str(head)).measure(own))
+    values = np.asarray(Aesthetics(str(head), clip.dim).measure(own))
     assert values.shape == (3,)
     assert len(set(values.tolist())) == 3
     with pytest.raises(UserError, match=f"embeddings of dimension 7; files.clip has dimension {CLIP_DIM}"):
-        Aesthetics(clip, str(write_head(tmp_path / "other.safetensors", 7, 1))).measure(own)
+        Aesthetics(str(write_head(tmp_path / "other.safetensors", 7, 1)), clip.dim)
+
+
+def test_the_matrix_of_all_pairs_is_never_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of pictures give what all pictures at once give."""
+    rng = np.random.default_rng(0)
+    one, other = (rng.standard_normal((count, 8)) for count in (50, 70))
+    concepts, drawn_concepts = (rng.integers(0, 30, count) for count in (50, 70))
+    judge = Judge.of(other, np.concatenate([np.arange(30), drawn_concepts[30:]]))
+
+    def results() -> tuple[float, list[bool]]:
+        return clip_metrics._kernel_sum(one, other), judge.recognised(one, concepts, np.arange(30), None, 5).tolist()
+
+    at_once = results()
+    monkeypatch.setattr(clip_metrics, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(recognition, "_BLOCK_ROWS", 16)
+    in_blocks = results()
+    assert in_blocks[0] == pytest.approx(at_once[0])
+    assert in_blocks[1] == at_once[1]
+    assert 0 < sum(at_once[1]) < 50
 
 
 def test_the_retriever_is_no_evaluator(tmp_path: Path) -> None:
     folder = write_clip(tmp_path / "clip")
     with pytest.raises(UserError, match="the evaluator must not be the retriever"):
-        Clip(str(folder), str(folder))
+        check_evaluator(str(folder), str(folder))
+    check_evaluator(str(folder), "tiny")
     with pytest.raises(UserError, match="must be a transformers folder with safetensors"):
-        Clip(str(tmp_path), "tiny")
+        Clip(str(tmp_path))
 
 
-def test_tifa_counts_right_answers(drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path) -> None:
-    real, images, _ = drawn
+def test_tifa_counts_right_answers(drawn: tuple[RealHere, list[Image.Image], np.ndarray], tmp_path: Path) -> None:
+    _, images, _ = drawn
     model, questions = str(write_vilt(tmp_path / "vilt")), tmp_path / "questions.json"
 
     def ask(answer: str, *choices: str) -> dict[str, object]:
@@ -228,27 +274,33 @@ def test_tifa_counts_right_answers(drawn: tuple[Real, list[Image.Image], np.ndar
 
     # Of two choices, one is the model's preferred one, whichever that is; of one that it does not know, none is.
     questions.write_text(json.dumps([ask("yes", "yes", "no"), ask("no", "yes", "no"), ask("blue", "blue")]))
-    tifa = Tifa(str(questions), model, ["0", "1"])
-    values = np.asarray(tifa.measure(pictures_of(real, images[:2], np.array([0, 1]))))
-    assert values[0] == pytest.approx(1 / 3)
-    assert np.isnan(values[1])
+    Tifa(str(questions), ["0", "1"])
+    values = AnswerNetwork(str(questions), model)(images[:2], ["0", "1"])
+    assert values.shape == (2, 1)
+    assert values[0, 0] == pytest.approx(1 / 3)
+    assert np.isnan(values[1, 0])
     with pytest.raises(NotMeasuredError, match="none of the prompts is a caption"):
-        Tifa(str(questions), model, ["something else"])
+        Tifa(str(questions), ["something else"])
     questions.write_text(json.dumps([{"caption": "0"}]))
     with pytest.raises(UserError, match="a list of objects with caption, question, choices, answer"):
-        Tifa(str(questions), model, ["0"])
+        Tifa(str(questions), ["0"])
 
 
 def test_inception_is_read_without_running_what_a_file_holds(
-    drawn: tuple[Real, list[Image.Image], np.ndarray], tmp_path: Path
+    drawn: tuple[RealHere, list[Image.Image], np.ndarray], tmp_path: Path
 ) -> None:
-    real, _, _ = drawn
-    few = Real(real.ids[:2], real.images[:2], real.prompts[:2])
+    real, images, _ = drawn
+    few = real_of(real.ids[:2], real.images[:2], real.prompts[:2])
     with pytest.raises(NotMeasuredError, match="there are 2"):
-        Fid(str(write_inception(tmp_path / "inception.pth")), few)
+        Fid(few)
+    inception = Inception(str(write_inception(tmp_path / "inception.pth")))
+    mixed = [images[0], images[0].resize((40, 30)), images[1]]
+    features = inception(mixed)
+    assert features.shape == (3, 2048)
+    np.testing.assert_allclose(features, np.concatenate([inception([each]) for each in mixed]), rtol=1e-3, atol=1e-4)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="must hold torch-fidelity's InceptionV3"):
-        Fid(str(tmp_path / "other.pth"), few)
+        check_networks(MetricFiles(inception=str(tmp_path / "other.pth")))
 
     class Hostile:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -256,7 +308,7 @@ def test_inception_is_read_without_running_what_a_file_holds(
 
     (tmp_path / "hostile.pth").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(UserError, match="can't be read as a file of tensors"):
-        Fid(str(tmp_path / "hostile.pth"), few)
+        check_networks(MetricFiles(inception=str(tmp_path / "hostile.pth")))
     assert not (tmp_path / "harmed").exists()
 
 
@@ -271,18 +323,17 @@ def test_what_metrics_are_given_is_known_by_its_contents(tmp_path: Path) -> None
 
 
 def test_a_head_that_is_none_is_refused(tmp_path: Path) -> None:
-    clip = Clip(str(write_clip(tmp_path / "clip")), "tiny")
     save_file({"0.weight": torch.zeros(1, CLIP_DIM)}, tmp_path / "biasless.safetensors")
     with pytest.raises(UserError, match=r"linear layers down to one value; .*biasless"):
-        Aesthetics(clip, str(tmp_path / "biasless.safetensors"))
+        Aesthetics(str(tmp_path / "biasless.safetensors"), CLIP_DIM)
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="must hold tensors by name; it holds a list"):
-        Aesthetics(clip, str(tmp_path / "list.pth"))
+        Aesthetics(str(tmp_path / "list.pth"), CLIP_DIM)
 
 
-def test_one_picture_can_not_tell_what_a_copy_is(drawn: tuple[Real, list[Image.Image], np.ndarray]) -> None:
+def test_one_picture_can_not_tell_what_a_copy_is(drawn: tuple[RealHere, list[Image.Image], np.ndarray]) -> None:
     real, images, numbers = drawn
     for count in (0, 1):
-        few = Real(real.ids[:count], real.images[:count], real.prompts[:count])
+        few = real_of(real.ids[:count], real.images[:count], real.prompts[:count])
         assert threshold_of(few) is None
         assert measure_copies(pictures_of(few, images, numbers, [(real.ids[0],)] * len(images)), None) is None

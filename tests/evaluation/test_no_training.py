@@ -3,8 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from imagerag.evaluation.made import MadeHere
 from imagerag.evaluation.no_training import choose_ws, with_chosen_ws
-from imagerag.evaluation.pictures import Made
 from imagerag.evaluation.ways import Way
 
 
@@ -26,11 +26,15 @@ def test_noise_is_not_taken_for_skill() -> None:
 
 
 def test_its_pictures_are_those_of_each_prompts_w() -> None:
-    def made(w: float, colour: int) -> Made:
+    def made(w: float, colour: int) -> MadeHere:
         way = Way(name=f"slerp, w = {w}", title="", base="", base_digest="", w=w, curve="slerp", is_column=False)
-        return Made(way, [Image.new("L", (1, 1), colour + number) for number in range(4)], [()] * 4)
+        return MadeHere(way, [Image.new("L", (64, 64), colour + number) for number in range(4)], [()] * 4)
 
-    best = with_chosen_ws({0.0: made(0.0, 0), 0.5: made(0.5, 100)}, [0.5, 0.0], np.array([0, 0, 1, 1]))
-    assert [image.getpixel((0, 0)) for image in best.images] == [100, 101, 2, 3]
+    by_w = {0.0: made(0.0, 0), 0.5: made(0.5, 100)}
+    best = with_chosen_ws(by_w, [0.5, 0.0], np.array([0, 0, 1, 1]))
+    assert [best.image(number).getpixel((0, 0)) for number in range(len(best))] == [100, 101, 2, 3]
+    features = best.features("drawings")
+    assert np.array_equal(features[:2], by_w[0.5].features("drawings")[:2])
+    assert np.array_equal(features[2:], by_w[0.0].features("drawings")[2:])
     assert best.way.title == "slerp, w best on other prompts (0.5 and 0.0)"
     assert best.way.is_column

@@ -63,13 +63,13 @@ class ContrastiveNetwork(nn.Module):
 
 
 @cache
-def load_contrastive_network(folder: Path = FOLDER) -> ContrastiveNetwork:
+def load_contrastive_network(folder: Path = FOLDER, device: str = "cpu") -> ContrastiveNetwork:
     """Load the network with the weights in `folder`, the shipped ones by default."""
     from safetensors.torch import load_file
 
     network = ContrastiveNetwork()
     network.load_state_dict(load_file(folder / WEIGHTS_NAME))
-    network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False).to(device)
     return network
 
 
@@ -79,9 +79,10 @@ def contrastive_features(
 ) -> npt.NDArray[np.float32]:
     """Return the features (N, 160) of batches of pictures (B, 3, H, W), -1 to 1."""
     network = network or load_contrastive_network()
+    device = next(network.parameters()).device
     features = [np.empty((0, DIM), np.float32)]
     for pictures in batches:
-        for part in pictures.float().cpu().clamp(-1, 1).split(_BATCH_SIZE):
+        for part in pictures.float().to(device).clamp(-1, 1).split(_BATCH_SIZE):
             fitted = F.interpolate(part, (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
-            features.append(network(fitted.contiguous(memory_format=torch.channels_last)).numpy())
+            features.append(network(fitted.contiguous(memory_format=torch.channels_last)).cpu().numpy())
     return np.concatenate(features)
