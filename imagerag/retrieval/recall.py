@@ -31,6 +31,8 @@ _BATCH_ROWS = 8192
 _FEWEST_PROBES = 4
 _GROWTH = 1.5
 _FEWEST_QUERIES = 5
+_FILTERED_QUERIES = 50
+"""Searches with a condition probe many partitions: of ten million rows, each takes seconds."""
 
 Similarities = npt.NDArray[np.float32]
 
@@ -73,7 +75,8 @@ class Probe:
         k = min(k, exact.shape[1] - own)
         if k < 1:
             return 1.0
-        step = max(1, len(exact) // max(_FEWEST_QUERIES, len(exact) * K // max(k, K)))
+        most = len(exact) if where is None else _FILTERED_QUERIES
+        step = max(1, len(exact) // max(_FEWEST_QUERIES, most * K // max(k, K)))
         embeds, thresholds = self.embeds[::step], exact[::step, k + own - 1]
         found = nearest(dataset, self.column, embeds, k + own, [], nprobes, where)
         reached = 1 - found["_distance"].to_numpy() >= thresholds[found["query_index"].to_numpy()] - _TOLERANCE
@@ -131,6 +134,8 @@ class _Nearest:
 
     def add(self, similarities: Similarities) -> None:
         """Add the similarities (R, Q) of further rows."""
+        if len(self._best) == self._most:  # of many rows, few are among the nearest of any query
+            similarities = similarities[(similarities > self._best.min(0)).any(1)]
         best = np.concatenate([self._best, similarities])
         self._best = best if len(best) <= self._most else np.partition(best, -self._most, axis=0)[-self._most :]
 
