@@ -13,6 +13,7 @@ from PIL import Image
 from imagerag.base.model import load_base
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.hspace.lora import LORA_NAME, load_lora, save_lora
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove_rows
 from imagerag.storage.hexadecimal import to_hex
@@ -339,3 +340,25 @@ def test_an_open_pipeline_moves_on_when_its_version_is_gone(store: Store, tmp_pa
     assert following.index.retriever.version == own.version
     with pytest.raises(VersionGoneError, match=f"version {version} of table 'images'"):
         call(pinned, "a castle")
+
+
+def test_a_call_without_a_trainings_lora_leaves_it_as_it_was(pipe: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+    """`fusion="none"` is the base model, also between two calls with the adapter, and nothing becomes trainable."""
+    from peft import LoraConfig
+
+    before = latents(pipe, fusion="none")
+    config = LoraConfig(r=2, target_modules=r"up_blocks.*to_q", init_lora_weights=False)
+    pipe.unet.add_adapter(config, adapter_name=LORA_NAME)
+    pipe.unet.requires_grad_(False)
+    trained = latents(pipe, num_references=2)
+    assert torch.allclose(latents(pipe, fusion="none"), before, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
+    assert torch.equal(latents(pipe, num_references=2), trained)
+    assert not torch.allclose(trained, before, atol=1e-4)
+
+    save_lora(pipe.unet, tmp_path)
+    pipe.unet.delete_adapters(LORA_NAME)
+    pipe.unet.requires_grad_(True)
+    load_lora(pipe.unet, tmp_path)
+    assert torch.allclose(latents(pipe, num_references=2), trained, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
