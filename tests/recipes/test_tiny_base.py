@@ -109,6 +109,21 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     assert all(torch.equal(value, expected["teacher"][name]) for name, value in weights["teacher"].items())
     assert "checkpoint" not in json.loads((other / "manifest.json").read_text())["recipe"]["start"]
 
+    longer = tmp_path / "longer"
+    longer.mkdir()
+    kept = Kept()
+    only_teacher = replace(RECIPE, prior_steps=0, student_steps=0)
+    Training(only_teacher, drawings, [pictures], longer, kept, start=whole).run()
+    assert {name.split("/")[0] for name in kept.images} == {"teacher"}
+    weights = _weights(longer)
+    assert all(torch.equal(value, expected["unet"][name]) for name, value in weights["unet"].items())
+
+    def distance(part: str) -> float:
+        pairs = ((value.float(), expected[part][name].float()) for name, value in weights["teacher"].items())
+        return float(sum((one - other).square().sum() for one, other in pairs))
+
+    assert 0 < distance("teacher") < distance("unet"), "it went on with its own weights"
+
 
 def test_a_deeper_mid_block_starts_with_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -3,10 +3,10 @@
 The training has six phases, on the `base` concepts of the sample corpus: the autoencoder; a UNet whose decoder
 reconstructs pictures from the H-space; its text conditioning; the teacher; the network of the perceptual loss, which
 fine-tuning uses too; and the student, which is also trained to reconstruct the pictures in `--pictures`. A stopped run
-resumes. `--start` takes the autoencoder, the perceptual network and a student from a folder; the new teacher and
-student start from that student, after the phase of text conditioning if that has steps. Without that phase, the student
-also keeps the optimizers, EMA and discriminator of its checkpoint, if there is one. Losses and image grids are logged
-to MLflow.
+resumes. `--start` takes the autoencoder, the perceptual network, a teacher and a student from a folder. If the phase of
+text conditioning has steps, it goes on with that student, and the new teacher and student start from its result.
+Otherwise, each goes on with its own weights, and the student also keeps the optimizers, EMA and discriminator of its
+checkpoint, if there is one. Losses and image grids are logged to MLflow.
 
 The shipped weights used public-domain clip art as `--pictures`: Debian's package `openclipart-png`.
 """
@@ -61,6 +61,7 @@ class Recipe:
     teacher_steps: int = 1500
     """0 keeps the teacher of `--start`."""
     student_steps: int = 2500
+    """0 keeps the student of `--start`."""
     perceptual_steps: int = 1200
     batch_size: int = 64
     """Batch size of the UNet phases `hspace`, `teacher` and `student`; the others have constants."""
@@ -140,9 +141,10 @@ class Training:
     def _train_teacher(self, common: dict[str, Any]) -> ModelMixin:
         if not self._recipe.teacher_steps:
             return self._started("teacher") or self._initial(common)
+        former = None if self._recipe.prior_steps else self._started("teacher")
         phase = TeacherPhase(
             "teacher",
-            self._initial(common),
+            former or self._initial(common),
             **common,
             steps=self._recipe.teacher_steps,
             learning_rate=1e-3,
@@ -173,6 +175,8 @@ class Training:
         return _copy(phase.ema.module)
 
     def _train_student(self, network: LatentNetwork, common: dict[str, Any]) -> ModelMixin:
+        if not self._recipe.student_steps:
+            return self._initial(common)
         phase = StudentPhase(
             self._initial(common),
             LatentDistance(network, "tiny"),
