@@ -70,6 +70,7 @@ class Cost:
 def run(scale: Scale, folder: Path) -> list[Row]:
     """Measure each step on the smaller and the larger table, each in a process of its own."""
     folder = Path(os.environ.get(FOLDER, folder))
+    folder.mkdir(parents=True, exist_ok=True)
     few, many = (int(number) for number in os.environ[ROWS].split(",")) if ROWS in os.environ else NUM_ROWS[scale]
     for num_rows in (few, many):
         in_fresh_process(_make, folder, num_rows)
