@@ -169,7 +169,7 @@ def _measure(inputs: _Inputs, settings: Settings, on_progress: OnProgress) -> tu
     """Make the pictures of all ways and measure them; return the results, and the pictures of the columns."""
     config, prompts, retriever = inputs.config, inputs.prompts, inputs.retriever
     rows = real_rows(retriever, prompts.texts)
-    index = Source(table=inputs.store, version=retriever.version, rows=rows.select(["id", "prompt"]))
+    index = Source(table=inputs.store, version=retriever.version, rows=rows.select(["id", "prompt"]), unused=("tifa",))
     job = PictureJob(prompts.texts, inputs.ways, config, inputs.parent)
     looks = FeatureJob({_INDEX: index, **{way.name: job.source(way) for way in inputs.ways}}, config, inputs.parent)
     real = Real(to_hex(rows["id"]), rows["number"].to_numpy(), cache(partial(looks.read, _INDEX)))

@@ -40,6 +40,8 @@ class Source:
     """`id` and `prompt` of the pictures (N,)."""
     version: int | None = None
     """Version of the table, by default the newest."""
+    unused: tuple[NetworkName, ...] = ()
+    """Networks whose features of these pictures no metric reads."""
 
 
 class FeatureJob:
@@ -60,7 +62,8 @@ class FeatureJob:
         self._tables: dict[_Key, KeyedTable] = {}
         networks = networks_of(config.files)
         for name, source in self._sources.items():
-            for network, digests in networks.items():
+            for network in sorted(networks.keys() - set(source.unused)):
+                digests = networks[network]
                 key = {"of": source.table.name, "network": network, "files": digests, "version": _VERSION}
                 self._tables[name, network] = KeyedTable.of(folder, FEATURES, key, _COLUMNS)
 
@@ -91,7 +94,10 @@ class FeatureJob:
             "tables": self._tables,
             "files": self._config.files,
         }
-        report = lambda done: on_progress(done, total, "features of pictures")  # noqa: E731
+
+        def report(done: int) -> None:
+            on_progress(done, total, "features of pictures")
+
         job = Job(parts=parts, worker=Worker, arguments=arguments, num_rows=total, commit=commit, on_done=report)
         run_job(job, self._config, settings)
 

@@ -85,6 +85,13 @@ def test_what_is_there_is_not_computed_again(
     assert len(list(tmp_path.glob("features-*.lance"))) == 2 * 3, "one for each source and network"
 
 
+def test_features_that_no_metric_reads_are_not_computed(table: KeyedTable, tmp_path: Path) -> None:
+    rows = pa.table({"id": IDS, "prompt": PROMPTS})
+    source = Source(table=table, rows=rows, unused=("drawings",))
+    assert set(totals(FeatureJob({"index": source}, EvaluateConfig(), table.uri), tmp_path)) == {NUM}
+    assert len(list(tmp_path.glob("features-*.lance"))) == 1
+
+
 def test_a_network_without_its_file_is_named(table: KeyedTable, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"files.inception must be a file or folder on this machine; .*gone does not"):
         job_of(table, files=MetricFiles(inception=str(tmp_path / "gone")))
