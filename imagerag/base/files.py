@@ -144,8 +144,8 @@ def _slerp_w(spec: str, parts: Mapping[str, Part]) -> float:
         return tiny_base.SLERP_W
     index = parts["unet"].folder.parent / _INDEX
     w = read_json(index).get("slerp_w", PAPERS_W) if index.is_file() else PAPERS_W
-    if not isinstance(w, int | float) or not 0 <= w <= 1:
-        raise UserError(f"slerp_w, the weight of the base model in slerp, is between 0 and 1; {index} says {w!r}")
+    if not isinstance(w, int | float) or not -1 <= w <= 1:
+        raise UserError(f"slerp_w, the weight of the base model in slerp, is between -1 and 1; {index} says {w!r}")
     return w
 
 

@@ -75,7 +75,9 @@ def generate(
     w: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Slerp weight: 1 is the base model, 0 the reference. Default: the base model's own."
+            min=-1,
+            max=1,
+            help="Slerp weight: 1 is the base model, 0 the reference, below 0 beyond it. Default: the base model's.",
         ),
     ] = None,
     scale: ScaleOption = None,

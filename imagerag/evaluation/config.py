@@ -64,12 +64,12 @@ class EvaluateConfig(WorkersConfig):
     )
     slerp_w: float | None = Field(
         default=None,
-        ge=0,
+        ge=-1,
         le=1,
-        description="Slerp weight: 1 is the base model, 0 the reference; unset: the base model's default.",
+        description="Slerp weight: 1 is the base model, 0 the reference, below 0 beyond it; unset: the base model's.",
     )
-    slerp_ws: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        default=(0.0, 0.2, 0.4, 0.6, 0.8),
+    slerp_ws: tuple[Annotated[float, Field(ge=-1, le=1)], ...] = Field(
+        default=(-0.5, 0.0, 0.2, 0.4, 0.6, 0.8),
         min_length=1,
         description="Slerp weights for `best_slerp`: each half of the prompts uses the best weight on the other half.",
     )

@@ -114,8 +114,8 @@ class FusionOptions:
             raise UserError(f"fusion is one of {', '.join(get_args(FusionName))}; got {self.fusion!r}")
         if not 0 <= self.num_references <= MAX_REFERENCES:
             raise UserError(f"num_references must be between 0 and {MAX_REFERENCES}; got {self.num_references}")
-        if not 0 <= self.w <= 1:
-            raise UserError(f"w, the weight of the base model in slerp, must be between 0 and 1; got {self.w}")
+        if not -1 <= self.w <= 1:
+            raise UserError(f"w, the weight of the base model in slerp, must be between -1 and 1; got {self.w}")
         check_scale("adapter_scale, of what the adapter adds,", self.adapter_scale)
         if not -1 <= self.threshold <= 1:
             raise UserError(f"similarity_threshold is a cosine, so between -1 and 1; got {self.threshold}")

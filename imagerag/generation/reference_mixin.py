@@ -162,7 +162,8 @@ class ReferenceMixin(SavingMixin):
             num_references: number per prompt; by default 4 for the adapter and 1 for slerp, at most the index's rows.
             fusion: fusion of references; by default the adapter if there is one, otherwise slerp if there are
                 references. LoRA trained with the adapter is active only with this fusion.
-            w: slerp weight: 1 is the base model, 0 the reference; by default the pipeline's `slerp_w`.
+            w: slerp weight: 1 is the base model, 0 the reference, -1 to 0 beyond the reference; by default the
+                pipeline's `slerp_w`.
             adapter_scale: scale of the adapter's contribution, 0 to 10; 0 is the base model, bit for bit, and
                 more is bolder. By default the scale of `set_reference_scale`, or the adapter's own `default_scale`.
             similarity_threshold: threshold for this call; by default the pipeline's own.

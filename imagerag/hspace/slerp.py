@@ -9,18 +9,19 @@ _PARALLEL = 1e-4
 def slerp(h_target: torch.Tensor, h_reference: torch.Tensor, w: float) -> torch.Tensor:
     """Return `sin((1-w) omega)/sin(omega) h_reference + sin(w omega)/sin(omega) h_target`, omega the angle of both.
 
-    If the angle is close to 0 or pi, interpolate linearly.
+    If the angle is close to 0 or pi, interpolate linearly. A weight below 0 continues beyond the reference, away
+    from the target.
 
     Args:
         h_target: features of the target (B, C, H, W).
         h_reference: features of the reference (B, C, H, W).
-        w: weight of the target, 0 to 1; 1 returns the target, bit for bit.
+        w: weight of the target, -1 to 1: 1 returns the target, bit for bit, and 0 the reference.
 
     Raises:
-        ValueError: if `w` is not between 0 and 1, or the shapes differ.
+        ValueError: if `w` is not between -1 and 1, or the shapes differ.
     """
-    if not 0 <= w <= 1:
-        raise ValueError(f"the weight of the target in slerp must be between 0 and 1; got {w}")
+    if not -1 <= w <= 1:
+        raise ValueError(f"the weight of the target in slerp must be between -1 and 1; got {w}")
     if h_target.shape != h_reference.shape:
         raise ValueError(f"slerp needs equal shapes; got {tuple(h_target.shape)} and {tuple(h_reference.shape)}")
     if w == 1:

@@ -138,7 +138,7 @@ def make_rows(
         num_references: number of references per prompt; by default the fusion's default.
         fusion: fusion of references.
         scale: scale of the adapter's contribution; by default the adapter's own.
-        w: slerp weight of the base model; by default the base model's own.
+        w: slerp weight, -1 to 1: 1 is the base model, 0 the reference; by default the base model's own.
         num_inference_steps: number of scheduler steps.
         guidance_scale: scale of classifier-free guidance; off at 1 and below, and by default.
         negative_prompt: negative prompt of the guidance.

@@ -97,7 +97,7 @@ def test_a_base_model_names_its_weight_in_slerp(bases: dict[str, Path], tmp_path
     assert load_base(str(copy), "cpu").slerp_w == 0.1
     for wrong in (2, "0.2", None):
         (copy / "model_index.json").write_text(json.dumps(index | {"slerp_w": wrong}))
-        with pytest.raises(UserError, match=rf"is between 0 and 1; .*model_index.json says {wrong!r}"):
+        with pytest.raises(UserError, match=rf"is between -1 and 1; .*model_index.json says {wrong!r}"):
             resolve(str(copy))
 
 

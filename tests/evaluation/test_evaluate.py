@@ -31,7 +31,7 @@ from tests.evaluation.networks import write_clip
 from tests.training.conftest import HELD_OUT, NAME, World
 
 WAYS = ("base", "slerp", "best_slerp", "adapter", "random", "no_references", "teacher")
-NUM_MADE = 6 + 4 + 2
+NUM_MADE = 6 + 5 + 2
 """Ways whose pictures are made, w's of slerp that are no way's, and scales."""
 
 

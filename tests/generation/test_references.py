@@ -117,6 +117,14 @@ def test_slerp_is_the_papers_formula(pipe: ImageRAGTurboPipeline, store: Store) 
     assert torch.allclose(seen[0], expected, atol=2e-3 * float(expected.abs().max()))
 
 
+def test_slerp_goes_beyond_the_reference(pipe: ImageRAGTurboPipeline) -> None:
+    """A negative w changes the picture further in the direction from the base model to the reference."""
+    base, reference, beyond = (latents(pipe, "red dragon", fusion="slerp", w=w) for w in (1.0, 0.0, -0.5))
+    to_reference, to_beyond = (other - base for other in (reference, beyond))
+    assert to_beyond.norm() > 1.1 * to_reference.norm()
+    assert torch.cosine_similarity(to_beyond.flatten(), to_reference.flatten(), dim=0) > 0.8
+
+
 def test_a_batch_is_its_pictures(pipe: ImageRAGTurboPipeline) -> None:
     prompts = ["a red dragon", "a castle", "some rain"]
     together = latents(pipe, prompts, num_references=2)

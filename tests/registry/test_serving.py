@@ -96,7 +96,7 @@ def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPip
         ({"width": 1_000_000}, "width is a multiple of 8 up to 2048 pixels; got 1000000"),
         ({"fusion": "mean"}, "fusion is one of adapter, slerp, none; got 'mean'"),
         ({"scale": 11}, "adapter_scale, of what the adapter adds, must be between 0 and 10; got 11"),
-        ({"fusion": "slerp", "w": 1.1}, "between 0 and 1; got 1.1"),
+        ({"fusion": "slerp", "w": 1.1}, "between -1 and 1; got 1.1"),
         ({"num_inference_steps": 0}, "the number of steps must be between 1 and 1000; got 0"),
     ],
 )

@@ -39,8 +39,8 @@ from imagerag.training.config import ReferenceChoice
 from imagerag.training.data import Ints, RagBatch, RagData
 from imagerag.training.diffusion import Diffusion
 
-FIXED_WS = (0.8, 0.5, 0.2, 0.0)
-VALIDATED_WS = tuple(number / 10 for number in range(10))
+FIXED_WS = (0.8, 0.5, 0.2, 0.0, -0.5)
+VALIDATED_WS = (-0.75, -0.5, -0.25, *(number / 10 for number in range(10)))
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 _VALIDATION_SPLIT = "adapter"
 _SHOWN = 12
