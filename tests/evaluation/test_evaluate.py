@@ -82,7 +82,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_is_done_once(
         assert way.latency.slowdown > 0
     assert [(point.curve, point.setting) for point in results.points] == [
         ("adapter", 1.0), ("adapter", 1.5), ("adapter", 2.0),
-        ("slerp", 0.0), ("slerp", 0.2), ("slerp", 0.4), ("slerp", 0.6), ("slerp", 0.8),
+        ("slerp", -0.5), ("slerp", 0.0), ("slerp", 0.2), ("slerp", 0.4), ("slerp", 0.6), ("slerp", 0.8),
     ]  # fmt: skip
     adapter, random = results.way("adapter"), results.way("random")
     assert adapter is not None
