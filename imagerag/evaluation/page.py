@@ -31,6 +31,7 @@ def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retrieve
         "evaluate.html",
         comparisons,
         retriever,
+        _other_versions(results, pictures, retriever),
         title=f"imagerag evaluate: {results.base} with {retriever.name}",
         tables=[
             ("Means with 95 % bootstrap intervals over prompts", list(results.rows())),
@@ -63,6 +64,19 @@ def _chosen(results: Results) -> list[int]:
         disputed = np.setdiff1d(np.flatnonzero(results.candidate.disputed), chosen)
         chosen += disputed[:_DISPUTED].tolist()
     return chosen
+
+
+def _other_versions(results: Results, pictures: Sequence[Pictures], retriever: Retriever) -> dict[str, Retriever]:
+    """Return the index version of each way that has its own, such as the champion, by title.
+
+    Its references may be rows that the evaluated version no longer has.
+    """
+    indexes = {way.title: own.made.way.index for way, own in zip(results.ways, pictures, strict=True)}
+    return {
+        title: Retriever(index.uri, index.name, version=index.version)
+        for title, index in indexes.items()
+        if index is not None and (index.uri, index.version) != (retriever.uri, retriever.version)
+    }
 
 
 def _curves(results: Results) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -23,11 +24,14 @@ from imagerag.evaluation.results import GRID, PAGE, RESULTS, TABLE, read_results
 from imagerag.evaluation.ways import ways_of
 from imagerag.generation.finetuned import load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
+from imagerag.retrieval.config import PublishConfig
 from imagerag.retrieval.publish import require_published
 from imagerag.settings import Settings
+from imagerag.storage.hexadecimal import to_hex
 from imagerag.training.finetune import newest_finetuned, read_finetuned
 from imagerag.training.tracking import tracking_uri
 from tests.evaluation.networks import write_clip
+from tests.retrieval.rows import index_and_publish
 from tests.training.conftest import HELD_OUT, NAME, World
 
 WAYS = ("base", "slerp", "best_slerp", "adapter", "random", "no_references", "teacher")
@@ -191,6 +195,26 @@ def test_pictures_of_equal_ways_are_made_once(
     looks.run(own_world.settings, lambda done, total, note="": seen.add(total))
     assert seen == {num_pictures, num_pictures * len(networks_of(config.files))}
     assert np.array_equal(looks.read("adapter", "drawings"), looks.read("champion", "drawings"))
+
+
+@pytest.mark.usefixtures("jobs_here")
+def test_a_champion_may_cite_rows_that_the_new_index_lacks(
+    own_world: World, finetuned: Callable[..., Finetuned], config: EvaluateConfig
+) -> None:
+    own, store = finetuned(own_world), own_world.store
+    before = store.index_version(require_published(store))
+    rows = store.dataset().to_table(columns=["id", "caption"])
+    gone = rows.filter(pc.invert(pc.is_in(rows["caption"], pa.array(HELD_OUT))))["id"]
+    store.delete(gone)
+    index_and_publish(store, PublishConfig(max_shrink=1.0))
+    few = {"ways": ("base", "best_slerp", "adapter", "champion"), "images_per_prompt": 1, "adapter_scales": ()}
+    champion = Deployed(folder=own.uri, index=before)
+    made = evaluate(
+        own, config.model_copy(update=few | {"slerp_ws": (0.2,)}), own_world.settings, champion=champion,
+        metric="clip_score",
+    )  # fmt: skip
+    page = Path(made.uri, PAGE).read_text()
+    assert any(id in page for id in to_hex(gone))
 
 
 def test_a_way_is_what_the_pipeline_makes(
