@@ -2,6 +2,7 @@
 
 from flows.parameters import EvaluateParameters
 from imagerag.registry.champion import present_champion
+from imagerag.registry.promotion import champion_version
 from imagerag.settings import settings_of
 from imagerag.training.finetune import newest_finetuned, read_finetuned
 from tasks.evaluate import evaluate_adapter, pass_gate, register_model
@@ -21,6 +22,7 @@ def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
     adapter = parameters.adapter
     with compute_slot(), named_run():
         finetuned = newest_finetuned(settings, parameters.name) if adapter is None else read_finetuned(adapter)
+        over = champion_version(settings)
         champion = present_champion(settings, finetuned)
         evaluated = evaluate_adapter(finetuned, parameters.evaluation, parameters.gate, champion)
         decision = pass_gate(finetuned, evaluated, parameters.gate, champion, parameters.model_name)
@@ -28,6 +30,7 @@ def evaluate(parameters: EvaluateParameters) -> EvaluateReport:
             finetuned,
             evaluated,
             decision,
+            over=over,
             model_name=parameters.model_name,
             portable=parameters.portable,
             keep=parameters.keep_models,

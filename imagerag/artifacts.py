@@ -188,6 +188,7 @@ class Registered:
     """Whether this call registered the version; False if the same model was registered before."""
     portable: bool
     """Whether it contains a copy of its index."""
+    is_champion: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The tasks of the flow `evaluate`: measure an adapter, apply the gate, register the model."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,11 +69,15 @@ def register_model(
     evaluated: Evaluated,
     decision: Decision,
     *,
+    over: int | None,
     model_name: str | None,
     portable: bool,
     keep: int,
 ) -> Registered:
-    """Register the candidate with its results, promote it if it passed the gate, and remove old versions."""
+    """Register the candidate with its results, promote it if it passed the gate, and remove old versions.
+
+    `over` is the version of the champion that the candidate was compared with.
+    """
     settings = settings_of(model_name)
     tags = {
         "imagerag.gate": "passed" if decision.passed else "failed",
@@ -95,7 +100,8 @@ def register_model(
             flow_run_url=url_for("flow-run", obj_id=flow_run.id),
         )
     if decision.passed:
-        promote(settings, registered.version, reason=decision.summary(), author=THE_GATE)
+        promote(settings, registered.version, reason=decision.summary(), author=THE_GATE, over=over)
+        registered = replace(registered, is_champion=True)
         resource = {
             "prefect.resource.id": f"imagerag.model.{registered.name}",
             "prefect.resource.name": registered.name,
@@ -103,7 +109,7 @@ def register_model(
         reasons = {"model": registered.uri, "reasons": decision.summary()}
         emit_event("imagerag.gate.passed", resource, payload=reasons)
     logger = get_run_logger()
-    logger.info("%s %s", registered.uri, "is champion" if decision.passed else "stays a candidate")
+    logger.info("%s %s", registered.uri, "is champion" if registered.is_champion else "stays a candidate")
     for removed in prune(settings, keep):
         logger.info("removed version %s of the model, beyond the %s that are kept", removed.version, keep)
     return registered

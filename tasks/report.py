@@ -164,7 +164,7 @@ class EvaluateReport:
 
     def markdown(self) -> str:
         """Return the report in markdown."""
-        state = "champion" if self.decision.passed else "candidate"
+        state = "champion" if self.registered.is_champion else "candidate"
         model, run_id = self.registered, self.evaluated.run_id
         link = _in_mlflow(model.uri, f"models/{model.name}/versions/{model.version}")
         lines = [f"# {self.name}: evaluation", "", f"{link} is {state}.", "", self.decision.markdown()]

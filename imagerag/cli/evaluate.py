@@ -60,5 +60,5 @@ def show_evaluation(report: "EvaluateReport") -> None:
     for note in results.notes():
         console.print(note)
     console.print(Markdown(report.decision.markdown()))
-    typer.echo(f"{report.registered.uri} is {'champion' if report.decision.passed else 'a candidate'}")
+    typer.echo(f"{report.registered.uri} is {'champion' if report.registered.is_champion else 'a candidate'}")
     typer.echo(f"page: {report.evaluated.uri}/{PAGE}")

@@ -10,6 +10,7 @@ from imagerag.registry.versions import (
     PREVIOUS,
     TAG,
     THE_GATE,
+    VersionInfo,
     aliases_of,
     check_signed,
     find_version,
@@ -35,28 +36,42 @@ def rolled_back(settings: Settings, training: str) -> str:
         return _rolled_back(client, settings.model_name, training)
 
 
+def champion_version(settings: Settings) -> int | None:
+    """Return the version of the current champion; None if there is none.
+
+    Raises:
+        UserError: if MLflow can't be used.
+    """
+    with reading_registry(settings) as client:
+        return aliases_of(client, settings.model_name).get(CHAMPION)
+
+
 def promote(
     settings: Settings,
     version: int,
     *,
     reason: str,
     author: str,
+    over: int | None = None,
     tags: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Make a version `champion`, and the current champion `previous`. Does nothing if it is the champion already.
+    """Make a version `champion`, and the current champion `previous`. If it is the champion already, only tag it.
 
-    After a person rolled back a training's weights, with any index, the gate can't promote them until a person does.
+    The gate can't promote over a champion that it did not compare the version with, such as one that a person promoted
+    in the meantime. After a person rolled back a training's weights, with any index, the gate can't promote them until
+    a person does.
 
     Args:
         settings: location of MLflow.
         version: number of the version.
         reason: reason for the promotion.
         author: name of the person, or `THE_GATE`.
+        over: the champion that the gate compared the version with; None if there was none. Ignored for a person.
         tags: tags to add to the version.
 
     Raises:
         UserError: if there is no such version, it was not registered by this package, the reason is empty, or the gate
-            promotes weights that a person rolled back.
+            promotes over another champion, or weights that a person rolled back.
     """
     _check_reason(reason)
     name = settings.model_name
@@ -64,13 +79,15 @@ def promote(
         info = find_version(client, name, str(version))
         check_signed(info)
         champion = aliases_of(client, name).get(CHAMPION)
-        if champion == version:
-            return
         if author != THE_GATE:
             _forget_rollbacks(client, name, info.pinned("training"))
-        elif by := _rolled_back(client, name, info.pinned("training")):
-            raise UserError(f"{by}. Only a person promotes it again: `imagerag promote {version} --reason ...`")
+        elif champion == version:
+            return
+        else:
+            _check_gate(client, info, champion, over)
         _tag(client, name, version, {**tags, f"{TAG}promoted_by": author, f"{TAG}reason": reason})
+        if champion == version:
+            return
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, str(champion))
         client.set_registered_model_alias(name, CHAMPION, str(version))
@@ -95,6 +112,18 @@ def rollback(settings: Settings, *, reason: str, author: str) -> int:
         # Without `previous`, a second rollback in a panic can't undo the first.
         client.delete_registered_model_alias(name, PREVIOUS)
         return previous
+
+
+def _check_gate(client: "MlflowClient", info: VersionInfo, champion: int | None, over: int | None) -> None:
+    """Raise a `UserError` if the gate may not promote a version."""
+    if by := _rolled_back(client, info.name, info.pinned("training")):
+        raise UserError(f"{by}. Only a person promotes it again: `imagerag promote {info.version} --reason ...`")
+    if champion != over:
+        now, before = (f"version {each}" if each is not None else "none" for each in (champion, over))
+        raise UserError(
+            f"the champion of {info.name} is {now}, and version {info.version} was compared with {before}: evaluate it "
+            "again, or promote it by hand"
+        )
 
 
 def _check_reason(reason: str) -> None:

@@ -96,7 +96,8 @@ def register(
 ) -> Registered:
     """Register a trained adapter with an index version as `candidate`.
 
-    Registering the same content again returns the same version. The index version is pinned in its store, so that later
+    Registering the same content again returns the same version, with the tags and the description of its last
+    evaluation. The index version is pinned in its store, so that later
     publications keep it.
 
     Args:
@@ -106,7 +107,7 @@ def register(
         results: evaluation results for the model card, in markdown.
         grid: PNG file with a picture grid, for the model card.
         evaluation_run: MLflow run of the results, to link with the model.
-        tags: tags of a new version.
+        tags: tags of the version.
         portable: whether to include a copy of the index, for machines that can't reach the store.
         flow_run_url: URL of the flow run that registers it, for the version's description.
 
@@ -116,6 +117,7 @@ def register(
     from imagerag.retrieval.search import Retriever
 
     name, store = settings.model_name, Store(settings.index_uri, finetuned.index_name)
+    tags = dict(tags) | ({} if evaluation_run is None else {f"{TAG}evaluation_run": evaluation_run})
     with writing_registry(settings) as client, TemporaryDirectory() as temporary:
         run = run_of(client, finetuned, settings)
         finetuned = replace(finetuned, run_id=run.info.run_id)
@@ -128,18 +130,22 @@ def register(
             known = [each for each in versions_in(client, name) if each.tags.get(_CONTENT_TAG) == manifest.content]
             if known:
                 version, model_id = known[0].version, known[0].pinned("logged_model")
+                if evaluation_run is not None:
+                    card = model_card(manifest, sources_of(retriever), results, has_grid=grid is not None)
+                    _update(client, name, version, _description(card, flow_run_url), tags)
             else:
                 manifest = package.add_index(folder, manifest) if portable else manifest
                 card = model_card(manifest, sources_of(retriever), results, has_grid=grid is not None)
                 model = write_model(Path(temporary, "model"), folder, manifest, card, grid)
                 log_index(settings, finetuned.run_id, store, finetuned.index_version, "training")
                 log_index(settings, finetuned.run_id, store, index_version, "retrieval")
-                tags = dict(tags) | ({} if evaluation_run is None else {f"{TAG}evaluation_run": evaluation_run})
-                version, model_id = _create(client, name, run, model, manifest, card, tags, flow_run_url)
+                text = _description(card, flow_run_url)
+                version, model_id = _create(client, name, run, model, manifest, text, tags)
             if evaluation_run is not None and model_id:  # versions of earlier releases have no logged model
                 log_evaluation(client, model_id, evaluation_run)
             pin(store, index_version, _pin_label(name, version, manifest.content))
-        if aliases_of(client, name).get(CANDIDATE) != version:
+        aliases = aliases_of(client, name)
+        if aliases.get(CANDIDATE) != version:
             client.set_registered_model_alias(name, CANDIDATE, str(version))
     return Registered(
         name=name,
@@ -148,6 +154,7 @@ def register(
         run_id=finetuned.run_id,
         is_new=not known,
         portable=portable,
+        is_champion=aliases.get(CHAMPION) == version,
     )
 
 
@@ -283,15 +290,29 @@ def check_signed(info: VersionInfo) -> str:
     return info.tags[_MANIFEST_TAG]
 
 
+def _description(card: str, flow_run_url: str | None) -> str:
+    """Return a model card as a version's description; MLflow's descriptions can't embed artifacts."""
+    text = card.replace(PICTURE, f"Pictures of each prompt: `{GRID}` among the artifacts of the logged model.")
+    if flow_run_url is not None:
+        text = f"Registered by [a flow run]({flow_run_url}).\n\n{text}"
+    return text if len(text) <= _MAX_DESCRIPTION else f"{text[: _MAX_DESCRIPTION - 1]}…"
+
+
+def _update(client: "MlflowClient", name: str, version: int, description: str, tags: Mapping[str, str]) -> None:
+    """Replace a version's description, and add tags."""
+    client.update_model_version(name, str(version), description)
+    for key, value in tags.items():
+        client.set_model_version_tag(name, str(version), key, value)
+
+
 def _create(
     client: "MlflowClient",
     name: str,
     run: Any,
     model: Path,
     manifest: Manifest,
-    card: str,
+    description: str,
     tags: Mapping[str, str],
-    flow_run_url: str | None,
 ) -> tuple[int, str]:
     """Create a version, and return its number and the id of its logged model."""
     from mlflow.exceptions import MlflowException
@@ -299,10 +320,6 @@ def _create(
     digest = sha256_of(model / FOLDER / package.MANIFEST)
     pinned = {key: str(getattr(manifest, key)) for key in _PINNED}
     logged = log_model(client, run, f"{name}-{digest[:_DIGITS]}", model, pinned)
-    # MLflow's descriptions can't embed artifacts.
-    text = card.replace(PICTURE, f"Pictures of each prompt: `{GRID}` among the artifacts of the logged model.")
-    if flow_run_url is not None:
-        text = f"Registered by [a flow run]({flow_run_url}).\n\n{text}"
     try:
         client.create_registered_model(name, description="One-step text-to-image generation with references")
     except MlflowException as error:
@@ -315,7 +332,7 @@ def _create(
         source=logged.artifact_location,
         run_id=run.info.run_id,
         tags=dict(tags) | named | digests,
-        description=text if len(text) <= _MAX_DESCRIPTION else f"{text[: _MAX_DESCRIPTION - 1]}…",
+        description=description,
         model_id=logged.model_id,
     )
     # MLflow's server sets this tag itself; without a server, nothing would lead from the model to its version.

@@ -19,7 +19,7 @@ from imagerag.registry import package
 from imagerag.registry.champion import champions_behind, present_champion
 from imagerag.registry.fetch import download, pull
 from imagerag.registry.health import check_versions
-from imagerag.registry.promotion import promote, rollback, rolled_back
+from imagerag.registry.promotion import promote
 from imagerag.registry.removal import prune
 from imagerag.registry.removal import remove as remove_model
 from imagerag.registry.versions import (
@@ -167,7 +167,7 @@ def test_versions_that_nobody_named_are_removed_with_what_they_keep(home: Home) 
         register(home.finetuned(name), settings)
     promote(settings, 1, reason="better", author=THE_GATE)
     promote(settings, 2, **WHY)
-    promote(settings, 1, reason="better", author=THE_GATE)
+    promote(settings, 1, reason="better", author=THE_GATE, over=2)
     home.client.delete_registered_model_alias(DEFAULT_MODEL_NAME, "previous")
     second = publish_more(home)
     for name in ("first", "second"):
@@ -211,49 +211,20 @@ def test_two_registrations_at_once(home: Home) -> None:
     assert len(pins(home.store)) == 2
 
 
-def test_promoted_and_rolled_back(home: Home) -> None:
-    settings = home.settings
-    for name in ("first", "second"):
-        register(home.finetuned(name), settings)
-    for _ in range(2):
-        promote(settings, 1, **WHY)
-    assert of_alias(home) == {"candidate": 2, "champion": 1}
-    with pytest.raises(UserError, match="no previous champion to go back to; version 1 is the champion"):
-        rollback(settings, **WHY)
-    for _ in range(2):
-        promote(settings, 2, **WHY, tags={"gate": "waived"})
-    assert of_alias(home) == {"candidate": 2, "champion": 2, "previous": 1}
-    assert resolve_version(settings, "champion").tags["gate"] == "waived"
-    assert rollback(settings, reason="too blue", author="somebody") == 1
-    assert of_alias(home) == {"candidate": 2, "champion": 1}
-    assert resolve_version(settings, "2").tags["imagerag.rollback_reason"] == "too blue"
-    with pytest.raises(UserError, match="no previous champion"):
-        rollback(settings, **WHY)
-    with pytest.raises(UserError, match="the reason is empty"):
-        promote(settings, 2, reason=" ", author="somebody")
-
-
-def test_what_a_person_rolled_back_only_a_person_promotes_again(home: Home) -> None:
-    """With whatever index: the same weights are another version on each."""
-    settings, gate = home.settings, {"reason": "better", "author": THE_GATE}
-    for name in ("first", "second"):
-        promote(settings, register(home.finetuned(name), settings).version, **gate)
-    assert rolled_back(settings, "second") == ""
-    rollback(settings, reason="too dark", author="ada")
-    assert rolled_back(settings, "second") == "ada rolled back version 2: too dark"
-    assert rolled_back(settings, "first") == ""
-    publish_more(home)
-    assert register(home.finetuned("second"), settings).version == 3
-    for version in (2, 3):
-        with pytest.raises(UserError, match=r"ada rolled back version 2: too dark\. Only a person promotes it again"):
-            promote(settings, version, **gate)
-    assert of_alias(home)["champion"] == 1
-    promote(settings, 3, reason="brighter rows", author="ada")
-    assert rolled_back(settings, "second") == ""
-    assert resolve_version(settings, "2").tags["imagerag.rollback_reason"] == "too dark"
-    promote(settings, 1, **gate)
-    promote(settings, 2, **gate)
-    assert of_alias(home)["champion"] == 2
+def test_a_version_shows_its_last_evaluation(home: Home) -> None:
+    settings, own = home.settings, home.finetuned("first")
+    for gate, results in (("failed", "the first"), ("passed", "the last")):
+        made = register(own, settings, results=results, evaluation_run=own.run_id, tags={"imagerag.gate": gate})
+        assert not made.is_champion
+    info = resolve_version(settings, "1")
+    assert info.tags["imagerag.gate"] == "passed"
+    assert info.tags["imagerag.evaluation_run"] == own.run_id
+    text = home.client.get_model_version(DEFAULT_MODEL_NAME, "1").description
+    assert "the last" in text
+    assert "the first" not in text
+    promote(settings, 1, **WHY)
+    assert register(own, settings).is_champion
+    assert resolve_version(settings, "1").tags["imagerag.gate"] == "passed"
 
 
 def test_the_pinned_index_outlives_later_publications_but_no_takedown(home: Home, tmp_path: Path) -> None:
