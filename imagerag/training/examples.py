@@ -6,6 +6,7 @@ references are in another one, whose key is the index's version.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,12 +117,14 @@ class Examples:
     def prompts(self) -> tuple[str, ...]:
         """What the teacher makes pictures of, in turn.
 
+        Captions are in the order of hashes, so that a new one does not change that of the others.
+
         Raises:
             UserError: if the file with them can't be read, is empty, or has something that is held out.
         """
         if self.config.prompts is None:
-            captions = sorted(set(self.rows["caption"].to_pylist()) - self.held_out)
-            return tuple(np.random.default_rng(self.config.seed).permutation(captions).tolist())
+            captions = set(self.rows["caption"].to_pylist()) - self.held_out
+            return tuple(sorted(captions, key=lambda caption: _hash(f"{self.config.seed}\0{caption}")))
         listed = read_lines(self.config.prompts)
         held_out = {caption.strip() for caption in self.held_out}
         forbidden = [prompt for prompt in listed if prompt in held_out]
@@ -131,13 +134,21 @@ class Examples:
         return tuple(listed)
 
     def teacher_rows(self) -> pa.Table:
-        """Return the teacher's examples: `id`, `number` and `prompt`."""
+        """Return the teacher's examples: `id`, `number` and `prompt`.
+
+        An id, which also seeds the noise, depends on the prompt and on how often it was listed before, but not on other
+        prompts. So a new caption of the index costs only its own latents.
+        """
         numbers = range(self.config.num_teacher_latents)
         prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
-        key = self.teacher_table.digest
-        texts = (f"{key}\0{number}\0{prompt}" for number, prompt in zip(numbers, prompts, strict=True))
-        ids = pa.array([hashlib.blake2b(text.encode(), digest_size=ID.byte_width).digest() for text in texts], ID)
-        return pa.table({"id": ids, "number": pa.array(numbers, pa.int64()), "prompt": pa.array(prompts, pa.string())})
+        key, count = self.teacher_table.digest, Counter[str]()
+        ids = []
+        for prompt in prompts:
+            ids.append(_hash(f"{key}\0{count[prompt]}\0{prompt}", ID.byte_width))
+            count[prompt] += 1
+        return pa.table(
+            {"id": pa.array(ids, ID), "number": pa.array(numbers, pa.int64()), "prompt": pa.array(prompts, pa.string())}
+        )
 
     @cached_property
     def real_table(self) -> KeyedTable:
@@ -155,7 +166,6 @@ class Examples:
             "teacher": self.teacher.identity.digest,
             "guidance_scale": config.guidance_scale,
             "num_inference_steps": config.num_inference_steps,
-            "prompts": _digest("\n".join(self.prompts)),
             "seed": config.seed,
         }
         return KeyedTable.of(self.folder, "teacher", key, self._latent_columns)
@@ -169,6 +179,7 @@ class Examples:
             "encoder": self.retriever.encoder.digest,
             "held_out": _digest("\n".join(sorted(self.held_out))),
             "teacher": self.teacher_table.digest if self.config.num_teacher_latents else None,
+            "prompts": _digest("\n".join(self.prompts)) if self.config.num_teacher_latents else None,
         }
         columns = [
             pa.field("prompt", pa.string()),
@@ -218,4 +229,8 @@ def _digest(text: str) -> str:
 
 def _number_of(caption: str) -> int:
     """Return a number below 2^32 that a caption has everywhere."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=4).digest(), "big")
+    return int.from_bytes(_hash(caption, 4), "big")
+
+
+def _hash(text: str, size: int = 8) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()

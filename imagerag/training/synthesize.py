@@ -227,7 +227,7 @@ class TeacherWorker(_Worker):
         import torch
 
         config = self._config
-        seeds = [config.seed + number for number in rows["number"].to_pylist()]
+        seeds = [seed_of(id) for id in rows["id"].to_pylist()]
         made = self._pipeline(
             rows["prompt"].to_pylist(),
             height=self._side,
@@ -238,6 +238,11 @@ class TeacherWorker(_Worker):
             output_type="latent",
         )
         return _to_rows(rows["id"], rows["prompt"], made.images, self._conditioner)
+
+
+def seed_of(id: bytes) -> int:
+    """Return the seed of the noise that the teacher starts an example from."""
+    return int.from_bytes(id[:8], "big") >> 1
 
 
 class ReferencesWorker(_Worker):

@@ -19,7 +19,7 @@ from imagerag.storage.keyed_table import from_column, shape_of
 from imagerag.training.config import ReferenceChoice, SynthesizeConfig, tiny
 from imagerag.training.finetune import key_of
 from imagerag.training.perceptual import choose_perceptual
-from imagerag.training.synthesize import drop_unreachable, synthesize
+from imagerag.training.synthesize import drop_unreachable, seed_of, synthesize
 from tests.generation.folders import write_sd
 from tests.generation.with_index import drawing
 from tests.retrieval.rows import index_and_publish
@@ -139,9 +139,22 @@ def test_a_teachers_latent_is_its_picture_of_the_prompt(world: World, training_s
         own = from_column(rows["latents"], shape_of(examples.teacher_table.schema.field("latents")))[place]
         expected = pipeline(
             row["prompt"], num_inference_steps=2, guidance_scale=7.5, output_type="latent",
-            generator=torch.Generator().manual_seed(row["number"]),
+            generator=torch.Generator().manual_seed(seed_of(row["id"])),
         ).images[0].numpy()  # fmt: skip
         assert np.allclose(own, expected, atol=5e-3 * np.abs(expected).max())
+
+
+def test_a_new_caption_costs_only_its_own_teachers_latents(own_world: World) -> None:
+    before = own_world.examples(num_teacher_latents=20)
+    old, table = before.teacher_rows()["id"].to_pylist(), before.teacher_table.digest
+    assert len(set(old)) == 20, "8 prompts, some of them three times"
+    own_world.add(10, ["a tractor"], [drawing(3)])
+    after = own_world.examples(num_teacher_latents=20)
+    assert after.teacher_table.digest == table
+    new = after.teacher_rows()
+    added = [row["prompt"] for row in new.to_pylist() if row["id"] not in old]
+    assert set(added) <= {"a tractor"}
+    assert len(added) >= 2
 
 
 def test_without_a_file_the_same_captions_are_held_out_every_time(world: World) -> None:
