@@ -113,6 +113,9 @@ class GateConfig(Config):
         description="Metric of the gate. The candidate must beat the base model and the champion (95 % confidence "
         "interval of the paired difference above 0), and be no worse than slerp with cross-validated w.",
     )
+    min_prompts: int = Field(
+        default=20, ge=2, description="Fewest prompts for which the metric must have been measured in all methods."
+    )
     max_loss: float = Field(
         default=0.1,
         ge=0,

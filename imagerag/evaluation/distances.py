@@ -10,6 +10,7 @@ from imagerag.evaluation.efficientnet import Features
 
 _SUBSETS = 100
 _SUBSET_SIZE = 100
+_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,36 @@ def measure_distances(generated: Features, real: Features) -> Distances:
     )
     mean, deviation = (kernel[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
     return Distances(frechet=frechet(generated, real), kernel=1000 * mean, kernel_deviation=1000 * deviation)
+
+
+def kernel_distance(one: Features, other: Features, spread_of_other: float | None = None) -> float:
+    """Return the unbiased kernel distance between features (N, D) and (M, D), times 1,000 (arXiv 1801.01401).
+
+    It is the squared maximum mean discrepancy with a polynomial kernel of degree 3, over all pairs instead of over
+    random subsets. `spread_of_other` is `spread(other)`, if it is known.
+    """
+    within = spread(one) + (spread(other) if spread_of_other is None else spread_of_other)
+    return 1000 * (within - 2 * _kernel_sum(one, other) / (len(one) * len(other)))
+
+
+def spread(features: Features) -> float:
+    """Return the mean kernel value over pairs of different rows of features (N, D)."""
+    rows = features.astype(np.float64)
+    own = _kernel(np.square(rows).sum(1), rows.shape[1]).sum()
+    return float((_kernel_sum(rows, rows) - own) / (len(rows) * (len(rows) - 1)))
+
+
+def _kernel_sum(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the sum of the kernel over all pairs, computed in blocks, as the matrix of all pairs may not fit."""
+    blocks = (one[start : start + _BLOCK_ROWS].astype(np.float64) for start in range(0, len(one), _BLOCK_ROWS))
+    others = other.astype(np.float64)
+    return sum(float(_kernel(block @ others.T, one.shape[1]).sum()) for block in blocks)
+
+
+def _kernel(products: np.ndarray, dim: int) -> np.ndarray:
+    """Return the kernel's values of the scalar products of features with `dim` values."""
+    values: np.ndarray = (products / dim + 1) ** 3
+    return values
 
 
 def frechet(one: Features, other: Features) -> float:

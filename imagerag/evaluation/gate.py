@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imagerag.evaluation.config import GateConfig, GateMetricName, MetricName
+from imagerag.evaluation.config import GateConfig, MetricName
 from imagerag.evaluation.intervals import Estimate, estimate
 from imagerag.evaluation.results import Results, WayResults
 
@@ -52,7 +52,7 @@ def decide(
 
     New weights must beat the base model and the champion on its own index, and must be no worse than slerp, which needs
     no training. The champion's own weights on a newer index must only be no worse than on their pinned index. If the
-    corpus is too small for the gate's metric, the candidate fails, and only a person can promote it.
+    prompts are too few for the gate's metric, the candidate fails, and only a person can promote it.
 
     Args:
         results: results of the evaluation.
@@ -63,7 +63,7 @@ def decide(
     """
     candidate, base, champion = results.candidate, results.base_model, results.way("champion")
     reasons = []
-    if unmeasured := _why_not_measured(results, config.metric):
+    if unmeasured := _why_not_measured(results, config):
         seen = f"it {unmeasured}; promote by hand, or name another metric"
         reasons.append(Reason(rule=f"{config.metric} is measured", passed=False, seen=seen))
     elif is_index_update and champion is not None:
@@ -93,14 +93,17 @@ def decide(
     return Decision(passed=all(each.passed for each in reasons), reasons=tuple(reasons))
 
 
-def _why_not_measured(results: Results, metric: GateMetricName) -> str:
-    """Return why no paired differences in a metric are known; empty if they are."""
+def _why_not_measured(results: Results, config: GateConfig) -> str:
+    """Return why too few paired differences in the gate's metric are known; empty if there are enough."""
+    metric = config.metric
     if metric not in results.metrics:
         return results.not_measured.get(metric, "is not among the metrics")
     compared = [results.candidate, results.base_model, results.best_slerp, results.way("champion")]
     values = np.array([way.scores[metric].values for way in compared if way is not None])
     num_known = int((~np.isnan(values)).all(axis=0).sum())
-    return f"needs two prompts for which it was measured; there are {num_known}" if num_known < 2 else ""
+    if num_known >= config.min_prompts:
+        return ""
+    return f"needs {config.min_prompts} prompts for which it was measured (gate.min_prompts); there are {num_known}"
 
 
 def _beats(results: Results, config: GateConfig, candidate: WayResults, other: WayResults) -> Reason:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.evaluation.config import MetricName
-from imagerag.evaluation.distances import frechet, measure_distances
+from imagerag.evaluation.distances import frechet, kernel_distance, spread
 from imagerag.evaluation.efficientnet import Features
 from imagerag.evaluation.intervals import Estimate, estimate, jackknifed
 from imagerag.evaluation.made import FeaturesBy, Made
@@ -233,15 +233,16 @@ class Distance:
 
     def measure(self, pictures: Pictures) -> Value:
         """Return the distance with its interval."""
-        count = len(pictures.made)
-        check_enough(count, "each way")
+        check_enough(len(pictures.made), "each way")
         features, real = (each.features("efficientnet") for each in (pictures.made, self._real))
         if self.name == "frechet":
             return distance_of(pictures, features, partial(frechet, other=real))
-        found = measure_distances(features, real)
-        # The deviation over subsets of 100 pictures, scaled to all pictures.
-        half = 1.96 * found.kernel_deviation * np.sqrt(_FEWEST_PICTURES / count)
-        return Estimate(found.kernel, found.kernel - half, found.kernel + half, count)
+        distance = partial(kernel_distance, other=real, spread_of_other=self._spread_of_real)
+        return distance_of(pictures, features, distance)
+
+    @cached_property
+    def _spread_of_real(self) -> float:
+        return spread(self._real.features("efficientnet"))
 
 
 def distance_of(pictures: Pictures, features: Features, distance: Callable[[Features], float]) -> Estimate:

@@ -34,7 +34,7 @@ def to_files(results: Results, pictures: Sequence[Pictures], retriever: Retrieve
         _other_versions(results, pictures, retriever),
         title=f"imagerag evaluate: {results.base} with {retriever.name}",
         tables=[
-            ("Means with 95 % bootstrap intervals over prompts", list(results.rows())),
+            ("Means with 95 % intervals over prompts", list(results.rows())),
             ("Recognition and copies by slerp weight and adapter scale", list(results.point_rows())),
             ("Retrieval", list(results.retrieval_rows())),
             ("By category", list(results.slices())),

@@ -99,7 +99,8 @@ class SynthesizeConfig(CommittingConfig):
         default=0.02,
         gt=0,
         lt=1,
-        description="Share of captions to hold out if `held_out` is unset, chosen by their hashes.",
+        description="Share of captions to hold out if `held_out` is unset, chosen by their hashes; at least 20 "
+        "captions if these are at most a fifth.",
     )
     batch_size: int = Field(default=32, ge=1, le=1_024, description="Rows per batch on a worker.")
     seed: int = Field(

@@ -7,9 +7,10 @@ references are in another one, whose key is the index's version.
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ STORED_REFERENCES = 16
 _SHARED = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
 """UNet settings in which student and teacher must agree. A teacher for larger images runs at the student's size."""
 _BATCH_ROWS = 8_192
+_FEWEST_HELD_OUT = 20
+"""Captions that are held out of a small index, if they are at most a fifth: the gate needs as many prompts."""
 _VERSION = 2
 """Of what is computed: another one makes other tables."""
 
@@ -94,15 +97,19 @@ class Examples:
     def held_out(self) -> frozenset[str]:
         """Captions that nothing is learnt from.
 
+        Without a file, those with the smallest hashes: of an index with more captions, others are held out only if they
+        are new, so that no earlier training has learnt from them.
+
         Raises:
             UserError: if the file with them can't be read, or the index has none of them.
         """
-        captions = (text for batch in self.rows.to_batches(_BATCH_ROWS) for text in batch["caption"].to_pylist())
+        captions = self.rows["caption"].unique()
         if self.config.held_out is None:
-            bound = self.config.held_out_share * 2**32
-            return frozenset(caption for caption in captions if _number_of(caption) < bound)
+            fewest = nsmallest(min(_FEWEST_HELD_OUT, len(captions) // 5), map(_number_of, _texts(captions)))
+            bound = max([self.config.held_out_share * 2**32, *(number + 1 for number in fewest[-1:])])
+            return frozenset(caption for caption in _texts(captions) if _number_of(caption) < bound)
         listed = frozenset(read_lines(self.config.held_out))
-        held_out = frozenset(caption for caption in captions if caption.strip() in listed)
+        held_out = frozenset(caption for caption in _texts(captions) if caption.strip() in listed)
         if not held_out:
             raise UserError(f"none of the {len(listed)} captions in {self.config.held_out} is in the index")
         return held_out
@@ -230,6 +237,12 @@ def _digest(text: str) -> str:
 def _number_of(caption: str) -> int:
     """Return a number below 2^32 that a caption has everywhere."""
     return int.from_bytes(_hash(caption, 4), "big")
+
+
+def _texts(captions: pa.Array) -> Iterator[str]:
+    """Yield the captions without making Python strings of all of them at once."""
+    for start in range(0, len(captions), _BATCH_ROWS):
+        yield from captions.slice(start, _BATCH_ROWS).to_pylist()
 
 
 def _hash(text: str, size: int = 8) -> bytes:

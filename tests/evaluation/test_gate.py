@@ -67,7 +67,7 @@ def results(base: WayResults, *others: WayResults, slerp: WayResults | None = No
 NOISE = np.random.default_rng(0).normal(0.3, 0.1, NUM)
 BETTER = NOISE + 0.02 + np.random.default_rng(1).normal(0, 0.02, NUM)
 """By less than prompts differ among each other, but for nearly every prompt: only pairs tell."""
-CONFIG = GateConfig(metric="clip_score")
+CONFIG = GateConfig(metric="clip_score", min_prompts=2)
 
 
 def failed(found: Results, *, has_champion: bool = False, **facts: Any) -> list[str]:
@@ -148,7 +148,7 @@ def test_prompts_that_were_learnt_from_do_not_pass() -> None:
 def test_a_candidate_does_not_pass_where_the_metric_was_not_measured() -> None:
     """A corpus may be too small for any: its model is registered all the same, and a person can promote it."""
     found = results(way("base", NOISE), way("adapter", BETTER))
-    decision = decide(found, GateConfig(metric="tifa"), has_champion=False)
+    decision = decide(found, GateConfig(metric="tifa", min_prompts=2), has_champion=False)
     assert not decision.passed
     assert decision.summary() == (
         "tifa is measured: it needs files.tifa_questions; promote by hand, or name another metric"
@@ -157,7 +157,7 @@ def test_a_candidate_does_not_pass_where_the_metric_was_not_measured() -> None:
     base = replace(found.base_model, scores=dict(found.base_model.scores) | {"clip_score": unknown})
     decision = decide(results(base, found.candidate), CONFIG, has_champion=False)
     assert not decision.passed
-    assert "needs two prompts for which it was measured; there are 0" in decision.summary()
+    assert "needs 2 prompts for which it was measured (gate.min_prompts); there are 0" in decision.summary()
 
 
 def test_a_metric_that_can_never_be_measured_is_refused() -> None:

@@ -1,8 +1,9 @@
-"""How an estimate is written."""
+"""How an estimate is written, and how often its interval covers the true mean."""
 
+import numpy as np
 import pytest
 
-from imagerag.evaluation.intervals import Estimate
+from imagerag.evaluation.intervals import Estimate, estimate
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,11 @@ from imagerag.evaluation.intervals import Estimate
 def test_it_has_the_digits_that_its_interval_justifies(values: tuple[float, float, float], written: str) -> None:
     mean, low, high = values
     assert str(Estimate(mean, low, high, num=10)) == written
+
+
+@pytest.mark.parametrize("num", [3, 10, 49, 60])
+def test_intervals_cover_the_true_mean_as_often_as_they_say(num: int) -> None:
+    """Percentile bootstrap intervals, which are used from 50 values on, cover 0.90 with ten and 0.76 with three."""
+    draws = np.random.default_rng(0).normal(size=(2000, num))
+    found = [estimate(values) for values in draws]
+    assert 0.925 < np.mean([each.low <= 0 <= each.high for each in found]) < 0.97

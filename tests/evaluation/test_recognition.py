@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 
 from imagerag.embedded.sample import load_concepts, load_drawings
 from imagerag.embedding.encoder import load_encoder
-from imagerag.evaluation.distances import frechet, measure_distances
+from imagerag.evaluation.distances import frechet, kernel_distance, measure_distances, spread
 from imagerag.evaluation.efficientnet import load_feature_network
 from imagerag.evaluation.intervals import estimate, jackknifed
 from imagerag.evaluation.recognition import ClipJudge, Judge, is_nearest
@@ -59,6 +60,32 @@ def test_noise_is_far_from_drawings(judged: tuple[np.ndarray, np.ndarray, list[s
     assert abs(near.kernel) < 3 * near.kernel_deviation
     assert far.kernel > 10 * near.kernel_deviation
     assert far.frechet > 2 * near.frechet
+
+
+def test_the_kernel_distance_of_all_pictures_is_torch_fidelitys(
+    judged: tuple[np.ndarray, np.ndarray, list[str]],
+) -> None:
+    shuffled = np.random.default_rng(0).permutation(judged[0])
+    one, other = shuffled[:130], shuffled[130:260] + 0.1
+    expected = kid_features_to_metric(
+        *(torch.from_numpy(each).double() for each in (one, other)),
+        kid_subsets=1, kid_subset_size=130, verbose=False,
+    )["kernel_inception_distance_mean"]  # fmt: skip
+    assert kernel_distance(one, other, spread(other)) == pytest.approx(1000 * expected, rel=1e-6)
+    assert kernel_distance(one, other) == pytest.approx(1000 * expected, rel=1e-6)
+
+
+def test_the_kernel_distances_interval_covers_zero_for_pictures_of_one_kind(
+    judged: tuple[np.ndarray, np.ndarray, list[str]],
+) -> None:
+    """With as few pictures as it takes, too."""
+    covered = []
+    for seed in range(20):
+        shuffled = np.random.default_rng(seed).permutation(judged[0])
+        other = shuffled[100:200]
+        found = jackknifed(partial(kernel_distance, other=other), shuffled[:100], np.arange(100))
+        covered.append(found.low <= 0 <= found.high)
+    assert np.mean(covered) > 0.7
 
 
 def test_nearest_of_the_names() -> None:

@@ -32,7 +32,7 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
     clip = str(write_clip(tmp_path_factory.mktemp("clip")))
     ways = ("base", "best_slerp", "adapter", "champion")
     config = EvaluateConfig(ways=ways, slerp_ws=(0.2,), adapter_scales=(), files=MetricFiles(clip=clip))
-    strict = GateConfig(metric="clip_score", max_slowdown=100)
+    strict = GateConfig(metric="clip_score", min_prompts=2, max_slowdown=100)
     first = finetuned(own_world, tracked=True)
     parameters = {"name": NAME, "evaluation": config, "gate": strict}
     report = evaluate(**parameters)

@@ -51,7 +51,7 @@ def parameters(folder: Path, url_list: Path) -> PipelineParameters:
             adapter_scales=(),
             files=MetricFiles(clip=str(write_clip(folder / "clip"))),
         ),
-        gate=GateConfig(metric="clip_score"),
+        gate=GateConfig(metric="clip_score", min_prompts=2),
     )  # fmt: skip
 
 

@@ -164,6 +164,18 @@ def test_without_a_file_the_same_captions_are_held_out_every_time(world: World) 
     assert world.examples(held_out=None, held_out_share=0.6).held_out > chosen[0]
 
 
+def test_enough_of_a_small_index_is_held_out_for_the_gate(own_world: World) -> None:
+    def held_out() -> frozenset[str]:
+        return own_world.examples(held_out=None, held_out_share=1e-9).held_out
+
+    before = held_out()
+    assert len(before) == 1, "a fifth of nine captions"
+    captions = [f"thing {number}" for number in range(120)]
+    own_world.add(10, captions, [drawing(0)] * len(captions))
+    assert len(held_out()) == 20
+    assert held_out() - before <= set(captions), "earlier trainings have learnt from the others"
+
+
 @pytest.mark.parametrize(
     ("lines", "changes", "fault"),
     [
