@@ -20,7 +20,12 @@ def up() -> None:
     typer.echo(f"MLflow UI   {settings.mlflow_tracking_uri if mlflow is None else mlflow.url}")
     if mlflow is not None:
         # Not as part of the URL: browsers then refuse the page's own requests.
-        typer.echo(f"            user {credentials.USER}, password {credentials.password(settings.home)}")
+        password = credentials.password(settings.home)
+        typer.echo(f"            user {credentials.USER}, password {password}")
+        typer.echo(
+            f"            export MLFLOW_TRACKING_URI={mlflow.url} MLFLOW_TRACKING_USERNAME={credentials.USER} "
+            f"MLFLOW_TRACKING_PASSWORD={password}"
+        )
     typer.echo(f"worker      process {started[services.WORKER].pid}, work pool {services.WORK_POOL}")
     typer.echo(f"logs        {settings.home / 'logs'}")
 
