@@ -32,7 +32,7 @@ from imagerag.corpus.names import Names
 from imagerag.corpus.opener import NotModifiedError, guarded_opener
 from imagerag.corpus.photos import FORMATS, decode, open_image
 from imagerag.corpus.shards import ROW_DIGITS, SHARD_DIGITS, FetchedShard, Shard
-from imagerag.corpus.stores import FolderOpener
+from imagerag.corpus.stores import FolderOpener, is_read_in_order
 from imagerag.images import is_shown_as_stored
 
 # Without this, img2dataset's image library checks online for a newer version of itself at import.
@@ -178,8 +178,11 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]
             for __ in turns:
                 results.put(self._bring_one(opener, queue, rows))
 
+        num_threads = min(self.thread_count, queue.most_at_once)
+        if any(row["member"] is not None and is_read_in_order(row["member"]) for row in rows):
+            num_threads = 1  # others would only wait for it, and then ask for rows that it has passed
         # One task per thread: a task per row would pass through two more threads of the pool.
-        with ThreadPool(num_threads := min(self.thread_count, queue.most_at_once)) as pool:
+        with ThreadPool(num_threads) as pool:
             pool.map_async(bring, range(num_threads), error_callback=results.put)
             for _ in rows:
                 result = results.get()

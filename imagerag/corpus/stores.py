@@ -11,7 +11,6 @@ A row whose image is not fetched by URL refers to it by `member`, a URL relative
 import math
 import os
 import stat
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.message import Message
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     import lance
 
 _BATCH_ROWS = 32  # images decoded from a parquet file at a time
-_NUM_BATCHES = 8  # kept, because threads request neighbouring rows out of order
 BUFFER_BYTES = 2**20
 """Bytes read from a file at a time: a parquet column of images may be larger than memory."""
 
@@ -43,6 +41,15 @@ BUFFER_BYTES = 2**20
 def member_of(path: str, **query: str | int) -> str:
     """Return the `member` of an image, in the form that this module's docstring shows."""
     return quote(path) + (f"?{urlencode(query)}" if query else "")
+
+
+def is_read_in_order(member: str) -> bool:
+    """Return whether an image is a cell of a parquet file, which is read by one thread, in file order.
+
+    A Lance table finds a row without reading those before it.
+    """
+    query = dict(parse_qsl(urlsplit(member).query))
+    return "row" in query and "version" not in query
 
 
 class FolderOpener:
@@ -146,7 +153,7 @@ class _ParquetColumn:
     """A column of images, read by row number.
 
     A row group may be larger than memory, and parquet can reach a row only by reading those before it: rows are read in
-    order, in small batches, and the last batches are kept.
+    small batches, and the last batch is kept. An earlier row costs reading its row group from the beginning again.
     """
 
     def __init__(self, file: Any, column: str) -> None:
@@ -156,8 +163,8 @@ class _ParquetColumn:
         self._ends = np.cumsum(sizes)
         self._name = column
         self._leaf = image_leaf(self._parquet.schema_arrow.field(column))
-        self._kept: deque[tuple[int, pa.Array]] = deque(maxlen=_NUM_BATCHES)
-        self._next = -1  # first row of the next batch
+        self._kept: pa.Array = pa.array([], pa.binary())
+        self._next = -1  # first row of the next batch, which follows those kept
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._lock = Lock()
 
@@ -166,23 +173,20 @@ class _ParquetColumn:
             return self._find(row)
 
     def _find(self, row: int) -> bytes:
-        while True:
-            for first, images in self._kept:
-                if first <= row < first + len(images):
-                    return _image(images, row - first)
+        while not self._next - len(self._kept) <= row < self._next:
             group = int(np.searchsorted(self._ends, row, "right"))
             if group == len(self._ends):
                 raise LookupError(f"there is no row {row}")
             start = int(self._ends[group - 1]) if group else 0
             if not start <= self._next <= row:
-                self._kept.clear()
-                self._next = start
+                self._kept, self._next = self._kept[:0], start
                 self._batches = self._parquet.iter_batches(
                     _BATCH_ROWS, row_groups=range(group, len(self._ends)), columns=[self._leaf]
                 )
             batch = next(self._batches)
-            self._kept.append((self._next, image_bytes(batch.column(self._name))))
+            self._kept = image_bytes(batch.column(self._name))
             self._next += batch.num_rows
+        return _image(self._kept, row - self._next + len(self._kept))
 
 
 def _image(images: pa.Array, row: int) -> bytes:

@@ -5,17 +5,21 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from imagerag.corpus import stores
 from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.download import BYTES_PER_PIXEL
-from imagerag.corpus.fetch import GuardedDownloader, UprightResizer
+from imagerag.corpus.fetch import GuardedDownloader, UprightResizer, fetch_shard
 from imagerag.corpus.guard import ByteBudget
 from imagerag.corpus.hosts import Hosts
 from imagerag.corpus.shards import PLAN_SCHEMA
+from imagerag.corpus.source import read_images
+from tests.corpus.fetched import planned
 from tests.corpus.photos import encoded, scene
-from tests.corpus.web import Web
+from tests.corpus.web import Web, picture
 from tests.corpus.whole import attempts_of
 
 _PEAK = """
@@ -72,3 +76,22 @@ def test_a_shard_of_files_larger_than_the_budget_is_fetched_all_the_same(
         downloader = GuardedDownloader(str(tmp_path), config, UprightResizer(config), Hosts(config))
         downloader.download_shard((0, pa.Table.from_pylist(rows, PLAN_SCHEMA)))
     assert attempts_of(Corpus(str(tmp_path)))["status"].to_pylist().count("success") == 12
+
+
+def test_a_shard_reads_each_row_of_a_parquet_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [picture(number, (8, 8)) for number in range(1000)]
+    table = pa.table({"image": images, "caption": [f"picture {number}" for number in range(1000)]})
+    pq.write_table(table, tmp_path / "images.parquet", row_group_size=500)
+    rows = planned(read_images(str(tmp_path / "images.parquet")).rows.table())
+    decoded = []
+    image_bytes = stores.image_bytes
+
+    def counting(column: pa.Array) -> pa.Array:
+        decoded.append(len(column))
+        return image_bytes(column)
+
+    monkeypatch.setattr(stores, "image_bytes", counting)
+    corpus = Corpus(str(tmp_path / "shards"))
+    fetch_shard(corpus.shard(0), rows, DownloadConfig(thread_count=64))
+    assert attempts_of(corpus)["status"].to_pylist() == ["success"] * 1000
+    assert sum(decoded) == 1000
