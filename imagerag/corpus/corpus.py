@@ -11,7 +11,7 @@ The files are replaced atomically; takedowns, only if they have not changed sinc
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -71,11 +71,11 @@ class Corpus:
         with ThreadPoolExecutor(_NUM_READERS) as pool:
             return list(compress(marked, pool.map(Shard.is_finished, marked)))
 
-    def plans(self, shards: Iterable[Shard]) -> dict[Shard, pa.Table]:
-        """Return the planned rows of shards."""
-        shards = list(shards)
+    def plans(self, shards: Sequence[Shard]) -> Iterator[pa.Table]:
+        """Yield the planned rows of each shard. A few plans are in memory at a time."""
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            return dict(zip(shards, pool.map(Shard.plan, shards), strict=True))
+            for start in range(0, len(shards), _NUM_READERS):
+                yield from pool.map(Shard.plan, shards[start : start + _NUM_READERS])
 
     def _shards(self, pattern: str) -> list[Shard]:
         fs, root = self.open()

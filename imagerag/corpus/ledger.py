@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.guard import Reason, reason_of
 from imagerag.corpus.shards import ROW_DIGITS
-from imagerag.storage.spool import Parts, by_url, numbered, paired
+from imagerag.storage.spool import Parts, aligned, by_url, numbered
 
 SCHEMA = pa.schema(
     [
@@ -54,12 +54,17 @@ def read_parts(corpus: Corpus) -> Iterator[tuple[pa.Table, pa.Table]]:
 
     Each part fits in memory, and all rows of a URL are in the same part. Rows within a part are in list order.
     """
+    yield from ((rows, ledger) for rows, ledger, _ in read_parts_with(corpus, Parts((), by_url)))
+
+
+def read_parts_with(corpus: Corpus, others: Parts) -> Iterator[tuple[pa.Table, pa.Table, pa.Table | None]]:
+    """Yield the parts of `read_parts`, each with the rows of `others`, grouped by URL, that have its URLs, if any."""
     takedowns = corpus.takedowns()
     wanted, attempts = Parts(numbered(corpus.wanted()), by_url), Parts(iter_attempts(corpus), by_url)
-    for rows, tried in paired(wanted, attempts):
+    for rows, tried, other in aligned(wanted, attempts, others):
         ledger = with_takedowns(_latest(SCHEMA.empty_table() if tried is None else tried), takedowns)
         if rows is not None:
-            yield standing(rows, ledger, takedowns), ledger
+            yield standing(rows, ledger, takedowns), ledger, other
 
 
 def standing(wanted: pa.Table, ledger: pa.Table, takedowns: pa.Table) -> pa.Table:

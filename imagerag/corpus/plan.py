@@ -1,19 +1,22 @@
 """Planning a download: rows that a corpus wants and lacks become plans of shards, written before any is fetched."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.guard import PASSING, Reason
-from imagerag.corpus.ledger import PAIR, read_parts
+from imagerag.corpus.ledger import PAIR, read_parts_with
 from imagerag.corpus.shards import PLAN_SCHEMA, Shard
-from imagerag.storage.spool import Spool, distinct, in_order
+from imagerag.storage.spool import Parts, Spool, by_url, distinct, in_order, numbered
 
+_NONE_BEGUN = pa.schema([(name, pa.string()) for name in PAIR] + [("row", pa.int64())]).empty_table()
 _MAX_FAILED_RUNS = 5  # of a URL, after which only `retry_failed` tries it again
 
 
@@ -41,43 +44,60 @@ def want(corpus: Corpus, rows: Spool, mode: Literal["add", "replace"]) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """The rows to fetch, by shard. Rows of new shards are read from their plans only when needed."""
+    """The rows to fetch, by shard. They are read from the shards' plans only when needed."""
 
     num_rows: dict[Shard, int]
-    unfinished: dict[Shard, pa.Table]
+    still_wanted: dict[Shard, npt.NDArray[np.bool_]]
+    """Which rows of its plan are to be fetched, for shards that an earlier run left unfinished; of others, all are."""
 
     def rows(self, shard: Shard) -> pa.Table:
         """Return the rows of a shard; columns as in `PLAN_SCHEMA`."""
-        return self.unfinished[shard] if shard in self.unfinished else shard.plan()
+        rows, chosen = shard.plan(), self.still_wanted.get(shard)
+        return rows if chosen is None else rows.filter(pa.array(chosen))
 
 
 def plan(corpus: Corpus, shard_size: int, *, retry_failed: bool, refresh: bool = False) -> Work:
     """Plan new shards; return what to fetch: still wanted rows of unfinished shards, then the new shards."""
     # Read before the ledger: a shard that a worker without a driver finishes meanwhile is in at least one of the two.
     planned, finished = corpus.planned(), {*corpus.finished()}
-    unfinished = corpus.plans(shard for shard in planned if shard not in finished)
-    begun = pa.concat_tables([PLAN_SCHEMA.empty_table(), *unfinished.values()]).select(PAIR)
-    wanted = [begun.slice(0, 0)]
+    unfinished = [shard for shard in planned if shard not in finished]
+    begun, sizes = _begun(corpus, unfinished)
+    still_wanted = np.zeros(begun.num_rows, np.bool_)
 
     def new() -> Iterator[pa.Table]:
-        for rows, ledger in read_parts(corpus):
+        for rows, ledger, own in read_parts_with(corpus, begun):
+            own = _NONE_BEGUN if own is None else own
             rows = rows.filter(pc.fill_null(pc.not_equal(rows["reason"], str(Reason.TAKEN_DOWN)), True))
-            still = rows.select(PAIR).join(begun, PAIR, join_type="left semi")
-            if still.num_rows:  # an empty table may keep the table that it is a slice of
-                wanted.append(still)
+            still_wanted[own.join(rows.select(PAIR), PAIR, join_type="left semi")["row"].to_numpy()] = True
             is_known = _is_refreshable(rows) if refresh else pa.repeat(False, len(rows))
             rows = rows.append_column("is_known", is_known).filter(pc.or_(_is_to_fetch(rows, retry_failed), is_known))
-            yield _with_expected_hash(rows.join(begun, PAIR, join_type="left anti"), ledger)
+            yield _with_expected_hash(rows.join(own.select(PAIR), PAIR, join_type="left anti"), ledger)
 
-    num_rows = {}
+    new_rows = {}
     first = max((shard.id for shard in (*planned, *finished)), default=-1) + 1
     for id, rows in enumerate(_cut(in_order(new()), shard_size), first):
         shard = corpus.shard(id)
         shard.write_plan(rows)
-        num_rows[shard] = rows.num_rows
-    still_wanted = pa.concat_tables(wanted)
-    narrowed = {shard: rows.join(still_wanted, PAIR, join_type="left semi") for shard, rows in unfinished.items()}
-    return Work({shard: len(rows) for shard, rows in narrowed.items() if len(rows)} | num_rows, narrowed)
+        new_rows[shard] = rows.num_rows
+    pieces = np.split(still_wanted, np.cumsum(sizes[:-1], dtype=np.int64))  # of no shards, there is one empty piece
+    chosen = dict(zip(unfinished, pieces, strict=False))
+    begun_rows = {shard: int(np.count_nonzero(each)) for shard, each in chosen.items() if each.any()}
+    return Work(begun_rows | new_rows, chosen)
+
+
+def _begun(corpus: Corpus, unfinished: Sequence[Shard]) -> tuple[Parts, list[int]]:
+    """Return the planned rows of unfinished shards, by URL and with their positions, and the number of rows of each.
+
+    If a corpus's first run was killed, these are all of its rows: they are spilled, and joined part by part.
+    """
+    sizes: list[int] = []
+
+    def pairs() -> Iterator[pa.Table]:
+        for rows in corpus.plans(unfinished):
+            sizes.append(rows.num_rows)
+            yield rows.select(PAIR)
+
+    return Parts(numbered(pairs()), by_url), sizes
 
 
 def _cut(tables: Iterable[pa.Table], shard_size: int) -> Iterator[pa.Table]:

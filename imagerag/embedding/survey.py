@@ -10,7 +10,7 @@ from imagerag.retrieval.schema import row_ids
 from imagerag.retrieval.store import Store
 from imagerag.storage.hexadecimal import ID, SHA256, column_from_hex
 from imagerag.storage.lance_table import batches_of
-from imagerag.storage.spool import MEMORY_ROWS, Parts, by_id, paired
+from imagerag.storage.spool import MEMORY_ROWS, Parts, aligned, by_id
 
 _COMPARED = ["id", "url", "source", "licence"]
 """Columns by which a row of the table is compared with the corpus."""
@@ -48,7 +48,7 @@ def survey(images: Iterable[pa.Table], store: Store) -> Survey:
     stale, counts = [], np.zeros(2, np.int64)
 
     def missing() -> Iterator[pa.Table]:
-        for rows, own in paired(wanted, present):
+        for rows, own in aligned(wanted, present):
             own = table.schema.empty_table().select(_COMPARED) if own is None else own
             if rows is None:
                 stale.append(own["id"])

@@ -145,12 +145,12 @@ def in_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield part.take(pc.sort_indices(part["row"]))
 
 
-def paired(first: Parts, second: Parts) -> Iterator[tuple[pa.Table | None, pa.Table | None]]:
-    """Yield pairs of parts with the same number; None stands for an empty part."""
-    if first.is_spilled or second.is_spilled:
-        yield from ((first.part(number), second.part(number)) for number in range(NUM_PARTS))
+def aligned(*tables: Parts) -> Iterator[tuple[pa.Table | None, ...]]:
+    """Yield the parts of several tables with the same number; None stands for an empty part."""
+    if any(table.is_spilled for table in tables):
+        yield from (tuple(table.part(number) for table in tables) for number in range(NUM_PARTS))
     else:
-        yield next(iter(first), None), next(iter(second), None)
+        yield tuple(next(iter(table), None) for table in tables)
 
 
 def distinct(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

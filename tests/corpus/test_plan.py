@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.acero
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
@@ -139,6 +140,27 @@ def test_a_version_is_all_that_a_store_states_about_a_file(monkeypatch: pytest.M
 
     assert state(etag="a") == state(etag="a") != state(etag="b")
     assert state(generation=1) != state(generation=2)
+
+
+def test_planning_goes_on_with_many_begun_shards_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part of the list is joined with the begun rows of all others."""
+    corpus = Corpus(str(tmp_path / "shards"))
+    rows = [{"url": f"u://{number}", "caption": f"{number}", "source": "test"} for number in range(1000)]
+    want(corpus, Spool.of(pa.Table.from_pylist(rows, SCHEMA)), "add")
+    begun = planned(corpus)
+    assert len(begun) == 250
+    joined = []
+    perform_join = pyarrow.acero._perform_join
+
+    def counting(kind: str, left: pa.Table, keys: object, right: pa.Table, *more: object, **options: object) -> Any:
+        joined.append(left.num_rows + right.num_rows)
+        return perform_join(kind, left, keys, right, *more, **options)
+
+    monkeypatch.setattr(pyarrow.acero, "_perform_join", counting)
+    monkeypatch.setattr(spool, "MEMORY_ROWS", 100)
+    assert planned(corpus) == begun
+    assert max(joined) < 500
+    assert sum(joined) < 10 * len(rows)
 
 
 def test_rows_of_a_folder_share_shards(tmp_path: Path) -> None:
