@@ -265,7 +265,7 @@ def _read_captions(
     uncaptioned = sorted(set(sha256s) - mentioned)
     count.num_rows += len(uncaptioned)
     count.refuse(f"{name!r:.200} of {folder.uri} has no row" for name in uncaptioned)
-    count.check_share()
+    count.check_whole()
     return pa.concat_tables(parts)
 
 

@@ -46,6 +46,8 @@ _SHA256 = r"^[0-9a-fA-F]{64}$"
 _MAX_URL_BYTES = 8_192  # servers refuse longer ones
 _MAX_CAPTION_BYTES = 64 * 2**10
 _NUM_EXAMPLES = 5
+_HOPELESS_ROWS = 100_000
+"""A list that begins with as many bad rows is not read further. With fewer, it may be sorted, the bad ones first."""
 
 
 class UrlColumns(Config):
@@ -73,7 +75,8 @@ class BadRows(Config):
         default=0.5,
         ge=0,
         le=1,
-        description="Maximum share of bad rows; above it (probably a wrong column), a run stops before fetching.",
+        description="Maximum share of a list's bad rows; above it (probably a wrong column), a run stops before "
+        f"fetching. Below 1, a list that begins with {_HOPELESS_ROWS:,} bad rows is not read to its end.",
     )
 
 
@@ -123,8 +126,18 @@ class Count:
         self.num_invalid += part.num_invalid
         self.invalid = (self.invalid + part.invalid)[:_NUM_EXAMPLES]
 
-    def check_share(self) -> None:
-        """Raise a UserError if too large a share of the rows read so far is bad."""
+    def check_start(self) -> None:
+        """Raise a UserError if many rows were read, and all of them are bad."""
+        if self.num_rows >= _HOPELESS_ROWS and self.num_rows == self.num_invalid:
+            self._check_share()
+
+    def check_whole(self) -> None:
+        """Raise a UserError if, of all rows, too large a share is bad, or none is good."""
+        self._check_share()
+        if self.num_rows == self.num_invalid:
+            raise UserError(f"{self.uri} has no rows that could be used")
+
+    def _check_share(self) -> None:
         if self.num_invalid > self.policy.max_share * self.num_rows:
             first = "; ".join(self.invalid[:2])
             raise UserError(
@@ -150,6 +163,7 @@ def read_url_list(uri: str, columns: UrlColumns | None = None, bad_rows: BadRows
     rows = Spool(SCHEMA)
     for part in distinct(_complete(part, folder) for part in good):
         rows.append(part)
+    count.check_whole()
     return UrlList(
         rows=rows,
         num_duplicates=count.num_rows - count.num_invalid - rows.num_rows,
@@ -162,6 +176,8 @@ def read_columns(
     count: Count, what: str, guesses: Mapping[str, Collection[str]], named: Mapping[str, str]
 ) -> Iterator[pa.Table]:
     """Yield the valid rows of a table, with columns named by field, and count all rows.
+
+    The caller checks the share of bad rows, when it has read all tables of a list.
 
     Args:
         count: has the table's URI (see `forms.read_batches`), and is updated.
@@ -187,11 +203,11 @@ def read_columns(
             f"row {first + parent} {fault}"
             for parent, fault in zip(parents.take(bad).to_pylist(), faults.take(bad).to_pylist(), strict=True)
         )
-        count.check_share()
+        count.check_start()
         first += len(batch.faults)
         yield pa.table(columns).filter(pc.is_null(faults))
-    if count.num_rows == count.num_invalid:
-        raise UserError(f"{count.uri} has no rows{' that could be used' if count.num_rows else ''}")
+    if not count.num_rows:
+        raise UserError(f"{count.uri} has no rows")
 
 
 def _choose(

@@ -32,7 +32,8 @@ def _in_memory(files: Mapping[str, bytes]) -> Callable[[Path], str]:
 
 
 def _folders() -> list[Given]:
-    train = "file_name,text\na.jpg,a cup\nsub/b.jpg,a mug\n"
+    head = "file_name,text\n"
+    train = f"{head}a.jpg,a cup\nsub/b.jpg,a mug\n"
     test = '{"file_name": "a.jpg", "text": "a jug"}\n{"file_name": "c.jpg", "text": ["a jar", "a pot"]}\n'
     named = {"a cup": "success", "a mug": "success", "a jug": "success", "a jar": "success", "a pot": "success"}
     return [
@@ -52,9 +53,17 @@ def _folders() -> list[Given]:
         ),
         Given(
             what="an imagefolder with images that its metadata doesn't name",
-            make=_image_folder({"train/metadata.csv": train, "test/metadata.csv": "file_name,text\na.jpg,a jug\n"}),
+            make=_image_folder({"train/metadata.csv": train, "test/metadata.csv": f"{head}a.jpg,a jug\n"}),
             outcomes={"a cup": "success", "a mug": "success", "a jug": "success"},
             invalid=("'test/c.jpg' of",),
+        ),
+        Given(
+            what="an imagefolder with a split whose only row is bad",
+            make=_image_folder(
+                {"train/metadata.csv": f"{train}sub/b.jpg,a pot\n", "test/metadata.csv": f"{head}a.jpg,\n"}
+            ),
+            outcomes={"a cup": "success", "a mug": "success", "a pot": "success"},
+            invalid=("row 1 has a caption that is empty", "'test/a.jpg' of", "'test/c.jpg' of"),
         ),
         Given(
             what="metadata without names of files",

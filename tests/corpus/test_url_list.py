@@ -166,11 +166,26 @@ def test_the_first_bad_row_can_stop_a_run(tmp_path: Path) -> None:
 
 
 def test_a_wrong_column_is_found_out_before_the_whole_list_is_read(tmp_path: Path) -> None:
-    text = "url,text\n" + 20_000 * "apple,x\n"
+    text = "url,text\n" + 120_000 * "apple,x\n"
     uri = write(tmp_path, "list.csv", text.encode())
     with pytest.raises(
-        UserError, match=r"list\.csv: 10,000 of 10,000 rows are bad, more than the 50% .* row 1 has a url"
+        UserError, match=r"list\.csv: 100,000 of 100,000 rows are bad, more than the 50% .* row 1 has a url"
     ):
         read_url_list(uri)
     with pytest.raises(UserError, match="has no rows that could be used"):
         read_url_list(uri, bad_rows=BadRows(max_share=1))
+
+
+def test_the_share_of_bad_rows_is_that_of_the_whole_list(tmp_path: Path) -> None:
+    """Even if it is sorted, and its bad rows come first."""
+    rows = [f"http://a.example/{number},{'x' * (number >= 12_000)}" for number in range(30_000)]
+    uri = write(tmp_path, "list.csv", "\n".join(["url,text", *rows]).encode())
+    assert read_url_list(uri, bad_rows=BadRows(max_share=0.4)).num_invalid == 12_000
+    with pytest.raises(UserError, match="12,000 of 30,000 rows are bad, more than the 39%"):
+        read_url_list(uri, bad_rows=BadRows(max_share=0.39))
+
+
+def test_the_share_of_bad_rows_is_that_of_a_whole_table_of_images(tmp_path: Path) -> None:
+    images = pa.table({"image": [b"an image"] * 500, "caption": ["", *map(str, range(499))]})
+    uri = write(tmp_path, "list.parquet", images)
+    assert read_url_list(uri, bad_rows=BadRows(max_share=0.01)).num_invalid == 1
