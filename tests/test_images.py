@@ -1,4 +1,6 @@
 import io
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -42,3 +44,32 @@ def test_once_is_as_good_as_twice(orientation: int) -> None:
     once = upright_srgb(Image.open(io.BytesIO(file)))
     assert levels_apart(upright_srgb(once), once) == 0
     assert is_shown_as_stored(once)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 2 * 2**20, 5 * 2**20])
+def test_a_large_profile_is_applied_and_a_huge_one_is_not(num_bytes: int) -> None:
+    copy = Image.blend(scene(), Image.new("RGB", scene().size, (128, 128, 128)), 0.5)
+    stored = in_profile(copy, P3)
+    image = Image.open(io.BytesIO(encoded(stored, "WEBP", icc_profile=P3 + bytes(num_bytes))))
+    assert levels_apart(upright_srgb(image), stored if num_bytes > 4 * 2**20 else copy) <= 2
+    assert levels_apart(stored, copy) > 5, "the test shows nothing"
+    assert not is_shown_as_stored(image)
+
+
+@pytest.mark.parametrize("num_bytes", [2 * 2**20, 15 * 2**20])
+def test_profiles_of_images_seen_before_take_no_memory(num_bytes: int) -> None:
+    padding = bytes(num_bytes)
+
+    def seen(icc_profile: bytes) -> Image.Image:
+        file = encoded(Image.new("RGB", (16, 16)), "WEBP", icc_profile=icc_profile)
+        return upright_srgb(Image.open(io.BytesIO(file)))
+
+    seen(P3)
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            seen(P3 + os.urandom(16) + padding)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < num_bytes
