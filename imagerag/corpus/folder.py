@@ -57,7 +57,7 @@ def open_folder(uri: str) -> Folder:
     """List a folder.
 
     Raises:
-        UserError: if it can't be read, or if one of its images is not a regular file or lies outside it.
+        UserError: if it can't be read, or if one of its images or metadata files is not a regular file or lies outside.
     """
     fs, path = fsspec.core.url_to_fs(uri)
     return _LocalFolder(Path(path)) if isinstance(fs, LocalFileSystem) else _RemoteFolder(fs, path)
@@ -139,15 +139,15 @@ class _LocalFolder:
                 if path.is_symlink() and not path.resolve().is_relative_to(self._root):  # inside, its target is listed
                     unfit.append(path)
             for path in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
-                is_image = path.name.lower().endswith(SUFFIXES)
-                fits = not is_image or (self._is_inside(path) and _is_utf8(path))
+                is_read = path.name.lower().endswith(SUFFIXES) or path.name in _METADATA
+                fits = not is_read or (self._is_inside(path) and _is_utf8(path))
                 (found if fits else unfit).append(path)
         images = any(path.name.lower().endswith(SUFFIXES) for path in found + unfit)
         if unfit and images:
             raise UserError(
                 f"{self.uri} has what can't be read, {some_of([str(path.relative_to(self._root)) for path in unfit])}: "
-                "links have to stay in the folder (or copy it by `cp -rL`), images have to be regular files, and names "
-                "UTF-8"
+                "links have to stay in the folder (or copy it by `cp -rL`), images and metadata have to be regular "
+                "files, and names UTF-8"
             )
         return [str(path.relative_to(self._root)) for path in found]
 

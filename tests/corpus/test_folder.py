@@ -153,11 +153,24 @@ def test_what_leads_out_of_the_folder_or_is_no_file_is_refused(folder: Path, tmp
     assert "links have to stay in the folder" in message
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_metadata_that_leads_out_of_the_folder_or_is_no_file_is_refused(folder: Path, kind: str, name: str) -> None:
+    if kind == "link":
+        (folder / "cups" / name).symlink_to(captions_in(folder, "file,caption\nblue cup.PNG,a secret\n"))
+    else:
+        os.mkfifo(folder / "cups" / name)
+    assert f"has what can't be read, 'cups/{name}': links have to stay in the folder" in error_of(folder)
+
+
 def test_links_within_the_folder_are_fine(folder: Path) -> None:
     (folder / "mug again.jpg").symlink_to("red_mug-2.jpg")
     (folder / "same cups").symlink_to("cups")
     images = read_images(str(folder))
     assert sorted(images.rows.table()["caption"].to_pylist()) == ["50% #1?", "blue cup", "mug again", "red mug 2"]
+    (folder / "captions.csv").write_text(f"file,caption\n{ROWS}mug again.jpg,d\n")
+    (folder / "metadata.csv").symlink_to("captions.csv")
+    assert sorted(read_images(str(folder)).rows.table()["caption"].to_pylist()) == ["a mug", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"x" * 70_000])
