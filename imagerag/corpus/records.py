@@ -24,6 +24,8 @@ BATCH_ROWS = 10_000
 """Number of rows read at a time."""
 _MAX_QUOTED_LINES = 1_000  # maximum number of lines of a quoted cell
 _CHUNK = 2**20  # characters of a JSON array read at a time
+_MAX_ITEM = 16 * 2**20  # characters of an item of a JSON array, which can't be told from a broken one before its end
+_BETWEEN_ITEMS = re.compile(r"[ \t\r\n,]*")
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 
 Choose = Callable[[Sequence[str], Mapping[str, bool]], dict[str, str]]
@@ -90,20 +92,22 @@ def _parsed(line: str) -> dict[str, Any] | str:
 
 
 def _array_items(uri: str, text: io.TextIOWrapper) -> Iterator[dict[str, Any] | str]:
-    decoder, buffer, number = json.JSONDecoder(), "", 0
+    decoder, buffer, place, number = json.JSONDecoder(), "", 0, 1
     while True:
-        buffer = buffer.lstrip(" \t\r\n,")
-        if buffer.startswith("]"):
+        place += len(_BETWEEN_ITEMS.match(buffer, place)[0])  # type: ignore[index]
+        if buffer.startswith("]", place):
             return
         try:
-            item, end = decoder.raw_decode(buffer)
-        except ValueError as error:
-            more = text.read(_CHUNK)
+            item, place = decoder.raw_decode(buffer, place)
+        except (ValueError, RecursionError) as error:
+            buffer, place = buffer[place:], 0
+            may_be_cut = isinstance(error, ValueError) and len(buffer) < _MAX_ITEM
+            more = text.read(_CHUNK) if may_be_cut else ""
             if not more:
-                raise UserError(f"{uri}, row {number + 1} of the JSON array can't be read: {error}") from error
+                raise UserError(f"{uri}, row {number} of the JSON array can't be read: {error}") from error
             buffer += more
             continue
-        number, buffer = number + 1, buffer[end:]
+        number += 1
         yield item if isinstance(item, dict) else f"is no JSON object: {item!r:.80}"
 
 

@@ -251,6 +251,13 @@ def _json_and_parquet() -> list[Listed]:
             rows=AB,
             invalid=("row 3 is no JSON", "row 4 is no JSON object"),
         ),
+        Listed(
+            what="a line that is too deep",
+            name="l.jsonl",
+            file=f"{lines}\n{100_000 * '['}",
+            rows=AB,
+            invalid=("row 3 is no JSON (maximum recursion depth",),
+        ),
         Listed(what="parquet", name="l.parquet", file=_table(), rows=AB),
         Listed(
             what="parquet, large strings", name="l.parquet", file=_table().cast(_schema(pa.large_string())), rows=AB
@@ -290,6 +297,12 @@ def _refused() -> list[Listed]:
             name="l.json",
             file='[{"url": "http://a", "capt',
             error="row 1 of the JSON array can't be read",
+        ),
+        Listed(
+            what="a JSON array that is too deep",
+            name="l.json",
+            file=f'[{{"url": "{A}", "caption": "x"}}, {100_000 * "["}',
+            error="row 2 of the JSON array can't be read: maximum recursion depth",
         ),
         Listed(what="an empty file", file="", error="has no column that looks like 'url'"),
         Listed(what="a header alone", file="url,caption\n", error="has no rows"),
