@@ -1,9 +1,10 @@
 """Takedown from a corpus: images are refused from then on, and removed from the shards that contain them."""
 
-import io
 import tarfile
 from collections.abc import Collection
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import fsspec
 import pyarrow.compute as pc
@@ -11,7 +12,8 @@ import pyarrow.compute as pc
 from imagerag.corpus.corpus import Corpus
 from imagerag.corpus.ledger import having, iter_attempts, with_takedowns
 from imagerag.corpus.shards import Shard
-from imagerag.storage.files import write_file
+from imagerag.storage.files import put_file
+from imagerag.storage.locks import check_locks
 
 
 def remove_images(corpus: Corpus, *, urls: Collection[str] = (), sha256s: Collection[str] = ()) -> int:
@@ -56,16 +58,21 @@ def _remove_unfinished_tar(shard: Shard) -> None:
 
 
 def _remove_samples(shard: Shard, keys: set[str]) -> int:
-    """Rewrite a shard's tar without the samples `keys`, if it contains any; return how many were removed."""
-    kept = io.BytesIO()
-    with fsspec.open(shard.tar, "rb") as file, tarfile.open(fileobj=file) as tar:
-        key_of = {member: member.name.partition(".")[0] for member in tar.getmembers()}
-        removed = keys.intersection(key_of.values())
-        if not removed:
-            return 0
-        with tarfile.open(fileobj=kept, mode="w") as smaller:
-            for member, key in key_of.items():
-                if key not in removed:
-                    smaller.addfile(member, tar.extractfile(member))
-    write_file(shard.tar, kept.getvalue())
+    """Rewrite a shard's tar without the samples `keys`, if it contains any; return how many were removed.
+
+    The new tar is written to a temporary file first: it may be larger than memory.
+    """
+    with TemporaryDirectory(prefix="imagerag-") as folder:
+        path = Path(folder, "smaller.tar")
+        with fsspec.open(shard.tar, "rb") as file, tarfile.open(fileobj=file) as tar:
+            key_of = {member: member.name.partition(".")[0] for member in tar.getmembers()}
+            removed = keys.intersection(key_of.values())
+            if not removed:
+                return 0
+            with tarfile.open(path, "w") as smaller:
+                for member, key in key_of.items():
+                    if key not in removed:
+                        smaller.addfile(member, tar.extractfile(member))
+        check_locks()
+        put_file(shard.tar, path)
     return len(removed)

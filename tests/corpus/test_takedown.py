@@ -1,4 +1,6 @@
+import os
 import tarfile
+import tracemalloc
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from imagerag.corpus.takedown import remove_images
 from imagerag.settings import Settings
 from imagerag.takedown import find
 from tests.corpus.whole import attempts_of, images_of
-from tests.embedding.shards import sample, want, write_shard
+from tests.embedding.shards import Sample, sample, want, write_shard
 
 # The third has the image of the first, under another URL and caption.
 SAMPLES = (sample(0), sample(1), sample(2, seed=0), sample(3))
@@ -53,3 +55,21 @@ def test_an_image_is_found_in_every_shard(corpus: Corpus, tmp_path: Path) -> Non
     assert target.image_sha256s == (TAKEN,)
     assert target.urls == (SAMPLES[0].url, SAMPLES[2].url)
     assert len(target.ids) == 2
+
+
+def test_a_shard_is_rewritten_in_less_memory_than_it_has(tmp_path: Path) -> None:
+    samples = [Sample(f"https://example.org/{number}", f"{number}", os.urandom(2**21)) for number in range(12)]
+    write_shard(tmp_path, 0, samples)
+    want(tmp_path, samples)
+    corpus = Corpus(str(tmp_path))
+    remove_images(corpus, urls=["https://example.org/none"])  # what it imports, which takes memory only once
+    tracemalloc.start()
+    try:
+        assert remove_images(corpus, urls=[samples[5].url]) == 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 2**20
+    with tarfile.open(corpus.shard(0).tar) as tar:
+        images = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # type: ignore[union-attr]
+    assert images == [sample.image for sample in samples if sample is not samples[5]]
