@@ -52,8 +52,9 @@ def embed(
     """Synchronise the table of `store` with a corpus, so that it holds exactly the corpus's rows.
 
     Idempotent: if no rows are missing, neither Ray nor the model is started, and while neither the corpus nor the table
-    changes, they are not compared again. URLs with the same image and caption are
-    one row, with the first URL. A row whose URL, source or licence changed is deleted and added again.
+    changes, they are not compared again. URLs with the same image and caption are one row, with the first URL. A row
+    whose URL, source or licence changed is deleted and added again. While rows are missing, the table is marked as
+    unfinished: what a killed job leaves can't be published.
 
     Args:
         corpus: the corpus.
@@ -84,9 +85,12 @@ def embed(
             found = survey(iter_images(corpus), store)
             require_rows(store, found.num_wanted, max_shrink)
             num_missing, num_duplicates = found.num_missing, found.num_images - found.num_wanted
+            if num_missing:  # deletions alone are one transaction
+                store.mark_unfinished()
             num_removed = store.delete(found.stale)
             if num_missing:
                 machine_s = _embed_missing(found, corpus, store, identity, config, settings, on_progress)
+            store.mark_finished()
             if store.version == version:
                 memo.keep(num_duplicates)
         return Embedded(

@@ -36,13 +36,14 @@ def cache_features(
         on_progress: progress callback, called with encoded rows.
 
     Raises:
-        UserError: if the table or base model does not exist, its features can't be cached, or there are fewer GPUs or
-            cores than `config` requests.
+        UserError: if the table or base model does not exist, an ingest of the table did not end, the features can't be
+            cached, or there are fewer GPUs or cores than `config` requests.
         StalledError: if the workers hang. Calling again resumes.
     """
     started = time.perf_counter()
     files = resolve(config.base)
     with store.writer_lock():
+        store.require_finished()
         identity, superseded = _choose(files, config.fit, store.dataset().schema)
         version = feature_column.prepare(store, identity, superseded)
         fragments = feature_column.missing(store.dataset(version), identity)

@@ -71,13 +71,16 @@ def build_index(
     """Update the indexes of the newest version, measure their recall, and commit it with them.
 
     This does nothing if that version was already indexed with this config. New rows are added to an existing index.
-    `rewrite` also rewrites every file that may contain a deleted row, so that none of the new version does.
+    `rewrite` also rewrites every file that may contain a deleted row, so that none of the new version does; it does so
+    in an unfinished table too, because a takedown can't wait.
 
     Raises:
-        UserError: if there is no such table.
+        UserError: if there is no such table, or an ingest of it did not end.
     """
     started = time.monotonic()
     with store.writer_lock():
+        if not rewrite:
+            store.require_finished()
         dataset = store.dataset()
         record = read_record(dataset)
         if record is not None and (record.config, record.words) != (config.model_dump(), _WORDS):

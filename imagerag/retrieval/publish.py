@@ -132,7 +132,7 @@ def publish(store: Store, index: IndexBuild, config: PublishConfig) -> Publicati
     were never published are deleted, unless they are pinned.
 
     Raises:
-        UserError: if the version is gone.
+        UserError: if the version is gone, or of an ingest that did not end.
     """
     assert (index.uri, index.table) == (store.uri, store.name), (index, store)
     with store.writer_lock():
@@ -287,6 +287,7 @@ def _check(store: Store, index: IndexBuild, previous: int | None, config: Publis
     if index.version in _kept(store):
         detail = f"version {index.version} was rolled back: `imagerag index rollback --to {index.version}` undoes that"
         return (Check(name="newer", passed=False, detail=detail),)
+    store.require_finished(index.version)
     dataset = store.dataset(index.version)
     return (
         *check_rows(store, dataset, None if previous is None else store.dataset(previous)),

@@ -15,9 +15,12 @@ from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.schema import EncoderIdentity, encoder_of, row_schema
 from imagerag.storage.hexadecimal import ID
 from imagerag.storage.lance_table import LanceTable
-from imagerag.storage.locks import OnWait, local_folder, writer_lock
+from imagerag.storage.locks import OnWait, check_locks, local_folder, writer_lock
 
 logger = logging.getLogger(__name__)
+
+_UNFINISHED = "imagerag.unfinished"
+"""Key of the table's config with the start of a change of its rows in several steps that has not ended."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,38 @@ class Store(LanceTable):
     def written_schema(self) -> pa.Schema:
         """Return the columns without cached features, which are nullable: these are computed later."""
         return pa.schema([field for field in self.dataset().schema if field.nullable is False])
+
+    def mark_unfinished(self) -> None:
+        """Mark the rows as incomplete until `mark_finished`, also if this job is killed. Caller holds `writer_lock`.
+
+        The mark is part of the newest version and of those that follow it, so that a version from before has none, also
+        when it is restored.
+        """
+        dataset = self.dataset()
+        if _UNFINISHED not in dataset.config():
+            check_locks()
+            dataset.update_config({_UNFINISHED: f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"})
+
+    def mark_finished(self) -> None:
+        """Take the mark of `mark_unfinished` off, if there is one. The caller must hold `writer_lock`."""
+        dataset = self.dataset()
+        if _UNFINISHED in dataset.config():
+            check_locks()
+            dataset.delete_config_keys([_UNFINISHED])
+
+    def require_finished(self, version: int | None = None) -> None:
+        """Make sure that a version, the newest by default, is not one of a change of rows that has not ended.
+
+        Raises:
+            UserError: if it is.
+        """
+        since = self.dataset(version).config().get(_UNFINISHED)
+        if since is not None:
+            raise UserError(
+                f"rows of table {self.name!r} in {self.uri} are missing: the ingest that began to embed them on "
+                f"{since} did not end. Run it again (`imagerag ingest` or `imagerag reindex`, with the same list): it "
+                "continues"
+            )
 
     def clean_up(self) -> None:
         """Clean up as any table while no version is being tagged. The caller must hold `writer_lock`."""

@@ -16,7 +16,12 @@ from imagerag.embedding.embed import CorruptShardError, embed, read_images
 from imagerag.embedding.encoder import load_encoder
 from imagerag.embedding.encoder_files import resolve
 from imagerag.errors import UserError
+from imagerag.hspace.cache import cache_features
+from imagerag.hspace.config import FeaturesConfig
 from imagerag.progress import OnProgress, silent
+from imagerag.retrieval.config import IndexConfig
+from imagerag.retrieval.index import build_index
+from imagerag.retrieval.publish import published_version
 from imagerag.retrieval.schema import row_id
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
@@ -24,6 +29,7 @@ from tests.corpus.whole import images_of
 from tests.embedding.conftest import write_encoder
 from tests.embedding.shards import Sample, sample, want, write_shard
 from tests.jobs import use_jobs_here
+from tests.retrieval.rows import index_and_publish
 
 # The first sample's image and caption under another URL, and its image under another caption.
 TWINS = (sample(30, seed=0, caption="picture 0"), sample(31, seed=0))
@@ -146,18 +152,57 @@ def test_a_killed_worker_costs_nothing(corpus: World, ray_session: None) -> None
     assert corpus.urls() == sorted(entry.url for entry in corpus.samples)
 
 
+class StopError(Exception):
+    pass
+
+
+def stop(done: int, total: int, note: str = "") -> None:
+    raise StopError
+
+
+def assert_unfinished(corpus: World) -> None:
+    """Nothing of it is published, and no features are computed of what may be gone again."""
+    config = FeaturesConfig(base="tiny")
+    for use in (
+        lambda: build_index(corpus.store, IndexConfig()),
+        lambda: cache_features(corpus.store, config, corpus.settings),
+    ):
+        with pytest.raises(UserError, match=r"rows of table 'test' .* are missing: the ingest .* did not end"):
+            use()
+
+
 def test_a_stopped_job_goes_on(corpus: World, jobs_here: None) -> None:
-    class StopError(Exception):
-        pass
-
-    def stop(done: int, total: int, note: str = "") -> None:
-        raise StopError
-
     with pytest.raises(StopError):
         corpus.embed(stop, batch_size=4, commit_every_s=0)
     assert corpus.store.count() == 4
+    assert_unfinished(corpus)
     assert counts(corpus.embed()) == (20, 16, 0, 0)
     assert corpus.urls() == sorted(entry.url for entry in corpus.samples)
+    assert index_and_publish(corpus.store).num_rows == 20
+
+
+def test_rows_that_a_stopped_job_deleted_first_are_not_published_as_gone(again: World, jobs_here: None) -> None:
+    corpus = again
+    before = index_and_publish(corpus.store)
+    want(corpus.uri, [*(replace(entry, source="another") for entry in corpus.samples), *TWINS])
+    with pytest.raises(StopError):
+        corpus.embed(stop, batch_size=4, commit_every_s=0)
+    assert corpus.store.count() < 21
+    assert_unfinished(corpus)
+    assert published_version(corpus.store) == before.version
+    assert counts(corpus.embed())[0] == 21
+    version = corpus.store.version
+    assert [counts(corpus.embed())[:3] for _ in range(2)] == [(21, 0, 0)] * 2
+    assert corpus.store.version == version, "nothing was left to do"
+    assert index_and_publish(corpus.store).num_rows == 21
+
+
+def test_a_job_that_was_stopped_after_its_last_rows_is_ended_by_the_next(again: World) -> None:
+    corpus = again
+    corpus.store.mark_unfinished()
+    assert_unfinished(corpus)
+    assert counts(corpus.embed()) == (21, 0, 0, 1)
+    assert index_and_publish(corpus.store).num_rows == 21
 
 
 def test_a_broken_shard_fails_loudly(corpus: World, jobs_here: None) -> None:

@@ -185,6 +185,17 @@ def test_rollback_and_back(store: Store) -> None:
         rollback(store, to=1)
 
 
+def test_a_rollback_does_not_wait_for_an_ingest_that_was_killed(store: Store) -> None:
+    append(store, make_rows(0, 10))
+    first = index_and_publish(store)
+    append(store, make_rows(10, 20))
+    index_and_publish(store)
+    store.mark_unfinished()
+    assert rollback(store).version == first.version
+    with pytest.raises(UserError, match=r"are missing: the ingest .* did not end. Run it again"):
+        index_and_publish(store)
+
+
 def test_a_version_that_was_rolled_back_is_not_published_again_by_itself(store: Store) -> None:
     append(store, make_rows(0, 10))
     good = index_and_publish(store)

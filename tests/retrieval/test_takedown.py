@@ -198,11 +198,14 @@ def test_a_takedown_publishes_no_unchecked_rows(history: Store) -> None:
 
 
 def test_a_takedown_publishes_nothing_of_a_job_that_was_killed_halfway(history: Store) -> None:
+    history.mark_unfinished()
     append(history, make_rows(40, 45))
     history.delete(history.dataset().to_table(columns=["id"], filter="url = 'https://example.org/2.png'")["id"])
     remove_rows(history, urls=["https://example.org/1.png"])
     urls = history.dataset(require_published(history)).to_table(columns=["url"])["url"].to_pylist()
     assert sorted(urls) == sorted(f"https://example.org/{number}.png" for number in range(31) if number != 1)
+    append(history, make_rows(40, 45))
+    assert index_and_publish(history).published, "the version that it returned to was whole"
 
 
 def test_a_takedown_does_not_bring_back_what_a_person_rolled_back(history: Store) -> None:
@@ -214,9 +217,16 @@ def test_a_takedown_does_not_bring_back_what_a_person_rolled_back(history: Store
 
 def test_a_table_that_was_never_published_stays_so(store: Store) -> None:
     append(store, make_rows(0, 5))
+    store.mark_unfinished()
     removal = remove_rows(store, urls=["https://example.org/1.png"])
     assert (removal.num_rows, removal.published) == (1, False)
     assert (store.count(), published_version(store)) == (4, None)
+    with pytest.raises(UserError, match="did not end"):
+        index_and_publish(store)
+    with pytest.raises(UserError, match="did not end"):
+        publish(store, build_index(store, IndexConfig(), rewrite=True), PublishConfig())
+    store.mark_finished()
+    assert index_and_publish(store).num_rows == 4
 
 
 def test_a_takedown_drops_all_pins_and_names_those_that_held_the_row(history: Store) -> None:
