@@ -51,7 +51,7 @@ def status(name: NameOption = None) -> None:
 
 @app.command()
 def publish(name: NameOption = None) -> None:
-    """Index and check the newest version, and publish it if it passes."""
+    """Index and check the newest version as it was last done, and publish it if it passes."""
     from imagerag.retrieval.config import IndexConfig, PublishConfig
     from imagerag.retrieval.index import build_index
     from imagerag.retrieval.publish import publish as publish_version

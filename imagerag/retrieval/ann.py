@@ -43,7 +43,7 @@ class IndexRecord:
     lacking: dict[str, int] = field(default_factory=dict)
     """Number of rows without cached features, by the features' digest."""
     config: dict[str, Any]
-    """The `IndexConfig` of the build."""
+    """The `IndexRules` of the build."""
     words: dict[str, str | bool] = field(default_factory=dict)
     """Settings of the full-text index of captions."""
 

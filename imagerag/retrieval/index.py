@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import isqrt
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,7 @@ from lance import LanceDataset, LanceFragment
 from imagerag.artifacts import IndexBuild
 from imagerag.progress import OnProgress, silent
 from imagerag.retrieval.ann import IndexRecord, read_record, write_record
-from imagerag.retrieval.config import IndexConfig
+from imagerag.retrieval.config import IndexConfig, IndexRules
 from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
 from imagerag.retrieval.store import Store
@@ -70,7 +70,8 @@ def build_index(
 ) -> IndexBuild:
     """Update the indexes of the newest version, measure their recall, and commit it with them.
 
-    This does nothing if that version was already indexed with this config. New rows are added to an existing index.
+    This does nothing if that version was already indexed with this config, whose unset values are those of the last
+    build. New rows are added to an existing index.
     `rewrite` also rewrites every file that may contain a deleted row, so that none of the new version does; it does so
     in an unfinished table too, because a takedown can't wait.
 
@@ -83,12 +84,13 @@ def build_index(
             store.require_finished()
         dataset = store.dataset()
         record = read_record(dataset)
-        if record is not None and (record.config, record.words) != (config.model_dump(), _WORDS):
+        rules = config.rules(record.config if record else {})
+        if record is not None and (record.config, record.words) != (asdict(rules), _WORDS):
             record = None
         # Records of early versions are for ten neighbours only.
         is_partial = record is not None and record.kind != EXACT and not record.recalls
         if rewrite or is_partial or record is None or record.version != dataset.version:
-            record = _build(store, config, record, on_progress, rewrite=rewrite)
+            record = _build(store, rules, record, on_progress, rewrite=rewrite)
         else:
             on_progress(_NUM_STEPS, _NUM_STEPS, "unchanged")
     return IndexBuild(
@@ -111,7 +113,7 @@ def open_table(store: Store) -> "Table":
 
 
 def _build(
-    store: Store, config: IndexConfig, last: IndexRecord | None, on_progress: OnProgress, *, rewrite: bool
+    store: Store, rules: IndexRules, last: IndexRecord | None, on_progress: OnProgress, *, rewrite: bool
 ) -> IndexRecord:
     """Update the indexes of the last build, or build them from scratch if `last` is None."""
     store.compact(deleted_share=0.1 if last and not rewrite else 0.0)
@@ -119,7 +121,7 @@ def _build(
     if last is None or rewrite:
         _index_words(store)
     num_rows = store.count()
-    kind = EXACT if num_rows < config.exact_below else IVF_SQ
+    kind = EXACT if num_rows < rules.exact_below else IVF_SQ
     num_trained_rows = _index_vectors(store, kind, num_rows, last)
     if kind != EXACT:
         _index_looked_up(store, replace=rewrite)
@@ -138,17 +140,17 @@ def _build(
         num_unindexed_rows=_num_unindexed(dataset),
         rows=_digest_of_rows(dataset, last and store.find(last.version)),
         lacking={each.digest: count_lacking(dataset, each) for each in cached_features(dataset.schema)},
-        config=config.model_dump(),
+        config=asdict(rules),
         words=_WORDS,
     )
     if kind != EXACT:
-        record = _measured(dataset, record, last, config)
+        record = _measured(dataset, record, last, rules)
     write_record(dataset, record)
     on_progress(_NUM_STEPS, _NUM_STEPS, f"recall@10 {record.recall_at_10:.3f}")
     return record
 
 
-def _measured(dataset: LanceDataset, record: IndexRecord, last: IndexRecord | None, config: IndexConfig) -> IndexRecord:
+def _measured(dataset: LanceDataset, record: IndexRecord, last: IndexRecord | None, rules: IndexRules) -> IndexRecord:
     """Return the record with measured `nprobes` and recalls.
 
     They are those of `last` if its partitions are still in use, and few rows are newer than its measurement.
@@ -166,7 +168,7 @@ def _measured(dataset: LanceDataset, record: IndexRecord, last: IndexRecord | No
             )
         known = last.nprobes
     probes = make_probes(dataset, _NUM_QUERIES)
-    nprobes = fewest_probes(dataset, probes, isqrt(record.num_trained_rows), config.target_recall, known)
+    nprobes = fewest_probes(dataset, probes, isqrt(record.num_trained_rows), rules.target_recall, known)
     record = replace(record, nprobes=nprobes, num_new_rows=0)
     recalls = measure(dataset, probes, record)
     return replace(record, recalls=recalls, recall_at_10=recalls[f"recall@{K}"])

@@ -17,11 +17,12 @@ from imagerag.artifacts import Check, IndexBuild, Publication
 from imagerag.errors import UserError, VersionGoneError
 from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.checks import check_rows, check_shrink
-from imagerag.retrieval.config import PublishConfig
+from imagerag.retrieval.config import PublishConfig, PublishRules
 from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.pins import drop_resting
 from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, Fit
 from imagerag.retrieval.store import Store
+from imagerag.storage.files import read_json, write_json
 
 PUBLISHED = "published"
 
@@ -128,24 +129,25 @@ def published_rows(store: Store) -> int:
 def publish(store: Store, index: IndexBuild, config: PublishConfig) -> Publication:
     """Publish the version that `index` was built on, if it passes the checks.
 
-    A version that is already published is not checked again. Publications beyond `config.keep` and all versions that
-    were never published are deleted, unless they are pinned.
+    A version that is already published is not checked again. Publications beyond those to keep and all versions that
+    were never published are deleted, unless they are pinned. What `config` leaves unset is as earlier publications of
+    the table set it.
 
     Raises:
         UserError: if the version is gone, or of an ingest that did not end.
     """
     assert (index.uri, index.table) == (store.uri, store.name), (index, store)
     with store.writer_lock():
-        previous = published_version(store)
+        previous, rules = published_version(store), _rules(store, config)
         checks: tuple[Check, ...] = ()
         if previous != index.version:
-            checks = _check(store, index, previous, config)
+            checks = _check(store, index, previous, config.max_shrink, rules.min_recall)
         published = all(check.passed for check in checks)
         if published:
             _drop_tags(store, [version for version in _kept(store) if version > (previous or 0)])
             move_tag(store, index.version)
             _drop_tags(store, _superseded(store))
-            _drop_tags(store, _kept(store)[: -config.keep])
+            _drop_tags(store, _kept(store)[: -rules.keep])
             drop_resting(store)
             store.clean_up()
         return Publication(
@@ -280,7 +282,21 @@ def require_rows(store: Store, num_rows: int, max_shrink: float) -> None:
     )
 
 
-def _check(store: Store, index: IndexBuild, previous: int | None, config: PublishConfig) -> tuple[Check, ...]:
+def _rules(store: Store, config: PublishConfig) -> PublishRules:
+    """Return what holds for publications of a table from now on, and store what `config` sets of it.
+
+    It is in a file beside the table: as part of the table, it would make a version that has to be published again.
+    """
+    uri = f"{store.uri}/{store.name}.publish.json"
+    last = read_json(uri) or {}
+    if (own := last | config.lasting()) != last:
+        write_json(uri, own)
+    return PublishRules(**own)
+
+
+def _check(
+    store: Store, index: IndexBuild, previous: int | None, max_shrink: float, min_recall: float
+) -> tuple[Check, ...]:
     if previous is not None and index.version < previous:
         detail = f"version {index.version} is older than the published version {previous}"
         return (Check(name="newer", passed=False, detail=detail),)
@@ -291,11 +307,11 @@ def _check(store: Store, index: IndexBuild, previous: int | None, config: Publis
     dataset = store.dataset(index.version)
     return (
         *check_rows(store, dataset, None if previous is None else store.dataset(previous)),
-        check_shrink(int(dataset.count_rows()), published_rows(store), config.max_shrink),
+        check_shrink(int(dataset.count_rows()), published_rows(store), max_shrink),
         Check(
             name="recall@10",
-            passed=index.recall_at_10 >= config.min_recall,
-            detail=f"{index.recall_at_10:.3f} with {index.kind}; at least {config.min_recall} is wanted",
+            passed=index.recall_at_10 >= min_recall,
+            detail=f"{index.recall_at_10:.3f} with {index.kind}; at least {min_recall} is wanted",
         ),
     )
 

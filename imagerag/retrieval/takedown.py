@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 from lance import LanceDataset
 
-from imagerag.retrieval.ann import read_record
 from imagerag.retrieval.blocklist import Column, block
 from imagerag.retrieval.config import IndexConfig
 from imagerag.retrieval.index import build_index
@@ -64,9 +63,7 @@ def remove_rows(
             block(store, column, values)
         block(store, "id", to_hex(rows["id"]))
         store.delete(rows["id"])
-        record = read_record(store.dataset())
-        config = IndexConfig(**record.config) if record else IndexConfig()
-        version = build_index(store, config, rewrite=True).version
+        version = build_index(store, IndexConfig(), rewrite=True).version
         published = published_version(store) is not None
         if published:
             move_tag(store, version)

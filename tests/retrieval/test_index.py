@@ -343,7 +343,10 @@ def digest_of(store: Store) -> str:
 def test_a_table_that_shrank_loses_its_index(store: Store) -> None:
     config = IndexConfig(exact_below=1_000)
     append(store, make_rows(0, 1_100))
-    assert build_index(store, config).kind == "IVF_SQ"
+    built = build_index(store, config)
+    assert built.kind == "IVF_SQ"
+    again = build_index(store, IndexConfig())
+    assert (again.kind, again.version) == ("IVF_SQ", built.version), "nobody configured anything else"
     store.delete(store.ids()[:200])
     assert build_index(store, config).kind == "exact"
     assert set(vector_indexes(store)) == {"caption"}

@@ -154,6 +154,29 @@ def test_only_the_last_publications_are_kept(store: Store) -> None:
     assert [version["version"] for version in store.dataset().versions()] == versions[2:]
 
 
+def test_publications_that_nobody_configured_keep_what_was_configured_last(store: Store) -> None:
+    """As of a nightly job that sets `keep`, and of the features job that its publication starts."""
+    versions = list[int | None]()
+
+    def publish_next(config: PublishConfig) -> None:
+        append(store, make_rows(10 * len(versions), 10 * len(versions) + 10))
+        versions.append(index_and_publish(store, config).version)
+
+    for _ in range(6):
+        publish_next(PublishConfig(keep=30, min_recall=0.5))
+    publish_next(PublishConfig())
+    publish_next(PublishConfig(max_shrink=0.9))
+    assert [entry.version for entry in reversed(status(store).history)] == versions
+    append(store, make_rows(100, 110))
+    index = replace(build_index(store, IndexConfig()), recall_at_10=0.6)
+    assert publish(store, index, PublishConfig()).published
+    store.delete(store.ids()[:60])
+    assert [check.name for check in failed(index_and_publish(store))] == ["shrink"], "permitted once, not for ever"
+    publish_next(PublishConfig(keep=2, max_shrink=0.9))
+    publish_next(PublishConfig())
+    assert [entry.version for entry in reversed(status(store).history)] == versions[-2:]
+
+
 def test_readers_stay_on_the_tag_while_a_writer_adds(store: Store) -> None:
     append(store, make_rows(0, 20))
     first = index_and_publish(store)
