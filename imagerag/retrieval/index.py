@@ -181,7 +181,7 @@ def _digest_of_rows(dataset: LanceDataset, before: LanceDataset | None) -> str:
     one with a record, becomes this one's by subtracting the rows of fragments that changed, and adding them as they are
     now.
     """
-    record = before and read_record(before)
+    record = None if before is None else read_record(before)  # an empty dataset is false
     if before is None or record is None or not record.rows:
         return _sum_of_hashes(dataset, dataset.get_fragments()).tobytes().hex()
     old, new = changed_fragments(before, dataset)

@@ -119,6 +119,8 @@ def test_another_config_builds_again(store: Store) -> None:
 
 def test_an_empty_table_can_be_indexed(store: Store) -> None:
     assert build_index(store, IndexConfig()).num_rows == 0
+    append(store, make_rows(0, 10))
+    assert build_index(store, IndexConfig()).num_rows == 10
 
 
 def test_a_large_table_gets_an_index_for_each_embedding(large: Store) -> None:
