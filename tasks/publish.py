@@ -11,23 +11,39 @@ from imagerag.retrieval.config import PublishConfig
 from imagerag.retrieval.publish import publish, status
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
+from imagerag.storage.memo import Memo
 from tasks.policy import stage
 
 
 @stage("publish")
 def publish_index(index: IndexBuild, config: PublishConfig) -> Publication:
-    """Move the readers' tag to the new version if its checks pass."""
+    """Move the readers' tag to the new version if its checks pass, and emit events about it."""
     store = Store(index.uri, index.table)
     result = publish(store, index, config)
     logger = get_run_logger()
     for check in result.checks:
         if not check.passed:
             logger.error("not published: %s: %s", check.name, check.detail)
-    if result.version is not None and result.version != result.previous_version:
-        _announce("imagerag.index.published", index.table, version=result.version, num_rows=result.num_rows)
-        for base in [each.base for each in status(store).features] or [FeaturesConfig().base]:
-            _announce("imagerag.features.wanted", index.table, version=result.version, base=base)
+    if result.published:
+        _announce_once(store, result)
     return result
+
+
+def _announce_once(store: Store, publication: Publication) -> None:
+    """Emit the events about a published version, unless that was done.
+
+    It is stored afterwards, whereas the tag of a version that was moved by an attempt that then failed says nothing
+    about events: its retry has to emit them. A job that was killed in between has them emitted twice.
+    """
+    version = publication.version
+    assert version is not None, publication
+    announced = Memo(f"{store.uri}/{store.name}.announced.json", store.index_version(version).key)
+    if announced.recall() is not None:
+        return
+    _announce("imagerag.index.published", store.name, version=version, num_rows=publication.num_rows)
+    for base in [each.base for each in status(store).features] or [FeaturesConfig().base]:
+        _announce("imagerag.features.wanted", store.name, version=version, base=base)
+    announced.keep(True)
 
 
 @stage("champion")

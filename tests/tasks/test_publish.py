@@ -9,7 +9,7 @@ from prefect.logging import disable_run_logger
 import tasks.publish
 from imagerag.retrieval.feature_column import prepare
 from imagerag.retrieval.index import IndexConfig, build_index
-from imagerag.retrieval.publish import PublishConfig
+from imagerag.retrieval.publish import PublishConfig, published_version, rollback
 from imagerag.retrieval.schema import FeatureIdentity
 from imagerag.retrieval.store import Store
 from tests.retrieval.rows import ENCODER, append, make_rows
@@ -52,3 +52,39 @@ def test_features_of_every_base_model_of_an_index_are_asked_for(tmp_path: Path, 
         "tiny",
         "sd-turbo",
     ]
+
+
+def test_a_publication_that_failed_after_moving_the_tag_is_announced_by_its_retry(
+    tmp_path: Path, announced: Announced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: Store) -> None:
+        raise OSError("503 Slow Down")
+
+    store = Store(str(tmp_path), "mine")
+    store.open_or_create(ENCODER)
+    append(store, make_rows(0, 30))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "clean_up", refuse)
+        with pytest.raises(OSError, match="503"):
+            publish(store)
+    version = published_version(store)
+    assert version is not None
+    assert announced == []
+    publish(store)
+    assert [(event, payload["version"]) for event, payload in announced] == [
+        ("imagerag.index.published", version), ("imagerag.features.wanted", version)
+    ]  # fmt: skip
+
+
+def test_what_is_not_published_is_not_announced(tmp_path: Path, announced: Announced) -> None:
+    store = Store(str(tmp_path), "mine")
+    store.open_or_create(ENCODER)
+    publish(store)
+    assert announced == [], "an empty table"
+    for start in (0, 10):
+        append(store, make_rows(start, start + 10))
+        publish(store)
+    rollback(store)
+    announced.clear()
+    publish(store)
+    assert announced == [], "it was rolled back"
