@@ -35,11 +35,12 @@ from imagerag.retrieval.schema import row_ids
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import Removal, holds, reachable_rows, remove_rows
 from imagerag.settings import Settings
-from imagerag.storage.files import read_json, write_file
+from imagerag.storage.files import read_json
 from imagerag.storage.hexadecimal import ID, SHA256, from_hex, to_hex
 from imagerag.storage.keyed_table import KeyedTable
 from imagerag.storage.lance_table import table_at
 from imagerag.storage.locks import writer_lock
+from imagerag.takedown_report import make_report, write_report
 
 REPORTS = "takedowns"
 """Folder of the reports, inside the corpus's shards folder."""
@@ -154,8 +155,8 @@ def _take_down(settings: Settings, name: str, corpus: Corpus, target: Target) ->
     if removal is not None and removal.unpinned:
         sweeps.append(Sweep(left=tuple(_of_pin(label, removal) for label in removal.unpinned)))
     sweep = Sweep.merged(sweeps)
-    uri = f"{corpus.uri}/{REPORTS}/{now:%Y-%m-%dT%H-%M-%S}.md"
-    write_file(uri, _report(name, now, target, num_samples, removal, sweep).encode())
+    report = make_report(name, now, target, num_samples, removal, sweep)
+    uri = write_report(f"{corpus.uri}/{REPORTS}", now, report)
     return Takedown(uri=uri, num_samples=num_samples, removal=removal, sweep=sweep)
 
 
@@ -322,26 +323,3 @@ def _delete(uri: str) -> None:
 def _is_inside(uri: str, folder: Path) -> bool:
     filesystem, path = fsspec.url_to_fs(uri)
     return isinstance(filesystem, LocalFileSystem) and folder in Path(path).parents
-
-
-def _report(name: str, now: datetime, target: Target, num_samples: int, removal: Removal | None, sweep: Sweep) -> str:
-    deleted = [f"{num_samples} images in the shards"]
-    if removal is not None:
-        deleted.append(
-            f"{removal.num_rows} rows of the table with their embeddings and features, in all versions; it is at "
-            f"version {removal.version}"
-        )
-    left = [
-        *sweep.left,
-        "files in your folders or on your servers that the URLs point to, and backups: not reachable from here",
-    ]
-    parts = {
-        "Asked for": [f"{column} {value}" for column, values in target.asked.items() for value in values],
-        "Images (SHA-256)": target.image_sha256s,
-        "Their rows": target.ids,
-        "Their URLs": target.urls,
-        "Deleted": [*deleted, *sweep.deleted],
-        "Left for a person to delete": left,
-    }
-    sections = [f"## {title}\n\n" + "\n".join(f"- {each}" for each in lines) for title, lines in parts.items()]
-    return "\n\n".join([f"# Takedown from {name}, {now:%Y-%m-%d %H:%M} UTC", *sections]) + "\n"

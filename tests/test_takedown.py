@@ -4,6 +4,7 @@ import json
 import shutil
 from base64 import b64encode
 from collections.abc import Callable
+from datetime import datetime, tzinfo
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,26 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
 
     again = takedown.take_down(settings, NAME, takedown.find(settings, NAME, ids=[everything.id]))
     assert (again.num_samples, again.sweep.deleted) == (0, ()), "a second time there is nothing left to do"
+
+
+def test_every_takedown_has_a_report_of_its_own(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of the same second, as a script's are."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Clock":
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr(takedown, "datetime", Clock)
+    settings, done = own_world.settings, []
+    urls = own_world.store.dataset().to_table(columns=["url"], limit=2)["url"].to_pylist()
+    for url in urls:
+        done.append(takedown.take_down(settings, NAME, takedown.find(settings, NAME, urls=[url])))
+    first, second = (Path(each.uri) for each in done)
+    assert [path.name for path in (first, second)] == ["2026-01-02T03-04-05.md", "2026-01-02T03-04-05-2.md"]
+    assert [f"- {url}\n" in path.read_text() for path in (first, second) for url in urls] == [
+        True, False, False, True
+    ]  # fmt: skip
 
 
 def test_a_takedown_that_was_killed_as_it_deleted_tables_goes_on(everything: Everything) -> None:
