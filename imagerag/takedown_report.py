@@ -6,6 +6,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from imagerag.artifacts import Sweep
+from imagerag.plain import in_markdown
 from imagerag.retrieval.takedown import Removal
 from imagerag.storage.files import ConflictError, replace_file
 
@@ -26,7 +27,7 @@ def write_report(folder: str, at: datetime, report: str) -> str:
 def make_report(
     name: str, now: datetime, target: "Target", num_samples: int, removal: Removal | None, sweep: Sweep
 ) -> str:
-    """Return the report of a takedown in markdown."""
+    """Return the report of a takedown in markdown, in which no URL or error message is a link or an image."""
     deleted = [f"{num_samples} images in the shards"]
     if removal is not None:
         deleted.append(
@@ -45,5 +46,7 @@ def make_report(
         "Deleted": [*deleted, *sweep.deleted],
         "Left for a person to delete": left,
     }
-    sections = [f"## {title}\n\n" + "\n".join(f"- {each}" for each in lines) for title, lines in parts.items()]
+    sections = [
+        f"## {title}\n\n" + "\n".join(f"- {in_markdown(each)}" for each in lines) for title, lines in parts.items()
+    ]
     return "\n\n".join([f"# Takedown from {name}, {now:%Y-%m-%d %H:%M} UTC", *sections]) + "\n"

@@ -74,6 +74,17 @@ class CorpusReport:
             ]
         return "\n".join(lines)
 
+    def failures(self) -> list[dict[str, str | int]]:
+        """Return failed rows by reason with the first of them, in markdown, as which Prefect shows a table's texts."""
+        return [
+            {
+                "reason": reason,
+                "rows": count,
+                "first": "\n".join(map(in_markdown, self.download.examples.get(reason, ()))),
+            }
+            for reason, count in _by_count(self.download.reasons)
+        ]
+
 
 @task(name="report", cache_policy=NO_CACHE)
 def write_report(report: CorpusReport) -> None:
@@ -81,10 +92,7 @@ def write_report(report: CorpusReport) -> None:
     stages = (report.download, report.embedded)
     _write("corpus", report.name, f"What the run did to {report.name}", report.markdown(), stages)
     create_table_artifact(
-        [
-            {"reason": reason, "rows": count, "first": "\n".join(report.download.examples.get(reason, ()))}
-            for reason, count in _by_count(report.download.reasons)
-        ],
+        report.failures(),
         key=artifact_key(FAILURES, report.name),
         description=f"Failed rows of {report.name} by reason",
     )

@@ -14,13 +14,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from imagerag import takedown
-from imagerag.artifacts import Finetuned
+from imagerag.artifacts import Finetuned, Sweep
 from imagerag.cli import app
 from imagerag.errors import UserError
 from imagerag.evaluation.compare import Cell, Comparison
 from imagerag.evaluation.compare_page import write_comparison
 from imagerag.evaluation.feature_job import FEATURES
 from imagerag.generation.references import Reference
+from imagerag.plain import in_markdown
 from imagerag.registry.promotion import promote
 from imagerag.registry.versions import list_versions, register
 from imagerag.retrieval.publish import PublishConfig
@@ -29,6 +30,7 @@ from imagerag.storage import lance_table
 from imagerag.storage.hexadecimal import ID, from_hex, to_hex
 from imagerag.storage.keyed_table import KeyedTable
 from imagerag.storage.lance_table import LanceTable, rows_with
+from imagerag.takedown_report import make_report
 from imagerag.training.tracking import MlflowTracker, start_run, tracking_uri
 from tests.embedding.shards import Sample, want, write_shard
 from tests.evaluation.conftest import finetuned
@@ -168,10 +170,19 @@ def test_no_file_under_the_home_holds_it(everything: Everything) -> None:
         "whoever pulled or downloaded version 2", f"adapter {everything.own.uri} learnt from the images",
         "register it again on version", "backups",
     ):  # fmt: skip
-        assert part in report, part
+        assert in_markdown(part) in report, part
 
     again = takedown.take_down(settings, NAME, takedown.find(settings, NAME, ids=[everything.id]))
     assert (again.num_samples, again.sweep.deleted) == (0, ()), "a second time there is nothing left to do"
+
+
+def test_what_lists_and_stores_say_is_no_markdown_in_a_report() -> None:
+    said = "https://evil.example/a.jpg <img src=https://evil.example/beacon.png> [click](javascript:alert(1))"
+    target = takedown.Target(ids=("ab",), urls=(said,), image_sha256s=("cd",), asked={"url": [said]})
+    report = make_report(NAME, datetime(2026, 1, 2), target, 1, None, Sweep(deleted=(said,), left=(said,)))
+    assert report.count(in_markdown(said)) == 4
+    assert "evil.example" not in report
+    assert "[click]" not in report
 
 
 def test_every_takedown_has_a_report_of_its_own(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +200,7 @@ def test_every_takedown_has_a_report_of_its_own(own_world: World, monkeypatch: p
         done.append(takedown.take_down(settings, NAME, takedown.find(settings, NAME, urls=[url])))
     first, second = (Path(each.uri) for each in done)
     assert [path.name for path in (first, second)] == ["2026-01-02T03-04-05.md", "2026-01-02T03-04-05-2.md"]
-    assert [f"- {url}\n" in path.read_text() for path in (first, second) for url in urls] == [
+    assert [in_markdown(url) in path.read_text() for path in (first, second) for url in urls] == [
         True, False, False, True
     ]  # fmt: skip
 

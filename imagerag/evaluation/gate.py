@@ -7,6 +7,7 @@ import numpy as np
 from imagerag.evaluation.config import GateConfig, MetricName
 from imagerag.evaluation.intervals import Estimate, estimate
 from imagerag.evaluation.results import Results, WayResults
+from imagerag.plain import in_markdown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,10 @@ class Decision:
         """Return the decision as Markdown."""
         outcome = "**The candidate passes.**" if self.passed else "**The candidate does not pass.**"
         lines = [outcome, "", "| rule | | seen |", "|---|---|---|"]
-        return "\n".join(
-            lines
-            + [f"| {each.rule} | {'pass' if each.passed else '**fail**'} | {each.seen} |" for each in self.reasons]
-        )
+        for each in self.reasons:  # which quote people
+            result = "pass" if each.passed else "**fail**"
+            lines.append(f"| {in_markdown(each.rule)} | {result} | {in_markdown(each.seen)} |")
+        return "\n".join(lines)
 
     def summary(self) -> str:
         """Return the failed rules in one line, or all rules if none failed."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from imagerag.evaluation.config import MetricName
 from imagerag.evaluation.intervals import Estimate
+from imagerag.plain import in_markdown
 from imagerag.storage.files import read_json
 
 PAGE, TABLE, GRID, RESULTS = "index.html", "table.md", "grid.png", "results.json"
@@ -256,7 +257,8 @@ class Results:
 
     def markdown(self) -> str:
         """Return all tables and notes as Markdown."""
-        parts = (self.rows(), self.point_rows(), self.retrieval_rows(), self.slices())
+        by_category = ([in_markdown(category), *figures] for category, *figures in self.slices())
+        parts = (self.rows(), self.point_rows(), self.retrieval_rows(), by_category)
         tables = [table for rows in parts if (table := _table(rows))]
         return "\n".join("\n".join(part) + "\n" for part in (*tables, *([note] for note in self.notes())))
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from imagerag.plain import in_markdown
 from imagerag.registry.package import Manifest
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def model_card(manifest: Manifest, sources: Mapping[tuple[str, str], int], resul
             "",
             "| source | licence | rows |",
             "|---|---|---:|",
-            *(f"| {_cell(source)} | {_cell(licence)} | {count:,} |" for source, licence, count in rows),
+            *(f"| {in_markdown(source)} | {in_markdown(licence)} | {count:,} |" for source, licence, count in rows),
             "",
             "## Limits",
             "",
@@ -72,7 +73,3 @@ def model_card(manifest: Manifest, sources: Mapping[tuple[str, str], int], resul
             "",
         ]
     )
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

@@ -74,8 +74,7 @@ def test_a_report_quotes_bad_rows_as_text() -> None:
     report = CorpusReport(
         name="t", rows_before=0, download=download, embedded=embedded, index=index, publication=publication
     )
-    assert (
-        r"| invalid_row | 1 | row 1 has a url\: \'\<img src\=x\>\|\ufffd\' |".replace(r"\ufffd", "\ufffd")
-        in report.markdown()
-    )
+    said = r"row 1 has a url\: \'\<img src\=x\>\|\ufffd\'".replace(r"\ufffd", "\ufffd")
+    assert f"| invalid_row | 1 | {said} |" in report.markdown()
+    assert report.failures() == [{"reason": "invalid_row", "rows": 1, "first": said}]
     assert "| asked again | 3 unchanged, 0 changed, 1 kept that did not come (timeout 1) |" in report.markdown()

@@ -23,6 +23,7 @@ from imagerag.evaluation.results import (
     Score,
     WayResults,
 )
+from imagerag.plain import in_markdown
 
 NUM = 80
 
@@ -81,6 +82,14 @@ def test_better_on_the_same_prompts_passes_though_the_intervals_overlap() -> Non
     decision = decide(results(base, candidate), CONFIG, has_champion=False)
     assert decision.passed
     assert "**The candidate passes.**" in decision.markdown()
+
+
+def test_what_people_wrote_is_no_markdown_in_a_decision() -> None:
+    said = "me: ![x](https://evil.example/beacon.png) | <b>"
+    decision = decide(results(way("base", NOISE), way("adapter", BETTER)), CONFIG, has_champion=True, rolled_back=said)
+    lines = [line for line in decision.markdown().splitlines() if "evil" in line]
+    assert lines == [f"| rolled\\-back weights need a manual promotion | **fail** | {in_markdown(said)} |"]
+    assert said in decision.summary(), "which is a tag"
 
 
 def test_no_better_than_chance_does_not_pass() -> None:
@@ -190,6 +199,8 @@ def test_results_survive_json_and_say_what_was_not_measured() -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") == lines[0].count("|") for line in lines[:5])
     assert "| slerp, w = 0.2 | 0.400 | 0.500 |" in text
+    hostile = replace(found, categories=("<b>![x](https://evil.example)", *found.categories[1:]))
+    assert r"| \<b\>\!\[x\]\(https\:\/\/evil\.example\) | 1 |" in hostile.markdown()
     assert list(replace(found, categories=("",) * NUM).slices()) == [], "they are no slices of one category"
 
 

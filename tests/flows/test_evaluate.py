@@ -71,7 +71,7 @@ def test_candidates_are_registered_and_only_a_better_one_is_champion(
     rollback(own_world.settings, reason="too dark", author="a test")
     third = evaluate(**parameters)
     assert not third.decision.passed
-    assert "a test rolled back version 2: too dark" in third.decision.markdown()
+    assert "a test rolled back version 2: too dark" in third.decision.summary()
     assert aliases(own_world)[CHAMPION] == 1, "a rerun does not promote what a person rolled back"
 
     with get_client(sync_client=True) as client:

@@ -80,7 +80,12 @@ def test_a_version_pins_all_that_its_pictures_depend_on(champion: Home, tmp_path
     assert example["dataframe_split"] == {"columns": ["prompt"], "data": [["a red dragon"]]}
     assert example["params"] == {"seed": 0, "num_images": 1}
     card = (folder / "README.md").read_text()
-    for part in ("| metric | value |", "![Pictures of each prompt](grid.png)", "| even | CC0-1.0 | 4 |", "## Limits"):
+    for part in (
+        "| metric | value |",
+        "![Pictures of each prompt](grid.png)",
+        r"| even | CC0\-1\.0 | 4 |",
+        "## Limits",
+    ):
         assert part in card, part
     assert (folder / "grid.png").is_file()
     described = champion.client.get_model_version(DEFAULT_MODEL_NAME, "1").description
