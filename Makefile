@@ -40,7 +40,7 @@ test-kill: $(STAMP)  ## Kill drivers, workers and writers of all stages KILLS ti
 	@KILLS=$(KILLS) $(BIN)/pytest -s tests/kills -k "random_kills or table_identical"
 
 test-cluster: $(STAMP)  ## Run a corpus through PostgreSQL, S3 and two Ray nodes on this machine; needs PostgreSQL and root.
-	@$(BIN)/pytest -m cluster
+	@CLUSTER_REQUIRED=1 $(BIN)/pytest -m cluster
 
 test-browser: $(STAMP)  ## Use the UIs of Prefect and MLflow in Chromium; needs Chromium.
 	@$(BIN)/pytest -m browser

@@ -16,13 +16,13 @@ import pytest
 from imagerag.embedded.sample.server import SampleServer
 from tests.cluster.engines import POSTGRES, Cluster, cluster
 
-MARKS = [
-    pytest.mark.cluster,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a machine's home from Ray's nodes"),
-    pytest.mark.skipif(POSTGRES is None, reason="there is no PostgreSQL on this machine"),
-]
+MARKS = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+NEEDED = {
+    "other systems have one loopback address": sys.platform == "linux",
+    "only root can hide a machine's home from Ray's nodes": os.geteuid() == 0,
+    "there is no PostgreSQL on this machine": POSTGRES is not None,
+}
+"""Why the tests can't run, and whether they can."""
 NUM_IMAGES = 64
 PARAMETERS = {
     "ingest": {
@@ -46,6 +46,13 @@ PARAMETERS = {
         "gate": {"metric": "clip_score", "max_slowdown": 100},
     },
 }
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests where they can't run, or fail for `make test-cluster`, whose success says that they ran."""
+    lacking = [why for why, is_there in NEEDED.items() if not is_there]
+    if lacking and item.get_closest_marker("cluster"):
+        (pytest.fail if "CLUSTER_REQUIRED" in os.environ else pytest.skip)(lacking[0])
 
 
 @pytest.fixture(scope="session")
