@@ -188,7 +188,8 @@ class ReferenceMixin(SavingMixin):
                 references are resampled in the H-space.
 
         Raises:
-            UserError: if an argument is out of bounds, or references are unavailable.
+            UserError: if an argument is out of bounds, references are unavailable, or LoRA is fused into the weights of
+                a call without it.
         """
         check_output_type(output_type)
         prompt = prompt if prompt is None or isinstance(prompt, str) else list(prompt)

@@ -92,7 +92,7 @@ class SavingMixin:
         """Write a folder for `from_pretrained`: base model, adapter, LoRA, and a reference to the index.
 
         Raises:
-            UserError: if another LoRA than the adapter's is attached.
+            UserError: if another LoRA than the adapter's is attached, or the adapter's is fused into the weights.
         """
         savable: Any = save_beside(self, Path(save_directory))
         savable.register_to_config(weight_dtype=str(self.unet.dtype).removeprefix("torch."))
@@ -105,7 +105,7 @@ def save_beside(pipeline: Any, folder: Path) -> Any:
     Also writes a file from which `DiffusionPipeline` loads the pipeline's class, if the user allows custom code.
 
     Raises:
-        UserError: if another LoRA than the adapter's is attached.
+        UserError: if another LoRA than the adapter's is attached, or the adapter's is fused into the weights.
     """
     names = set(getattr(pipeline.unet, "peft_config", {}))
     if others := names - {LORA_NAME}:
@@ -115,9 +115,10 @@ def save_beside(pipeline: Any, folder: Path) -> Any:
         )
     savable = pipeline
     if names:
+        base = copy_without_lora(pipeline.unet)
         save_lora(pipeline.unet, folder / LORA)
         config = {name: pipeline.config[name] for name in pipeline._get_signature_keys(pipeline)[1]}
-        savable = type(pipeline)(**pipeline.components | {"unet": copy_without_lora(pipeline.unet)}, **config)
+        savable = type(pipeline)(**pipeline.components | {"unet": base}, **config)
     savable.register_to_config(has_lora=bool(names))
     kind = type(pipeline)
     folder.mkdir(parents=True, exist_ok=True)

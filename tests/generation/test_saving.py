@@ -84,6 +84,35 @@ def test_lora_of_another_origin_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
+def test_fused_lora_is_neither_the_base_model_nor_saved_as_it(store: Store, tmp_path: Path) -> None:
+    plain = make_pipeline()
+    pipeline = make_pipeline(make_adapter()).use_index(store.uri, store.name)
+    add_lora(pipeline)
+    expected = latents(pipeline)
+    pipeline.fuse_lora()
+    assert torch.allclose(latents(pipeline), expected, atol=1e-4)
+    for arguments in ({"fusion": "none"}, {"fusion": "slerp"}, {"adapter_scale": 0.0}):
+        with pytest.raises(UserError, match=r"LoRA is fused into the UNet's weights, .*: call unfuse_lora\(\) first"):
+            latents(pipeline, **arguments)
+    with pytest.raises(UserError, match=r"call unfuse_lora\(\) first"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+    pipeline.unfuse_lora()
+    assert torch.allclose(latents(pipeline, fusion="none"), latents(plain), atol=1e-4)
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert torch.allclose(latents(load(tmp_path / "saved")), expected, atol=1e-4)
+
+
+def test_fused_lora_of_another_origin_stays_in_calls_without_the_adapter(store: Store) -> None:
+    pipeline = make_pipeline(make_adapter()).use_index(store.uri, store.name)
+    add_lora(pipeline, "style")
+    styled = latents(pipeline, fusion="none")
+    add_lora(pipeline)
+    pipeline.fuse_lora(adapter_names=["style"])
+    assert torch.allclose(latents(pipeline, fusion="none"), styled, atol=1e-4)
+
+
 def test_a_pinned_version_stays_whatever_is_published(store: Store, tmp_path: Path) -> None:
     version = store.version
     pipeline = make_pipeline(make_adapter()).use_index(store.uri, store.name, version)
