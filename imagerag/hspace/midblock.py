@@ -123,8 +123,11 @@ def _change(h: torch.Tensor) -> torch.Tensor | None:
 @torch.library.custom_op("imagerag::change_h", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _change_in_graph(h: torch.Tensor) -> torch.Tensor:
     """Apply the context's change as an opaque operator: no graph break, and the context is read at run time."""
-    changed = _change(h)
-    return h.clone() if changed is None or changed is h else changed  # operators must not return their inputs
+    changed, promised = _change(h), torch.empty_like(h)
+    if changed is None or changed is h:  # operators must not return their inputs
+        return promised.copy_(h)
+    # A fusion of channels-last features may be contiguous, but the compiled decoder reads them with their own strides.
+    return changed if changed.stride() == promised.stride() else promised.copy_(changed)
 
 
 @_change_in_graph.register_fake

@@ -120,6 +120,21 @@ def test_a_compiled_unet_is_one_graph_that_fuses_what_each_call_has(unet: UNet2D
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("fusion", [None, reference(0), replace(reference(0), w=1.0)])
+def test_the_operator_returns_what_it_promises_the_compiler(
+    fusion: Fusion | None, size: int, memory_format: torch.memory_format
+) -> None:
+    h = torch.randn(size, 32, 8, 8).to(memory_format=memory_format)
+    change = torch.ops.imagerag.change_h
+    with fusing(UNet2DConditionModel(**SMALL), fusion, 2):
+        torch.library.opcheck(change, (h,))
+        changed = change(h)
+    assert changed.stride() == h.stride()
+    assert torch.equal(changed[-2:], h[-2:] if fusion is None else fusion(h[-2:]))
+
+
 def test_a_graph_that_knows_no_references_is_refused() -> None:
     unet = UNet2DConditionModel(**SMALL).eval().requires_grad_(False)
     compiled = torch.compile(unet, backend="eager")
