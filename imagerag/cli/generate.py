@@ -98,7 +98,7 @@ def generate(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder; {out} is a file")
     check_alone([model] if model else [], base=base, adapter=adapter, name=name)
-    wants_index = references or adapter or (fusion is not None and fusion is not FusionOption.NONE)
+    wants_index = references or adapter or compose or (fusion is not None and fusion is not FusionOption.NONE)
     if model is None and name is None and wants_index:
         raise UserError("references come from an index: name its corpus by --name")
     check_scale(scale, adapter or model)

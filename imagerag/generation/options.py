@@ -1,6 +1,7 @@
 """Fusion options of a pipeline call: the caller's arguments, with defaults that depend on the pipeline."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -35,6 +36,15 @@ def warn_of_no_effect(why: str, **arguments: Any) -> None:
     names = [name for name, value in arguments.items() if value is not None and value is not False]
     if names:
         warnings.warn(f"{why}: {', '.join(names)} has no effect", stacklevel=6)
+
+
+def of_guidance(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those arguments of a call that only classifier-free guidance reads, unless they ask for nothing."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if (name.startswith("negative_") and value != "") or (name == "guidance_rescale" and value)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +117,14 @@ class FusionOptions:
             assert adapter is not None, "checked before"
             return AdapterFusion(adapter, h_references, weights, self.adapter_scale)
         return SlerpFusion(h_references, weights, self.w)
+
+    def ignores(self, reference_weights: Sequence[Sequence[float]], *, masked: bool) -> bool:
+        """Return whether weights of references have no effect: slerp divides each prompt's by their sum.
+
+        Weights of 0 leave references out. Masked references are fused alone, so each is its own sum.
+        """
+        alike = all(min(own) > 0 and (masked or min(own) == max(own)) for own in reference_weights)
+        return self.fusion == "slerp" and alike
 
     def __post_init__(self) -> None:
         """Check the bounds of all options."""

@@ -26,7 +26,7 @@ from imagerag.generation.arguments import (
     count_prompts,
     in_list,
 )
-from imagerag.generation.options import FusionOptions, check_scale, warn_of_no_effect
+from imagerag.generation.options import FusionOptions, check_scale, of_guidance, warn_of_no_effect
 from imagerag.generation.references import Reference, ReferenceIndex, References, given_references
 from imagerag.generation.saving import SavingMixin
 from imagerag.hspace.adapter import HSpaceAdapter
@@ -119,6 +119,11 @@ class ReferenceMixin(SavingMixin):
             check_scale("the scale of references", scale)
         self._reference_scale = scale
 
+    def is_guided(self, guidance_scale: float | None) -> bool:
+        """Return whether a call has classifier-free guidance, without which a negative prompt has no effect."""
+        is_input = self.unet.config.time_cond_proj_dim is not None
+        return guidance_scale is not None and guidance_scale > 1 and not is_input
+
     def encode_queries(self, texts: Sequence[str]) -> Embeds:
         """Return embeddings of texts by the index's encoder (N, D).
 
@@ -174,6 +179,7 @@ class ReferenceMixin(SavingMixin):
                 `fit_square` with `auto`.
             reference_captions: captions of `reference_images`; by default each prompt.
             reference_weights: factors of each reference's lambda, 0 to 10: one list for all prompts, or one per prompt.
+                Slerp weighs a prompt's references only against each other.
             reference_masks: masks, white where a reference applies: one list for all prompts, or one per prompt. The
                 H-space is coarse (8x8 at 512² for SD), and the decoder blends the edges.
             strict: whether references without cached features are an error; otherwise computed, with a warning.
@@ -207,11 +213,17 @@ class ReferenceMixin(SavingMixin):
                 reference_images=reference_images,
                 reference_weights=reference_weights,
                 reference_masks=reference_masks,
+                num_references=num_references or None,
+                query=query,
+                compose=compose,
+                similarity_threshold=similarity_threshold,
             )
         elif given.any:
             warn_of_no_effect("references are given", compose=compose, num_references=num_references)
         if guidance_scale is None:
             guidance_scale = 0.0 if self.unet.config.time_cond_proj_dim is None else LCM_GUIDANCE
+        if not self.is_guided(guidance_scale):
+            warn_of_no_effect("guidance is off", **of_guidance(arguments))
         arguments |= {"prompt": prompt, "guidance_scale": guidance_scale}
 
         references = None
@@ -220,7 +232,10 @@ class ReferenceMixin(SavingMixin):
             sentences, arguments = self._encode_once(arguments, self_queried=query is None)
             found = self._find_references(queries, sentences, given, options.num_references, compose, strict)
             if reference_weights is not None:
-                found = found.times(check_weights(size, reference_weights))
+                factors = check_weights(size, reference_weights)
+                found = found.times(factors)
+                if options.ignores(factors, masked=reference_masks is not None):
+                    warn_of_no_effect("slerp weighs references against each other", reference_weights=factors)
             if reference_masks is not None:
                 found = found.within(check_masks(size, reference_masks))
             references = found.repeat_interleave(num_images_per_prompt)
@@ -258,7 +273,7 @@ class ReferenceMixin(SavingMixin):
             prompt,
             self._execution_device,
             1,
-            arguments["guidance_scale"] > 1,
+            self.is_guided(arguments["guidance_scale"]),
             arguments.get("negative_prompt"),
             negative_prompt_embeds=negative,
             lora_scale=(arguments.get("cross_attention_kwargs") or {}).get("scale"),

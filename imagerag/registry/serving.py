@@ -141,12 +141,12 @@ def make_rows(
         w: slerp weight, -1 to 1: 1 is the base model, 0 the reference; by default the base model's own.
         num_inference_steps: number of scheduler steps.
         guidance_scale: scale of classifier-free guidance; off at 1 and below, and by default.
-        negative_prompt: negative prompt of the guidance.
+        negative_prompt: negative prompt of the guidance, which has to be on.
         height: height in pixels, given together with `width`; by default the base model's own.
         width: width in pixels.
 
     Raises:
-        UserError: if an argument is out of bounds, or references are unavailable.
+        UserError: if an argument is out of bounds or has no effect, or references are unavailable.
         BusyError: if too many pictures wait, or these have waited too long.
     """
     most = waiting.config.max_images
@@ -163,6 +163,9 @@ def make_rows(
             raise UserError(f"{name} is a multiple of {_SIDE_OF_LATENT} up to {_MAX_SIDE} pixels; got {side}")
     if (height is None) != (width is None):  # diffusers would ignore a single one
         raise UserError(f"height and width are given together; got {height} and {width}")
+    _check_effects(fusion, num_references=num_references or None, scale=scale, w=w)
+    if negative_prompt and not waiting.pipeline.is_guided(guidance_scale):
+        raise UserError(f"negative_prompt has no effect without guidance; got guidance_scale {guidance_scale}")
     given = {
         "num_references": num_references, "fusion": fusion, "adapter_scale": scale, "w": w,
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
@@ -183,3 +186,15 @@ def make_rows(
         }
         for each in made
     ]
+
+
+def _check_effects(fusion: str, **given: float | None) -> None:
+    """Check that the fusion has the given parameters, because a client sees no warning, and PNGs would record them.
+
+    Raises:
+        UserError: if it does not have one.
+    """
+    own = {"adapter": ("num_references", "scale"), "slerp": ("num_references", "w"), "none": ()}.get(fusion, given)
+    for name, value in given.items():
+        if value is not None and name not in own:
+            raise UserError(f"{name} has no effect with fusion {fusion!r}; got {value}")

@@ -116,8 +116,9 @@ def test_an_adapter_is_used_at_the_scale_that_is_asked_for(tmp_path: Path) -> No
 
 
 def test_references_need_an_index() -> None:
-    with pytest.raises(UserError, match="name its corpus by --name"):
-        run("generate", "a castle", "--fusion", "slerp")
+    for arguments in (("--fusion", "slerp"), ("--compose",)):
+        with pytest.raises(UserError, match="name its corpus by --name"):
+            run("generate", "a castle", *arguments)
 
 
 def test_an_adapters_folder_is_checked(tmp_path: Path) -> None:

@@ -250,31 +250,6 @@ def test_other_heights_and_widths_have_references_too(pipe: ImageRAGTurboPipelin
     assert not torch.allclose(made, latents(pipe, height=24, width=32, fusion="none"), atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"fusion": "adapter", "w": 0.5}, "w is of fusion 'slerp'; with 'adapter' it has no effect"),
-        (
-            {"fusion": "none", "adapter_scale": 2.0},
-            "adapter_scale is of fusion 'adapter'; with 'none' it has no effect",
-        ),
-        (
-            {"reference_images": Image.new("RGB", (16, 16)), "compose": True},
-            "references are given: compose has no effect",
-        ),
-        ({"fusion": "none", "reference_weights": 2.0}, "no references are used: reference_weights has no effect"),
-        (
-            {"num_references": 0, "reference_masks": Image.new("L", (9, 9))},
-            "no references are used: reference_masks has no effect",
-        ),
-    ],
-)
-def test_arguments_without_effect_warn(pipe: ImageRAGTurboPipeline, arguments: dict[str, Any], message: str) -> None:
-    with pytest.warns(UserWarning, match=message) as told:
-        pipe("a castle", **arguments)
-    assert told[0].filename == __file__
-
-
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_more_steps_and_guidance(pipe: ImageRAGTurboPipeline, steps: int) -> None:
     arguments = {"num_inference_steps": steps, "guidance_scale": 3.0}

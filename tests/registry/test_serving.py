@@ -97,6 +97,11 @@ def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPip
         ({"fusion": "mean"}, "fusion is one of adapter, slerp, none; got 'mean'"),
         ({"scale": 11}, "adapter_scale, of what the adapter adds, must be between 0 and 10; got 11"),
         ({"fusion": "slerp", "w": 1.1}, "between -1 and 1; got 1.1"),
+        ({"negative_prompt": "a castle"}, "negative_prompt has no effect without guidance; got guidance_scale None"),
+        ({"negative_prompt": "a castle", "guidance_scale": 1.0}, "without guidance; got guidance_scale 1.0"),
+        ({"w": 0.5}, "w has no effect with fusion 'adapter'; got 0.5"),
+        ({"fusion": "slerp", "scale": 0.0}, "scale has no effect with fusion 'slerp'; got 0.0"),
+        ({"fusion": "none", "num_references": 2}, "num_references has no effect with fusion 'none'; got 2"),
         ({"num_inference_steps": 0}, "the number of steps must be between 1 and 1000; got 0"),
     ],
 )
