@@ -48,9 +48,11 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
         dtype: dtype of weights and computation; by default fp32 on the CPU and fp16 elsewhere.
 
     Raises:
-        UserError: if there is no such model, a part is missing or of a wrong class, or its weights are pickles.
+        UserError: if there is no such model, a part is missing or of a wrong class, the UNet has no mid block, or its
+            weights are pickles.
     """
     files = resolve(spec)
+    check_mid_block(read_json(files.parts["unet"].files[0]))
     parts, names = files.parts, _towers(files.parts)
     device = device or default_device()
     torch_dtype = _DTYPES[dtype or default_dtype(device)]
@@ -64,6 +66,19 @@ def load_base(spec: str, device: str | None = None, dtype: Dtype | None = None) 
         text_encoders=tuple(encoder.to(device) for encoder in encoders),
         slerp_w=files.slerp_w,
     )
+
+
+def check_mid_block(unet_config: Mapping[str, Any]) -> None:
+    """Check that a UNet has a mid block, whose output is the H-space (paper, Sec. 3.1).
+
+    Raises:
+        UserError: if it has none.
+    """
+    if "mid_block_type" in unet_config and unet_config["mid_block_type"] is None:  # by default it has one
+        raise UserError(
+            "references are fused into the output of the UNet's mid block, so a base model's UNet needs one; this "
+            "one's mid_block_type is None"
+        )
 
 
 def default_device() -> str:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from diffusers import UNet2DConditionModel
 
+from imagerag.base.model import check_mid_block
 from imagerag.errors import UserError
 from imagerag.hspace.fusion import Fusion
 
@@ -31,7 +32,11 @@ def prepare(unet: UNet2DConditionModel) -> None:
     """Register the hook on a UNet's mid block. Idempotent; the hook alone changes nothing.
 
     `torch.compile` only sees hooks that are registered before it traces.
+
+    Raises:
+        UserError: if the UNet has no mid block.
     """
+    check_mid_block(unet.config)
     if _hook not in unet.mid_block._forward_hooks.values():
         unet.mid_block.register_forward_hook(_hook)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from imagerag.base.files import check_spec, resolve
 from imagerag.base.model import load_base
@@ -174,6 +174,17 @@ def test_a_file_that_was_cut_off_is_named(bases: dict[str, Path], tmp_path: Path
     copy = shutil.copytree(bases["sd-turbo"], tmp_path / "copy")
     (copy / path).write_bytes((copy / path).read_bytes()[:100])
     with pytest.raises(UserError, match=message):
+        load_base(str(copy), device="cpu")
+
+
+def test_a_unet_without_a_mid_block_is_named_before_anything_is_loaded(bases: dict[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(bases["sd-turbo"], tmp_path / "copy")
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(copy / "unet"), mid_block_type=None)
+    unet.save_pretrained(copy / "unet")
+    with pytest.raises(UserError, match=r"fused into the output of the UNet's mid block, .*mid_block_type is None"):
+        ImageRAGTurboPipeline.from_pretrained(copy)
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"fused into the output of the UNet's mid block, .*mid_block_type is None"):
         load_base(str(copy), device="cpu")
 
 

@@ -135,6 +135,13 @@ def test_the_operator_returns_what_it_promises_the_compiler(
     assert torch.equal(changed[-2:], h[-2:] if fusion is None else fusion(h[-2:]))
 
 
+def test_a_unet_without_a_mid_block_is_refused() -> None:
+    unet = UNet2DConditionModel(**SMALL | {"mid_block_type": None})
+    assert predict(unet).isfinite().all(), "diffusers runs it"
+    with pytest.raises(UserError, match="a base model's UNet needs one; this one's mid_block_type is None"):
+        prepare(unet)
+
+
 def test_a_graph_that_knows_no_references_is_refused() -> None:
     unet = UNet2DConditionModel(**SMALL).eval().requires_grad_(False)
     compiled = torch.compile(unet, backend="eager")
