@@ -13,7 +13,8 @@ from imagerag.evaluation.scorer import Scorer
 from imagerag.generation.pipeline import ImageRAGTurboOutput, ImageRAGTurboPipeline
 from imagerag.generation.references import Reference
 
-ORACLE_WS = tuple(number / 10 for number in range(1, 10))
+ORACLE_WS = (-1.0, -0.75, -0.5, -0.25, *(number / 10 for number in range(11)))
+"""All of slerp's range, so that neither the base model (1) nor the reference (0) is better than the best w."""
 TEACHER_STEPS = 25
 _TEACHER_GUIDANCE = {"tiny-teacher": 3.0}
 _PAPERS_GUIDANCE = 7.5
@@ -101,7 +102,8 @@ class Comparer:
 
     def _oracle(self, prompt: str) -> Cell:
         """Choose w by the score of the resulting picture: an upper bound, not a usable method."""
-        tries = [self._cell("", self._pipeline, prompt, fusion="slerp", w=w) for w in ORACLE_WS]
+        ws = sorted({*ORACLE_WS, self._pipeline.config.slerp_w})
+        tries = [self._cell("", self._pipeline, prompt, fusion="slerp", w=w) for w in ws]
         best = max(range(len(tries)), key=lambda index: tries[index].score)
         return Cell(
             title="oracle: best w",
@@ -109,7 +111,7 @@ class Comparer:
             score=tries[best].score,
             seconds=sum(each.seconds for each in tries),
             references=tries[best].references,
-            note=f"w = {ORACLE_WS[best]}, chosen by the score",
+            note=f"w = {ws[best]}, chosen by the score",
         )
 
     def _cell(self, title: str, pipeline: ImageRAGTurboPipeline, prompt: str, **arguments: Any) -> Cell:

@@ -11,16 +11,20 @@ from typer.testing import CliRunner
 
 from imagerag.base.model import load_base
 from imagerag.cli import app
+from imagerag.cli.generate import open_pipeline
 from imagerag.embedded import tiny_base
 from imagerag.embedded.sample import load_drawings
 from imagerag.embedding.encoder_files import resolve
 from imagerag.errors import UserError
+from imagerag.evaluation.compare import Comparer
+from imagerag.evaluation.scorer import Scorer
 from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.hspace.encode import encode_references, feature_identity, open_images, to_cache
 from imagerag.retrieval import feature_column
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
 from imagerag.retrieval.schema import Features
+from imagerag.settings import Settings
 from tests.retrieval.quality import Texts, write_index
 
 NUM_ROWS = 120
@@ -86,6 +90,19 @@ def test_a_page_a_grid_and_numbers(tmp_path: Path) -> None:
     assert not re.search(r'(?:src|href)="(?!data:image/|https://example\.org/)', page)
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 4 * 64
+
+
+def test_nothing_that_slerp_can_do_is_better_than_the_oracle(tmp_path: Path) -> None:
+    pipeline = open_pipeline("tiny", None).use_index(Settings().index_uri, "sample")
+    pipeline.register_to_config(slerp_w=-0.15)
+    assert pipeline.index is not None
+    comparer = Comparer(pipeline, None, Scorer.of(pipeline.index.retriever, tmp_path / "scorer.npz"), seed=0)
+    chosen = []
+    for comparison in comparer.compare(["a castle", "a red dragon"]):
+        base, own, oracle = comparison.cells
+        assert oracle.score >= max(base.score, own.score)
+        chosen.append(oracle.note)
+    assert chosen == [f"w = {w}, chosen by the score" for w in (-0.15, 1.0)], "there is a castle, and no dragon"
 
 
 def test_generated_pictures_name_their_references(tmp_path: Path) -> None:
