@@ -55,13 +55,14 @@ def compare(
         raise UserError(f"--out is a folder; {out} is a file")
     models = list(dict.fromkeys(model or []))
     check_alone(models, base=base, adapter=adapter, name=name)
-    check_scale(scale, adapter)
+    check_scale(scale, has_adapter=bool(adapter or models))
     base = base or DEFAULT_BASE
     if teacher is None and base == DEFAULT_BASE and not models:
         teacher = "tiny-teacher"
     with ExitStack() as stack:
         if models:
-            opened = {f"model {each}": stack.enter_context(open_model(each)) for each in models}
+            scaled = "" if scale is None else f", scale = {scale:g}"
+            opened = {f"model {each}{scaled}": stack.enter_context(open_model(each)) for each in models}
             pipeline = next(iter(opened.values()))
         else:
             from imagerag.settings import Settings

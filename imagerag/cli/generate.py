@@ -101,7 +101,7 @@ def generate(
     wants_index = references or adapter or compose or (fusion is not None and fusion is not FusionOption.NONE)
     if model is None and name is None and wants_index:
         raise UserError("references come from an index: name its corpus by --name")
-    check_scale(scale, adapter or model)
+    check_scale(scale, has_adapter=bool(adapter or model))
     with ExitStack() as stack:
         if model is not None:
             pipeline = stack.enter_context(open_model(model))
@@ -160,14 +160,17 @@ def check_alone(models: Sequence[str], **others: object) -> None:
         )
 
 
-def check_scale(scale: float | None, adapter: str | None) -> None:
+def check_scale(scale: float | None, *, has_adapter: bool) -> None:
     """Check that there is an adapter if a scale is given.
 
     Raises:
         UserError: if there is none.
     """
-    if scale is not None and adapter is None:
-        raise UserError(f"--scale is of what an adapter adds: name one by --adapter; got --scale {scale:g} alone")
+    if scale is not None and not has_adapter:
+        raise UserError(
+            "--scale is of what an adapter adds: name one by --adapter, or a model that has one by --model; got "
+            f"--scale {scale:g} alone"
+        )
 
 
 @contextmanager

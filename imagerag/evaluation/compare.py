@@ -67,7 +67,7 @@ class Comparer:
             teacher: the multi-step model's pipeline; None leaves its column out.
             scorer: scores the pictures.
             seed: seed of the initial noise, the same for all pictures.
-            scale: adapter scale; None uses the adapter's default.
+            scale: scale of all adapters; None uses each adapter's default.
             models: further pipelines by column title, each with its own adapter and index. If there are any, the column
                 of `pipeline`'s own adapter is left out.
         """
@@ -86,7 +86,7 @@ class Comparer:
         yield self._cell(f"slerp, w = {pipeline.config.slerp_w}", pipeline, prompt, fusion="slerp")
         yield self._oracle(prompt)
         for title, model in self._models.items():
-            yield self._cell(title, model, prompt)
+            yield self._cell(title, model, prompt, adapter_scale=self._scale)
         if pipeline.adapter is not None and not self._models:
             title = "adapter" if self._scale is None else f"adapter, scale = {self._scale:g}"
             yield self._cell(title, pipeline, prompt, fusion="adapter", adapter_scale=self._scale)

@@ -138,6 +138,12 @@ def test_references_need_an_index() -> None:
             run("generate", "a castle", *arguments)
 
 
+def test_a_scale_needs_an_adapter_or_a_model_that_has_one() -> None:
+    for command in ("generate", "compare"):
+        with pytest.raises(UserError, match="name one by --adapter, or a model that has one by --model; got --scale 2"):
+            run(command, "a castle", "--name", "sample", "--scale", 2)
+
+
 def test_an_adapters_folder_is_checked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{tmp_path} has none"):
         run("generate", "a castle", "--name", "sample", "--adapter", tmp_path)

@@ -64,6 +64,11 @@ def test_pictures_of_registered_models(own: Home, tmp_path: Path) -> None:
     scores = json.loads((tmp_path / "compare" / "scores.json").read_text())
     titles = [cell["title"] for cell in scores[0]["cells"]]
     assert titles == ["base", "slerp, w = 0.8", "oracle: best w", "model champion", "model 2"]
+    said = run("compare", "a castle", "--model", 2, "--scale", 0, "--out", tmp_path / "scaled")
+    assert "model 2, scale = 0" in said
+    cells = {cell["title"]: cell for cell in json.loads((tmp_path / "scaled" / "scores.json").read_text())[0]["cells"]}
+    assert cells["model 2, scale = 0"]["score"] == cells["base"]["score"] != scores[0]["cells"][-1]["score"]
+    assert {row["caption"]: row["weight"] for row in cells["model 2, scale = 0"]["references"]}["castle"] == 0
     mugs = Settings(home=own.settings.home, model_name="mugs")
     register(own.finetuned("second"), mugs)
     run("promote", 1, "--reason", "the only one", "--model-name", "mugs")
