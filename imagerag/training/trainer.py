@@ -128,12 +128,13 @@ class Finetuning:
         self._optimizer.zero_grad(set_to_none=True)
         self._heads_optimizer.zero_grad(set_to_none=True)
         sums: Terms = {}
-        parts: list[tuple[Loaded, Terms]] = []
+        parts: list[tuple[Ints, Terms]] = []
         for number, load in enumerate(micro_batches):
             loaded = load()
             waited_s += loaded.waited_s
             terms = self._accumulate(loaded, len(micro_batches), is_last=number == len(micro_batches) - 1)
-            parts.append((loaded, terms))
+            parts.append((loaded.examples, terms))
+            del loaded  # so that the device never holds two micro-batches
             sums = {name: sums.get(name, 0.0) + term / len(micro_batches) for name, term in terms.items()}
         # All at once: each read synchronises with the device.
         values = {name: float(value) for name, value in (sums | self._update(parts)).items()}
@@ -169,7 +170,7 @@ class Finetuning:
             (loss / parts).backward()
         return terms | of_generator
 
-    def _update(self, parts: Sequence[tuple[Loaded, Terms]]) -> Terms:
+    def _update(self, parts: Sequence[tuple[Ints, Terms]]) -> Terms:
         """Clip the gradients and step optimizers, schedule and EMA; return the gradient norms.
 
         With a non-finite norm, only the schedule steps.
@@ -313,10 +314,10 @@ def _without_sync(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _suspects(parts: Sequence[tuple[Loaded, Terms]]) -> Ints:
+def _suspects(parts: Sequence[tuple[Ints, Terms]]) -> Ints:
     """Return the examples of micro-batches with non-finite losses, or all examples if all losses are finite."""
-    bad = [loaded.examples for loaded, terms in parts if not all(value.isfinite().all() for value in terms.values())]
-    return np.concatenate(bad or [loaded.examples for loaded, _ in parts])
+    bad = [examples for examples, terms in parts if not all(value.isfinite().all() for value in terms.values())]
+    return np.concatenate(bad or [examples for examples, _ in parts])
 
 
 def _seed(*numbers: int) -> int:

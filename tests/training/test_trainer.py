@@ -1,6 +1,7 @@
 """A step of fine-tuning, and what it leaves."""
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from imagerag.hspace.adapter import HSpaceAdapter
 from imagerag.storage.hexadecimal import to_hex
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice, describe_accuracy
 from imagerag.training.data import RagData
-from imagerag.training.loader import Loader
+from imagerag.training.loader import Loaded, Loader
 from imagerag.training.perceptual import LatentDistance, LatentNetwork
 from imagerag.training.scale import SCALES
 from imagerag.training.trainer import Finetuning
@@ -131,6 +132,22 @@ def test_accumulated_gradients_are_a_mean(make: Callable[..., Finetuning], data:
     once, twice = training.step([load]), make(losses=losses, micro_batch_size=2, batch_size=2).step([load, load])
     assert twice["grad_norm"] == pytest.approx(once["grad_norm"], rel=1e-4)
     assert twice["distillation"] == pytest.approx(once["distillation"], rel=1e-5)
+
+
+def test_a_step_holds_one_micro_batch_at_a_time(make: Callable[..., Finetuning], data: RagData) -> None:
+    """Else gradient accumulation would not bound the device's memory."""
+    training = make(micro_batch_size=1)
+    references: list[weakref.ref[torch.Tensor]] = []
+
+    def load(number: int) -> Loaded:
+        assert not any(each() is not None for each in references)
+        rows = data.learnt[number : number + 1]
+        batch = data.read(rows, training.config.references, np.random.default_rng(number))
+        references.append(weakref.ref(batch.h_references))
+        return Loaded(batch, number, 0.0, rows)
+
+    training.step([partial(load, number) for number in range(4)])
+    assert len(references) == 4
 
 
 def test_it_goes_on_where_it_was_bit_for_bit(make: Callable[..., Finetuning], data: RagData, tmp_path: Path) -> None:
