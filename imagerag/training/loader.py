@@ -4,7 +4,6 @@ So a training that was killed goes on with the very batches that it would have h
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,18 +16,21 @@ from imagerag.training.config import FinetuneConfig
 from imagerag.training.data import Ints, RagBatch, RagData
 
 _READ_AHEAD = 2
+"""Micro-batches read while one is run: not steps, of which one may be too large for the host's memory."""
 
 
-def micro_batches(data: RagData, config: FinetuneConfig, step: int) -> list[Ints]:
-    """Return the examples of a step, in the parts that are run at a time.
+def micro_batch(data: RagData, config: FinetuneConfig, step: int, number: int) -> Ints:
+    """Return the examples (B,) of one of a step's micro-batches.
 
     Every example is learnt from once before any is for a second time.
     """
     num = len(data.learnt)
-    positions = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
+    first = step * config.batch_size + number * config.micro_batch_size
+    positions = np.arange(first, first + config.micro_batch_size)
     orders = {epoch: _order(config.seed, int(epoch), num) for epoch in np.unique(positions // num)}
     rows = np.array([orders[position // num][position % num] for position in positions])
-    return np.split(data.learnt[rows], config.batch_size // config.micro_batch_size)
+    examples: Ints = data.learnt[rows]
+    return examples
 
 
 @lru_cache(maxsize=4)
@@ -49,36 +51,38 @@ class Loaded:
 
 
 class Loader:
-    """Reads a worker's share of each step's micro-batches while the steps before are run."""
+    """Reads a worker's share of each step's micro-batches, the next ones while one is run."""
 
     def __init__(
         self, data: RagData, config: FinetuneConfig, device: torch.device, *, rank: int = 0, num_workers: int = 1
     ) -> None:
         self._data, self._config, self._device = data, config, device
-        self._rank, self._num_workers = rank, num_workers
+        self._share = range(rank, config.batch_size // config.micro_batch_size, num_workers)
+        self._pool = ThreadPoolExecutor(1, "loader")
+        self._reading: dict[int, Future[tuple[Ints, RagBatch]]] = {}
+        """What is read ahead, by its place among the worker's micro-batches of all steps."""
 
     def steps(self, first: int) -> Iterator[list[Callable[[], Loaded]]]:
         """Yield for each step from `first` on what loads its micro-batches, one after the other."""
-        with ThreadPoolExecutor(1, "loader") as pool:
-            ahead: deque[list[tuple[int, Ints, Future[RagBatch]]]] = deque()
-            for step in range(first, self._config.steps):
-                while len(ahead) < _READ_AHEAD and step + len(ahead) < self._config.steps:
-                    ahead.append(self._submit(pool, step + len(ahead)))
-                yield [partial(self._wait, *part) for part in ahead.popleft()]
+        size = len(self._share)
+        for step in range(first, self._config.steps):
+            yield [partial(self._load, place) for place in range(step * size, (step + 1) * size)]
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[tuple[int, Ints, Future[RagBatch]]]:
-        parts = list(enumerate(micro_batches(self._data, self._config, step)))
-        return [
-            (number, rows, pool.submit(self._read, rows, step, number))
-            for number, rows in parts[self._rank :: self._num_workers]
-        ]
-
-    def _read(self, rows: Ints, step: int, number: int) -> RagBatch:
-        rng = np.random.default_rng([self._config.seed, step, number])
-        batch = self._data.read(rows, self._config.references, rng)
-        return batch.pin() if self._device.type == "cuda" else batch
-
-    def _wait(self, number: int, examples: Ints, future: "Future[RagBatch]") -> Loaded:
+    def _load(self, place: int) -> Loaded:
+        """Return a micro-batch, of which nothing is kept, and have those after it read."""
         started = time.perf_counter()
-        batch = future.result()
+        examples, batch = (self._reading.pop(place, None) or self._submit(place)).result()
+        after = range(place + 1, min(place + 1 + _READ_AHEAD, self._config.steps * len(self._share)))
+        self._reading = {each: self._reading.get(each) or self._submit(each) for each in after}
+        number = self._share[place % len(self._share)]
         return Loaded(batch.to(self._device), number, time.perf_counter() - started, examples)
+
+    def _submit(self, place: int) -> "Future[tuple[Ints, RagBatch]]":
+        step, index = divmod(place, len(self._share))
+        return self._pool.submit(self._read, step, self._share[index])
+
+    def _read(self, step: int, number: int) -> tuple[Ints, RagBatch]:
+        examples = micro_batch(self._data, self._config, step, number)
+        rng = np.random.default_rng([self._config.seed, step, number])
+        batch = self._data.read(examples, self._config.references, rng)
+        return examples, batch.pin() if self._device.type == "cuda" else batch

@@ -1,5 +1,8 @@
 """What a step learns from."""
 
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from imagerag.retrieval.takedown import remove_rows
 from imagerag.training import data as data_module
 from imagerag.training.config import FinetuneConfig, ReferenceChoice
 from imagerag.training.data import RagBatch, RagData
-from imagerag.training.loader import Loader, micro_batches
+from imagerag.training.loader import Loader, micro_batch
 from tests.generation.with_index import CAPTIONS, drawing
 from tests.training.conftest import HELD_OUT, World
 
@@ -135,7 +138,7 @@ def test_teachers_examples_have_references_too(data: RagData) -> None:
 
 def test_every_example_is_learnt_from_before_any_is_again(data: RagData) -> None:
     num = len(data.learnt)
-    seen = np.concatenate([rows for step in range(6) for rows in micro_batches(data, config(), step)])
+    seen = np.concatenate([micro_batch(data, config(), step, number) for step in range(6) for number in range(2)])
     for epoch in range(len(seen) // num):
         assert sorted(seen[epoch * num : (epoch + 1) * num]) == sorted(data.learnt)
 
@@ -162,6 +165,30 @@ def test_batches_depend_on_nothing_but_their_number(data: RagData) -> None:
         share = read(rank=rank, num_workers=2)
         assert all(len(own) == 1 and equal(own[0], step[rank]) for own, step in zip(share, whole, strict=True))
     assert not equal(whole[0][0], whole[1][0])
+
+
+def test_micro_batches_are_read_ahead_but_not_a_step_of_them(data: RagData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the paper's has 64: neither those to come nor those that were run may fill the host's memory."""
+    references: list[weakref.ref[torch.Tensor]] = []
+    read = data.read
+
+    def noted(*arguments: Any) -> RagBatch:
+        batch = read(*arguments)
+        references.append(weakref.ref(batch.h_references))
+        return batch
+
+    monkeypatch.setattr(data, "read", noted)
+    loader = Loader(data, config(steps=2, micro_batch_size=1), torch.device("cpu"))
+    held = []
+    for loads in loader.steps(0):
+        for load in loads:
+            loaded = load()
+            loader._pool.submit(lambda: None).result()  # what was submitted before is read
+            held.append(sum(each() is not None for each in references))
+            assert loaded.batch.h_references is references[len(held) - 1]()
+            del loaded
+    assert held == [3] * 14 + [2, 1], "one that is run and two that are next"
+    assert len(references) == 16, "each was read once"
 
 
 @pytest.mark.parametrize("choice", [FOUND, NOTHING])
