@@ -27,5 +27,7 @@ def finetune(parameters: FinetuneParameters) -> FinetuneReport:
 
 
 def _plan(parameters: FinetuneParameters) -> tuple[int, Plan]:
-    version = choose_version(parameters.name, parameters.data, parameters.training, anew=parameters.anew)
+    version = choose_version(
+        parameters.name, parameters.data, parameters.training, parameters.workers, anew=parameters.anew
+    )
     return version, plan_training(parameters.name, version, parameters.data, parameters.training)

@@ -22,10 +22,12 @@ _LONGEST_DAYS = 30
 
 
 @stage("version")
-def choose_version(name: str, data: SynthesizeConfig, training: FinetuneConfig, *, anew: bool) -> int:
+def choose_version(
+    name: str, data: SynthesizeConfig, training: FinetuneConfig, workers: TrainWorkersConfig, *, anew: bool
+) -> int:
     """Return the version of the index to train on, and log a warning if it is not the published one."""
     settings = Settings()
-    version = version_to_learn_from(name, data, training, settings, anew=anew)
+    version = version_to_learn_from(name, data, training, workers.dtype, settings, anew=anew)
     published = require_published(Store(settings.index_uri, name))
     if version != published:
         get_run_logger().warning(

@@ -13,6 +13,8 @@ from imagerag.errors import UserError
 from imagerag.limits import MAX_SEED
 from imagerag.workers import CommittingConfig, WorkersConfig
 
+TrainDtype = Literal["fp32", "bf16"]
+"""Autocast dtypes of a training."""
 _CHANCE = 0.55
 """Discriminator accuracy below this counts as chance (0.5)."""
 
@@ -186,7 +188,7 @@ class FinetuneConfig(Config):
 class TrainWorkersConfig(WorkersConfig):
     """Ray Train workers. Their number only changes the order of summation."""
 
-    dtype: Literal["fp32", "bf16"] | None = Field(
+    dtype: TrainDtype | None = Field(
         default=None,
         description="Autocast dtype; unset: bf16 on GPUs, fp32 on CPUs. On CPUs with AVX512-BF16, bf16 is about 20 % "
         "faster.",

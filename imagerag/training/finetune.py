@@ -30,7 +30,7 @@ from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_json
 from imagerag.storage.locks import check_locks, writer_lock
-from imagerag.training.config import FinetuneConfig, TrainWorkersConfig
+from imagerag.training.config import FinetuneConfig, TrainDtype, TrainWorkersConfig
 from imagerag.training.tracking import lasting_run, log_index, tracking_uri
 from imagerag.training.worker import ACCURACY, SCORE, STATE, Board, Task, train
 from imagerag.workers import StalledError, plan_workers
@@ -71,7 +71,7 @@ def finetune(
 
     started = time.perf_counter()
     config = choose_perceptual(config, training_set.base)
-    key = key_of(training_set, config)
+    key = key_of(training_set, config, workers.dtype)
     folder = f"{settings.training_of(training_set.index_name)}/finetuned/{key}"
     with writer_lock(settings.training_of(training_set.index_name), key):
         if (manifest := read_json(f"{folder}/{MANIFEST}")) is not None:
@@ -157,8 +157,15 @@ def newest_finetuned(settings: Settings, name: str) -> Finetuned:
     return read_finetuned(filesystem.unstrip_protocol(newest.rsplit("/", 1)[0]).removeprefix("file://"))
 
 
-def key_of(training_set: TrainingSet, config: FinetuneConfig) -> str:
-    """Return the name of a training: a digest of everything that its result depends on."""
+def key_of(training_set: TrainingSet, config: FinetuneConfig, dtype: TrainDtype | None) -> str:
+    """Return the name of a training: a digest of everything that its result depends on.
+
+    Args:
+        training_set: examples and references to train on.
+        config: training configuration, with the network of the perceptual loss chosen.
+        dtype: the workers' dtype; None leaves it to the device that there is, and adds nothing to the name, so that a
+            training can be resumed on another machine.
+    """
     inputs: dict[str, Any] = {
         "version": _VERSION,
         "base": training_set.base_digest,
@@ -176,6 +183,8 @@ def key_of(training_set: TrainingSet, config: FinetuneConfig) -> str:
 
         assert config.perceptual_network is not None, "chosen before"
         inputs["perceptual"] = perceptual_digest(config.perceptual_network)
+    if dtype is not None:
+        inputs["dtype"] = dtype
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 

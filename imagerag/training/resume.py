@@ -12,14 +12,20 @@ from imagerag.retrieval.publish import require_published
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
 from imagerag.settings import Settings
-from imagerag.training.config import FinetuneConfig, SynthesizeConfig
+from imagerag.training.config import FinetuneConfig, SynthesizeConfig, TrainDtype
 from imagerag.training.examples import Examples
 from imagerag.training.finetune import key_of
 from imagerag.training.synthesize import describe
 
 
 def version_to_learn_from(
-    name: str, data: SynthesizeConfig, training: FinetuneConfig, settings: Settings, *, anew: bool = False
+    name: str,
+    data: SynthesizeConfig,
+    training: FinetuneConfig,
+    dtype: TrainDtype | None,
+    settings: Settings,
+    *,
+    anew: bool = False,
 ) -> int:
     """Return the index version that a training has to use.
 
@@ -30,6 +36,7 @@ def version_to_learn_from(
         name: name of the corpus.
         data: configuration of the training set.
         training: configuration of the training.
+        dtype: dtype of its workers, None if it is left to their device.
         settings: locations of the index and the trainings.
         anew: always use the published version.
 
@@ -48,7 +55,7 @@ def version_to_learn_from(
 
     def key_on(version: int) -> str:
         retriever = Retriever(store.uri, name, version=version)
-        return key_of(describe(Examples(retriever, data, settings.training_of(name))), training)
+        return key_of(describe(Examples(retriever, data, settings.training_of(name))), training, dtype)
 
     filesystem, folder = fsspec.url_to_fs(settings.training_of(name))
     of_published = key_on(published)

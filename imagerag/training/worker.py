@@ -10,11 +10,11 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
-from imagerag.training.config import FinetuneConfig, LossWeights, describe_accuracy
+from imagerag.training.config import FinetuneConfig, LossWeights, TrainDtype, describe_accuracy
 from imagerag.training.tracking import MlflowTracker
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Task:
 
     training_set: TrainingSet
     config: FinetuneConfig
-    dtype: Literal["fp32", "bf16"]
+    dtype: TrainDtype
     num_threads: int
     tracking_uri: str
     run_id: str

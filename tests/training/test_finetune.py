@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from imagerag.artifacts import Finetuned, TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.finetuned import ADAPTER, LORA, MANIFEST
 from imagerag.settings import Settings
+from imagerag.storage.files import write_json
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice, TrainWorkersConfig
 from imagerag.training.finetune import EXPERIMENT, finetune, key_of
 from imagerag.training.perceptual import LatentNetwork
@@ -81,7 +83,7 @@ def test_it_leaves_an_adapter_and_its_origin(
     undisturbed: tuple[Finetuned, dict[int, float]], training_set: TrainingSet
 ) -> None:
     made, run = undisturbed
-    assert made.name == key_of(training_set, make_config())
+    assert made.name == key_of(training_set, make_config(), WORKERS.dtype)
     manifest = json.loads(Path(made.uri, MANIFEST).read_text())
     assert manifest["training_set"] == json.loads(json.dumps(vars(training_set)))
     assert FinetuneConfig(**manifest["config"]) == make_config()
@@ -135,16 +137,31 @@ def test_a_driver_that_is_killed_before_it_publishes_trains_nothing_again(
     assert curve(settings, again.run_id) == run
 
 
+def test_another_dtype_is_another_training(
+    undisturbed: tuple[Finetuned, dict[int, float]], training_set: TrainingSet, settings: Settings
+) -> None:
+    """Neither is returned for the other, nor resumed as the other."""
+    made, _ = undisturbed
+    of_default, of_bf16 = (key_of(training_set, make_config(), dtype) for dtype in (None, "bf16"))
+    assert of_default == made.name
+    for key in (of_default, of_bf16):  # as two finished trainings leave them
+        folder = f"{settings.training_of(training_set.index_name)}/finetuned/{key}"
+        write_json(f"{folder}/{MANIFEST}", {"finetuned": asdict(replace(made, uri=folder, name=key))})
+    assert finetune(training_set, make_config(), WORKERS, settings).name == of_default
+    in_bf16 = WORKERS.model_copy(update={"dtype": "bf16"})
+    assert finetune(training_set, make_config(), in_bf16, settings).name == of_bf16 != of_default
+
+
 def test_another_perceptual_network_under_the_same_name_is_another_training(
     training_set: TrainingSet, tmp_path: Path
 ) -> None:
     folder = tmp_path / "network"
     LatentNetwork(channels=(8, 8)).save_pretrained(folder)
     config = make_config(losses=LossWeights(), perceptual_network=str(folder))
-    first = key_of(training_set, config)
-    assert key_of(training_set, config) == first
+    first = key_of(training_set, config, None)
+    assert key_of(training_set, config, None) == first
     LatentNetwork(channels=(8, 8)).save_pretrained(folder)
-    assert key_of(training_set, config) != first
+    assert key_of(training_set, config, None) != first
 
 
 def test_two_workers_learn_what_one_does(

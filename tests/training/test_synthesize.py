@@ -81,7 +81,7 @@ def test_latents_are_of_pictures_that_are_fitted_as_for_their_features(own_world
     assert cropped.num_added == 11 + 11, "all latents are other ones, and so is the index's version"
     assert cropped.real_uri != padded.real_uri
     training = choose_perceptual(tiny().training, "tiny")
-    assert key_of(cropped, training) != key_of(padded, training)
+    assert key_of(cropped, training, None) != key_of(padded, training, None)
     expected = {fit: encode_latents(base.vae, base.unet, [wide], fit).numpy() for fit in ("pad", "crop")}
     assert np.allclose(learnt(padded), expected["pad"], atol=5e-3 * np.abs(expected["pad"]).max())
     assert np.allclose(learnt(cropped), expected["crop"], atol=5e-3 * np.abs(expected["crop"]).max())
