@@ -5,7 +5,7 @@ Two recipes: `tiny` for the embedded base model on a laptop, and `sd_turbo`, the
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from imagerag.base.files import check_spec
 from imagerag.config import Config, Place
@@ -133,7 +133,8 @@ class FinetuneConfig(Config):
     max_timestep: int | None = Field(
         default=None,
         ge=1,
-        description="Upper bound (exclusive) of the timesteps of the discriminator's inputs; unset: all timesteps.",
+        description="Upper bound (exclusive) of the timesteps of the discriminator's inputs, at most the scheduler's "
+        "number; unset: all timesteps.",
     )
     adapter_inner_dim: int | None = Field(
         default=None, ge=8, description="Inner dimension of the adapter's attention; unset: twice the H-space channels."
@@ -154,7 +155,12 @@ class FinetuneConfig(Config):
     )
     learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate of the adapter and LoRA.")
     heads_learning_rate: float = Field(default=1e-5, gt=0, description="Learning rate of the discriminator.")
-    warmup_steps: int = Field(default=500, ge=0, description="Linear warm-up steps before cosine decay.")
+    warmup_steps: int = Field(
+        default=500,
+        ge=0,
+        validate_default=True,
+        description="Linear warm-up steps before cosine decay; fewer if there are not more `steps` than these.",
+    )
     weight_decay: float = Field(default=1e-2, ge=0, description="AdamW weight decay of the adapter and LoRA.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Maximum gradient norm; larger gradients are clipped.")
     max_skipped: int = Field(
@@ -171,6 +177,16 @@ class FinetuneConfig(Config):
         default=0, ge=0, le=MAX_SEED, description="Seed of the initial weights, the batches and the noise."
     )
 
+    @field_validator("warmup_steps")
+    @classmethod
+    def _shorten_warmup(cls, warmup_steps: int, info: ValidationInfo) -> int:
+        """Leave a step at the peak rate: the first one of a warm-up learns nothing, so neither would a single step.
+
+        A recipe's warm-up is meant for its own number of steps, and who asks for a few steps wants them to train.
+        """
+        steps: int = info.data.get("steps", warmup_steps + 1)  # invalid steps are missing
+        return min(warmup_steps, steps - 1)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.batch_size % self.micro_batch_size:
@@ -182,6 +198,11 @@ class FinetuneConfig(Config):
         losses = self.losses
         if losses.adversarial * self.adversarial_share == losses.distillation == losses.perceptual == 0:
             raise UserError("all loss weights are 0: there is nothing to train for")
+        if losses.distillation == losses.perceptual == 0 and self.adversarial_share < 1:
+            raise UserError(
+                f"with only the adversarial loss, adversarial_share must be 1 but is {self.adversarial_share}: the "
+                "steps before have no loss"
+            )
         return self
 
 

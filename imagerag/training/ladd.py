@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
+from imagerag.errors import UserError
 from imagerag.training.config import LossWeights
 from imagerag.training.diffusion import Diffusion
 from imagerag.training.discriminator import discriminator_loss, generator_loss
@@ -37,7 +38,14 @@ class Ladd:
             perceptual: distance of the perceptual loss; required if the loss has a weight.
             learner: `discriminator` wrapped for its own update (DDP); None uses it unwrapped.
             max_timestep: exclusive upper bound of the discriminator's timesteps; None uses all timesteps.
+
+        Raises:
+            UserError: if `max_timestep` exceeds the number of timesteps.
         """
+        if max_timestep is not None and max_timestep > diffusion.num_timesteps:
+            raise UserError(
+                f"max_timestep must not exceed the base model's {diffusion.num_timesteps} timesteps, got {max_timestep}"
+            )
         self.discriminator = discriminator
         self._learner = learner or discriminator
         self._perceptual = perceptual

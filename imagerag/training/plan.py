@@ -102,7 +102,7 @@ def plan(examples: Examples, config: FinetuneConfig) -> Plan:
     """Estimate the resources of a training on `examples`.
 
     Raises:
-        UserError: if the examples are not valid for training.
+        UserError: if the examples are not valid for training, or the configuration is not for the base model.
     """
     import torch
 
@@ -173,7 +173,7 @@ def _measure(
             similarities=torch.empty(size, k),
             added=_added(examples, size),
         )
-        ladd = Ladd(discriminator, generator.diffusion)
+        ladd = Ladd(discriminator, generator.diffusion, max_timestep=config.max_timestep)
         weights = config.losses.model_copy(update={"perceptual": 0.0})
         parameters = {parameter.untyped_storage()._cdata for parameter in generator.parameters()}
         with FlopCounterMode(display=False) as counter:

@@ -12,6 +12,7 @@ from imagerag.cli.run import merged
 from imagerag.config import validated
 from imagerag.errors import UserError
 from imagerag.training import config
+from imagerag.training.config import FinetuneConfig
 
 COMMIT = "0" * 40
 
@@ -37,6 +38,11 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             '{"training": {"losses": {"adversarial": 0, "distillation": 0, "perceptual": 0}}}',
             "all loss weights are 0",
         ),
+        (
+            [],
+            '{"training": {"losses": {"distillation": 0, "perceptual": 0}, "adversarial_share": 0.5}}',
+            "adversarial_share must be 1 but is 0.5",
+        ),
         ([], '{"training": {"learning_rate": -1}}', "learning_rate: Input should be greater than 0; got -1"),
         ([], '{"training": {"epochs": 3}}', "training.epochs: Extra inputs are not permitted; got 3"),
     ],
@@ -58,6 +64,19 @@ def test_the_papers_recipe_has_the_papers_figures() -> None:
     assert (training.losses.distillation, training.losses.perceptual) == (2.5, 1.0)
     assert training.max_timestep is None
     assert (data.num_teacher_latents, data.guidance_scale) == (3_000_000, 7.5)
+
+
+def test_a_recipes_warm_up_leaves_a_few_steps_something_to_learn() -> None:
+    """A single step at the rate 0, with which a warm-up begins, would train nothing."""
+
+    def of(**training: int) -> FinetuneConfig:
+        given = {"training": training}
+        return validated(FinetuneParameters, merged(recipe_parameters(RecipeOption.TINY, given), given)).training
+
+    assert [of(steps=steps).warmup_steps for steps in (1, 2, 12, 13, 240)] == [0, 1, 11, 12, 12]
+    assert of(steps=8, warmup_steps=500).warmup_steps == 7
+    assert FinetuneConfig(steps=8).warmup_steps == 7
+    assert FinetuneConfig().warmup_steps == 500
 
 
 def test_without_a_recipe_the_flow_has_that_of_tiny() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from imagerag.base.model import load_base
+from imagerag.errors import UserError
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
 from imagerag.training.plan import PEAK_TFLOPS, UTILISATION, Plan, plan
 from imagerag.training.trainer import Finetuning
@@ -60,6 +61,14 @@ def test_losses_that_are_switched_off_cost_nothing(world: World, made: Plan) -> 
     found = plan(world.examples(num_teacher_latents=10, guidance_scale=1.0), alone)
     forward = found.teacher_tflop / 20
     assert 1.3 * forward < found.tflop_per_row < 0.8 * made.tflop_per_row, "it goes backward through the decoder"
+
+
+def test_timesteps_that_the_base_model_has_not_are_refused(world: World) -> None:
+    """Before anything is made: they would be out of the scheduler's bounds in some step."""
+    beyond = CONFIG.model_copy(update={"max_timestep": 1_001})
+    with pytest.raises(UserError, match="must not exceed the base model's 1000 timesteps, got 1001"):
+        plan(world.examples(), beyond)
+    assert plan(world.examples(), CONFIG.model_copy(update={"max_timestep": 1_000})).steps == CONFIG.steps
 
 
 def test_the_encoder_keeps_no_activations(world: World, made: Plan) -> None:

@@ -124,6 +124,13 @@ def test_it_learns(make: Callable[..., Finetuning], data: RagData) -> None:
     assert sum(values[-10:]) < 0.7 * sum(values[:10]), (values[:3], values[-3:])
 
 
+def test_a_training_of_one_step_learns(make: Callable[..., Finetuning], data: RagData) -> None:
+    training = make(steps=1, warmup_steps=12)
+    before = learnt(training)
+    run(training, data)
+    assert not same(learnt(training), before)
+
+
 def test_accumulated_gradients_are_a_mean(make: Callable[..., Finetuning], data: RagData) -> None:
     """The same micro-batch twice is as good as once."""
     losses = LossWeights(adversarial=0.0, perceptual=0.0)
