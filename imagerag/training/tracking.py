@@ -33,6 +33,9 @@ CONTINUES = "imagerag.continues"
 _RETRY_AFTER_S = 5.0
 _LEFT_AT_END_S = 60.0
 _DIGITS = 16
+_REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's answers to what it will never take: for a run that was deleted, or a value that breaks a rule. BAD_REQUEST
+is not among them: it also means errors of MLflow's database."""
 
 
 class Tracker(Protocol):
@@ -48,13 +51,14 @@ class Tracker(Protocol):
 class MlflowTracker:
     """Logs to an MLflow run from a background thread.
 
-    If MLflow can't be reached, entries are queued in memory and sent again later; the training does not wait.
+    If MLflow can't be reached, entries are queued in memory and sent again later; the training does not wait. Entries
+    that MLflow refuses, for example because the run was deleted, are dropped.
     """
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self._client, self._run_id = mlflow_client(tracking_uri), run_id
         self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue()
-        self._closing = threading.Event()
+        self._refused: set[str] = set()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
         # An earlier attempt may have ended the run as failed.
@@ -96,25 +100,33 @@ class MlflowTracker:
         """End the run once all entries are sent; give up after one minute."""
         self._waiting.put(partial(self._client.set_terminated, self._run_id, status))
         self._waiting.put(None)
-        self._closing.set()
         self._thread.join(_LEFT_AT_END_S)
         if self._thread.is_alive():
             logger.warning("MLflow could not be reached again: %s entries of the run are lost", self._waiting.qsize())
 
     def _send_all(self) -> None:
-        was_lost = False
         while (send := self._waiting.get()) is not None:
-            while True:
-                try:
-                    send()
-                except Exception as error:  # noqa: BLE001 - no tracking error may stop a training
-                    if not was_lost:
-                        logger.warning("MLflow can't be reached; entries are queued: %s", error)
-                    was_lost = True
-                    time.sleep(_RETRY_AFTER_S)
-                else:
-                    was_lost = False
-                    break
+            self._send(send)
+
+    def _send(self, send: Callable[[], object]) -> None:
+        """Send an entry, until MLflow takes or refuses it."""
+        was_lost = False
+        while True:
+            try:
+                send()
+            except Exception as error:  # noqa: BLE001 - no tracking error may stop a training
+                code = getattr(error, "error_code", None)
+                if code in _REFUSALS:
+                    if code not in self._refused:
+                        logger.warning("MLflow refuses an entry of the run; such entries are dropped: %s", error)
+                    self._refused.add(code)
+                    return
+                if not was_lost:
+                    logger.warning("MLflow can't be reached; entries are queued: %s", error)
+                was_lost = True
+                time.sleep(_RETRY_AFTER_S)
+            else:
+                return
 
 
 def start_run(

@@ -89,6 +89,44 @@ def test_one_that_never_comes_back_is_told_of(
     assert "MLflow could not be reached again" in caplog.text
 
 
+def test_what_mlflow_refuses_is_dropped_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "_LEFT_AT_END_S", 30.0)
+    settings = Settings(home=tmp_path)
+    run_id = start_run(settings, "test", "run", {})
+    tracker = MlflowTracker(tracking_uri(settings), run_id)
+    for step in range(3):
+        tracker.metrics({"loss/": 1.0}, step)
+        tracker.metrics({"loss": 1.0}, step)
+    tracker.close()
+    client = mlflow_client(tracking_uri(settings))
+    assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == [0, 1, 2]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert caplog.text.count("MLflow refuses an entry of the run") == 1
+    assert 'Invalid value "loss/"' in caplog.text
+    assert "reached" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("is_deleted", "fault"), [(True, "must be in the 'active' state"), (False, f"Run with id={'0' * 32} not found")]
+)
+def test_a_run_that_is_gone_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_deleted: bool, fault: str
+) -> None:
+    monkeypatch.setattr(tracking, "_LEFT_AT_END_S", 30.0)
+    settings = Settings(home=tmp_path)
+    run_id = start_run(settings, "test", "run", {})
+    mlflow_client(tracking_uri(settings)).delete_run(run_id)
+    tracker = MlflowTracker(tracking_uri(settings), run_id if is_deleted else "0" * 32)
+    tracker.metrics({"loss": 1.0}, 0)
+    tracker.close()
+    assert not tracker._thread.is_alive()
+    assert caplog.text.count("MLflow refuses an entry of the run") == 1
+    assert fault in caplog.text
+    assert "reached" not in caplog.text
+
+
 def test_one_that_is_not_there_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     uri = f"http://127.0.0.1:{free_port()}"
