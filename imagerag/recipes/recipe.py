@@ -42,9 +42,10 @@ class DrawingsRecipe:
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """Return the schedule of the learning rate: linear warm-up under a cosine decay."""
+        warmup_steps = max(1, self.warmup_steps)  # with one, the first step has the peak rate already
         return torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: min((step + 1) / self.warmup_steps, (1 + math.cos(math.pi * step / self.steps)) / 2),
+            lambda step: min((step + 1) / warmup_steps, (1 + math.cos(math.pi * step / self.steps)) / 2),
         )
 
     def augment(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

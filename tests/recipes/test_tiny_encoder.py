@@ -17,6 +17,23 @@ BASE = load_drawings(["noto", "twemoji"], ["base"])
 DRAWINGS = [drawing for drawing in BASE if drawing.concept in [other.concept for other in BASE[:12]]]
 
 
+def rates(recipe: Recipe) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    schedule = recipe.schedule(optimizer)
+    found = []
+    for _ in range(recipe.steps):
+        found += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_a_warm_up_of_no_steps_begins_at_the_peak() -> None:
+    decay = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates(replace(RECIPE, warmup_steps=0)) == pytest.approx(decay)
+    assert rates(RECIPE) == pytest.approx([0.5, *decay[1:]])
+
+
 def test_a_stopped_run_goes_on_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train.train(RECIPE, DRAWINGS, tmp_path).state_dict()
     assert not (tmp_path / "checkpoint.pt").exists()
