@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from imagerag.hspace.split import encode
 from imagerag.training.diffusion import Diffusion
@@ -153,6 +154,20 @@ def build_discriminator(
     if kind == "teacher":
         return TeacherDiscriminator(teacher, diffusion)
     return LatentDiscriminator(teacher.config.in_channels, teacher.config.cross_attention_dim, diffusion)
+
+
+def iterate_norms(discriminator: nn.Module) -> None:
+    """Do one power iteration of each spectral norm, and keep the estimates until the next call.
+
+    Without this, each forward pass in training mode does one, and a step would depend on its number of micro-batches
+    and workers.
+    """
+    for norm in discriminator.modules():
+        if isinstance(norm, ParametrizationList):
+            norm.train()
+            with torch.no_grad():
+                norm()
+            norm.eval()
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from imagerag.hspace.encode import in_its_range
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice
 from imagerag.training.data import Ints, RagData
 from imagerag.training.diffusion import Diffusion
-from imagerag.training.discriminator import build_discriminator
+from imagerag.training.discriminator import build_discriminator, iterate_norms
 from imagerag.training.generator import Generator
 from imagerag.training.ladd import Ladd, Terms
 from imagerag.training.loader import Loaded
@@ -125,6 +125,8 @@ class Finetuning:
             FloatingPointError: if `max_skipped` steps in a row were skipped.
         """
         started, waited_s = time.perf_counter(), 0.0
+        if self._is_adversarial:
+            iterate_norms(self._ladd.discriminator)
         self._optimizer.zero_grad(set_to_none=True)
         self._heads_optimizer.zero_grad(set_to_none=True)
         sums: Terms = {}
@@ -149,17 +151,21 @@ class Finetuning:
             "skipped": self.skipped,
         }
 
+    @property
+    def _is_adversarial(self) -> bool:
+        """Whether the next step uses the adversarial loss."""
+        return self._judged and self.done >= self._adversarial_from
+
     def _accumulate(self, loaded: Loaded, parts: int, *, is_last: bool) -> Terms:
         """Accumulate the gradients of one of `parts` micro-batches, and return its losses."""
         batch, config = loaded.batch, self.config
         random = torch.Generator(self._device).manual_seed(_seed(config.seed, self.done, loaded.number))
-        judged = self._judged and self.done >= self._adversarial_from
-        weights = config.losses if judged else config.losses.model_copy(update={"adversarial": 0.0})
+        weights = config.losses if self._is_adversarial else config.losses.model_copy(update={"adversarial": 0.0})
         terms: Terms = {}
         with nullcontext() if is_last else _without_sync(self._learners):
             with self._autocast():
                 fake = self._learners[0](batch)
-            if judged:
+            if self._is_adversarial:
                 with self._autocast():
                     loss, terms = self._ladd.of_discriminator(fake, batch.latents, batch.text, random, batch.added)
                 (loss / parts).backward()
