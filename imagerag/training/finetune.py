@@ -37,7 +37,7 @@ from imagerag.workers import StalledError, plan_workers
 
 EXPERIMENT = "finetune"
 _POLL_S = 1.0
-_VERSION = 4
+_VERSION = 5
 """Version of the training code; a change gives every training a new name."""
 
 
