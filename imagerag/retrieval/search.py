@@ -39,15 +39,12 @@ class Filters:
     def to_sql(self) -> str | None:
         """Return the condition as SQL for LanceDB, which has no bound parameters; None if there is no condition."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        conditions = []
-        for column, value in values.items():
-            if value is None:
-                continue
+        given = {column: value for column, value in values.items() if value is not None}
+        for column, value in given.items():
             if not isinstance(value, str):
                 raise UserError(f"the filter on {column} must be a text, got {value!r}")
-            quoted = value.replace("'", "''")
-            conditions.append(f"{column} = '{quoted}'")
-        return " AND ".join(conditions) or None
+        quoted = {column: value.replace("'", "''") for column, value in given.items()}
+        return " AND ".join(f"{column} = '{value}'" for column, value in quoted.items()) or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,16 +337,13 @@ class _Wanted:
 Scores = np.ndarray[Any, Any]
 
 
-def _neighbours(
-    found: pa.Table, wanted: _Wanted, scores: Scores, similarities: Scores | None = None
-) -> list[Neighbour]:
-    num_rows = found.num_rows
-    identity = wanted.features
+def _neighbours(found: pa.Table, wanted: _Wanted, scores: Scores, near: Scores | None = None) -> list[Neighbour]:
+    num_rows, identity = found.num_rows, wanted.features
     # Features stay arrays: converting so many values to Python numbers would be slow.
     features = [None] * num_rows if identity is None else list(to_features(found[identity.column], identity))
     rows = found.select([*_COLUMNS, *(["image"] if wanted.images else [])]).to_pylist()
-    near = [None] * num_rows if similarities is None else similarities.tolist()
+    similarities = [None] * num_rows if near is None else near.tolist()
     return [
         Neighbour(**row | {"id": row["id"].hex()}, score=score, similarity=similarity, features=own)
-        for row, score, similarity, own in zip(rows, scores.tolist(), near, features, strict=True)
+        for row, score, similarity, own in zip(rows, scores.tolist(), similarities, features, strict=True)
     ]
