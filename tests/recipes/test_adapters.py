@@ -108,7 +108,7 @@ def test_w_is_chosen_and_copies_follow_the_settings(
     itself = by_setting["slerp, the drawing itself among the references", "w = 0.0"]
     assert itself.latent_error.high < near.latent_error.low
     report = Report(
-        rows=(near,), best_w=0.1, gains={"adapter, 1 reference": estimate([0.1, 0.2])}, copies=tuple(points)
+        rows=(near,), best_w=0.1, gains={"adapter, 1 reference": estimate([0.1, 0.2] * 30)}, copies=tuple(points)
     )
     assert "adapter, 1 reference minus slerp with that w, paired by concept: 0.150" in report.markdown()
     assert report.curves().count("<polyline") == 4
