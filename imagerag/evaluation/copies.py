@@ -44,8 +44,8 @@ def measure_copies(pictures: Pictures, threshold: float | None) -> Copies | None
     rows = np.nonzero((shown >= 0).any(1))[0]
     if len(rows) == 0:
         return None
-    of_real = pictures.real.features("efficientnet")
-    real, own = _centred(of_real, of_real), _centred(pictures.made.features("efficientnet")[rows], of_real)
+    of_real = pictures.real.features("thumbnails")
+    real, own = _centred(of_real, of_real), _centred(pictures.made.features("thumbnails")[rows], of_real)
     nearest = np.full(len(rows), -1.0)
     for places in shown[rows].T:
         nearest = np.where(places >= 0, np.maximum(nearest, (own * real[places]).sum(1)), nearest)
@@ -67,7 +67,7 @@ def threshold_of(real: Real) -> float | None:
     """
     if len(real) < 2:
         return None
-    own = real.features("efficientnet")
+    own = real.features("thumbnails")
     features = _centred(np.random.default_rng(0).permutation(own)[:_COMPARED] if len(own) > _COMPARED else own, own)
     similarities = (features @ features.T)[np.triu_indices(len(features), 1)]
     different = similarities[similarities < 1 - 1e-4]

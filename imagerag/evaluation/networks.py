@@ -12,12 +12,13 @@ from imagerag.evaluation.weights import digests_of
 if TYPE_CHECKING:
     from PIL import Image
 
-NetworkName = Literal["efficientnet", "drawings", "clip", "inception", "tifa"]
+NetworkName = Literal["efficientnet", "thumbnails", "drawings", "clip", "inception", "tifa"]
 Network = Callable[[Sequence["Image.Image"], Sequence[str]], npt.NDArray[np.floating[Any]]]
 """Returns features (N, D) of pictures (N,) with their prompts (N,), which only TIFA's network reads."""
 
 _FILES: dict[NetworkName, tuple[str, ...]] = {
     "efficientnet": (),
+    "thumbnails": (),
     "drawings": (),
     "clip": ("clip",),
     "inception": ("inception",),
@@ -57,10 +58,12 @@ def load_network(name: NetworkName, files: MetricFiles, device: str = "cpu") -> 
     Raises:
         UserError: if its files are invalid, or the package with EfficientNet-Lite0 is missing.
     """
-    if name == "efficientnet":
-        from imagerag.evaluation.efficientnet import load_feature_network, to_batches
+    if name in ("efficientnet", "thumbnails"):
+        from imagerag.evaluation.efficientnet import load_feature_network, to_batches, to_thumbnails
 
         first = load_feature_network(device)
+        if name == "thumbnails":
+            return lambda pictures, _: first(to_thumbnails(to_batches(pictures)))
         return lambda pictures, _: first(to_batches(pictures))
     if name == "drawings":
         from imagerag.embedded.judge import contrastive_features, load_contrastive_network

@@ -52,9 +52,9 @@ def totals(job: FeatureJob, home: Path) -> list[int]:
 def test_features_are_those_of_the_networks_in_the_order_of_the_pictures(table: KeyedTable, tmp_path: Path) -> None:
     files = MetricFiles(clip=str(write_clip(tmp_path / "clip")))
     job = job_of(table, files=files)
-    assert set(totals(job, tmp_path)) == {3 * NUM}
+    assert set(totals(job, tmp_path)) == {4 * NUM}
     images = open_images([drawing(number) for number in range(NUM)])
-    for network, dim in (("efficientnet", 1280), ("drawings", 160), ("clip", CLIP_DIM)):
+    for network, dim in (("efficientnet", 1280), ("thumbnails", 1280), ("drawings", 160), ("clip", CLIP_DIM)):
         features = job.read("adapter", network)  # type: ignore[arg-type]
         assert features.shape == (NUM, dim)
         expected = load_network(network, files)(images, PROMPTS)  # type: ignore[arg-type]
@@ -77,19 +77,19 @@ def test_what_is_there_is_not_computed_again(
 
     with pytest.raises(KilledError):
         job_of(table, 6).run(Settings(home=tmp_path), kill)
-    assert set(totals(job_of(table, 6), tmp_path)) == {2 * 6 - 4}, "two parts were committed"
-    assert set(totals(job_of(table), tmp_path)) == {2 * 4}, "further pictures"
+    assert set(totals(job_of(table, 6), tmp_path)) == {3 * 6 - 4}, "two parts were committed"
+    assert set(totals(job_of(table), tmp_path)) == {3 * 4}, "further pictures"
     assert totals(job_of(table), tmp_path) == []
     clip = MetricFiles(clip=str(write_clip(tmp_path / "clip")))
     assert set(totals(job_of(table, files=clip), tmp_path)) == {NUM}, "another network"
-    assert len(list(tmp_path.glob("features-*.lance"))) == 2 * 3, "one for each source and network"
+    assert len(list(tmp_path.glob("features-*.lance"))) == 2 * 4, "one for each source and network"
 
 
 def test_features_that_no_metric_reads_are_not_computed(table: KeyedTable, tmp_path: Path) -> None:
     rows = pa.table({"id": IDS, "prompt": PROMPTS})
     source = Source(table=table, rows=rows, unused=("drawings",))
-    assert set(totals(FeatureJob({"index": source}, EvaluateConfig(), table.uri), tmp_path)) == {NUM}
-    assert len(list(tmp_path.glob("features-*.lance"))) == 1
+    assert set(totals(FeatureJob({"index": source}, EvaluateConfig(), table.uri), tmp_path)) == {2 * NUM}
+    assert len(list(tmp_path.glob("features-*.lance"))) == 2
 
 
 def test_a_network_without_its_file_is_named(table: KeyedTable, tmp_path: Path) -> None:

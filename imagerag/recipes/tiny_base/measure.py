@@ -13,7 +13,7 @@ import torch
 from imagerag.base.model import BaseModel
 from imagerag.embedded.judge import contrastive_features
 from imagerag.embedded.sample import Drawing
-from imagerag.evaluation.efficientnet import load_feature_network
+from imagerag.evaluation.efficientnet import load_feature_network, to_thumbnails
 from imagerag.evaluation.intervals import Estimate, estimate
 from imagerag.evaluation.recognition import Floats, Judge
 from imagerag.recipes.tiny_base.data import Pictures
@@ -46,7 +46,7 @@ class Row:
     sharpness: Estimate
     """Gradient energy of the latents relative to that of drawings."""
     nearest: Estimate | None
-    """Similarity to the nearest reference in the first judge's features."""
+    """Similarity to the nearest reference as thumbnails, in the first judge's features."""
     copies: Estimate | None
     """Share of pictures whose `nearest` exceeds that of 999 of 1,000 pairs of different drawings."""
     by_seed: tuple[float, ...]
@@ -71,10 +71,15 @@ class Judges:
         self._first = load_feature_network()
         real = [to_input(pictures.pixels, "cpu")]
         self._judges = [Judge.of(features, self.concepts) for features in self.features(real)]
+        self._thumbnails = Judge.of(self.thumbnails(real), self.concepts)
 
     def features(self, pictures: Sequence[torch.Tensor]) -> list[Floats]:
         """Return each judge's features (N, D) of batches of pictures (B, 3, H, W), -1 to 1."""
         return [self._first(pictures), contrastive_features(pictures)]
+
+    def thumbnails(self, pictures: Sequence[torch.Tensor]) -> Floats:
+        """Return the first network's features (N, D) of thumbnails of batches of pictures (B, 3, H, W), -1 to 1."""
+        return self._first(to_thumbnails(pictures))
 
     def recognised(self, features: list[Floats], concepts: Ints, candidates: Ints, left_out: Ints) -> list[Floats]:
         """Return each judge's verdicts, 1 or 0 for each picture (N,).
@@ -90,17 +95,17 @@ class Judges:
             for judge, own in zip(self._judges, features, strict=True)
         ]
 
-    def nearest(self, features: list[Floats], shown: Ints) -> Floats:
-        """Return the similarity (N,) to the nearest of the references `shown` (N, K), by the first judge's features."""
-        judge = self._judges[0]
-        centred = features[0] - judge.centre
+    def nearest(self, thumbnails: Floats, shown: Ints) -> Floats:
+        """Return the similarity (N,) of thumbnails to the nearest of the references `shown` (N, K)."""
+        judge = self._thumbnails
+        centred = thumbnails - judge.centre
         unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
         similarities = np.einsum("nd,nkd->nk", unit, judge.features[shown])
         return np.asarray(np.where(shown >= 0, similarities, -1).max(1))
 
     def copy_threshold(self, concepts: Ints) -> float:
         """Return the 99.9 % quantile of similarities between different drawings of `concepts`."""
-        features = self._judges[0].features[np.isin(self.concepts, concepts)]
+        features = self._thumbnails.features[np.isin(self.concepts, concepts)]
         similarities = (features @ features.T)[np.triu_indices(len(features), 1)]
         return float(np.quantile(similarities[similarities < 1 - 1e-4], _COPY_QUANTILE))
 
@@ -171,11 +176,14 @@ class Measurer:
         real = torch.cat([batch.latents for batch in self.batches(NONE, 0)])
         per_seed = []
         for seed, latents in enumerate(made):
-            features = self._judges.features([pixels(base, part) for part in latents.split(_BATCH_SIZE)])
+            pictures = [pixels(base, part) for part in latents.split(_BATCH_SIZE)]
+            features = self._judges.features(pictures)
             verdicts = self._judges.recognised(features, self._concepts, self._candidates, self._left_out)
             errors = (latents - real).square().mean((1, 2, 3)).numpy()
             energies = (_energy(latents) / _energy(real).mean()).numpy()
-            near = np.full(len(real), np.nan) if shown is None else self._judges.nearest(features, shown[seed])
+            near = np.full(len(real), np.nan)
+            if shown is not None:
+                near = self._judges.nearest(self._judges.thumbnails(pictures), shown[seed])
             copies = np.where(np.isnan(near), np.nan, near > self._threshold)
             per_seed.append(np.stack([*verdicts, self._identified(latents, real), errors, energies, near, copies]))
         values = np.mean(per_seed, axis=0)
