@@ -26,6 +26,7 @@ from imagerag.embedded.judge import (
     DIM,
     FOLDER,
     MANIFEST_NAME,
+    SIDE,
     WEIGHTS_NAME,
     ContrastiveNetwork,
     contrastive_features,
@@ -97,7 +98,7 @@ def train(recipe: Recipe, drawings: Sequence[Drawing]) -> ContrastiveNetwork:
     head = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, recipe.projection_dim))
     grouped: dict[str, list[torch.Tensor]] = defaultdict(list)
     for drawing in drawings:
-        grouped[drawing.concept.codepoint].append(torch.from_numpy(drawing.pixels()))
+        grouped[drawing.concept.codepoint].append(torch.from_numpy(drawing.pixels(SIDE)))
     concepts = [torch.stack(own) for _, own in sorted(grouped.items()) if len(own) > 1]
     optimizer = torch.optim.AdamW(
         [*network.parameters(), *head.parameters()], recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -123,7 +124,7 @@ def train(recipe: Recipe, drawings: Sequence[Drawing]) -> ContrastiveNetwork:
 
 def recognised(network: ContrastiveNetwork, drawings: Sequence[Drawing], split: str) -> dict[str, float]:
     """Return the leave-one-out recognition of a split's drawings among 100 concepts, with its interval."""
-    pixels = torch.stack([torch.from_numpy(drawing.pixels()) for drawing in drawings])
+    pixels = torch.stack([torch.from_numpy(drawing.pixels(SIDE)) for drawing in drawings])
     names = sorted({drawing.concept.codepoint for drawing in drawings})
     concepts = np.array([names.index(drawing.concept.codepoint) for drawing in drawings])
     features = contrastive_features([pixels / 127.5 - 1], network)

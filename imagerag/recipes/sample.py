@@ -8,8 +8,8 @@ Two runs on the same packages write the same bytes (with the same versions of Pi
 at least two styles draw them. A concept's code point is emojibase's `hexcode` in lower case without U+FE0F, which only
 asks for the coloured presentation. Its name is emojibase's label with straight quotes.
 
-**Drawings** are trimmed, put on white, scaled down with a Lanczos filter to at most 60 pixels a side, never enlarged
-beyond the canvas of their set (a small square stays smaller than a large one), centred in 64x64 and kept as WebP.
+**Drawings** are trimmed, put on white, scaled down with a Lanczos filter to at most 120 pixels a side, never enlarged
+beyond the canvas of their set (a small square stays smaller than a large one), centred in 128x128 and kept as WebP.
 The iconify packages name their icons instead of numbering them: an icon belongs to the concept whose label or Unicode
 name it spells, and `sample_matches.csv` lists the exceptions, each checked by eye.
 
@@ -36,21 +36,20 @@ import pyarrow.parquet as pq
 import resvg_py
 from PIL import Image, ImageChops
 
-from imagerag.embedded.sample import DATA, SPLITS, STYLES, Concept
+from imagerag.embedded.sample import DATA, SIDE, SPLITS, STYLES, Concept
 from imagerag.errors import UserError
 
 PACKAGES = (
     "emojibase-data@17.0.0",
-    "emoji-datasource-google@16.0.0",
-    "emoji-datasource-twitter@16.0.0",
     "@lobehub/fluent-emoji-3d@1.1.0",
+    "@iconify-json/noto@1.2.2",
+    "@iconify-json/twemoji@1.2.5",
     "@iconify-json/noto-v1@1.2.5",
     "@iconify-json/fxemoji@1.2.2",
     "@iconify-json/emojione@1.2.3",
 )
-SIZE = 64
-INNER_SIZE = 60
-SVG_SIZE = 4 * SIZE
+INNER_SIZE = 120
+SVG_SIZE = 4 * SIDE
 SPLIT_SHARES = (0.6, 0.3, 0.1)
 SALT = "sample corpus 9"
 """A salt for which the shares of concepts are close to those of families, although families differ in size."""
@@ -241,16 +240,16 @@ def read_icons(packages: Path, style: str, package: str, concepts: list[Concept]
 
 
 def fit(drawing: Image.Image) -> Image.Image:
-    """Return `drawing` trimmed and centred on 64x64 white pixels."""
+    """Return `drawing` trimmed and centred on 128x128 white pixels."""
     drawing = drawing.convert("RGBA")
     white = Image.new("RGBA", drawing.size, "white")
     flat = Image.alpha_composite(white, drawing).convert("RGB")
     box = ImageChops.difference(flat, white.convert("RGB")).getbbox() or (0, 0, *flat.size)
     trimmed = flat.crop(box)
-    scale = min(SIZE / max(drawing.size), INNER_SIZE / max(trimmed.size))
+    scale = min(SIDE / max(drawing.size), INNER_SIZE / max(trimmed.size))
     width, height = (max(1, round(side * scale)) for side in trimmed.size)
-    fitted = Image.new("RGB", (SIZE, SIZE), "white")
-    fitted.paste(trimmed.resize((width, height), Image.Resampling.LANCZOS), ((SIZE - width) // 2, (SIZE - height) // 2))
+    fitted = Image.new("RGB", (SIDE, SIDE), "white")
+    fitted.paste(trimmed.resize((width, height), Image.Resampling.LANCZOS), ((SIDE - width) // 2, (SIDE - height) // 2))
     return fitted
 
 
@@ -285,8 +284,8 @@ def build(packages: Path, folder: Path) -> None:
         return lambda: read_icons(packages, style, f"@iconify-json/{style}", concepts)
 
     sources = {
-        "noto": lambda: read_files(packages / "emoji-datasource-google/img/google/64", ".png"),
-        "twemoji": lambda: read_files(packages / "emoji-datasource-twitter/img/twitter/64", ".png"),
+        "noto": icons("noto"),
+        "twemoji": icons("twemoji"),
         "fluent-3d": lambda: read_files(packages / "@lobehub/fluent-emoji-3d/assets", ".webp"),
         "noto-v1": icons("noto-v1"),
         "fxemoji": icons("fxemoji"),

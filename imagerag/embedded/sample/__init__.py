@@ -1,6 +1,6 @@
 """The sample corpus: real drawings with names, small enough to ship in the package.
 
-Concepts are emoji, drawn in several styles at 64x64 pixels on white. Every concept belongs permanently to one split;
+Concepts are emoji, drawn in several styles at 128x128 pixels on white. Every concept belongs permanently to one split;
 all claims about generalisation rest on this. `data/ATTRIBUTION.md` names authors and licences;
 `imagerag.recipes.sample` rebuilds the data.
 """
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 DATA = Path(__file__).parent / "data"
+SIDE = 128
+"""Width and height of the drawings in pixels."""
 SPLITS = ("base", "adapter", "held_out")
 """`base` trains the base model and the encoder, `adapter` only the adapter, `held_out` nothing at all."""
 
@@ -64,14 +66,17 @@ class Drawing:
     concept: Concept
     style: Style
     image: bytes
-    """WebP, 64x64 pixels, RGB."""
+    """WebP, 128x128 pixels, RGB."""
 
-    def pixels(self) -> "np.ndarray":
-        """Return the image as bytes (3, 64, 64)."""
+    def pixels(self, side: int = SIDE) -> "np.ndarray":
+        """Return the image as bytes (3, `side`, `side`)."""
         import numpy as np
         from PIL import Image
 
-        return np.ascontiguousarray(np.asarray(Image.open(io.BytesIO(self.image)).convert("RGB")).transpose(2, 0, 1))
+        image = Image.open(io.BytesIO(self.image)).convert("RGB")
+        if side != SIDE:
+            image = image.resize((side, side), Image.Resampling.LANCZOS)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 @cache

@@ -70,8 +70,9 @@ class Samples:
         self._recipe = recipe
         self._drawings: dict[str, list[torch.Tensor]] = defaultdict(list)
         texts: dict[str, tuple[str, ...]] = {}
+        side: int = tiny_encoder.read_config()["preprocess_cfg"]["size"]
         for drawing in drawings:
-            self._drawings[drawing.concept.codepoint].append(torch.from_numpy(drawing.pixels()))
+            self._drawings[drawing.concept.codepoint].append(torch.from_numpy(drawing.pixels(side)))
             texts[drawing.concept.codepoint] = (drawing.concept.name, *drawing.concept.keywords)
         self.codepoints = sorted(self._drawings)
         features = _text_features(model, sorted({text for group in texts.values() for text in group}))
