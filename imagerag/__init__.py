@@ -4,7 +4,7 @@
 >>> pipeline = ImageRAGTurboPipeline.from_base(load_base("tiny", "cpu"))
 >>> pipeline.set_progress_bar_config(disable=True)
 >>> pipeline("a red mug").images[0].size
-(64, 64)
+(128, 128)
 
 It is a diffusers pipeline, which also takes images as references:
 

@@ -36,10 +36,10 @@ def test_files_are_kept_whole_in_a_square(tmp_path: Path) -> None:
     Image.new("RGBA", (50, 50)).save(tmp_path / "empty.png")
     Image.new("RGB", (50, 50), "green").save(tmp_path / "plain.png")
     (cutout,) = Cutouts.of_files([tmp_path]).pixels
-    assert cutout.shape == (4, 80, 80)
-    assert cutout[2, 40, 1] > 200, "the other end"
-    assert cutout[0, 40, 78] > 200, "the red end"
-    assert cutout[3, 5, 40] == 0, "above it"
+    assert cutout.shape == (4, 160, 160)
+    assert cutout[2, 80, 1] > 200, "the other end"
+    assert cutout[0, 80, 157] > 200, "the red end"
+    assert cutout[3, 10, 80] == 0, "above it"
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_variations_are_pictures_and_the_same_for_the_same_seed(drawings: Cutout
         return vary(drawings.pixels, torch.Generator().manual_seed(seed))
 
     one, same, other = made(0), made(0), made(1)
-    assert one.shape == (len(drawings.pixels), 3, 64, 64)
+    assert one.shape == (len(drawings.pixels), 3, 128, 128)
     assert one.min() >= -1
     assert one.max() <= 1
     assert torch.equal(one, same)

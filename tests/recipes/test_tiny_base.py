@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
+from imagerag.embedded import tiny_base
 from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.errors import UserError
+from imagerag.recipes.tiny_base.data import Pictures
 from imagerag.recipes.tiny_base.latents import Latents
 from imagerag.recipes.tiny_base.teacher import build_unet, deepened
 from imagerag.recipes.tiny_base.train import Recipe, Training
+from imagerag.recipes.tiny_base.vae import VaePhase, build_vae, encode_all, encode_halved, enlarged
 from imagerag.storage.digests import sha256_of
 from tests.recipes.test_loop import Kept as _Kept
 
@@ -93,7 +97,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     started, other = tmp_path / "started", tmp_path / "other"
     for folder in (started, other):
         folder.mkdir()
-    Training(replace(RECIPE, prior_steps=0), drawings, [pictures], started, Kept(), start=whole).run()
+    Training(replace(RECIPE, vae_steps=0, prior_steps=0), drawings, [pictures], started, Kept(), start=whole).run()
     for part, weights in _weights(started).items():
         same = all(torch.equal(value, expected[part][name]) for name, value in weights.items())
         assert same == (part in ("vae", "perceptual")), part
@@ -103,7 +107,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     with pytest.raises(UserError, match="weights of another recipe"):
         Training(RECIPE, drawings, [pictures], started, Kept()).run()
     kept = Kept()
-    Training(replace(RECIPE, teacher_steps=0), drawings, [pictures], other, kept, start=whole).run()
+    Training(replace(RECIPE, vae_steps=0, teacher_steps=0), drawings, [pictures], other, kept, start=whole).run()
     assert {name.split("/")[0] for name in kept.images} == {"prior", "student"}
     weights = _weights(other)
     assert all(torch.equal(value, expected["teacher"][name]) for name, value in weights["teacher"].items())
@@ -112,7 +116,7 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
     longer = tmp_path / "longer"
     longer.mkdir()
     kept = Kept()
-    only_teacher = replace(RECIPE, prior_steps=0, student_steps=0)
+    only_teacher = replace(RECIPE, vae_steps=0, prior_steps=0, student_steps=0)
     Training(only_teacher, drawings, [pictures], longer, kept, start=whole).run()
     assert {name.split("/")[0] for name in kept.images} == {"teacher"}
     weights = _weights(longer)
@@ -123,6 +127,41 @@ def test_it_makes_all_parts_and_a_killed_run_goes_on(
         return float(sum((one - other).square().sum() for one, other in pairs))
 
     assert 0 < distance("teacher") < distance("unet"), "it went on with its own weights"
+
+
+def test_a_larger_autoencoder_starts_from_a_smaller_ones_weights_and_latents() -> None:
+    torch.manual_seed(0)
+    config = dict(build_vae().config) | {"sample_size": 64, "block_out_channels": (16, 32, 64)}
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    former = AutoencoderKL.from_config(config | levels)
+    pictures = torch.rand(2, 3, 128, 128) * 2 - 1
+    kept = encode_halved(former, pictures).mean
+    assert kept.shape == (2, 4, 16, 16)
+    larger = enlarged(former).eval()
+    assert larger.encode(pictures).latent_dist.mean.shape == kept.shape
+    same = enlarged(larger)
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in larger.state_dict().items())
+    assert torch.equal(encode_halved(larger, pictures).mean, larger.encode(pictures).latent_dist.mean)
+    # The decoder shares all levels that the former one has: from its latents, they compute the same.
+    features = former.post_quant_conv(kept), larger.post_quant_conv(kept)
+    middles = [
+        vae.decoder.mid_block(vae.decoder.conv_in(own)) for vae, own in zip((former, larger), features, strict=True)
+    ]
+    for level in range(2):
+        middles = [vae.decoder.up_blocks[level](own) for vae, own in zip((former, larger), middles, strict=True)]
+    assert torch.equal(*middles)
+
+
+def test_an_autoencoder_that_starts_from_another_keeps_its_latents(drawings: list[Drawing]) -> None:
+    pictures, device = Pictures.of(drawings), torch.device("cpu")
+    former = AutoencoderKL.from_pretrained(tiny_base.FOLDER / "vae", torch_dtype=torch.float32)
+    before = encode_all(former, pictures.pixels, device)
+    phase = VaePhase(pictures, pictures, steps=3, seed=0, device=device, former=former)
+    losses = [phase.step(index) for index in range(3)]
+    assert losses[0]["regularization"] < 1e-6, "it starts as a copy"
+    changes = [(encode_all(vae, pictures.pixels, device) - before).square().mean() for vae in (phase.vae, former)]
+    assert 0 < changes[0] < 0.1
+    assert changes[1] == 0, "the former one is not trained"
 
 
 def test_a_deeper_mid_block_starts_with_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:

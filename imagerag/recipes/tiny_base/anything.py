@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from imagerag.errors import UserError
 
-_SIDE = 64
-_KEPT_SIDE = 80
+_SIDE = 128
+_KEPT_SIDE = 160
 """Side of clip art in memory, larger than `_SIDE` for augmentation by scaling."""
 _NEAR_WHITE = 250
 _MOST_ALIKE = 0.98
@@ -90,7 +90,7 @@ def _squares(paths: Sequence[Path]) -> Iterator[torch.Tensor]:
 
 
 def vary(cutouts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return augmented pictures (B, 3, 64, 64), -1 to 1, of cutouts, RGBA bytes (B, 4, H, W)."""
+    """Return augmented pictures (B, 3, 128, 128), -1 to 1, of cutouts, RGBA bytes (B, 4, H, W)."""
     size = len(cutouts)
     opaque = cutouts[:, 3:].float() / 255
     colours = _recoloured(cutouts[:, :3].float() / 255, generator)
@@ -141,10 +141,10 @@ def _grounds(textures: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def _textures(size: int, generator: torch.Generator) -> torch.Tensor:
-    """Return coloured noise (B, 3, 64, 64), 0 to 1, with a falling power spectrum as in photographs."""
+    """Return coloured noise (B, 3, 128, 128), 0 to 1, with a falling power spectrum as in photographs."""
     textures = torch.rand(size, 3, 1, 1, generator=generator).repeat(1, 1, _SIDE, _SIDE)
     strength = 0.3 * torch.rand(size, 1, 1, 1, generator=generator)
-    for side in (2, 4, 8, 16, 32):
+    for side in (2, 4, 8, 16, 32, 64):
         grey, colour = torch.randn(size, 4, side, side, generator=generator).split([1, 3], dim=1)
         octave = F.interpolate(grey + 0.4 * colour, (_SIDE, _SIDE), mode="bicubic", align_corners=False)
         textures = textures + octave * strength * (2 / side) ** 0.5

@@ -19,7 +19,7 @@ class Pictures:
     """Decoded drawings with concept and style."""
 
     pixels: torch.Tensor
-    """RGB bytes (N, 3, 64, 64)."""
+    """RGB bytes (N, 3, 128, 128)."""
     concepts: torch.Tensor
     """Indices (N,) into `codepoints`."""
     styles: torch.Tensor

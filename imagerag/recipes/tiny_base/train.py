@@ -3,10 +3,11 @@
 The training has six phases, on the `base` concepts of the sample corpus: the autoencoder; a UNet whose decoder
 reconstructs pictures from the H-space; its text conditioning; the teacher; the network of the perceptual loss, which
 fine-tuning uses too; and the student, which is also trained to reconstruct the pictures in `--pictures`. A stopped run
-resumes. `--start` takes the autoencoder, the perceptual network, a teacher and a student from a folder. If the phase of
-text conditioning has steps, it goes on with that student, and the new teacher and student start from its result.
-Otherwise, each goes on with its own weights, and the student also keeps the optimizers, EMA and discriminator of its
-checkpoint, if there is one. Losses and image grids are logged to MLflow.
+resumes. `--start` takes the autoencoder, the perceptual network, a teacher and a student from a folder. If the
+autoencoder's phase has steps, the new one keeps the latents of that one, which the other models were trained on. If the
+phase of text conditioning has steps, it goes on with that student, and the new teacher and student start from its
+result. Otherwise, each goes on with its own weights, and the student also keeps the optimizers, EMA and discriminator
+of its checkpoint, if there is one. Losses and image grids are logged to MLflow.
 
 The shipped weights used public-domain clip art as `--pictures`: Debian's package `openclipart-png`.
 """
@@ -45,8 +46,6 @@ from imagerag.training.tracking import Tracker, tracked
 
 _SPLIT = "base"
 _PARTS = ("vae", "teacher", "perceptual", "unet")
-_KEPT = ("vae", "perceptual")
-"""Parts that a training with `--start` copies unchanged."""
 _SHOWN_SPLIT = "held_out"
 
 
@@ -123,19 +122,28 @@ class Training:
         folder = self._folder / part
         if not folder.exists():
             partial = folder.with_suffix(".partial")
-            if self._start is not None and part in _KEPT:
+            if self._start is not None and part in self._kept:
                 shutil.copytree(self._start / part, partial, dirs_exist_ok=True)
             else:
                 train().eval().half().save_pretrained(partial)
             partial.rename(folder)
         return kind.from_pretrained(folder, torch_dtype=torch.float32).eval().to(self._device)
 
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        """Parts that a training with `--start` copies unchanged."""
+        return ("perceptual",) if self._recipe.vae_steps else ("vae", "perceptual")
+
     def _train_vae(self) -> ModelMixin:
+        former = None if self._start is None else AutoencoderKL.from_pretrained(self._start / "vae")
         shown = Pictures.of(load_drawings(splits=[_SHOWN_SPLIT])[::23][:32])
         recipe = self._recipe
-        phase = VaePhase(self._pictures, shown, steps=recipe.vae_steps, seed=recipe.seed, device=self._device)
+        phase = VaePhase(
+            self._pictures, shown, steps=recipe.vae_steps, seed=recipe.seed, device=self._device, former=former
+        )
         self._run(phase)
-        normalize_latents(phase.vae, encode_all(phase.vae.eval(), self._pictures.pixels, self._device))
+        if former is None:
+            normalize_latents(phase.vae, encode_all(phase.vae.eval(), self._pictures.pixels, self._device))
         return phase.vae
 
     def _train_teacher(self, common: dict[str, Any]) -> ModelMixin:
