@@ -55,6 +55,7 @@ class Recipe:
 
     seed: int = 0
     vae_steps: int = 2400
+    """0 keeps the autoencoder of `--start`."""
     hspace_steps: int = 2100
     prior_steps: int = 2400
     teacher_steps: int = 1500
