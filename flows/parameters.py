@@ -58,11 +58,12 @@ class _Evaluation(Config):
     portable: bool = Field(
         default=False, description="Pack a copy of the index into the model, for machines that can't reach the store."
     )
-    keep_models: int = Field(
-        default=10,
+    keep_models: int | None = Field(
+        default=None,
         ge=0,
         description="Number of registered versions to keep, in addition to versions with an alias and versions that "
-        "people promoted or rolled back; older ones are removed, and no longer keep their version of the index.",
+        "people promoted or rolled back; older ones are removed, and no longer keep their version of the index. Unset: "
+        "as many as the last run that set it, at first 10.",
     )
 
     @model_validator(mode="after")

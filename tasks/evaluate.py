@@ -72,7 +72,7 @@ def register_model(
     over: int | None,
     model_name: str | None,
     portable: bool,
-    keep: int,
+    keep: int | None,
 ) -> Registered:
     """Register the candidate with its results, promote it if it passed the gate, and remove old versions.
 
@@ -111,5 +111,5 @@ def register_model(
     logger = get_run_logger()
     logger.info("%s %s", registered.uri, "is champion" if registered.is_champion else "stays a candidate")
     for removed in prune(settings, keep):
-        logger.info("removed version %s of the model, beyond the %s that are kept", removed.version, keep)
+        logger.info("removed version %s of the model, beyond those that are kept", removed.version)
     return registered

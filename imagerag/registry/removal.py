@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagerag.errors import UserError
 from imagerag.registry.versions import (
+    TAG,
     THE_GATE,
     VersionInfo,
     find_version,
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
+
+_KEPT = 10
+_KEEP_TAG = f"{TAG}keep_models"
+"""Tag of a registered model with the number of versions to keep. Runs that an automation starts do not give one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +61,26 @@ def remove(settings: Settings, version: int) -> Removed:
         return remove_version(client, settings, info)
 
 
-def prune(settings: Settings, keep: int) -> list[Removed]:
+def prune(settings: Settings, keep: int | None) -> list[Removed]:
     """Remove old versions: all but the `keep` newest, not counting those with an alias or a person's decision.
+
+    Args:
+        settings: location of MLflow.
+        keep: number of versions; None for that of the last call which gave one, or 10.
 
     Raises:
         UserError: if MLflow can't be used.
     """
+    name = settings.model_name
     with writing_registry(settings) as client:
-        unnamed = [info for info in versions_in(client, settings.model_name) if info.signed and not _is_named(info)]
+        infos = versions_in(client, name)
+        if not infos:
+            return []
+        if keep is None:
+            keep = int(client.get_registered_model(name).tags.get(_KEEP_TAG, _KEPT))
+        else:
+            client.set_registered_model_tag(name, _KEEP_TAG, str(keep))
+        unnamed = [info for info in infos if info.signed and not _is_named(info)]
         return [remove_version(client, settings, info) for info in unnamed[keep:]]
 
 

@@ -197,6 +197,17 @@ def test_versions_that_nobody_named_are_removed_with_what_they_keep(home: Home) 
     assert home.store.has(first)
 
 
+def test_a_run_that_names_no_number_keeps_as_many_versions_as_the_last_that_did(home: Home) -> None:
+    """Those that an automation starts, for one."""
+    settings = home.settings
+    assert prune(settings, keep=None) == [], "nothing is registered"
+    register(home.finetuned("first"), settings)
+    assert prune(settings, keep=0) == [], "it is the candidate"
+    register(home.finetuned("second"), settings)
+    (removed,) = prune(settings, keep=None)
+    assert removed.version == 1
+
+
 def test_two_registrations_at_once(home: Home) -> None:
     made: list[Registered] = []
     names = ("first", "second", "first")
