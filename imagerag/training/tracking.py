@@ -32,6 +32,7 @@ CONTINUES = "imagerag.continues"
 """Tag of a run that replaces a lost run, with the lost run's id."""
 _RETRY_AFTER_S = 5.0
 _LEFT_AT_END_S = 60.0
+_FLUSH_S = 10.0
 _DIGITS = 16
 _REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow's answers to what it will never take: for a run that was deleted, or a value that breaks a rule. BAD_REQUEST
@@ -59,6 +60,8 @@ class MlflowTracker:
         self._client, self._run_id = mlflow_client(tracking_uri), run_id
         self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._refused: set[str] = set()
+        self._lost = threading.Event()
+        """Set while MLflow can't be reached."""
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
         # An earlier attempt may have ended the run as failed.
@@ -96,6 +99,16 @@ class MlflowTracker:
             path.write_bytes(content)
             self._client.log_artifact(self._run_id, str(path))
 
+    def flush(self) -> None:
+        """Wait until all entries are sent, so that a process that is killed afterwards does not lose them.
+
+        Waits at most ten seconds, and not at all while MLflow can't be reached.
+        """
+        sent, deadline = threading.Event(), time.monotonic() + _FLUSH_S
+        self._waiting.put(sent.set)
+        while not sent.wait(0.02) and not self._lost.is_set() and time.monotonic() < deadline:
+            pass
+
     def close(self, status: str = "FINISHED") -> None:
         """End the run once all entries are sent; give up after one minute."""
         self._waiting.put(partial(self._client.set_terminated, self._run_id, status))
@@ -110,7 +123,6 @@ class MlflowTracker:
 
     def _send(self, send: Callable[[], object]) -> None:
         """Send an entry, until MLflow takes or refuses it."""
-        was_lost = False
         while True:
             try:
                 send()
@@ -120,12 +132,14 @@ class MlflowTracker:
                     if code not in self._refused:
                         logger.warning("MLflow refuses an entry of the run; such entries are dropped: %s", error)
                     self._refused.add(code)
+                    self._lost.clear()
                     return
-                if not was_lost:
+                if not self._lost.is_set():
                     logger.warning("MLflow can't be reached; entries are queued: %s", error)
-                was_lost = True
+                self._lost.set()
                 time.sleep(_RETRY_AFTER_S)
             else:
+                self._lost.clear()
                 return
 
 

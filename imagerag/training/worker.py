@@ -164,6 +164,7 @@ def _report(training: "Finetuning", data: "RagData", tracker: MlflowTracker | No
         picture.save(Path(folder) / _GRID)
         checkpoint = ray.train.Checkpoint.from_directory(folder)
         result = {SCORE: values[SCORE], "step": training.done, ACCURACY: training.accuracy}
+        tracker.flush()  # a training that goes on from this checkpoint does not validate it again
         ray.train.report(result, checkpoint=checkpoint)
 
 

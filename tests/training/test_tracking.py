@@ -89,6 +89,26 @@ def test_one_that_never_comes_back_is_told_of(
     assert "MLflow could not be reached again" in caplog.text
 
 
+def test_what_is_flushed_is_there_even_if_the_process_ends(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    run_id = start_run(settings, "test", "run", {})
+    tracker = MlflowTracker(tracking_uri(settings), run_id)
+    for step in range(30):
+        tracker.metrics({"loss": 3.0 - step / 30}, step)
+    tracker.flush()
+    assert len(mlflow_client(tracking_uri(settings)).get_metric_history(run_id, "loss")) == 30
+    tracker.close()
+
+
+def test_nobody_waits_for_a_server_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_FLUSH_S", 60.0)
+    tracker = MlflowTracker(f"http://127.0.0.1:{free_port()}", "no run")
+    started = time.monotonic()
+    tracker.flush()
+    assert time.monotonic() - started < 30
+
+
 def test_what_mlflow_refuses_is_dropped_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
