@@ -189,6 +189,7 @@ class Registered:
     portable: bool
     """Whether it contains a copy of its index."""
     is_champion: bool = False
+    """Whether it is the champion now."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,8 +97,7 @@ def register(
     """Register a trained adapter with an index version as `candidate`.
 
     Registering the same content again returns the same version, with the tags and the description of its last
-    evaluation. The index version is pinned in its store, so that later
-    publications keep it.
+    evaluation. The index version is pinned in its store, so that later publications keep it.
 
     Args:
         finetuned: result of the training.

@@ -71,9 +71,8 @@ def build_index(
     """Update the indexes of the newest version, measure their recall, and commit it with them.
 
     This does nothing if that version was already indexed with this config, whose unset values are those of the last
-    build. New rows are added to an existing index.
-    `rewrite` also rewrites every file that may contain a deleted row, so that none of the new version does; it does so
-    in an unfinished table too, because a takedown can't wait.
+    build. New rows are added to an existing index. `rewrite` also rewrites every file that may contain a deleted row,
+    so that none of the new version does; it does so in an unfinished table too, because a takedown can't wait.
 
     Raises:
         UserError: if there is no such table, or an ingest of it did not end.

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +102,13 @@ class Examples:
         Raises:
             UserError: if the file with them can't be read, or the index has none of them.
         """
-        captions = self.rows["caption"].unique()
+        captions = self.rows["caption"]
         if self.config.held_out is None:
-            fewest = nsmallest(min(_FEWEST_HELD_OUT, len(captions) // 5), map(_number_of, _texts(captions)))
-            bound = max([self.config.held_out_share * 2**32, *(number + 1 for number in fewest[-1:])])
-            return frozenset(caption for caption in _texts(captions) if _number_of(caption) < bound)
+            numbers = np.fromiter(map(_number_of, _texts(captions)), np.uint32)
+            different = np.unique(numbers)  # as many as there are different captions
+            fewest = min(_FEWEST_HELD_OUT, len(different) // 5)
+            bound = max(self.config.held_out_share * 2**32, int(different[fewest - 1]) + 1 if fewest else 0)
+            return frozenset(_texts(captions.filter(pa.array(numbers < bound))))
         listed = frozenset(read_lines(self.config.held_out))
         held_out = frozenset(caption for caption in _texts(captions) if caption.strip() in listed)
         if not held_out:
@@ -239,10 +240,11 @@ def _number_of(caption: str) -> int:
     return int.from_bytes(_hash(caption, 4), "big")
 
 
-def _texts(captions: pa.Array) -> Iterator[str]:
+def _texts(captions: pa.ChunkedArray) -> Iterator[str]:
     """Yield the captions without making Python strings of all of them at once."""
-    for start in range(0, len(captions), _BATCH_ROWS):
-        yield from captions.slice(start, _BATCH_ROWS).to_pylist()
+    for chunk in captions.chunks:
+        for start in range(0, len(chunk), _BATCH_ROWS):
+            yield from chunk.slice(start, _BATCH_ROWS).to_pylist()
 
 
 def _hash(text: str, size: int = 8) -> bytes:

@@ -136,7 +136,11 @@ class Training:
         return ("perceptual",) if self._recipe.vae_steps else ("vae", "perceptual")
 
     def _train_vae(self) -> ModelMixin:
-        former = None if self._start is None else AutoencoderKL.from_pretrained(self._start / "vae")
+        former = None
+        if self._start is not None:
+            former = AutoencoderKL.from_pretrained(
+                self._start / "vae", torch_dtype=torch.float32, local_files_only=True
+            )
         shown = Pictures.of(load_drawings(splits=[_SHOWN_SPLIT])[::23][:32])
         recipe = self._recipe
         phase = VaePhase(

@@ -160,10 +160,9 @@ def _moved(name: str, shift: int) -> str:
 @torch.no_grad()
 def encode_halved(former: AutoencoderKL, pixels: torch.Tensor) -> DiagonalGaussianDistribution:
     """Return the distribution of the latents of pictures (B, 3, H, W), halved if the former is for half the size."""
-    levels = len(former.config.block_out_channels), len(build_vae().config.block_out_channels)
-    if levels[0] < levels[1]:
-        size = tuple(side // 2 for side in pixels.shape[-2:])
-        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    side = former.config.sample_size
+    if pixels.shape[-1] > side:
+        pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     return former.encode(pixels).latent_dist
 
 
