@@ -13,15 +13,12 @@ from PIL import Image
 from imagerag.embedding.encoder import to_rgb
 from imagerag.errors import UserError
 from imagerag.evaluation.config import MetricName
-from imagerag.evaluation.distances import frechet
+from imagerag.evaluation.distances import frechet, gaussian, mmd, spread
 from imagerag.evaluation.metrics import Pictures, Real, Value, check_enough, distance_of
 from imagerag.evaluation.recognition import Floats
 from imagerag.evaluation.weights import load_tensors, transformers_folder
 
 _BATCH_SIZE = 32
-_BLOCK_ROWS = 1024
-_MMD_SIGMA = 10.0
-_MMD_SCALE = 1000.0
 
 
 class Clip:
@@ -141,17 +138,14 @@ class Cmmd:
 
     @cached_property
     def _spread_of_real(self) -> float:
-        return _spread(self._real.features("clip"))
+        return spread(self._real.features("clip"), gaussian)
 
     def measure(self, pictures: Pictures) -> Value:
         """Return the unbiased MMD² with a Gaussian kernel of sigma 10, times 1,000, as in the paper."""
         check_enough(len(pictures.made), "each way")
-        return distance_of(pictures, pictures.made.features("clip"), self._distance)
-
-    def _distance(self, own: Floats) -> float:
         real = self._real.features("clip")
-        between = _kernel_sum(own, real) / (len(own) * len(real))
-        return float(_MMD_SCALE * (_spread(own) + self._spread_of_real - 2 * between))
+        distance = partial(mmd, other=real, kernel=gaussian, spread_of_other=self._spread_of_real)
+        return distance_of(pictures, pictures.made.features("clip"), distance)
 
 
 class Aesthetics:
@@ -215,24 +209,6 @@ class Fid:
 
 def _layer_of(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdigit())
-
-
-def _spread(values: Floats) -> float:
-    """Return the mean kernel value over pairs of different embeddings."""
-    return (_kernel_sum(values, values) - len(values)) / (len(values) * (len(values) - 1))
-
-
-def _kernel_sum(one: Floats, other: Floats) -> float:
-    """Return the sum of the kernel over all pairs, computed in blocks, as the matrix of all pairs may not fit."""
-    return sum(
-        float(_kernel(one[start : start + _BLOCK_ROWS], other).sum()) for start in range(0, len(one), _BLOCK_ROWS)
-    )
-
-
-def _kernel(one: Floats, other: Floats) -> Floats:
-    distances = (one**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * one @ other.T
-    kernel: Floats = np.exp(-distances / (2 * _MMD_SIGMA**2))
-    return kernel
 
 
 def _normalized(values: torch.Tensor) -> Floats:

@@ -1,5 +1,6 @@
 """Fréchet and kernel distances between the features of generated and real pictures."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,10 @@ from imagerag.evaluation.efficientnet import Features
 _SUBSETS = 100
 _SUBSET_SIZE = 100
 _BLOCK_ROWS = 1024
+_SIGMA = 10.0
+
+Kernel = Callable[[Features, Features], np.ndarray]
+"""Returns the kernel's values (N, M) of features (N, D) and (M, D)."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +40,48 @@ def measure_distances(generated: Features, real: Features) -> Distances:
     return Distances(frechet=frechet(generated, real), kernel=1000 * mean, kernel_deviation=1000 * deviation)
 
 
-def kernel_distance(one: Features, other: Features, spread_of_other: float | None = None) -> float:
-    """Return the unbiased kernel distance between features (N, D) and (M, D), times 1,000 (arXiv 1801.01401).
+def mmd(one: Features, other: Features, kernel: Kernel, spread_of_other: float | None = None) -> float:
+    """Return the unbiased squared maximum mean discrepancy between features (N, D) and (M, D), times 1,000.
 
-    It is the squared maximum mean discrepancy with a polynomial kernel of degree 3, over all pairs instead of over
-    random subsets. `spread_of_other` is `spread(other)`, if it is known.
+    Args:
+        one: features (N, D).
+        other: features (M, D).
+        kernel: for example `polynomial`, which makes it the kernel distance (arXiv 1801.01401) over all pairs, instead
+            of over random subsets.
+        spread_of_other: `spread(other, kernel)`, if it is known.
     """
-    within = spread(one) + (spread(other) if spread_of_other is None else spread_of_other)
-    return 1000 * (within - 2 * _kernel_sum(one, other) / (len(one) * len(other)))
+    within = spread(one, kernel) + (spread(other, kernel) if spread_of_other is None else spread_of_other)
+    between = sum(float(kernel(block, other).sum()) for block in _blocks(one)) / (len(one) * len(other))
+    return 1000 * (within - 2 * between)
 
 
-def spread(features: Features) -> float:
+def spread(features: Features, kernel: Kernel) -> float:
     """Return the mean kernel value over pairs of different rows of features (N, D)."""
-    rows = features.astype(np.float64)
-    own = _kernel(np.square(rows).sum(1), rows.shape[1]).sum()
-    return float((_kernel_sum(rows, rows) - own) / (len(rows) * (len(rows) - 1)))
+    total, first = 0.0, 0
+    for block in _blocks(features):
+        values = kernel(block, features)
+        total += float(values.sum()) - float(np.trace(values, first))  # without the pairs of a row with itself
+        first += len(block)
+    return total / (len(features) * (len(features) - 1))
 
 
-def _kernel_sum(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the sum of the kernel over all pairs, computed in blocks, as the matrix of all pairs may not fit."""
-    blocks = (one[start : start + _BLOCK_ROWS].astype(np.float64) for start in range(0, len(one), _BLOCK_ROWS))
-    others = other.astype(np.float64)
-    return sum(float(_kernel(block @ others.T, one.shape[1]).sum()) for block in blocks)
-
-
-def _kernel(products: np.ndarray, dim: int) -> np.ndarray:
-    """Return the kernel's values of the scalar products of features with `dim` values."""
-    values: np.ndarray = (products / dim + 1) ** 3
+def polynomial(one: Features, other: Features) -> np.ndarray:
+    """Return the kernel (x y / D + 1)^3 of all pairs of features (N, D) and (M, D)."""
+    values: np.ndarray = (one.astype(np.float64) @ other.T.astype(np.float64) / one.shape[1] + 1) ** 3
     return values
+
+
+def gaussian(one: Features, other: Features) -> np.ndarray:
+    """Return the Gaussian kernel with a sigma of 10, that of CMMD, of all pairs of features (N, D) and (M, D)."""
+    distances = (one**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * one @ other.T
+    values: np.ndarray = np.exp(-distances / (2 * _SIGMA**2))
+    return values
+
+
+def _blocks(features: Features) -> Iterator[Features]:
+    """Yield the features in blocks, as the kernel's matrix of all pairs may not fit in memory."""
+    for start in range(0, len(features), _BLOCK_ROWS):
+        yield features[start : start + _BLOCK_ROWS]
 
 
 def frechet(one: Features, other: Features) -> float:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagerag.evaluation.config import MetricName
-from imagerag.evaluation.distances import frechet, kernel_distance, spread
+from imagerag.evaluation.distances import frechet, mmd, polynomial, spread
 from imagerag.evaluation.efficientnet import Features
 from imagerag.evaluation.intervals import Estimate, estimate, jackknifed
 from imagerag.evaluation.made import FeaturesBy, Made
@@ -237,12 +237,12 @@ class Distance:
         features, real = (each.features("efficientnet") for each in (pictures.made, self._real))
         if self.name == "frechet":
             return distance_of(pictures, features, partial(frechet, other=real))
-        distance = partial(kernel_distance, other=real, spread_of_other=self._spread_of_real)
+        distance = partial(mmd, other=real, kernel=polynomial, spread_of_other=self._spread_of_real)
         return distance_of(pictures, features, distance)
 
     @cached_property
     def _spread_of_real(self) -> float:
-        return spread(self._real.features("efficientnet"))
+        return spread(self._real.features("efficientnet"), polynomial)
 
 
 def distance_of(pictures: Pictures, features: Features, distance: Callable[[Features], float]) -> Estimate:

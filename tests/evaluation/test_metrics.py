@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.errors import UserError
-from imagerag.evaluation import clip as clip_metrics
-from imagerag.evaluation import recognition
+from imagerag.evaluation import distances, recognition
 from imagerag.evaluation.clip import Aesthetics, Clip, ClipScore, Cmmd, Fid, Inception, check_evaluator
 from imagerag.evaluation.config import MetricFiles
 from imagerag.evaluation.copies import measure_copies, threshold_of
@@ -245,10 +244,12 @@ def test_the_matrix_of_all_pairs_is_never_needed(monkeypatch: pytest.MonkeyPatch
     judge = Judge.of(other, np.concatenate([np.arange(30), drawn_concepts[30:]]))
 
     def results() -> tuple[float, list[bool]]:
-        return clip_metrics._kernel_sum(one, other), judge.recognised(one, concepts, np.arange(30), None, 5).tolist()
+        return distances.mmd(one, other, distances.gaussian), judge.recognised(
+            one, concepts, np.arange(30), None, 5
+        ).tolist()
 
     at_once = results()
-    monkeypatch.setattr(clip_metrics, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(distances, "_BLOCK_ROWS", 16)
     monkeypatch.setattr(recognition, "_BLOCK_ROWS", 16)
     in_blocks = results()
     assert in_blocks[0] == pytest.approx(at_once[0])

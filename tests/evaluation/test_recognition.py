@@ -8,7 +8,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from imagerag.embedded.sample import load_concepts, load_drawings
 from imagerag.embedding.encoder import load_encoder
-from imagerag.evaluation.distances import frechet, kernel_distance, measure_distances, spread
+from imagerag.evaluation.distances import frechet, measure_distances, mmd, polynomial, spread
 from imagerag.evaluation.efficientnet import load_feature_network
 from imagerag.evaluation.intervals import estimate, jackknifed
 from imagerag.evaluation.recognition import ClipJudge, Judge, is_nearest
@@ -71,8 +71,8 @@ def test_the_kernel_distance_of_all_pictures_is_torch_fidelitys(
         *(torch.from_numpy(each).double() for each in (one, other)),
         kid_subsets=1, kid_subset_size=130, verbose=False,
     )["kernel_inception_distance_mean"]  # fmt: skip
-    assert kernel_distance(one, other, spread(other)) == pytest.approx(1000 * expected, rel=1e-6)
-    assert kernel_distance(one, other) == pytest.approx(1000 * expected, rel=1e-6)
+    assert mmd(one, other, polynomial, spread(other, polynomial)) == pytest.approx(1000 * expected, rel=1e-6)
+    assert mmd(one, other, polynomial) == pytest.approx(1000 * expected, rel=1e-6)
 
 
 def test_the_kernel_distances_interval_covers_zero_for_pictures_of_one_kind(
@@ -83,7 +83,7 @@ def test_the_kernel_distances_interval_covers_zero_for_pictures_of_one_kind(
     for seed in range(20):
         shuffled = np.random.default_rng(seed).permutation(judged[0])
         other = shuffled[100:200]
-        found = jackknifed(partial(kernel_distance, other=other), shuffled[:100], np.arange(100))
+        found = jackknifed(partial(mmd, other=other, kernel=polynomial), shuffled[:100], np.arange(100))
         covered.append(found.low <= 0 <= found.high)
     assert np.mean(covered) > 0.7
 
