@@ -23,7 +23,7 @@ from imagerag.settings import Settings
 from tests.bench.corpus import HOST, serving, write_drawings, write_url_list
 from tests.bench.harness import Row, Scale, in_fresh_process
 
-BAR = 0.05
+BAR = 0.03
 NUM_URLS: dict[Scale, int] = {"small": 600, "full": 100_000}
 
 
