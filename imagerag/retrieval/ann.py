@@ -46,6 +46,8 @@ class IndexRecord:
     """The `IndexRules` of the build."""
     words: dict[str, str | bool] = field(default_factory=dict)
     """Settings of the full-text index of captions."""
+    segments: dict[str, str] = field(default_factory=dict)
+    """Digests of what segments of indexes were built from, by the segments' UUIDs; see `segments.update_segments`."""
 
     def probes(self, column: str, k: int, share: float = 1.0) -> int | None:
         """Return the number of partitions that a search of a column probes; None for an exact search.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from math import isqrt
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.config import IndexConfig, IndexRules
 from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
+from imagerag.retrieval.segments import update_segments
 from imagerag.retrieval.store import Store
 from imagerag.storage.lance_table import changed_fragments
 
@@ -46,7 +47,7 @@ are read. New rows join the partitions of their nearest centroids, as those befo
 _NUM_STEPS = 4
 
 
-_LOOKED_UP: dict[str, Literal["BTREE", "BITMAP"]] = {
+_LOOKED_UP = {
     "id": "BTREE",
     "url": "BTREE",
     "image_sha256": "BTREE",
@@ -56,9 +57,9 @@ _LOOKED_UP: dict[str, Literal["BTREE", "BITMAP"]] = {
 """Columns by which rows are looked up, filtered and taken down, with the types of their indexes. In a million rows, a
 lookup by id took 12 ms with the index and 803 ms without."""
 _FEW = 0.01
-"""Share of the rows up to which new ones do not rewrite an index. Those of `_LOOKED_UP` do not have them, so that every
-lookup reads them; search indexes have them in a second segment. With a million rows, adding 1,000 to the words of the
-captions takes 0.05 s, and 7.5 s if everything is rewritten."""
+"""Share of the rows up to which a vector index has new ones in a second segment. Vector indexes have no more segments,
+because a search probes as many partitions of each: with a million rows, it took 2.3 ms in one segment, and 4 ms in
+four."""
 
 _WORDS: dict[str, str | bool] = {"base_tokenizer": "icu/split", "remove_stop_words": False}
 """Settings of the full-text index. ICU, which Lance includes, splits captions into words by Unicode's rules and
@@ -117,15 +118,11 @@ def _build(
     """Update the indexes of the last build, or build them from scratch if `last` is None."""
     store.compact(deleted_share=0.1 if last and not rewrite else 0.0)
     on_progress(1, _NUM_STEPS, "compacted")
-    if last is None or rewrite:
-        _index_words(store)
     num_rows = store.count()
     kind = EXACT if num_rows < rules.exact_below else IVF_SQ
     num_trained_rows = _index_vectors(store, kind, num_rows, last)
-    if kind != EXACT:
-        _index_looked_up(store, replace=rewrite)
-    num_new_rows = _num_unindexed(store.dataset())
-    _add_new_rows(store, rewrite=rewrite)
+    num_new_rows = _add_new_vectors(store, rewrite=rewrite)
+    segments = _index_values(store, kind, rewrite=last is None or rewrite)
     on_progress(3, _NUM_STEPS, f"indexed {num_rows} rows: {kind}")
     dataset = store.dataset()
     record = IndexRecord(
@@ -141,6 +138,7 @@ def _build(
         lacking={each.digest: count_lacking(dataset, each) for each in cached_features(dataset.schema)},
         config=asdict(rules),
         words=_WORDS,
+        segments=segments,
     )
     if kind != EXACT:
         record = _measured(dataset, record, last, rules)
@@ -198,43 +196,44 @@ def _sum_of_hashes(dataset: LanceDataset, fragments: Sequence[LanceFragment]) ->
     return total
 
 
-def _index_looked_up(store: Store, *, replace: bool) -> None:
-    """Create the indexes of `_LOOKED_UP` that do not exist, or all of them."""
-    own = {index.field_names[0] for index in store.dataset().describe_indices()}
-    for column, kind in _LOOKED_UP.items():
-        if replace or column not in own:
-            store.dataset().create_scalar_index(column, kind)
+def _index_values(store: Store, kind: str, *, rewrite: bool) -> dict[str, str]:
+    """Update the indexes of words and, beside vector indexes, those of `_LOOKED_UP`; see `update_segments`."""
+    record = read_record(store.dataset())
+    known = record.segments if record else {}
+    segments = update_segments(store, "caption", "INVERTED", _WORDS, known, rewrite=rewrite)
+    for column, lookup in _LOOKED_UP.items() if kind != EXACT else ():
+        segments |= update_segments(store, column, lookup, {}, known, rewrite=rewrite)
+    return segments
 
 
-def _add_new_rows(store: Store, *, rewrite: bool) -> None:
-    """Add new rows to the search indexes, and to indexes of `_LOOKED_UP` that lack many rows.
+def _add_new_vectors(store: Store, *, rewrite: bool) -> int:
+    """Add new rows to the vector indexes, and return their number.
 
-    A search index is in one segment, or also in a small second one with the rows that were added since. Adding a few
-    rows rewrites only the second one, and every search reads both. `rewrite` merges the segments of vector indexes
-    without their deleted rows, which compaction only drops from segments of fragments that have other rows as well.
+    An index is in one segment, or also in a small second one with the rows that were added since. Adding a few rows
+    rewrites only the second one, and every search reads both. `rewrite` merges segments without their deleted rows, if
+    compaction left any there: it does not drop those of fragments that have no other rows.
     """
-    few = store.count() * _FEW
+    few, num_new_rows = store.count() * _FEW, 0
     for index in store.dataset().describe_indices():
-        dataset, column = store.dataset(), index.field_names[0]
+        if index.field_names[0] not in _EMBEDDINGS:
+            continue
+        dataset = store.dataset()
         statistics = dataset.stats.index_stats(index.name)
         num_new, segments = int(statistics["num_unindexed_rows"]), statistics["num_indexed_rows_per_delta"]
-        if not (num_new > (few if column in _LOOKED_UP else 0) or (rewrite and column in _EMBEDDINGS)):
-            continue
-        is_small = sum(segments) - max(segments) + num_new <= few
-        num_merged = len(segments) - (is_small and not rewrite)
-        dataset.optimize.optimize_indices(num_indices_to_merge=num_merged, index_names=[index.name])
+        num_new_rows = max(num_new_rows, num_new)
+        num_stored = sum(partition["size"] for own in statistics["indices"] for partition in own["partitions"])
+        has_deleted = rewrite and num_stored > sum(segments)
+        if num_new or has_deleted:
+            is_small = sum(segments) - max(segments) + num_new <= few
+            num_merged = len(segments) - (is_small and not has_deleted)
+            dataset.optimize.optimize_indices(num_indices_to_merge=num_merged, index_names=[index.name])
+    return num_new_rows
 
 
 def _num_unindexed(dataset: LanceDataset) -> int:
-    """Return the number of rows that a search index lacks, of the index that lacks most."""
-    names = [index.name for index in dataset.describe_indices() if index.field_names[0] not in _LOOKED_UP]
+    """Return the number of rows that an index lacks, of the index that lacks most."""
+    names = [index.name for index in dataset.describe_indices()]
     return max(int(dataset.stats.index_stats(name)["num_unindexed_rows"]) for name in names)
-
-
-def _index_words(store: Store) -> None:
-    from lancedb.index import FTS
-
-    open_table(store).create_index("caption", config=FTS(**_WORDS), replace=True)
 
 
 def _index_vectors(store: Store, kind: str, num_rows: int, last: IndexRecord | None) -> int:

@@ -1,0 +1,99 @@
+import pytest
+
+from imagerag.retrieval import segments
+from imagerag.retrieval.index import IndexConfig, build_index
+from imagerag.retrieval.search import Retriever
+from imagerag.retrieval.segments import update_segments
+from imagerag.retrieval.store import Store
+from imagerag.retrieval.takedown import remove_rows
+from imagerag.storage.hexadecimal import to_hex
+from tests.retrieval.rows import append, make_rows
+from tests.retrieval.test_takedown import index_files_with
+
+PART = 2_060
+"""Rows of a fragment that is not merged with others."""
+VALUES = ("caption", "id", "url", "image_sha256", "source", "licence")
+CONFIG = IndexConfig(exact_below=1_000)
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_SEGMENT_ROWS", 2_100)
+    monkeypatch.setattr("imagerag.retrieval.index._NUM_QUERIES", 20)  # recall is not what is tested
+
+
+def segments_of(store: Store, column: str) -> dict[str, int]:
+    """UUID to number of fragments."""
+    (index,) = (index for index in store.dataset().describe_indices() if index.field_names == [column])
+    return {segment.uuid: len(segment.fragment_ids) for segment in index.segments}
+
+
+@pytest.fixture
+def parts(store: Store) -> Store:
+    """Four fragments, each with a segment of its own."""
+    for start in range(0, 4 * PART, PART):
+        append(store, make_rows(start, start + PART))
+    build_index(store, CONFIG)
+    return store
+
+
+def test_a_takedown_rewrites_only_the_segments_of_its_rows(parts: Store) -> None:
+    before = {column: segments_of(parts, column) for column in VALUES}
+    assert {tuple(found.values()) for found in before.values()} == {(1, 1, 1, 1)}
+    # A re-indexing deleted a row of the second fragment, whose values stay in its files; the other is of the third.
+    deleted, taken = f"https://example.org/{PART}.png", f"https://example.org/{3 * PART - 1}.png"
+    parts.delete(parts.dataset().to_table(columns=["id"], filter=f"url = '{deleted}'")["id"])
+    build_index(parts, CONFIG)
+    assert {column: segments_of(parts, column) for column in VALUES} == before
+    rows = make_rows(PART, 3 * PART)
+    traces = [bytes(rows["image_sha256"][i].as_py()) for i in (0, -1)]
+    assert all(index_files_with(parts, trace) for trace in traces)
+
+    remove_rows(parts, urls=[taken])
+
+    assert not any(index_files_with(parts, trace) for trace in traces)
+    assert not any(index_files_with(parts, url.encode()) for url in (deleted, taken))
+    for column in VALUES:
+        after = segments_of(parts, column)
+        assert len(after.keys() & before[column].keys()) == 2, column
+        assert sum(after.values()) == len(parts.dataset().get_fragments()), column
+    # Nothing is left to rewrite for the next one but what it takes down itself.
+    kept = segments_of(parts, "caption")
+    remove_rows(parts, urls=["https://example.org/3.png"])
+    assert len(segments_of(parts, "caption").keys() & kept.keys()) == len(kept) - 1
+
+
+def test_every_row_is_found_in_segments(parts: Store) -> None:
+    retriever = Retriever(parts.uri, parts.name, version=parts.version)
+    for number in range(7, 4 * PART, PART):
+        row = make_rows(number, number + 1)
+        (found,) = retriever.search(None, 1, by="words", texts=[row["caption"][0].as_py()])
+        assert found[0].caption == row["caption"][0].as_py()
+        assert parts.dataset().count_rows(filter=f"url = '{row['url'][0].as_py()}'") == 1
+    (index,) = (each for each in parts.dataset().describe_indices() if each.field_names == ["url"])
+    assert index.num_rows_indexed == 4 * PART
+
+
+def test_updates_leave_few_segments(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a binary counter has digits, and none with more rows than the limit."""
+    monkeypatch.setattr(segments, "_SEGMENT_ROWS", 80)
+    monkeypatch.setattr(segments, "_MOST_SEGMENTS", 1_000)
+    numbers = []
+    for step in range(16):
+        append(store, make_rows(10 * step, 10 * (step + 1)))
+        update_segments(store, "caption", "INVERTED", {}, {})
+        numbers.append(sorted(segments_of(store, "caption").values()))
+    assert numbers[:7] == [[1], [2], [1, 2], [4], [1, 4], [2, 4], [1, 2, 4]]
+    assert numbers[-1] == [8, 8]
+
+
+def test_segments_of_an_unknown_origin_are_built_again_by_a_takedown(parts: Store) -> None:
+    """Those of an earlier release, or of a build that was killed before it wrote its record."""
+    before = segments_of(parts, "url")
+    digests = update_segments(parts, "url", "BTREE", {}, {}, rewrite=True)
+    assert digests.keys() == segments_of(parts, "url").keys()
+    assert not digests.keys() & before.keys()
+    assert update_segments(parts, "url", "BTREE", {}, digests, rewrite=True) == digests
+    assert digests.keys() == segments_of(parts, "url").keys()
+    assert parts.delete(to_hex(make_rows(0, 1)["id"])) == 1
+    assert len(update_segments(parts, "url", "BTREE", {}, digests, rewrite=True).keys() - digests.keys()) == 1
