@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from imagerag.embedded import tiny_base
 from imagerag.embedded.sample import Drawing, load_drawings
 from imagerag.errors import UserError
+from imagerag.recipes.tiny_base.anything import Cutouts
 from imagerag.recipes.tiny_base.data import Pictures
 from imagerag.recipes.tiny_base.latents import Latents
 from imagerag.recipes.tiny_base.teacher import build_unet, deepened
@@ -156,7 +157,8 @@ def test_an_autoencoder_that_starts_from_another_keeps_its_latents(drawings: lis
     pictures, device = Pictures.of(drawings), torch.device("cpu")
     former = AutoencoderKL.from_pretrained(tiny_base.FOLDER / "vae", torch_dtype=torch.float32)
     before = encode_all(former, pictures.pixels, device)
-    phase = VaePhase(pictures, pictures, steps=3, seed=0, device=device, former=former)
+    cutouts = Cutouts.of_drawings(pictures.pixels)
+    phase = VaePhase(pictures, cutouts, cutouts, pictures, steps=3, seed=0, device=device, former=former)
     losses = [phase.step(index) for index in range(3)]
     assert losses[0]["regularization"] < 1e-6, "it starts as a copy"
     changes = [(encode_all(vae, pictures.pixels, device) - before).square().mean() for vae in (phase.vae, former)]

@@ -2,10 +2,10 @@
 
 The training has six phases, on the `base` concepts of the sample corpus: the autoencoder; a UNet whose decoder
 reconstructs pictures from the H-space; its text conditioning; the teacher; the network of the perceptual loss, which
-fine-tuning uses too; and the student, which is also trained to reconstruct the pictures in `--pictures`. A stopped run
-resumes. `--start` takes the autoencoder, the perceptual network, a teacher and a student from a folder. If the
-autoencoder's phase has steps, the new one keeps the latents of that one, which the other models were trained on. If the
-phase of text conditioning has steps, it goes on with that student, and the new teacher and student start from its
+fine-tuning uses too; and the student. Autoencoder and student also learn to reconstruct the pictures in `--pictures`. A
+stopped run resumes. `--start` takes the autoencoder, the perceptual network, a teacher and a student from a folder. If
+the autoencoder's phase has steps, the new one keeps the latents of that one, which the other models were trained on. If
+the phase of text conditioning has steps, it goes on with that student, and the new teacher and student start from its
 result. Otherwise, each goes on with its own weights, and the student also keeps the optimizers, EMA and discriminator
 of its checkpoint, if there is one. Losses and image grids are logged to MLflow.
 
@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class Training:
         Args:
             recipe: the hyperparameters.
             drawings: drawings to train on.
-            anything: folders of unlabelled pictures for the student's reconstruction rows.
+            anything: folders of unlabelled pictures, which autoencoder and student learn to reconstruct.
             folder: output folder.
             tracker: receives losses and image grids.
             start: folder of initial weights; None starts from random weights.
@@ -144,7 +145,13 @@ class Training:
         shown = Pictures.of(load_drawings(splits=[_SHOWN_SPLIT])[::23][:32])
         recipe = self._recipe
         phase = VaePhase(
-            self._pictures, shown, steps=recipe.vae_steps, seed=recipe.seed, device=self._device, former=former
+            self._pictures,
+            *self._cutouts,
+            shown,
+            steps=recipe.vae_steps,
+            seed=recipe.seed,
+            device=self._device,
+            former=former,
         )
         self._run(phase)
         if former is None:
@@ -193,8 +200,7 @@ class Training:
         phase = StudentPhase(
             self._initial(common),
             LatentDistance(network, "tiny"),
-            Cutouts.of_drawings(self._pictures.pixels),
-            Cutouts.of_files(self._anything),
+            *self._cutouts,
             **common,
             steps=self._recipe.student_steps,
         )
@@ -202,6 +208,11 @@ class Training:
             start_from(phase, self._checkpoint)
         self._run(phase)
         return phase.ema.module
+
+    @cached_property
+    def _cutouts(self) -> tuple[Cutouts, Cutouts]:
+        """The drawings and the unlabelled pictures as cutouts."""
+        return Cutouts.of_drawings(self._pictures.pixels), Cutouts.of_files(self._anything)
 
     @property
     def _checkpoint(self) -> Path | None:

@@ -1,5 +1,6 @@
 """First phase: the autoencoder, 128x128 pixels to 16x16x4 latents with mean 0 and deviation 1 per channel.
 
+A half of each batch are drawings, and a half are augmented drawings and clip art, so that photographs can be encoded.
 UNets are trained on the latents of one autoencoder. To improve the autoencoder without training them again, a training
 can start from a former one: the new encoder then learns to give the former one's latents, also if the former one is for
 pictures of half the size.
@@ -13,8 +14,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
+from imagerag.recipes.tiny_base.anything import Cutouts, vary
 from imagerag.recipes.tiny_base.data import Pictures
 from imagerag.recipes.tiny_base.pictures import grid
+from imagerag.training.muon import Muon
 
 LEARNING_RATE = 2e-3
 _BATCH_SIZE = 16
@@ -23,6 +26,8 @@ _KL_WEIGHT = 1e-4
 _LATENT_NOISE = 0.03
 """Noise on the latents that the decoder learns from, if they are those of a former autoencoder."""
 _LOGVAR_WEIGHT = 0.01
+_KEPT_OF_CUTOUTS = 0.1
+"""Weight of keeping a former autoencoder's latents of cutouts, which it may never have seen; that of drawings is 1."""
 
 
 def build_vae() -> AutoencoderKL:
@@ -49,6 +54,8 @@ class VaePhase:
     def __init__(
         self,
         pictures: Pictures,
+        drawings: Cutouts,
+        others: Cutouts,
         shown: Pictures,
         *,
         steps: int,
@@ -60,6 +67,8 @@ class VaePhase:
 
         Args:
             pictures: drawings to train on.
+            drawings: the same as cutouts.
+            others: other pictures as cutouts.
             shown: held-out drawings for the image grids.
             steps: training steps.
             seed: seed of weights and batches.
@@ -74,9 +83,11 @@ class VaePhase:
         self.vae = vae.to(device, memory_format=torch.channels_last).train()
         self._former = None if former is None else former.to(device).eval().requires_grad_(False)
         self._pictures, self._shown, self._seed, self._device = pictures, shown, seed, device
-        self._optimizer = torch.optim.AdamW(self.vae.parameters(), LEARNING_RATE, weight_decay=1e-4)
+        self._cutouts = (drawings, others, others)
+        rates = [LEARNING_RATE, LEARNING_RATE / 4]
+        self._optimizer = Muon(self.vae.parameters(), *rates)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.05, 100 / steps)
+            self._optimizer, rates, total_steps=steps, pct_start=min(0.05, 100 / steps), cycle_momentum=False
         )
 
     def state(self) -> dict[str, Any]:
@@ -87,10 +98,7 @@ class VaePhase:
         """Train on batch `index`, and return the losses."""
         generator = torch.Generator().manual_seed(self._seed * 10**9 + index)
         torch.manual_seed(self._seed * 10**9 + index)  # seeds the sampling of latents
-        chosen = torch.randint(len(self._pictures.pixels), (_BATCH_SIZE,), generator=generator)
-        pixels = self._pictures.pixels[chosen]
-        mirrored = torch.rand(_BATCH_SIZE, 1, 1, 1, generator=generator) < 0.5
-        pixels = to_input(torch.where(mirrored, pixels.flip(3), pixels), self._device)
+        pixels = self._draw(index, generator)
         posterior = self.vae.encode(pixels).latent_dist
         if self._former is None:
             latents, regularization = posterior.sample(), posterior.kl().mean() / posterior.mean[0].numel()
@@ -109,13 +117,23 @@ class VaePhase:
         self._schedule.step()
         return {"pixel": float(pixel), "edges": float(edges), "regularization": float(regularization)}
 
+    def _draw(self, index: int, generator: torch.Generator) -> torch.Tensor:
+        """Return the pictures (B, 3, H, W) of batch `index`, -1 to 1: drawings, some mirrored, and varied cutouts."""
+        half, drawings = _BATCH_SIZE // 2, self._pictures.pixels
+        chosen = drawings[torch.randint(len(drawings), (half,), generator=generator)]
+        mirrored = torch.rand(half, 1, 1, 1, generator=generator) < 0.5
+        chosen = to_input(torch.where(mirrored, chosen.flip(3), chosen), self._device)
+        cutouts = self._cutouts[index % len(self._cutouts)].pixels
+        varied = vary(cutouts[torch.randint(len(cutouts), (half,), generator=generator)], generator)
+        return torch.cat([chosen, varied.to(self._device)]).contiguous(memory_format=torch.channels_last)
+
     def _change(self, posterior: DiagonalGaussianDistribution, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the squared error of the latents of pictures (B, 3, H, W) against those of the former autoencoder."""
+        """Return the squared error of the latents of a batch (B, 3, H, W) against those of the former autoencoder."""
         assert self._former is not None, "checked by the caller"
         former = encode_halved(self._former, pixels)
-        errors = (F.mse_loss(getattr(posterior, name), getattr(former, name)) for name in ("mean", "logvar"))
-        of_mean, of_logvar = errors
-        return of_mean + _LOGVAR_WEIGHT * of_logvar
+        drawings, cutouts = (posterior.mean - former.mean).square().chunk(2)
+        kept: torch.Tensor = (drawings.mean() + _KEPT_OF_CUTOUTS * cutouts.mean()) / 2
+        return kept + _LOGVAR_WEIGHT * F.mse_loss(posterior.logvar, former.logvar)
 
     @torch.inference_mode()
     def grid(self) -> Image.Image:
