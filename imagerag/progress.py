@@ -12,3 +12,8 @@ class OnProgress(Protocol):
 
 def silent(done: int, total: int, note: str = "") -> None:
     """Ignore progress."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time for progress notes, in seconds or minutes."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
+from imagerag.progress import duration
 from imagerag.training.config import FinetuneConfig, LossWeights, TrainDtype, describe_accuracy
 from imagerag.training.tracking import MlflowTracker
 
@@ -108,7 +109,7 @@ def _train_steps(task: Task, board: Any) -> None:
                     said = now
                     left_s = (now - started) / (done - first) * (steps - done)
                     rows_per_s = f"{values['samples_per_s']:.0f} rows/s"
-                    board.put.remote(done, f"{_losses(values)}, {rows_per_s}, {_minutes(left_s)} left")
+                    board.put.remote(done, f"{_losses(values)}, {rows_per_s}, {duration(left_s)} left")
             if is_checkpoint:
                 data.check()
                 _report(training, data, tracker)
@@ -179,10 +180,6 @@ def _resume(training: "Finetuning", checkpoint: Any) -> None:
 
 def _losses(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {values[name]:.3f}" for name in LossWeights.model_fields if name in values)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _memory(device: "torch.device") -> dict[str, float]:

@@ -2,13 +2,14 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import lancedb
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from imagerag.retrieval import index
 from imagerag.retrieval.ann import IndexRecord, nearest, read_record
-from imagerag.retrieval.index import IndexConfig, build_index, open_table
+from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.recall import make_probes, to_numpy
 from imagerag.retrieval.schema import EncoderIdentity
 from imagerag.retrieval.search import Filters, Retriever
@@ -44,7 +45,7 @@ def search_indexes(store: Store) -> dict[str, tuple[int, int]]:
 
 def indexes(store: Store) -> dict[str, tuple[int, int]]:
     """Column to rows indexed and number of segments."""
-    table = open_table(store)
+    table = lancedb.connect(store.uri).open_table(store.name)
     statistics = {index.columns[0]: table.index_stats(index.name) for index in table.list_indices()}
     return {column: (found.num_indexed_rows, found.num_indices) for column, found in statistics.items()}
 
