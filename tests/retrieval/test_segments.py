@@ -97,3 +97,11 @@ def test_segments_of_an_unknown_origin_are_built_again_by_a_takedown(parts: Stor
     assert digests.keys() == segments_of(parts, "url").keys()
     assert parts.delete(to_hex(make_rows(0, 1)["id"])) == 1
     assert len(update_segments(parts, "url", "BTREE", {}, digests, rewrite=True).keys() - digests.keys()) == 1
+
+
+def test_segments_with_other_settings_are_built_again(parts: Store) -> None:
+    digests = update_segments(parts, "caption", "INVERTED", {"stem": True}, {}, rewrite=True)
+    assert update_segments(parts, "caption", "INVERTED", {"stem": True}, digests, rewrite=True) == digests
+    others = update_segments(parts, "caption", "INVERTED", {"stem": False}, digests, rewrite=True)
+    assert not others.keys() & digests.keys()
+    assert others.keys() == segments_of(parts, "caption").keys()
