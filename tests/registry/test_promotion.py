@@ -5,6 +5,7 @@ import pytest
 from imagerag.errors import UserError
 from imagerag.registry.promotion import champion_version, promote, rollback, rolled_back
 from imagerag.registry.versions import THE_GATE, register, resolve_version
+from imagerag.settings import DEFAULT_MODEL_NAME
 from tests.registry.conftest import Home
 from tests.registry.test_versions import WHY, of_alias, publish_more
 
@@ -22,6 +23,8 @@ def test_promoted_and_rolled_back(home: Home) -> None:
         promote(settings, 2, **WHY, tags={"gate": "waived"})
     assert of_alias(home) == {"candidate": 2, "champion": 2, "previous": 1}
     assert resolve_version(settings, "champion").tags["gate"] == "waived"
+    with pytest.raises(UserError, match="the reason is empty"):
+        rollback(settings, reason=" ", author="somebody")
     assert rollback(settings, reason="too blue", author="somebody") == 1
     assert of_alias(home) == {"candidate": 2, "champion": 1}
     assert resolve_version(settings, "2").tags["imagerag.rollback_reason"] == "too blue"
@@ -66,6 +69,27 @@ def test_the_gate_does_not_promote_over_a_champion_that_it_did_not_compare_with(
     assert champion_version(settings) == 1
     promote(settings, 2, **gate, over=1)
     assert champion_version(settings) == 2
+
+
+def test_the_gate_leaves_a_champion_as_a_person_made_it(home: Home) -> None:
+    """An evaluation of the champion itself compares it with none."""
+    settings = home.settings
+    register(home.finetuned("first"), settings)
+    promote(settings, 1, reason="the style that we want", author="ada")
+    promote(settings, 1, reason="better", author=THE_GATE)
+    info = resolve_version(settings, "champion")
+    assert (info.tags["imagerag.promoted_by"], info.tags["imagerag.reason"]) == ("ada", "the style that we want")
+
+
+def test_there_is_nothing_to_go_back_to_after_a_promotion_that_was_killed(home: Home) -> None:
+    """It had made the champion `previous`, and made nothing the champion."""
+    settings = home.settings
+    register(home.finetuned("first"), settings)
+    promote(settings, 1, **WHY)
+    home.client.set_registered_model_alias(DEFAULT_MODEL_NAME, "previous", "1")
+    with pytest.raises(UserError, match="no previous champion to go back to; version 1 is the champion"):
+        rollback(settings, reason="too dark", author="ada")
+    assert rolled_back(settings, "first") == ""
 
 
 def test_a_person_confirms_the_champion(home: Home) -> None:
