@@ -90,6 +90,8 @@ def test_a_version_pins_all_that_its_pictures_depend_on(champion: Home, tmp_path
     assert (folder / "grid.png").is_file()
     described = champion.client.get_model_version(DEFAULT_MODEL_NAME, "1").description
     assert described.startswith("Registered by [a flow run](http://prefect/run).\n\n# ImageRAGTurbo")
+    assert "\nPictures of each prompt: `grid.png` among the artifacts" in described
+    assert "![" not in described, "it can't show them"
 
 
 def test_a_version_leads_to_its_run_and_its_data(champion: Home) -> None:
@@ -241,6 +243,13 @@ def test_a_version_shows_its_last_evaluation(home: Home) -> None:
     promote(settings, 1, **WHY)
     assert register(own, settings).is_champion
     assert resolve_version(settings, "1").tags["imagerag.gate"] == "passed"
+    assert home.client.get_model_version(DEFAULT_MODEL_NAME, "1").description == text
+    home.client.delete_model_version_tag(DEFAULT_MODEL_NAME, "1", "imagerag.logged_model")  # as of an earlier release
+    register(own, settings, results="| metric | value |\n" * 500, evaluation_run=own.run_id)
+    text = home.client.get_model_version(DEFAULT_MODEL_NAME, "1").description
+    assert (len(text), text[-1]) == (5_000, "…"), "MLflow has no room for more"
+    (measured,) = home.client.get_run(own.run_id).inputs.model_inputs
+    assert measured.model_id == info.pinned("logged_model")
 
 
 def test_the_pinned_index_outlives_later_publications_but_no_takedown(home: Home, tmp_path: Path) -> None:
