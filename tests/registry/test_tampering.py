@@ -11,9 +11,9 @@ import pytest
 
 from imagerag.errors import UserError
 from imagerag.registry import package
-from imagerag.registry.fetch import download, pull
+from imagerag.registry.fetch import download, pull, pull_served
 from imagerag.registry.promotion import promote
-from imagerag.registry.versions import VersionInfo, list_versions, register
+from imagerag.registry.versions import CODE_TAG, VersionInfo, list_versions, register
 from imagerag.settings import DEFAULT_MODEL_NAME
 from tests.registry.conftest import Home
 
@@ -34,6 +34,10 @@ def _change_weights_and_manifest(model: Path) -> None:
     changed = model / "artifacts/package/adapter/diffusion_pytorch_model.safetensors"
     manifest["files"]["adapter/diffusion_pytorch_model.safetensors"] = hashlib.sha256(changed.read_bytes()).hexdigest()
     path.write_text(json.dumps(manifest))
+
+
+def _remove_weights(model: Path) -> None:
+    (model / "artifacts/package/adapter/diffusion_pytorch_model.safetensors").unlink()
 
 
 def _add_file(model: Path) -> None:
@@ -71,6 +75,7 @@ def _require_more(model: Path) -> None:
         (_require_more, r"what MLflow runs of the model"),
         (_change_weights, r"adapter/diffusion_pytorch_model.safetensors was changed after the model was registered"),
         (_change_weights_and_manifest, r"imagerag.json was changed after the model was registered: .* tag says"),
+        (_remove_weights, r"model.safetensors was changed .*: its SHA-256 is that of no file"),
         (_add_file, r"adapter/more.json was changed .* the manifest says nothing"),
         (_add_pickle, r"the model has python_model.pkl, a pickle"),
         (_name_pickle, r"the model's code is a pickle"),
@@ -106,6 +111,24 @@ def test_another_base_model_at_the_same_place_is_refused(home: Home, tmp_path: P
     package._write(folder, replace(manifest, base_id=str(moved)))
     with pytest.raises(UserError, match=rf"base model of digest {manifest.base_digest}; {moved} has the digest"):
         package.load(folder)
+
+
+def test_features_that_this_release_does_not_make_are_refused(home: Home, tmp_path: Path) -> None:
+    """The pictures would be others, and nothing else would tell."""
+    register(home.finetuned("second"), home.settings)
+    folder = download(home.settings, 1, tmp_path / "model")
+    package._write(folder, replace(package.read(folder), features_digest="0" * 64))
+    with pytest.raises(UserError, match=rf"features of digest {'0' * 64}; .* use imagerag-turbo \d"):
+        package.load(folder)
+
+
+def test_a_version_without_a_digest_of_its_code_is_not_served(home: Home, tmp_path: Path) -> None:
+    """As early releases registered it."""
+    register(home.finetuned("second"), home.settings)
+    home.client.delete_model_version_tag(DEFAULT_MODEL_NAME, "1", CODE_TAG)
+    with pytest.raises(UserError, match=r"version 1 of imagerag-turbo has no tag imagerag\.code"):
+        pull_served(home.settings, "1", tmp_path / "served")
+    assert not (tmp_path / "served").exists()
 
 
 def test_what_loading_it_in_place_leaves_is_no_change(home: Home, tmp_path: Path) -> None:
