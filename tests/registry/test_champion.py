@@ -7,10 +7,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from imagerag.artifacts import CachedFeatures
 from imagerag.evaluation.ways import digest_of_weights
-from imagerag.registry.champion import present_champion
+from imagerag.registry.champion import champions_behind, present_champion
 from imagerag.registry.promotion import promote
-from imagerag.registry.versions import register
+from imagerag.registry.versions import register, resolve_version
 from imagerag.retrieval.takedown import remove_rows
 from imagerag.settings import Settings
 from tests.registry.conftest import NAME, Home
@@ -57,3 +58,16 @@ def test_a_portable_champion_brings_its_index(home: Home) -> None:
     assert champion.deployed is not None
     assert Path(champion.deployed.index.uri).is_relative_to(champion.deployed.folder)
     assert Path(champion.deployed.index.uri, f"{NAME}.lance").is_dir()
+
+
+def test_a_champion_is_behind_only_newer_versions_of_its_own_index(home: Home) -> None:
+    settings, now = home.settings, home.store.version
+    promote(settings, register(home.finetuned("first"), settings).version, **WHY)
+    cached = CachedFeatures(
+        uri=settings.index_uri, table=NAME, version=now + 1, num_rows=8, num_added=0, base_id=str(home.base),
+        fit="auto", features_digest=resolve_version(settings, "champion").pinned("features_digest"),
+    )  # fmt: skip
+    assert len(list(champions_behind(settings, cached, now + 1))) == 1
+    assert list(champions_behind(settings, cached, now)) == []
+    for other in ({"uri": "/elsewhere"}, {"table": "others"}, {"features_digest": "0" * 64}):
+        assert list(champions_behind(settings, replace(cached, **other), now + 1)) == [], other
