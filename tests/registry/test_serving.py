@@ -32,7 +32,7 @@ from imagerag.errors import UserError
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from imagerag.registry import package
 from imagerag.registry.fetch import download, pull
-from imagerag.registry.serving import make_rows
+from imagerag.registry.serving import ImageRAGTurboModel, make_rows
 from imagerag.registry.versions import register
 from imagerag.registry.waiting import BusyError, Waiting, WaitingConfig
 from imagerag.training.tracking import tracking_uri
@@ -65,6 +65,7 @@ def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPip
     about = json.loads(opened(rows[0]).text["imagerag"])
     assert (about["prompt"], about["seed"], about["references"]) == (PROMPT, 3, rows[0]["references"])
     assert about["references"][0]["licence"] == "CC0-1.0"
+    assert (about["num_references"], about["fusion"]) == (2, "adapter")
     assert b"compositeWithTrainedAlgorithmicMedia" in opened(rows[0]).info["xmp"]
     assert (about["index"], len(about["digest"])) == ("images", 64)
     assert opened(rows[0]).size == (16, 16)
@@ -91,6 +92,7 @@ def test_each_picture_has_its_seed_and_its_references(pipeline: ImageRAGTurboPip
         ({"num_references": 9}, "num_references can't be more than the index has rows: 9 of 8"),
         ({"num_images": 2, "seed": 2**63}, "seeds are 0 to 9223372036854775807; got 9223372036854775808"),
         ({"guidance_scale": float("nan")}, "the guidance scale must be between 0 and 100; got nan"),
+        ({"height": 0, "width": 0}, "height is a multiple of 8 up to 2048 pixels; got 0"),
         ({"height": 12}, "height is a multiple of 8 up to 2048 pixels; got 12"),
         ({"height": 16}, "height and width are given together; got 16 and None"),
         ({"width": 1_000_000}, "width is a multiple of 8 up to 2048 pixels; got 1000000"),
@@ -158,6 +160,7 @@ def test_prompts_come_as_a_frame_records_or_a_dict_of_lists(loaded: Any, client:
     assert loaded.predict({"prompt": [PROMPT, "a castle"]}) == expected
     assert loaded.predict([{"prompt": PROMPT}, {"prompt": "a castle"}]) == expected
     assert loaded.predict(pd.DataFrame({"prompt": [PROMPT]})) == expected[:1]
+    assert len(loaded.predict(frame, params={"num_images": 2})) == 4, "as many as a request may be of"
     assert ask(client, {"inputs": {"prompt": [PROMPT, "a castle"]}}) == (200, {"predictions": expected})
     with pytest.raises(mlflow.MlflowException, match="at least one prompt is needed") as refused:
         loaded.predict(frame[:0])
@@ -166,6 +169,12 @@ def test_prompts_come_as_a_frame_records_or_a_dict_of_lists(loaded: Any, client:
     for bad in (empty, {"dataframe_records": []}, {"inputs": {}}):
         assert ask(client, bad)[0] == 400, bad
     assert client.get("/health").status_code == 200
+
+
+def test_versions_of_early_releases_have_another_name_for_the_steps(loaded: Any) -> None:
+    frame = pd.DataFrame({"prompt": [PROMPT]})
+    named = loaded.unwrap_python_model().predict(None, frame, {"steps": 2})
+    assert named == loaded.predict(frame, params={"num_inference_steps": 2}) != loaded.predict(frame)
 
 
 class Slow:
@@ -253,8 +262,14 @@ def test_who_would_wait_for_too_long_is_told_so(pipeline: ImageRAGTurboPipeline)
             waiting.make([("c", 0), ("d", 0)], {})
         with pytest.raises(BusyError, match=r"no picture was begun in 0\.05 s"):
             waiting.make([("c", 0)], {})
+        model = ImageRAGTurboModel()
+        model._waiting = waiting
+        with pytest.raises(mlflow.MlflowException) as refused:
+            model.predict(None, pd.DataFrame({"prompt": ["c", "d"]}))
         slow.go.set()
         assert len(first.result()) == 2
+    assert "of at most 2: ask again later" in str(refused.value)
+    assert refused.value.get_http_status_code() == 429
     assert slow.batches == [["a"], ["b"]], "nobody waits for c any more"
 
 
