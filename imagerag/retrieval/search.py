@@ -85,8 +85,8 @@ class Retriever:
         dataset: the Lance dataset at that version.
 
     Raises:
-        UserError: if there is no such table or version, if no version of it is published, or if another encoder made
-            its embeddings.
+        UserError: if there is no such table or version, if no version of it is published, if the version has no index
+            yet, or if another encoder made its embeddings.
     """
 
     def __init__(self, uri: str, name: str, encoder: EncoderIdentity | None = None, version: int | None = None) -> None:
@@ -111,7 +111,8 @@ class Retriever:
         self.encoder: EncoderIdentity = encoder_of(self.dataset.schema)
         self._schema = self.dataset.schema
         record = read_record(self.dataset)
-        assert record is not None, f"version {self.version} was published without an index"
+        if record is None:
+            raise UserError(f"version {version} of {self.name!r} was made before its first index: name a published one")
         self.num_rows: int = record.num_rows
         self._record = record
 

@@ -75,5 +75,8 @@ def test_an_adapter_or_an_index_that_is_not_there(plain: ImageRAGTurboPipeline, 
         plain("a castle", fusion="slerp")
     with pytest.raises(UserError, match="there is no table 'images'"):
         make_pipeline().use_index(str(tmp_path), "images")
+    Store(str(tmp_path), "early").open_or_create(store.encoder)
+    with pytest.raises(UserError, match="version 1 of 'early' was made before its first index"):
+        make_pipeline().use_index(str(tmp_path), "early", 1)
     with pytest.raises(UserError, match="made from its parts is not known: load it from a folder"):
         make_pipeline(base_digest=None).use_index(store.uri, store.name)
