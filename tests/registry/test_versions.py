@@ -282,6 +282,9 @@ def test_each_version_fits_pictures_as_its_own_index_does(home: Home, tmp_path: 
         assert (identity.fit, identity.digest) == (fit, package.read(folder).features_digest)
     pull(home.settings, "2", tmp_path / "pulled")
     assert ImageRAGTurboPipeline.from_pretrained(tmp_path / "pulled").index.identity == identity
+    inputs = home.client.get_run(home.finetuned("first").run_id).inputs.dataset_inputs
+    versions = {tag.value: json.loads(each.dataset.source)["version"] for each in inputs for tag in each.tags}
+    assert versions == {"training": home.finetuned("first").index_version, "retrieval": home.store.version}
 
 
 def test_a_training_whose_run_was_lost_has_another(home: Home) -> None:
