@@ -35,6 +35,10 @@ from tests.generation.with_index import latents
             {"reference_images": Image.new("RGB", (16, 16)), "compose": True},
             "references are given: compose has no effect",
         ),
+        (
+            {"reference_images": Image.new("RGB", (16, 16)), "num_references": 0},
+            "references are given: num_references has no effect",
+        ),
         ({"fusion": "none", "reference_weights": 2.0}, "no references are used: reference_weights has no effect"),
         (
             {"num_references": 0, "reference_masks": Image.new("L", (9, 9))},

@@ -27,9 +27,10 @@ from tests.generation.with_index import (
     latents,
     make_adapter,
     make_pipeline,
+    sentences,
     write_store,
 )
-from tests.retrieval.rows import index_and_publish, make_rows
+from tests.retrieval.rows import append, fixed_size_lists, index_and_publish, make_rows
 
 
 def load(folder: Path) -> ImageRAGTurboPipeline:
@@ -94,14 +95,36 @@ def test_slerp_has_the_base_models_weight(store: Store, tmp_path: Path) -> None:
     assert ImageRAGTurboPipeline.from_base(load_base(str(tmp_path), "cpu")).config.slerp_w == 0.3
 
 
-def test_a_small_index_gives_all_it_has_unless_more_is_asked_for(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+def test_a_small_index_gives_all_it_has_unless_more_is_asked_for(
+    pipe: ImageRAGTurboPipeline, plain: ImageRAGTurboPipeline, tmp_path: Path
+) -> None:
     small = write_store(tmp_path, plain, num_rows=3)
     fill(small, plain)
     index_and_publish(small)
-    pipeline = make_pipeline(make_adapter()).use_index(small.uri, small.name)
-    assert len(call(pipeline, "a castle").references[0]) == 3
+    assert len(call(pipe, "a castle").references[0]) == 4
+    pipe.use_index(small.uri, small.name)
+    assert len(call(pipe, "a castle").references[0]) == 3
     with pytest.raises(UserError, match="4 of 3 in 'images'"):
-        call(pipeline, "a castle", num_references=4)
+        call(pipe, "a castle", num_references=4)
+
+
+def test_a_pipeline_has_a_threshold_of_its_own(store: Store) -> None:
+    strict = make_pipeline(make_adapter(), similarity_threshold=1.0).use_index(store.uri, store.name)
+    base = latents(strict, fusion="none")
+    assert torch.equal(latents(strict), base)
+    assert not torch.allclose(latents(strict, similarity_threshold=0.0), base, atol=1e-3)
+
+
+def test_a_caption_that_many_rows_have_leaves_room_for_others(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+    own = write_store(tmp_path, plain)
+    same = {"caption": ["red dragon"] * 3, "image": [drawing(number) for number in range(20, 23)]}
+    embeds = fixed_size_lists(sentences(plain, same["caption"]))
+    append(own, make_rows(20, 23, own.encoder, **same, text_embed=embeds, image_embed=embeds))
+    fill(own, plain)
+    index_and_publish(own)
+    pipeline = make_pipeline().use_index(own.uri, own.name)
+    (references,) = call(pipeline, "a red dragon", num_references=3).references
+    assert [each.caption for each in references] == ["red dragon", "red dragon", "green dragon"]
 
 
 def test_slerp_is_the_papers_formula(pipe: ImageRAGTurboPipeline, store: Store) -> None:
@@ -137,12 +160,19 @@ def test_a_batch_is_its_pictures(pipe: ImageRAGTurboPipeline) -> None:
 def test_each_picture_of_a_prompt_has_its_references(pipe: ImageRAGTurboPipeline) -> None:
     output = call(pipe, ["a castle", "a harp"], num_images_per_prompt=2, num_references=1)
     assert [own[0].caption for own in output.references] == ["castle", "castle", "harp", "harp"]
+    alone = latents(pipe, "a harp", seed=2, num_images_per_prompt=2, num_references=1)
+    assert torch.allclose(output.images[2:], alone, atol=1e-4)
+    weights = {"num_references": 1, "reference_weights": [[2.0], [0.5]]}
+    weighted = call(pipe, ["a castle", "a harp"], num_images_per_prompt=2, **weights).references
+    assert [own[0].weight / own[0].similarity for own in weighted] == pytest.approx([2.0, 2.0, 0.5, 0.5])
 
 
 def test_given_rows_are_used_instead_of_a_search(pipe: ImageRAGTurboPipeline, store: Store) -> None:
     ids = {row["caption"]: row["id"].hex() for row in store.dataset().to_table(columns=["id", "caption"]).to_pylist()}
     output = call(pipe, ["a castle", "a harp"], reference_ids=[[ids["llama"]], [ids["doughnut"], ids["harp"]]])
     assert [[row.caption for row in own] for own in output.references] == [["llama"], ["doughnut", "harp"]]
+    alone = latents(pipe, "a castle", reference_ids=[ids["llama"]])
+    assert torch.allclose(output.images[:1], alone, atol=1e-4), "another prompt may have more"
     flat = call(pipe, ["a castle", "a harp"], reference_ids=[ids["llama"]])
     assert [[row.caption for row in own] for own in flat.references] == [["llama"], ["llama"]]
 
@@ -166,6 +196,7 @@ def test_one_picture_and_no_caption_are_enough(pipe: ImageRAGTurboPipeline) -> N
     assert torch.equal(latents(pipe, "a harp", reference_images=image, reference_captions="a harp"), lists)
     each = call(pipe, ["a harp", "a castle"], reference_images=image).references
     assert [own[0].caption for own in each] == ["a harp", "a castle"]
+    assert [own[0].similarity for own in each] == pytest.approx([1, 1], abs=1e-5)
 
 
 def test_references_have_weights(pipe: ImageRAGTurboPipeline, plain: ImageRAGTurboPipeline) -> None:
@@ -224,6 +255,8 @@ def test_embeds_are_searched_for_by_a_query(pipe: ImageRAGTurboPipeline) -> None
     embeds, _ = pipe.encode_prompt("a red dragon", "cpu", 1, False)
     made = call(pipe, None, prompt_embeds=embeds, query="a castle", num_references=1)
     assert made.references[0][0].caption == "castle"
+    both = call(pipe, ["a red dragon", "a harp"], query="a castle", num_references=1)
+    assert [own[0].caption for own in both.references] == ["castle", "castle"]
     with pytest.raises(UserError, match="prompt_embeds can't be searched for: name by `query`"):
         pipe(prompt_embeds=embeds)
     plain = latents(pipe, fusion="none")
@@ -248,6 +281,15 @@ def test_other_heights_and_widths_have_references_too(pipe: ImageRAGTurboPipelin
     made = latents(pipe, height=24, width=32)
     assert made.shape == (1, 4, 12, 16)
     assert not torch.allclose(made, latents(pipe, height=24, width=32, fusion="none"), atol=1e-3)
+
+
+def test_a_negative_prompt_counts_beside_references(pipe: ImageRAGTurboPipeline) -> None:
+    """As a text and as embeddings, although the index shares the text encoder and prompts are encoded beforehand."""
+    guided = {"guidance_scale": 3.0, "num_references": 2}
+    made = latents(pipe, negative_prompt="a castle", **guided)
+    assert not torch.allclose(made, latents(pipe, **guided), atol=1e-3)
+    _, negative = pipe.encode_prompt("a red dragon", "cpu", 1, True, "a castle")
+    assert torch.allclose(latents(pipe, negative_prompt_embeds=negative, **guided), made, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -279,6 +321,9 @@ def test_another_text_encoder_asks_the_indexs_own(store: Store, tmp_path: Path) 
     pipeline = ImageRAGTurboPipeline.from_base(base).use_index(store.uri, store.name)
     assert pipeline.index is not None
     assert not pipeline.index.shares_encoder
+    given = {"reference_images": Image.new("RGB", (16, 16)), "reference_captions": "a castle"}
+    one, other = pipeline.encode_queries(["a red dragon", "a castle"])
+    assert call(pipeline, "a red dragon", **given).references[0][0].similarity == pytest.approx(float(one @ other))
     with pytest.raises(UserError, match=rf"features for test \(fit auto, digest .*none for {base.identity.id}"):
         pipeline("a red dragon")
 

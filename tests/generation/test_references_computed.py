@@ -45,6 +45,10 @@ def test_missing_features_are_computed_with_a_warning_or_refused(
     with pytest.warns(UserWarning, match="1 of the references have no cached features for test yet; they are computed"):
         made = latents(pipeline, "a bicycle", num_references=1)
     assert torch.allclose(made, latents(whole, "a bicycle", num_references=1), atol=0.02)
+    both = {"prompt": ["a bicycle", "a rain cloud"], "num_references": 1}
+    with pytest.warns(UserWarning, match="2 of the references have no cached features"):
+        made = latents(pipeline, **both)
+    assert torch.allclose(made, latents(whole, **both), atol=0.02), "each its own"
     with pytest.raises(UserError, match=r"1 of the references have no cached features .*`imagerag features --name"):
         latents(pipeline, "a bicycle", num_references=1, strict=True)
     with warnings.catch_warnings():
