@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from imagerag.errors import UserError
@@ -13,24 +14,36 @@ from imagerag.hspace.encode import feature_identity
 from imagerag.retrieval import feature_column
 from imagerag.retrieval.schema import Features
 from imagerag.retrieval.store import Store
-from tests.generation.with_index import BASE, make_pipeline, write_store
+from imagerag.retrieval.takedown import remove_rows
+from imagerag.storage.hexadecimal import to_hex
+from tests.generation.with_index import BASE, fill, make_pipeline, write_store
 from tests.retrieval.rows import index_and_publish
 
 NARROW = Image.new("RGB", (4, 400))
 
 
-def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, tmp_path: Path, value: float) -> None:
     broken = write_store(tmp_path, plain)
     identity = feature_identity(BASE, plain.unet.config, "auto")
     version = feature_column.prepare(broken, identity)
 
     def compute(images: list[bytes], captions: list[str]) -> Features:
-        return np.full((len(images), *identity.shape), np.nan, np.float16)
+        return np.full((len(images), *identity.shape), value, np.float16)
 
     feature_column.commit(broken, [feature_column.fill(broken, identity, version, 0, compute, 8)], version)
     index_and_publish(broken)
     with pytest.raises(UserError, match=r"features of row [0-9a-f]{40} \('castle'\) hold a NaN"):
         make_pipeline().use_index(broken.uri, broken.name)("a castle")
+
+
+def test_an_index_whose_rows_were_all_taken_down_is_refused(plain: ImageRAGTurboPipeline, tmp_path: Path) -> None:
+    small = write_store(tmp_path, plain, num_rows=1)
+    fill(small, plain)
+    index_and_publish(small)
+    remove_rows(small, ids=to_hex(small.ids()))
+    with pytest.raises(UserError, match="the index 'images' is empty: nothing can be retrieved"):
+        make_pipeline().use_index(small.uri, small.name)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +70,12 @@ def test_features_that_are_no_numbers_are_refused(plain: ImageRAGTurboPipeline, 
         ("a castle", {"reference_images": NARROW, "reference_captions": ["a", "b"]}, "got 2 captions, 'a' …, for 1"),
         ("a castle", {"reference_weights": [1.0, 2.0], "num_references": 1}, "got 2 weights for 1 references"),
         ("a castle", {"reference_weights": -1, "num_references": 1}, "weight must be between 0 and 10; got -1"),
+        ("a castle", {"reference_weights": 10.5, "num_references": 1}, "weight must be between 0 and 10; got 10.5"),
         ("a castle", {"reference_masks": [NARROW] * 2, "num_references": 1}, "got 2 masks for 1 references"),
         ("a castle", {"reference_masks": [1.0], "num_references": 1}, "reference_masks is a PIL image, .*float"),
+        ("a castle", {"reference_ids": ["0b" * 20], "reference_images": NARROW}, "or as reference_images, not both"),
+        ("a castle", {"reference_images": [[]]}, "reference_images is a PIL image, .*; got an empty list"),
+        (None, {"prompt_embeds": torch.zeros(1, 4, 384), "reference_images": NARROW}, "captions have to say what"),
         ("a castle", {"query": ["a", "b"]}, "one for each of the 1; got 2"),
         ("a castle", {"reference_images": [NARROW], "reference_captions": ["a"]}, r"one has \(4, 400\)"),
     ],
