@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ from PIL import Image
 
 from imagerag.base.model import load_base
 from imagerag.errors import UserError
+from imagerag.generation.finetuned import ADAPTER, MANIFEST, load_finetuned
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 from tests.devices import DEVICES
+from tests.generation.with_index import make_adapter
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,7 @@ def test_it_is_saved_and_loaded(bases: dict[str, Path], tmp_path: Path, name: st
     [
         ({"prompt": []}, "at least one prompt"),
         ({"prompt": "a", "num_inference_steps": 0}, "between 1 and 1000; got 0"),
+        ({"prompt": "a", "num_inference_steps": 1001}, "between 1 and 1000; got 1001"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1 picture of a prompt can be made; got 0"),
         ({"prompt": "a", "output_type": "jpg"}, "output_type is one of pil, np, pt, latent; got 'jpg'"),
         ({}, "a prompt, or prompt_embeds, says what to make a picture of; got neither"),
@@ -111,8 +115,27 @@ def test_it_comes_back_in_the_dtype_that_it_was_saved_in(bases: dict[str, Path],
     first.save_pretrained(tmp_path)
     again = ImageRAGTurboPipeline.from_pretrained(tmp_path)
     assert torch.equal(*(each("a fox", generator=_of(0), output_type="latent").images for each in (first, again)))
-    other = ImageRAGTurboPipeline.from_pretrained(tmp_path, dtype=torch.float32)
-    assert other("a fox", generator=_of(0), output_type="latent").images.dtype == torch.float32
+    for name in ("dtype", "torch_dtype"):  # diffusers' new and old name
+        other = ImageRAGTurboPipeline.from_pretrained(tmp_path, **{name: torch.float32})
+        assert other("a fox", generator=_of(0), output_type="latent").images.dtype == torch.float32
+
+
+def test_a_model_whose_guidance_is_an_input_has_a_default_for_it(bases: dict[str, Path]) -> None:
+    lcm = ImageRAGTurboPipeline.from_pretrained(bases["lcm"])
+    made, same, other = (
+        lcm("a fox", generator=_of(0), output_type="latent", **arguments).images
+        for arguments in ({}, {"guidance_scale": 8.5}, {"guidance_scale": 0.0})
+    )
+    assert torch.equal(made, same)
+    assert not torch.allclose(made, other, atol=1e-4)
+
+
+def test_an_adapter_of_another_base_model_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = load_base(str(bases["sd-turbo"]), device="cpu")
+    make_adapter().save_pretrained(tmp_path / ADAPTER)
+    (tmp_path / MANIFEST).write_text(json.dumps({"finetuned": {"base": "tiny", "base_digest": "0" * 64}}))
+    with pytest.raises(UserError, match=rf"was trained for tiny \(digest {'0' * 64}\), not for {base.identity.id} "):
+        load_finetuned(tmp_path, base)
 
 
 def test_the_vae_of_sdxl_is_run_in_its_range(bases: dict[str, Path]) -> None:
