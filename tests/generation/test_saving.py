@@ -1,5 +1,6 @@
 """A pipeline that is saved and loaded: with LoRA, and with an index that is pinned or lies beside it."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -78,9 +79,10 @@ def test_lora_comes_back_bit_for_bit_and_the_base_model_is_as_it_was(store: Stor
 
 def test_lora_of_another_origin_is_not_saved(tmp_path: Path) -> None:
     pipeline = make_pipeline(make_adapter())
-    add_lora(pipeline, "style")
-    with pytest.raises(UserError, match="no other; 'style' is attached"):
-        pipeline.save_pretrained(tmp_path / "saved")
+    for name in ("style", LORA_NAME):  # alone, and beside the training's
+        add_lora(pipeline, name)
+        with pytest.raises(UserError, match="no other; 'style' is attached"):
+            pipeline.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
@@ -147,6 +149,15 @@ def test_an_index_that_lies_beside_is_found_wherever_the_folder_is(store: Store,
     shutil.move(tmp_path / "saved", tmp_path / "moved")
     assert torch.equal(latents(load(tmp_path / "moved")), expected)
     assert BASE.digest == load(tmp_path / "moved").config.base_digest
+
+
+def test_an_index_in_the_current_folder_is_found_from_any_other(store: Store, tmp_path: Path) -> None:
+    os.chdir(store.uri)
+    pipeline = make_pipeline(make_adapter()).use_index(".", store.name)
+    os.chdir(tmp_path)
+    pipeline.save_pretrained("saved")
+    assert torch.equal(latents(load(tmp_path / "saved")), latents(pipeline))
+    assert pipeline.config.index_uri == store.uri
 
 
 @pytest.fixture
