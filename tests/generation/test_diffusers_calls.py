@@ -10,11 +10,13 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from imagerag.generation.pipeline import ImageRAGTurboPipeline
 
@@ -216,6 +218,19 @@ def test_a_compiled_unet_is_what_the_pipeline_runs(both: tuple[Any, Any]) -> Non
     assert torch.equal(draw(pipe), expected[0])
     assert torch.equal(draw(pipe, **REFERENCE), expected[1])
     assert counter.frame_count == 1
+
+
+def test_a_safety_checker_says_what_it_found(both: tuple[Any, Any]) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=size, vision_config=vision, projection_dim=8)).eval()
+    checker.concept_embeds_weights.fill_(-2)  # so that it finds everything in every picture
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    for pipe in map(fresh, both):
+        pipe.register_modules(safety_checker=checker, feature_extractor=processor)
+        made = pipe(["a fox", "a lion"], generator=seeds(2), num_inference_steps=2)
+        assert made.nsfw_content_detected == [True, True]
+        assert not any(picture.getbbox() for picture in made.images), "they are black"
 
 
 def test_what_no_pipeline_knows_is_an_error(both: tuple[Any, Any]) -> None:
