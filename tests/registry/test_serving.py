@@ -328,7 +328,7 @@ def test_all_ways_to_load_it_give_the_same_pictures(
 ) -> None:
     expected = json.loads(json.dumps(rows_of(pipeline, [PROMPT], **PARAMS)))
     pull(champion.settings, "champion", tmp_path / "pulled")
-    assert (tmp_path / "pulled" / "README.md").is_file()
+    assert all((tmp_path / "pulled" / name).is_file() for name in ("README.md", "grid.png", "imagerag.json"))
     asked = json.dumps([PROMPT, PARAMS])
     with served(champion, tmp_path) as url:  # which takes its time to start
         of_pyfunc, of_folder = run(champion, tmp_path, FRESH, asked, str(tmp_path / "pulled"))
