@@ -84,24 +84,24 @@ class ReferenceMixin(SavingMixin):
             version: version of the index to pin; by default the published version.
 
         Raises:
-            UserError: if there is no such index or version, or it is empty.
+            UserError: if there is no such index or version, or it is empty. The pipeline then keeps its index.
         """
         folder = local_folder(uri)
         uri = uri if folder is None else str(folder.absolute())
+        self._index = self._opened(uri, name, version)
         self.register_to_config(index_uri=uri, index_name=name, index_version=version)
-        self._index = None
-        assert self.index is not None, (uri, name)
         return self
 
     @property
     def index(self) -> ReferenceIndex | None:
         """The index that references come from, or None."""
-        if self._index is None and self.config.index_name is not None:
-            config, base = self.config, self._base_identity()
-            self._index = ReferenceIndex(
-                config.index_uri, config.index_name, base, self.unet.config, self.text_encoder, config.index_version
-            )
+        config = self.config
+        if self._index is None and config.index_name is not None:
+            self._index = self._opened(config.index_uri, config.index_name, config.index_version)
         return self._index
+
+    def _opened(self, uri: str, name: str, version: int | None) -> ReferenceIndex:
+        return ReferenceIndex(uri, name, self._base_identity(), self.unet.config, self.text_encoder, version)
 
     def _base_identity(self) -> BaseIdentity:
         if self.config.base_digest is None:

@@ -97,3 +97,13 @@ def test_an_adapter_or_an_index_that_is_not_there(plain: ImageRAGTurboPipeline, 
         make_pipeline().use_index(str(tmp_path), "early", 1)
     with pytest.raises(UserError, match="made from its parts is not known: load it from a folder"):
         make_pipeline(base_digest=None).use_index(store.uri, store.name)
+
+
+def test_an_index_that_can_not_be_used_leaves_the_one_before(store: Store, tmp_path: Path) -> None:
+    pipeline = make_pipeline().use_index(store.uri, store.name)
+    before = pipeline.index
+    with pytest.raises(UserError):
+        pipeline.use_index(str(tmp_path), "missing", 3)
+    assert pipeline.index is before
+    assert (pipeline.config.index_uri, pipeline.config.index_name) == (store.uri, store.name)
+    assert pipeline.config.index_version is None
