@@ -16,7 +16,7 @@ from imagerag.progress import OnProgress, duration, silent
 from imagerag.retrieval.ann import IndexRecord, read_record, write_record
 from imagerag.retrieval.config import IndexConfig, IndexRules
 from imagerag.retrieval.feature_column import cached_features, count_lacking
-from imagerag.retrieval.partitions import IVF_SQ, build_partitions, choose_device, longest_training_s
+from imagerag.retrieval.partitions import IVF_SQ, build_partitions, choose_device, longest_training_s, train_on
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
 from imagerag.retrieval.segments import update_segments
 from imagerag.retrieval.store import Store
@@ -232,10 +232,11 @@ def _index_vectors(store: Store, kind: str, num_rows: int, last: IndexRecord | N
     if last is not None and last.kind == kind and num_rows <= _MAX_GROWTH * last.num_trained_rows:
         return last.num_trained_rows
     num_partitions, device = isqrt(num_rows), choose_device(num_rows)
+    on_cpu = device == "cpu"
+    limit = f"at most {duration(longest_training_s(store.encoder.dim, num_partitions))}" if on_cpu else f"on {device}"
     for column in _EMBEDDINGS:
-        dataset = store.dataset()
-        longest_s = longest_training_s(dataset.schema.field(column).type.list_size, num_partitions)
-        limit = f"at most {duration(longest_s)}" if device == "cpu" else f"on {device}"
         on_progress(1, _NUM_STEPS, f"training {num_partitions} partitions of {column}, {limit}")
-        build_partitions(dataset, column, num_partitions, device)
+        dataset = store.dataset()
+        centroids = None if on_cpu else train_on(device, dataset, column, num_partitions)
+        build_partitions(dataset, column, num_partitions, centroids)
     return num_rows

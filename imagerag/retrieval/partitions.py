@@ -27,13 +27,32 @@ def choose_device(num_rows: int) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build_partitions(dataset: LanceDataset, column: str, num_partitions: int, device: str) -> None:
-    """Train partitions and build the vector index of a column, in one segment; an existing one is replaced.
+def train_on(device: str, dataset: LanceDataset, column: str, num_partitions: int) -> np.ndarray:
+    """Return centroids (P, D) for `build_partitions` that torch trained on a device.
 
-    Lance's option `accelerator` is for indexes of product quantization only. So on a GPU, its k-means for GPUs trains
-    the centroids, which are given to the index; the rest is done by the CPU in any case.
+    Lance's option `accelerator` is for indexes of product quantization only, but its k-means for GPUs can be called.
     """
-    centroids = None if device == "cpu" else train_on(dataset, column, num_partitions, device)
+    import torch
+    from lance.vector import train_ivf_centroids_on_accelerator
+
+    # Lance accepts names of GPUs only, so that tests on a CPU need an object.
+    centroids, _ = train_ivf_centroids_on_accelerator(
+        dataset, column, num_partitions, "cosine", torch.device(device), sample_rate=_SAMPLED, max_iters=_ITERATIONS
+    )
+    return np.asarray(centroids)
+
+
+def build_partitions(
+    dataset: LanceDataset, column: str, num_partitions: int, centroids: np.ndarray | None = None
+) -> None:
+    """Build the vector index of a column, in one segment; an existing one is replaced.
+
+    Args:
+        dataset: the newest version of the table.
+        column: name of a column of embeddings.
+        num_partitions: number of partitions P.
+        centroids: trained centroids (P, D); by default Lance trains them on the CPU.
+    """
     dataset.create_index(
         column,
         IVF_SQ,
@@ -43,18 +62,6 @@ def build_partitions(dataset: LanceDataset, column: str, num_partitions: int, de
         ivf_centroids=centroids,
         replace=True,
     )
-
-
-def train_on(dataset: LanceDataset, column: str, num_partitions: int, device: str) -> np.ndarray:
-    """Return centroids (P, D) that torch trained on a device."""
-    import torch
-    from lance.vector import train_ivf_centroids_on_accelerator
-
-    # Lance accepts names of GPUs only, so that tests on a CPU need an object.
-    centroids, _ = train_ivf_centroids_on_accelerator(
-        dataset, column, num_partitions, "cosine", torch.device(device), sample_rate=_SAMPLED, max_iters=_ITERATIONS
-    )
-    return np.asarray(centroids)
 
 
 def longest_training_s(dim: int, num_partitions: int) -> float:

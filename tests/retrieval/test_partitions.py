@@ -26,14 +26,11 @@ def share_found(store: Store, nprobes: int) -> float:
 @pytest.mark.parametrize("device", DEVICES)
 def test_partitions_that_torch_trains_find_as_many_neighbours(store: Store, device: str) -> None:
     append(store, make_rows(0, NUM_ROWS))
-    partitions.build_partitions(store.dataset(), "text_embed", NUM_PARTITIONS, "cpu")
+    partitions.build_partitions(store.dataset(), "text_embed", NUM_PARTITIONS)
     by_lance = [share_found(store, nprobes) for nprobes in (1, 3)]
-    centroids = partitions.train_on(store.dataset(), "text_embed", NUM_PARTITIONS, device)
+    centroids = partitions.train_on(device, store.dataset(), "text_embed", NUM_PARTITIONS)
     assert centroids.shape == (NUM_PARTITIONS, DIM)
-    store.dataset().create_index(
-        "text_embed", "IVF_SQ", name="text_embed_idx", metric="cosine", num_partitions=NUM_PARTITIONS,
-        ivf_centroids=centroids, replace=True,
-    )  # fmt: skip
+    partitions.build_partitions(store.dataset(), "text_embed", NUM_PARTITIONS, centroids)
     by_torch = [share_found(store, nprobes) for nprobes in (1, 3)]
     assert by_lance[0] < by_lance[1] < 1, "otherwise, any partitions would do"
     assert by_torch == pytest.approx(by_lance, abs=0.08)
