@@ -1,4 +1,7 @@
+from typing import Any
+
 import pytest
+from lance import LanceDataset
 
 from imagerag.retrieval import segments
 from imagerag.retrieval.index import IndexConfig, build_index
@@ -7,6 +10,7 @@ from imagerag.retrieval.segments import update_segments
 from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import remove_rows
 from imagerag.storage.hexadecimal import to_hex
+from imagerag.storage.locks import LockLostError
 from tests.retrieval.rows import append, make_rows
 from tests.retrieval.test_takedown import index_files_with
 
@@ -105,3 +109,24 @@ def test_segments_with_other_settings_are_built_again(parts: Store) -> None:
     others = update_segments(parts, "caption", "INVERTED", {"stem": False}, digests, rewrite=True)
     assert not others.keys() & digests.keys()
     assert others.keys() == segments_of(parts, "caption").keys()
+
+
+def test_segments_are_not_committed_by_a_writer_that_lost_its_lock(
+    parts: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building them takes minutes on a large table."""
+    before, build, is_lost = segments_of(parts, "url"), LanceDataset.create_index_uncommitted, list[bool]()
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        is_lost.append(True)
+        return build(*arguments, **options)
+
+    def check() -> None:
+        if is_lost:
+            raise LockLostError("taken over")
+
+    monkeypatch.setattr(LanceDataset, "create_index_uncommitted", slow)
+    monkeypatch.setattr(segments, "check_locks", check)
+    with pytest.raises(LockLostError):
+        update_segments(parts, "url", "BTREE", {}, {}, rewrite=True)
+    assert segments_of(parts, "url") == before
