@@ -15,6 +15,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+import imagerag.training.finetune as module
 from imagerag.artifacts import Finetuned, TrainingSet
 from imagerag.errors import UserError
 from imagerag.generation.finetuned import ADAPTER, LORA, MANIFEST
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.engines
 
 STEPS = 8
 WORKERS = TrainWorkersConfig(device="cpu", num_workers=1)
+# A driver learns of each checkpoint before the next one.
+POLL_S = 0.05
 
 
 def make_config(**changes: Any) -> FinetuneConfig:
@@ -183,31 +186,28 @@ def test_a_gpu_learns_what_a_cpu_does(ray_session: None, training_set: TrainingS
 
 
 def test_a_killed_driver_goes_on_and_a_killed_worker_is_replaced(
-    undisturbed: tuple[Finetuned, dict[int, float]], training_set: TrainingSet, settings: Settings
+    undisturbed: tuple[Finetuned, dict[int, float]],
+    training_set: TrainingSet,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """First the driver with its whole local Ray, as when the machine goes down; then the worker of the next one."""
     script = (
         "import json, sys; from tests.training.test_finetune import *\n"
         "training_set = TrainingSet(**json.loads(sys.argv[1]))\n"
-        "finetune(training_set, make_config(), WORKERS, Settings(home=sys.argv[2]), lambda *p: print(*p, flush=True))\n"
+        "settings = Settings(home=sys.argv[2])\n"
+        "finetune(training_set, make_config(), WORKERS, settings, lambda *_: kill_driver(settings))\n"
     )
     arguments = [sys.executable, "-c", script, json.dumps(vars(training_set)), str(settings.home)]
-    driver = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert driver.stdout is not None
-    try:
-        for line in driver.stdout:
-            if int(line.split()[0]) >= 5:
-                break
-    finally:
-        for process in [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]:
-            process.kill()
-        driver.wait()
+    driver = subprocess.run(arguments, start_new_session=True, check=False, timeout=300)
+    assert driver.returncode == -signal.SIGKILL
+    monkeypatch.setattr(module, "_POLL_S", POLL_S)
     seen: list[int] = []
     killed: list[int] = []
 
     def kill(done: int, total: int, note: str = "") -> None:
         seen.append(done)
-        if done >= 5 and not killed:
+        if not killed:
             killed.extend(worker.pid for worker in _train_workers())
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
@@ -238,6 +238,18 @@ def test_a_perceptual_loss_without_a_network_is_refused(training_set: TrainingSe
     with pytest.raises(UserError, match="`pip install elatentlpips`"):
         finetune(training_set, config, WORKERS, settings)
     assert not (settings.home / "mlflow").exists(), "before anything started"
+
+
+def kill_driver(settings: Settings) -> None:
+    """Kill this process and all below it as soon as there is a checkpoint to go on from.
+
+    The few steps take two seconds: it is called by the training itself, because a watcher could come after the last.
+    """
+    module._POLL_S = POLL_S
+    while not list(settings.home.glob("training/*/runs/*/checkpoint_manager_snapshot.json")):
+        time.sleep(POLL_S)
+    for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
+        process.kill()
 
 
 def _train_workers() -> list[psutil.Process]:
