@@ -147,7 +147,11 @@ def _take_down(settings: Settings, name: str, corpus: Corpus, target: Target) ->
     reading = [label for label in (pins(store) if store.exists else ()) if label.startswith((JOB, TRAINING))]
     # Shards come first: an ingest between the two steps must not restore the rows.
     num_samples = remove_images(corpus, urls=target.asked["url"], sha256s=target.image_sha256s)
-    removal = remove_rows(store, ids=target.ids, image_sha256s=target.image_sha256s) if store.exists else None
+    removal = None
+    if store.exists:
+        # Rows that no version has any more may have been made from other images at these URLs.
+        urls, sha256s = target.asked["url"], target.image_sha256s
+        removal = remove_rows(store, ids=target.ids, urls=urls, image_sha256s=sha256s)
     sweeps = [_sweep_training(settings, name, ids), _sweep_copies(settings, store, ids)]
     if reading:
         jobs = ", ".join(sorted(reading))

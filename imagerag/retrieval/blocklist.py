@@ -5,13 +5,15 @@ from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from lance import LanceDataset
+from lance import LanceDataset, LanceFragment
 
 from imagerag.retrieval.store import Store
 from imagerag.storage.hexadecimal import ID
 from imagerag.storage.lance_table import LanceTable, rows_with, values_of
 
 Column = Literal["id", "url", "image_sha256"]
+
+_COLUMNS: list[Column] = ["id", "url", "image_sha256"]
 
 _SCHEMA = pa.schema(
     [
@@ -43,9 +45,20 @@ def blocked(store: Store, column: Column) -> list[str]:
 
 def count_blocked(store: Store, dataset: LanceDataset) -> int:
     """Return the number of rows of a version that are blocked."""
-    columns: tuple[Column, ...] = ("id", "url", "image_sha256")
-    found = [rows_with(dataset, column, blocked(store, column), ["id"])["id"] for column in columns]
+    found = [rows_with(dataset, column, blocked(store, column), ["id"])["id"] for column in _COLUMNS]
     return len(pc.unique(pa.chunked_array([chunk for ids in found for chunk in ids.chunks], ID)))
+
+
+def fragments_with_blocked(store: Store) -> list[int]:
+    """Return those fragments of the newest version whose files contain a deleted row that is blocked."""
+    values = {column: blocked(store, column) for column in _COLUMNS}
+
+    def contains_one(fragment: LanceFragment) -> bool:
+        rows = fragment.scanner(columns=_COLUMNS, include_deleted_rows=True, with_row_id=True).to_table()
+        return any(pc.any(matches(rows, column, own)).as_py() for column, own in values.items())
+
+    fragments = (fragment for fragment in store.dataset().get_fragments() if fragment.num_deletions)
+    return [fragment.fragment_id for fragment in fragments if contains_one(fragment)]
 
 
 def matches(rows: pa.Table, column: Column, values: list[str]) -> pa.ChunkedArray:

@@ -64,8 +64,9 @@ def build_index(
     """Update the indexes of the newest version, measure their recall, and commit it with them.
 
     This does nothing if that version was already indexed with this config, whose unset values are those of the last
-    build. New rows are added to an existing index. `rewrite` also rewrites every file that may contain a deleted row,
-    so that none of the new version does; it does so in an unfinished table too, because a takedown can't wait.
+    build. New rows are added to an existing index. `rewrite` is for takedowns, after fragments were rewritten: it also
+    rewrites those files of indexes that contain values of former fragments, and does so in an unfinished table too,
+    because a takedown can't wait.
 
     Raises:
         UserError: if there is no such table, or an ingest of it did not end.
@@ -101,7 +102,8 @@ def _build(
     store: Store, rules: IndexRules, last: IndexRecord | None, on_progress: OnProgress, *, rewrite: bool
 ) -> IndexRecord:
     """Update the indexes of the last build, or build them from scratch if `last` is None."""
-    store.compact(deleted_share=0.1 if last and not rewrite else 0.0)
+    if not rewrite:
+        store.compact(deleted_share=0.1 if last else 0.0)
     on_progress(1, _NUM_STEPS, "compacted")
     num_rows = store.count()
     kind = EXACT if num_rows < rules.exact_below else IVF_SQ

@@ -39,7 +39,7 @@ def update_segments(
         kind: Lance's type of the index.
         settings: Lance's settings of the index.
         known: digests of what segments were built from, by the segments' UUIDs; of this index and of others.
-        rewrite: whether segments that may contain deleted rows, or have other settings, are built again.
+        rewrite: whether segments that may contain rows of former fragments, or have other settings, are built again.
 
     Returns:
         The digests of those segments of the index for which they are known.
@@ -52,7 +52,7 @@ def update_segments(
         return {}
 
     def digest(group: Sequence[LanceFragment]) -> str:
-        rows = sorted(f"{first_file(fragment)} {fragment.deletion_file()}" for fragment in group)
+        rows = sorted(first_file(fragment) for fragment in group)
         return blake2b("\n".join([kind, str(dict(settings)), *rows]).encode(), digest_size=16).hexdigest()
 
     segments = {segment: [fragments[i] for i in ids if i in fragments] for segment, ids in _segments(dataset, name)}

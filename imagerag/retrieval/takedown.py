@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from lance import LanceDataset
 
-from imagerag.retrieval.blocklist import Column, block
+from imagerag.retrieval.blocklist import Column, block, fragments_with_blocked
 from imagerag.retrieval.config import IndexConfig
 from imagerag.retrieval.index import build_index
 from imagerag.retrieval.pins import pins, unpin
@@ -43,13 +43,13 @@ def remove_rows(
     """Take down all rows with one of these URLs, ids or image hashes, and such rows deleted before but still in files.
 
     The values and the ids of the rows are blocked first, so that no later version with such a row is published. Then
-    the rows are deleted, all files that may contain them are rewritten, readers are moved to the result, and all
-    earlier versions are deleted, including pinned ones: **no rollback past a takedown is possible**, and readers that
-    are still on an earlier version must refresh. Unpublished rows are dropped; the next re-indexing embeds them again.
-    If it is killed, call it again with the same values.
+    the rows are deleted, the files that contain them are rewritten, readers are moved to the result, and all earlier
+    versions are deleted, including pinned ones: **no rollback past a takedown is possible**, and readers that are still
+    on an earlier version must refresh. Unpublished rows are dropped; the next re-indexing embeds them again. If it is
+    killed, call it again with the same values.
 
-    Files are rewritten even if no row has one of the values, because a row that a re-indexing deleted stays in its file
-    until a tenth of the file's rows are deleted.
+    A row that a re-indexing deleted stays in its file until a tenth of the file's rows are deleted. So files are also
+    rewritten because of rows that no version has any more.
 
     On an object store, files that a killed writer left there may contain the bytes for up to seven more days.
     """
@@ -63,6 +63,7 @@ def remove_rows(
             block(store, column, values)
         block(store, "id", to_hex(rows["id"]))
         store.delete(rows["id"])
+        store.rewrite(fragments_with_blocked(store))
         version = build_index(store, IndexConfig(), rewrite=True).version
         published = published_version(store) is not None
         if published:

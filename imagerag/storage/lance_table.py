@@ -182,6 +182,17 @@ class LanceTable:
                 target_rows_per_fragment=target, materialize_deletions_threshold=deleted_share, max_source_rows=most
             )
 
+    def rewrite(self, fragment_ids: Collection[int]) -> None:
+        """Rewrite these fragments without their deleted rows, and no others."""
+        dataset = self.dataset()
+        others = [each for each in (f.fragment_id for f in dataset.get_fragments()) if each not in fragment_ids]
+        if fragment_ids:
+            dataset.optimize.compact_files(
+                target_rows_per_fragment=_FRAGMENT_ROWS,
+                materialize_deletions_threshold=0.0,
+                excluded_fragment_ids=others,
+            )
+
     def clean_up(self) -> None:
         """Delete the files of versions that are neither tagged nor the newest, and files left by killed writers.
 

@@ -55,16 +55,20 @@ def test_a_takedown_rewrites_only_the_segments_of_its_rows(parts: Store) -> None
 
     remove_rows(parts, urls=[taken])
 
-    assert not any(index_files_with(parts, trace) for trace in traces)
-    assert not any(index_files_with(parts, url.encode()) for url in (deleted, taken))
+    assert not index_files_with(parts, traces[1])
+    assert not index_files_with(parts, taken.encode())
     for column in VALUES:
         after = segments_of(parts, column)
-        assert len(after.keys() & before[column].keys()) == 2, column
+        assert len(after.keys() & before[column].keys()) == 3, column
         assert sum(after.values()) == len(parts.dataset().get_fragments()), column
-    # Nothing is left to rewrite for the next one but what it takes down itself.
-    kept = segments_of(parts, "caption")
-    remove_rows(parts, urls=["https://example.org/3.png"])
-    assert len(segments_of(parts, "caption").keys() & kept.keys()) == len(kept) - 1
+    assert index_files_with(parts, traces[0]), "nobody asked for it"
+
+    assert remove_rows(parts, urls=[deleted]).num_rows == 0
+
+    assert not index_files_with(parts, traces[0])
+    assert not index_files_with(parts, deleted.encode())
+    for column in VALUES:
+        assert len(segments_of(parts, column).keys() & before[column].keys()) == 2, column
 
 
 def test_every_row_is_found_in_segments(parts: Store) -> None:
@@ -99,8 +103,24 @@ def test_segments_of_an_unknown_origin_are_built_again_by_a_takedown(parts: Stor
     assert not digests.keys() & before.keys()
     assert update_segments(parts, "url", "BTREE", {}, digests, rewrite=True) == digests
     assert digests.keys() == segments_of(parts, "url").keys()
+
+
+def test_a_segment_that_has_rows_of_a_former_fragment_is_built_again_by_a_takedown(
+    parts: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows were deleted before, so that no scan finds them, and the segment's file still has their values."""
+    monkeypatch.setattr(segments, "_SEGMENT_ROWS", 2 * PART)
+    assert set(segments_of(parts, "url").values()) == {1}
+    digests = update_segments(parts, "url", "BTREE", {}, {}, rewrite=True)
+    assert set(segments_of(parts, "url").values()) == {2}
+    url = f"https://example.org/{PART}.png".encode()
     assert parts.delete(to_hex(make_rows(0, 1)["id"])) == 1
+    assert update_segments(parts, "url", "BTREE", {}, digests, rewrite=True) == digests
+    assert parts.delete(to_hex(make_rows(PART, 2 * PART)["id"])) == PART
+    assert index_files_with(parts, url)
     assert len(update_segments(parts, "url", "BTREE", {}, digests, rewrite=True).keys() - digests.keys()) == 1
+    parts.clean_up()
+    assert not index_files_with(parts, url)
 
 
 def test_segments_with_other_settings_are_built_again(parts: Store) -> None:

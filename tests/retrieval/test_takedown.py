@@ -66,7 +66,8 @@ def test_takedown_leaves_no_trace(history: Store) -> None:
     assert published_rows(history) == history.count() == 30
 
 
-def test_takedown_rewrites_fragments_that_are_too_large_to_be_merged(store: Store) -> None:
+@pytest.mark.parametrize("column", ["ids", "urls", "image_sha256s"])
+def test_takedown_rewrites_fragments_that_are_too_large_to_be_merged(store: Store, column: str) -> None:
     """And those of which a re-indexing deleted the row: it is in no version any more, and in a file still."""
     (left_before, taken) = (np.random.default_rng(seed).bytes(3_000) for seed in (4, 5))
     sizes = (2_060, 2_060, 700)
@@ -76,16 +77,21 @@ def test_takedown_rewrites_fragments_that_are_too_large_to_be_merged(store: Stor
         images[9:11] = (left_before, taken) if number == 1 else images[9:11]
         append(store, make_rows(start, start + sizes[number], image=images))
     index_and_publish(store)
-    (gone,) = to_hex(store.dataset().to_table(columns=["id"], filter="url = 'https://example.org/2069.png'")["id"])
-    store.delete([gone])
+    (gone,) = store.dataset().to_table(filter="url = 'https://example.org/2069.png'").to_pylist()
+    store.delete([gone["id"].hex(), *to_hex(make_rows(3, 4)["id"])])
     index_and_publish(store, PublishConfig(keep=1))
-    assert len(store.dataset().get_fragments()) > 1
+    others = [fragment.metadata.files[0].path for fragment in store.dataset().get_fragments()][::2]
+    assert len(others) == 2
     assert files_with(store, left_before)
     assert files_with(store, taken)
-    remove_rows(store, urls=["https://example.org/2070.png"], ids=[gone])
-    for trace in (left_before, taken):
-        assert files_with(store, trace) == []
-    assert store.count() == sum(sizes) - 2
+    remove_rows(store, urls=["https://example.org/2070.png"])
+    assert files_with(store, taken) == []
+    assert store.count() == sum(sizes) - 3
+    wanted = {"ids": gone["id"].hex(), "urls": gone["url"], "image_sha256s": gone["image_sha256"].hex()}
+    assert remove_rows(store, **{column: [wanted[column]]}).num_rows == 0
+    assert files_with(store, left_before) == []
+    kept = {fragment.metadata.files[0].path for fragment in store.dataset().get_fragments()}
+    assert kept.issuperset(others), "fragments without such rows are not rewritten"
 
 
 def test_no_rollback_past_a_takedown(history: Store) -> None:
