@@ -33,6 +33,7 @@ HNSW_EF = (16, 32, 64, 128, 256, 512, 1024)
 _ENCODER = EncoderIdentity(id="synthetic", digest="0" * 64, dim=DIM)
 _LATENT_DIM = 48
 _CHUNK_ROWS = 50_000
+_FRAGMENT_ROWS = 2_048
 _IMAGE = bytes(1000)
 
 Vectors = npt.NDArray[np.float32]
@@ -131,9 +132,9 @@ def _ours(store: Store, vectors: Vectors) -> Engine:
 
 
 def tables(vectors: Vectors, encoder: EncoderIdentity = _ENCODER) -> Iterator[pa.Table]:
-    """The rows of a table, whose ids are the vectors' positions, in pieces."""
-    for start in range(0, len(vectors), _CHUNK_ROWS):
-        chunk = vectors[start : start + _CHUNK_ROWS]
+    """The rows of a table, whose ids are the vectors' positions, in pieces of a fragment's size."""
+    for start in range(0, len(vectors), _FRAGMENT_ROWS):
+        chunk = vectors[start : start + _FRAGMENT_ROWS]
         numbers = range(start, start + len(chunk))
         embeds = pa.FixedSizeListArray.from_arrays(pa.array(chunk.ravel()), DIM)
         columns = {
