@@ -210,7 +210,7 @@ def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T
                 if stopped.is_set():
                     break
         except BaseException as error:  # noqa: BLE001 - it is raised in the consuming thread
-            end = _cause(error)
+            end = cause_of(error)
         results.put(end)
 
     threading.Thread(target=run, daemon=True).start()
@@ -227,7 +227,7 @@ def watched(iterate: Callable[[], Iterable[T]], timeout_s: float) -> Generator[T
         stopped.set()
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """Return the exception that a worker raised, without Ray's wrapper and traceback."""
     ray = sys.modules.get("ray")  # only `start_ray` imports it, after setting its environment
     wrapped = ray is not None and isinstance(error, ray.exceptions.RayTaskError)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 _PARTS = 20
 _FEW = 50
@@ -46,7 +45,7 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
     return Estimate(mean, float(interval.low), float(interval.high), len(data))
 
 
-def jackknifed(statistic: Callable[[np.ndarray], float], values: np.ndarray, groups: npt.NDArray[np.int64]) -> Estimate:
+def jackknifed(statistic: Callable[[np.ndarray], float], values: np.ndarray, groups: np.ndarray) -> Estimate:
     """Return a statistic of `values` (N, ...) with its interval by the grouped jackknife, with at most 20 parts.
 
     A bootstrap would not do for distances between distributions: values that are drawn twice increase them.

@@ -19,7 +19,7 @@ NUM_NAMES = 100
 _RIDGE = 100.0
 _BLOCK_ROWS = 1024
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.floating[Any]]
 
 

@@ -247,7 +247,7 @@ class Retriever:
         with self.reading():
             return count_lacking(self.dataset, features)
 
-    def take(self, rows: Sequence[int] | npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+    def take(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]], columns: Sequence[str]) -> pa.Table:
         """Return these columns of some rows, in this order; `rows` are positions in the result of `read`."""
         with self.reading():
             return self.dataset.take(rows, columns=list(columns))

@@ -2,33 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from lance import LanceDataset
 
 from imagerag.artifacts import TrainingSet
 from imagerag.base.model import BaseModel
 from imagerag.base.text import added_conditions
-from imagerag.errors import UserError
 from imagerag.hspace.encode import identity_in, side_of
 from imagerag.retrieval.feature_column import require_cached
 from imagerag.retrieval.schema import Embeds, Features
 from imagerag.retrieval.search import Retriever
 from imagerag.storage.hexadecimal import to_hex
-from imagerag.storage.keyed_table import Arrays, KeyedTable, from_column, shape_of
-from imagerag.storage.lance_table import batches_of
-from imagerag.storage.spool import MEMORY_ROWS
+from imagerag.storage.keyed_table import Arrays, from_column, shape_of
 from imagerag.training.config import ReferenceChoice
-from imagerag.training.examples import STORED_REFERENCES
+from imagerag.training.places import ExamplePlaces, Places, find_places, open_tables
 
 _KEPT_BYTES = 2**29
 """Of one column, on each worker."""
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -87,29 +83,16 @@ class Column:
         return from_column(self._dataset.take(rows, columns=[self._name])[self._name], self._shape)
 
 
-class Texts:
-    """Texts by their places, in Arrow's memory: as Python's they take twice that, on each worker."""
-
-    def __init__(self, values: pa.ChunkedArray) -> None:
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, place: int) -> str:
-        text: str = self._values[int(place)].as_py()
-        return text
-
-
 class RagData:
     """The examples of a training set, read from their tables as they are needed."""
 
-    def __init__(self, training_set: TrainingSet, base: BaseModel) -> None:
+    def __init__(self, training_set: TrainingSet, base: BaseModel, places: ExamplePlaces | None = None) -> None:
         """Open a training set.
 
         Args:
             training_set: what it is made of.
             base: the student, whose cached features its references have.
+            places: its `find_places`; by default they are found now.
 
         Raises:
             UserError: if its tables are gone or do not hold what they should.
@@ -119,31 +102,27 @@ class RagData:
         features = identity_in(index.schema, base.identity, base.unet.config)
         self._side = side_of(base.vae, base.unet)
         require_cached(index.schema, features)
+        self.places = find_places(training_set) if places is None else places
+        self._examples, *latents = open_tables(training_set, self.places.versions)
         self._features = Column(index, features.column, features.shape)
         self._embeds = Column(index, "text_embed", (dim,))
-        examples = KeyedTable.at(training_set.references_uri).dataset()
-        self._prompt_embeds = Column(examples, "embed", (dim,))
-        uris = [uri for uri in (training_set.real_uri, training_set.teacher_uri) if uri is not None]
-        latents = [KeyedTable.at(uri).dataset() for uri in uris]
+        self._prompt_embeds = Column(self._examples, "embed", (dim,))
         self._latents = [_Latents(dataset) for dataset in latents]
-        listed = examples.to_table(columns=["id", "prompt", "number", "is_held_out"])
-        self.prompts = Texts(listed["prompt"])
-        self._place = _latents_of(listed["id"], latents)
-        of_index = self._index.read(["id"])["id"]
-        self._own = _places_in(listed["id"], of_index)
-        """Each example's own row of the index (N,), -1 where there is none."""
-        self._references = _references_in(examples, of_index)
 
-        # Tables keep the order in which workers were done; a training must not depend on it.
-        order = pc.sort_indices(listed["id"]).to_numpy().astype(np.int64)
-        order = order[listed["number"].to_numpy()[order] < training_set.num_teacher]
-        held_out = listed["is_held_out"].to_numpy(zero_copy_only=False)[order]
-        self.learnt: Ints = order[~held_out]
+    @property
+    def learnt(self) -> Places:
         """Examples to learn from."""
-        self.held_out: Ints = order[held_out]
+        return self.places.learnt
+
+    @property
+    def held_out(self) -> Places:
         """Examples to validate on."""
-        of_learnt = self._own[self.learnt]
-        self._strangers = of_learnt[of_learnt >= 0]
+        return self.places.held_out
+
+    def prompts(self, examples: Ints) -> list[str]:
+        """Return the prompts of examples (N,)."""
+        prompts: list[str] = self._examples.take(examples, columns=["prompt"])["prompt"].to_pylist()
+        return prompts
 
     def read(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> RagBatch:
         """Return these examples (B,) with noise of `rng`, and references that are theirs, random or none.
@@ -178,13 +157,13 @@ class RagData:
 
     def describe(self, examples: Ints) -> list[str]:
         """Return which rows examples (N,) are, with the digests of their pictures."""
-        own = self._own[examples]
+        own = self.places.own[examples]
         found = self._index.take(own[own >= 0], ["id", "image_sha256"])
         pairs = zip(to_hex(found["id"]), to_hex(found["image_sha256"]), strict=True)
         named = (f"row {id} (image {sha256})" for id, sha256 in pairs)
         return [
-            next(named) if place >= 0 else f"the teacher's picture of {self.prompts[row]!r}"
-            for row, place in zip(examples, own, strict=True)
+            next(named) if place >= 0 else f"the teacher's picture of {prompt!r}"
+            for prompt, place in zip(self.prompts(examples), own, strict=True)
         ]
 
     def images(self) -> list[bytes]:
@@ -194,7 +173,7 @@ class RagData:
 
     def own(self, examples: Ints) -> Ints:
         """Return the rows of the index (B,) that examples are of, -1 for none."""
-        rows: Ints = self._own[examples]
+        rows: Ints = self.places.own[examples]
         return rows
 
     def choose(self, examples: Ints, references: ReferenceChoice, rng: np.random.Generator) -> Ints:
@@ -207,10 +186,10 @@ class RagData:
         if k == 0:
             return np.empty((size, 0), np.int64)
         fate = rng.random(size)
-        strangers = rng.choice(self._strangers, (size, k))
-        own = self._own[examples]
+        strangers = rng.choice(self.places.strangers, (size, k))
+        own = self.places.own[examples]
         neighbours = np.full((size, k), -1)
-        found = self._references[examples, :k]
+        found = self.places.references[examples, :k]
         neighbours[:, : found.shape[1]] = found
         among = np.concatenate([own[:, None], neighbours[:, : k - 1]], axis=1)
         alone = np.where(np.arange(k) == 0, own[:, None], -1)
@@ -235,46 +214,12 @@ class RagData:
         return found[0], found[1]
 
     def _read_latents(self, examples: Ints) -> list[torch.Tensor]:
-        tables, rows = self._place[examples].T
+        tables, rows = self.places.latents[examples].T
         parts = [(table, tables == number) for number, table in enumerate(self._latents) if (tables == number).any()]
         order = np.argsort(np.concatenate([np.flatnonzero(mine) for _, mine in parts]))
         read = [table.read(rows[mine]) for table, mine in parts]
         columns = (np.concatenate(each)[order].astype(np.float32) for each in zip(*read, strict=True))
         return [torch.from_numpy(column) for column in columns]
-
-
-def _latents_of(ids: pa.ChunkedArray, tables: Sequence[LanceDataset]) -> npt.NDArray[np.int32]:
-    """Return for each example its latents' table and its row there (N, 2)."""
-    places = np.full((len(ids), 2), -1, np.int32)
-    for number, table in enumerate(tables):
-        rows = _places_in(ids, table.to_table(columns=["id"])["id"])
-        places[rows >= 0] = np.stack([np.full(len(rows), number), rows], axis=1)[rows >= 0]
-    lacking = int((places[:, 1] < 0).sum())
-    if lacking:
-        raise UserError(f"the training set lacks {lacking} latents, which were deleted: make it again")
-    return places
-
-
-def _references_in(examples: LanceDataset, of_index: pa.ChunkedArray) -> npt.NDArray[np.int32]:
-    """Return each example's references as rows of the index (N, K), -1 where there is none."""
-    references = np.full((examples.count_rows(), STORED_REFERENCES), -1, np.int32)
-    # Each batch is looked up among all ids, so about as many references are held as there are ids.
-    batch_rows = max(len(of_index) // STORED_REFERENCES, MEMORY_ROWS)
-    start = 0
-    for batch in batches_of(examples, ["references"], batch_rows):
-        found = batch["references"]
-        lengths = pc.list_value_length(found).to_numpy()
-        places = _places_in(pc.list_flatten(found), of_index)
-        assert (places >= 0).all(), "a reference is no row of the index"
-        references[start : start + len(batch)][np.arange(STORED_REFERENCES) < lengths[:, None]] = places
-        start += len(batch)
-    return references
-
-
-def _places_in(values: pa.ChunkedArray, among: pa.ChunkedArray) -> Ints:
-    """Return where each of some ids (N,) is first among others, -1 where it is not."""
-    places: Ints = pc.index_in(values, value_set=among).fill_null(-1).to_numpy().astype(np.int64)
-    return places
 
 
 class _Latents:

@@ -31,9 +31,10 @@ from imagerag.settings import Settings
 from imagerag.storage.files import read_json, write_json
 from imagerag.storage.locks import check_locks, writer_lock
 from imagerag.training.config import FinetuneConfig, TrainDtype, TrainWorkersConfig
+from imagerag.training.places import find_places
 from imagerag.training.tracking import lasting_run, log_index, tracking_uri
 from imagerag.training.worker import ACCURACY, SCORE, STATE, Board, Task, train
-from imagerag.workers import StalledError, plan_workers
+from imagerag.workers import StalledError, cause_of, plan_workers
 
 EXPERIMENT = "finetune"
 _POLL_S = 1.0
@@ -210,6 +211,7 @@ def _fit(
     # On the driver's node, like Ray Train's controller: other nodes may be lost.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
+    places = ray.remote(num_cpus=0, label_selector=here)(find_places).remote(training_set)
     task = Task(
         training_set=training_set,
         config=config,
@@ -220,7 +222,7 @@ def _fit(
     )
     use = {"use_gpu": True} if device == "cuda" else {"resources_per_worker": {"CPU": num_threads}}
     trainer = _trainer(
-        {"task": task, "board": board},
+        {"task": task, "board": board, "places": places},
         {"num_workers": num_workers} | use,
         name=key,
         storage_path=f"{settings.training_of(training_set.index_name)}/runs",
@@ -233,7 +235,7 @@ def _fit(
         stop_ray()
         raise
     if isinstance(result.return_value, Exception):
-        raise result.return_value
+        raise cause_of(result.return_value)
     return result
 
 

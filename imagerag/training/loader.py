@@ -33,9 +33,9 @@ def micro_batch(data: RagData, config: FinetuneConfig, step: int, number: int) -
     return examples
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num: int) -> Ints:
-    return np.random.default_rng([seed, epoch]).permutation(num)
+    return np.random.default_rng([seed, epoch]).permutation(num).astype(np.int32)
 
 
 @dataclass(frozen=True)

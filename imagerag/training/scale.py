@@ -39,7 +39,7 @@ def choose_scale(
             real.append(batch.latents)
             for scale, own in made.items():
                 own.append(generator(batch, scale))
-    prompts = [data.prompts[example] for example in examples]
+    prompts = data.prompts(examples)
     return best_scale({scale: identified(torch.cat(own), torch.cat(real), prompts) for scale, own in made.items()})
 
 

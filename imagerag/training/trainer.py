@@ -75,7 +75,8 @@ class Finetuning:
         """
         torch.manual_seed(config.seed)
         self.config, self.done, self.accuracy = config, 0, float("nan")
-        self.skipped, self._skipped_in_a_row, self.suspects = 0, 0, np.empty(0, np.int64)
+        self.skipped, self._skipped_in_a_row = 0, 0
+        self.suspects: Ints = np.empty(0, np.int64)
         self._device, self._dtype = base.unet.device, dtype
         self._vae = base.vae
         diffusion = Diffusion(base.scheduler)
@@ -243,7 +244,7 @@ class Finetuning:
         config = self.config
         step = max(1, len(data.held_out) // config.num_validated)
         examples = data.held_out[::step][: config.num_validated]
-        prompts = ", ".join(data.prompts[example] for example in examples[:_SHOWN])
+        prompts = ", ".join(data.prompts(examples[:_SHOWN]))
         values: dict[str, float] = {}
         pictures: list[tuple[str, list[Image.Image]]] = []
         with self.averaged(), torch.no_grad():

@@ -65,15 +65,16 @@ class Board:
 
 def train(arguments: dict[str, Any]) -> Exception | None:
     """Train on one worker. Deterministic errors are returned, because Ray restarts workers that raise."""
-    task, board = arguments["task"], arguments["board"]
+    task, board, places = (arguments[name] for name in ("task", "board", "places"))
     try:
-        _train_steps(task, board)
+        _train_steps(task, board, places)
     except (UserError, FloatingPointError) as error:
         return error
     return None
 
 
-def _train_steps(task: Task, board: Any) -> None:
+def _train_steps(task: Task, board: Any, places: Any) -> None:
+    import ray
     import ray.train
     import ray.train.torch
     import torch
@@ -86,7 +87,7 @@ def _train_steps(task: Task, board: Any) -> None:
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     training, base = _prepare(task, device, num_workers)
     _resume(training, ray.train.get_checkpoint())
-    data = RagData(task.training_set, base)
+    data = RagData(task.training_set, base, ray.get(places))
     loader = Loader(data, task.config, device, rank=rank, num_workers=num_workers)
     started, first, said = time.monotonic(), training.done, 0.0
     with MlflowTracker(task.tracking_uri, task.run_id) if rank == 0 else nullcontext() as tracker:

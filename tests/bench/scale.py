@@ -31,6 +31,7 @@ from imagerag.retrieval.publish import publish, status
 from imagerag.retrieval.takedown import reachable_rows
 from imagerag.training.config import tiny
 from imagerag.training.data import RagData
+from imagerag.training.places import find_places
 from imagerag.training.plan import plan as plan_training
 from tests.bench.harness import Row, Scale, in_fresh_process, median
 from tests.bench.synthetic import NAME, PUBLISH, SHARD_ROWS, World
@@ -200,13 +201,19 @@ def _plan_training(world: World) -> Callable[[], None]:
     return measured
 
 
+def _find_places(world: World) -> Callable[[], None]:
+    def measured() -> None:
+        places = find_places(world.training_set)
+        assert len(places.learnt) + len(places.held_out) == world.num_rows
+
+    return measured
+
+
 def _open_training(world: World) -> Callable[[], None]:
-    base = load_base(world.base)
+    base, places = load_base(world.base), find_places(world.training_set)
 
     def measured() -> None:
-        training_set = world.training_set
-        data = RagData(training_set, base)
-        assert len(data.learnt) + len(data.held_out) == world.num_rows
+        RagData(world.training_set, base, places)
 
     return measured
 
@@ -256,7 +263,8 @@ STEPS = {
     "`index status`, and `doctor` of an index": Step(_status, BAR),
     "features with nothing to do": Step(_features, BAR),
     "plan of a training": Step(_plan_training),
-    "opening a training set": Step(_open_training),
+    "finding a training's examples, once for all workers": Step(_find_places),
+    "opening a training set in a worker": Step(_open_training),
     "rows of a URL in all versions": Step(_find, BAR),
     UPDATE: Step(_update, changes=True),
     "takedown of one image": Step(_take_down, BAR, changes=True),

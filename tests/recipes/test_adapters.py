@@ -24,19 +24,22 @@ class InMemoryData:
     """What `RagData` reads from tables: drawings, whose references are those of their concepts in other styles."""
 
     def __init__(self, drawings: list[Drawing], base: BaseModel) -> None:
-        self.prompts = [drawing.concept.name for drawing in drawings]
+        self._prompts = [drawing.concept.name for drawing in drawings]
         self.held_out, self.learnt = np.arange(len(drawings)), np.empty(0, int)
         self._images = [drawing.image for drawing in drawings]
         pictures = open_images(self._images)
         self._latents = encode_latents(base.vae, base.unet, pictures, "crop")
-        self._text = base.conditioner.encode(self.prompts).embeds
-        self._h = encode_references(base.vae, base.unet, base.conditioner, pictures, self.prompts, "crop")
-        names = np.array(self.prompts)
-        others = [np.flatnonzero(names == name) for name in self.prompts]
+        self._text = base.conditioner.encode(self._prompts).embeds
+        self._h = encode_references(base.vae, base.unet, base.conditioner, pictures, self._prompts, "crop")
+        names = np.array(self._prompts)
+        others = [np.flatnonzero(names == name) for name in self._prompts]
         self._others = np.array([np.resize(own[own != row], 2) for row, own in enumerate(others)])
 
     def images(self) -> list[bytes]:
         return self._images
+
+    def prompts(self, examples: Ints) -> list[str]:
+        return [self._prompts[example] for example in examples]
 
     def own(self, examples: Ints) -> Ints:
         return examples

@@ -44,7 +44,8 @@ def config(**changes: object) -> FinetuneConfig:
 
 def example_of(data: RagData, caption: str) -> int:
     """The example of the index's row with this caption."""
-    return next(row for row, prompt in enumerate(data.prompts) if prompt == caption and data._own[row] >= 0)
+    rows = np.flatnonzero(data.places.own >= 0)
+    return int(rows[data.prompts(rows).index(caption)])
 
 
 def test_an_example_is_what_the_base_model_makes_of_its_row(data: RagData, base: BaseModel) -> None:
@@ -66,19 +67,11 @@ def test_references_are_the_features_that_are_cached(data: RagData, base: BaseMo
     assert (batch.similarities[0, 1:] < 0.9).all()
 
 
-def test_references_are_the_same_in_any_number_of_batches(
-    data: RagData, world: World, training_set: TrainingSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data_module, "MEMORY_ROWS", 3)
-    assert len(data.prompts) > 2 * 3
-    assert np.array_equal(world.data(training_set)._references, data._references)
-
-
 def test_nothing_that_is_held_out_is_learnt_from_or_shown(data: RagData) -> None:
-    assert {data.prompts[row] for row in data.held_out} == set(HELD_OUT)
-    assert not {data.prompts[row] for row in data.learnt} & set(HELD_OUT)
-    own_of_held_out = set(data._own[data.held_out])
-    assert not own_of_held_out & set(data._references[data.learnt].ravel().tolist())
+    assert set(data.prompts(data.held_out)) == set(HELD_OUT)
+    assert not set(data.prompts(data.learnt)) & set(HELD_OUT)
+    own_of_held_out = set(data.places.own[data.held_out])
+    assert not own_of_held_out & set(data.places.references[data.learnt].ravel().tolist())
     strange = FOUND.model_copy(update={"random": 1.0})
     shown = np.concatenate([data.choose(data.learnt, strange, rng(seed)) for seed in range(30)])
     assert not own_of_held_out & set(shown.ravel().tolist())
@@ -88,19 +81,20 @@ def test_nothing_that_is_held_out_is_learnt_from_or_shown(data: RagData) -> None
 def test_what_is_found_for_an_example_is_never_its_picture(data: RagData) -> None:
     hashes = np.array(data._index.read(["image_sha256"])["image_sha256"].to_pylist())
     for row in np.concatenate([data.learnt, data.held_out]):
-        own, references = data._own[row], data._references[row]
+        own, references = data.places.own[row], data.places.references[row]
         if own >= 0:
             assert hashes[own] not in hashes[references[references >= 0]]
     strange = ReferenceChoice.found(16).model_copy(update={"random": 1.0})
     for seed in range(20):
         chosen = data.choose(data.learnt, strange, rng(seed))
-        assert (chosen != data._own[data.learnt][:, None])[chosen >= 0].all()
+        assert (chosen != data.places.own[data.learnt][:, None])[chosen >= 0].all()
 
 
 def test_the_shares_are_what_was_asked_for(data: RagData) -> None:
     choice = ReferenceChoice(number=3, own=0.3, own_among=0.2, none=0.25, random=0.1)
-    rows = np.resize([row for row in data.learnt if data._own[row] >= 0], 4_000)
-    chosen, own, found = data.choose(rows, choice, rng()), data._own[rows][:, None], data._references[rows, :3]
+    rows = np.resize([row for row in data.learnt if data.places.own[row] >= 0], 4_000)
+    chosen, own = data.choose(rows, choice, rng()), data.places.own[rows][:, None]
+    found = data.places.references[rows, :3]
     alone = np.concatenate([own, np.full((len(rows), 2), -1)], axis=1)
     among = np.concatenate([own, found[:, :2]], axis=1)
     nothing = np.full((len(rows), 3), -1)
@@ -109,16 +103,16 @@ def test_the_shares_are_what_was_asked_for(data: RagData) -> None:
 
 
 def test_a_row_that_is_shown_itself_is_as_near_as_can_be(data: RagData) -> None:
-    rows = np.array([row for row in data.learnt if data._own[row] >= 0])
+    rows = np.array([row for row in data.learnt if data.places.own[row] >= 0])
     batch = data.read(rows, ReferenceChoice(number=2, own=1.0, own_among=0.0, none=0.0, random=0.0), rng())
     assert torch.allclose(batch.similarities[:, 0], torch.ones(len(rows)), atol=2e-3)
     assert (batch.similarities[:, 1] == -1).all()
 
 
 def test_a_teachers_picture_has_no_row_and_is_shown_its_neighbours(data: RagData) -> None:
-    teachers = np.array([row for row in data.learnt if data._own[row] < 0])
+    teachers = np.array([row for row in data.learnt if data.places.own[row] < 0])
     choice = ReferenceChoice(number=3, own=0.5, own_among=0.5, none=0.0, random=0.0)
-    assert (data.choose(teachers, choice, rng()) == data._references[teachers, :3]).all()
+    assert (data.choose(teachers, choice, rng()) == data.places.references[teachers, :3]).all()
 
 
 def test_a_row_without_references_has_none(data: RagData) -> None:
@@ -129,7 +123,7 @@ def test_a_row_without_references_has_none(data: RagData) -> None:
 
 
 def test_teachers_examples_have_references_too(data: RagData) -> None:
-    teachers = [row for row in data.learnt if data._own[row] < 0]
+    teachers = [row for row in data.learnt if data.places.own[row] < 0]
     assert len(teachers) == 5
     batch = data.read(np.array(teachers), FOUND, rng())
     assert (batch.similarities > -1).all()

@@ -21,10 +21,12 @@ from imagerag.errors import UserError
 from imagerag.generation.finetuned import ADAPTER, LORA, MANIFEST
 from imagerag.settings import Settings
 from imagerag.storage.files import write_json
+from imagerag.storage.keyed_table import KeyedTable
 from imagerag.training.config import FinetuneConfig, LossWeights, ReferenceChoice, TrainWorkersConfig
 from imagerag.training.finetune import EXPERIMENT, finetune, key_of
 from imagerag.training.perceptual import LatentNetwork
 from imagerag.training.tracking import tracking_uri
+from tests.training.conftest import World
 
 pytestmark = pytest.mark.engines
 
@@ -226,6 +228,15 @@ def test_a_gradient_that_is_no_number_ends_it_at_once(training_set: TrainingSet,
         finetune(training_set, config, WORKERS, settings)
     run = MlflowClient(tracking_uri(settings)).search_runs(["1"])[0]
     assert run.info.status == "FAILED"
+
+
+def test_latents_that_were_deleted_are_named(own_world: World, settings: Settings) -> None:
+    """By the task that looks for them, whose error has Ray's own traceback in its text."""
+    training_set = own_world.synthesize()
+    table = KeyedTable.at(training_set.real_uri)
+    table.drop(table.ids()[:2])
+    with pytest.raises(UserError, match=r"^the training set lacks 2 latents, which were deleted: make it again$"):
+        finetune(training_set, make_config(), WORKERS, settings)
 
 
 def test_workers_that_do_not_divide_the_batch_are_refused(training_set: TrainingSet, settings: Settings) -> None:

@@ -81,7 +81,7 @@ def test_before_training_it_makes_the_pipelines_pictures(
     base: BaseModel, data: RagData, batch: RagBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = ImageRAGTurboPipeline.from_base(base)
-    prompts = [data.prompts[example] for example in data.learnt[:3]]
+    prompts = data.prompts(data.learnt[:3])
     expected = pipeline(prompts, latents=batch.noise, output_type="latent").images
 
     def is_expected(made: torch.Tensor) -> bool:

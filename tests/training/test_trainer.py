@@ -280,17 +280,16 @@ def test_what_is_exported_makes_the_same_picture(
     pipeline.use_index(world.settings.index_uri, "images")
     row = int(data.learnt[0])
     ids = to_hex(data._index.read(["id"])["id"])
-    references = [ids[each] for each in data._references[row, :2]]
-    made = pipeline(data.prompts[row], latents=batch.noise, reference_ids=references, output_type="latent")
+    references = [ids[each] for each in data.places.references[row, :2]]
+    (prompt,) = data.prompts(data.learnt[:1])
+    made = pipeline(prompt, latents=batch.noise, reference_ids=references, output_type="latent")
     assert torch.allclose(made.images, expected, atol=5e-3 * float(expected.abs().max()))
 
     plain = ImageRAGTurboPipeline.from_base(load_base(world.base, "cpu"))
     plain.set_progress_bar_config(disable=True)
-    without = pipeline(data.prompts[row], latents=batch.noise, fusion="none", output_type="latent").images
+    without = pipeline(prompt, latents=batch.noise, fusion="none", output_type="latent").images
     # Not bit for bit: a convolution's last digits depend on where in memory its inputs are.
-    assert torch.allclose(
-        without, plain(data.prompts[row], latents=batch.noise, output_type="latent").images, atol=1e-6
-    )
+    assert torch.allclose(without, plain(prompt, latents=batch.noise, output_type="latent").images, atol=1e-6)
     assert not torch.allclose(without, made.images, atol=5e-2)
-    again = pipeline(data.prompts[row], latents=batch.noise, reference_ids=references, output_type="latent")
+    again = pipeline(prompt, latents=batch.noise, reference_ids=references, output_type="latent")
     assert torch.allclose(again.images, made.images, atol=1e-6), "LoRA is back"

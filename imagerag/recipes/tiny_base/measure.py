@@ -122,7 +122,7 @@ class Measurer:
             examples: examples of `data` (N,), whose captions are concepts of the sample corpus.
         """
         self._data, self._judges, self.examples = data, judges, examples
-        self.prompts = [data.prompts[example] for example in examples]
+        self.prompts = data.prompts(examples)
         self._concepts = np.array([judges.number_of[prompt] for prompt in self.prompts])
         self._candidates = np.unique(self._concepts)
         self._threshold = judges.copy_threshold(self._candidates)
@@ -135,7 +135,7 @@ class Measurer:
     def of_split(cls, data: RagData, judges: Judges, split: str, per_concept: int = _STYLES_OF_A_CONCEPT) -> "Measurer":
         """Return a measurer of `per_concept` examples for each concept of a split, in different styles."""
         rows = np.concatenate([data.learnt, data.held_out])
-        concepts = np.array([judges.number_of.get(data.prompts[row], -1) for row in rows])
+        concepts = np.array([judges.number_of.get(prompt, -1) for prompt in data.prompts(rows)])
         own = np.array([judges.split_of.get(concept) == split for concept in concepts.tolist()])
         order = np.random.default_rng(0).permutation(np.flatnonzero(own))
         chosen = [order[concepts[order] == concept][:per_concept] for concept in np.unique(concepts[own])]
