@@ -15,11 +15,13 @@ from lance import LanceDataset
 from imagerag.artifacts import TrainingSet
 from imagerag.errors import UserError
 from imagerag.retrieval.search import Retriever
+from imagerag.storage.hexadecimal import ID
 from imagerag.storage.keyed_table import KeyedTable
 from imagerag.storage.lance_table import batches_of
 from imagerag.training.examples import STORED_REFERENCES
 
 _BATCH_ROWS = 2**16
+_WORDS = ID.byte_width // 4
 
 Places = npt.NDArray[np.int32]
 """Rows of a table, -1 where there is none."""
@@ -69,23 +71,11 @@ def find_places(training_set: TrainingSet) -> ExamplePlaces:
     """
     examples, *latents = open_tables(training_set)
     listed = examples.to_table(columns=["id", "number", "is_held_out"])
-    index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
-    of_index = IdPlaces(index.read(["id"])["id"])
-    references = np.full((len(listed), STORED_REFERENCES), -1, np.int32)
-    start = 0
-    for batch in batches_of(examples, ["references"], _BATCH_ROWS):
-        found = batch["references"]
-        is_there = np.arange(STORED_REFERENCES) < pc.list_value_length(found).to_numpy()[:, None]
-        places = of_index.find(pc.list_flatten(found))
-        assert (places >= 0).all(), "a reference is no row of the index"
-        references[start : start + len(batch)][is_there] = places
-        start += len(batch)
-
+    own, references = _places_in_index(training_set, examples, listed["id"])
     # Tables keep the order in which workers were done; a training must not depend on it.
     order = pc.sort_indices(listed["id"]).to_numpy().astype(np.int32)
     order = order[listed["number"].to_numpy()[order] < training_set.num_teacher]
     held_out = listed["is_held_out"].to_numpy(zero_copy_only=False)[order]
-    own = of_index.find(listed["id"])
     own_of_learnt = own[order[~held_out]]
     return ExamplePlaces(
         versions=tuple(int(table.version) for table in (examples, *latents)),
@@ -98,12 +88,29 @@ def find_places(training_set: TrainingSet) -> ExamplePlaces:
     )
 
 
+def _places_in_index(training_set: TrainingSet, examples: LanceDataset, ids: pa.ChunkedArray) -> tuple[Places, Places]:
+    """Return the places in the index of examples (N,) and of their references (N, K)."""
+    index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
+    of_index = IdPlaces(index.read(["id"])["id"])
+    references = np.full((len(ids), STORED_REFERENCES), -1, np.int32)
+    start = 0
+    for batch in batches_of(examples, ["references"], _BATCH_ROWS):
+        found = batch["references"]
+        is_there = np.arange(STORED_REFERENCES) < pc.list_value_length(found).to_numpy()[:, None]
+        places = of_index.find(pc.list_flatten(found))
+        assert (places >= 0).all(), "a reference is no row of the index"
+        references[start : start + len(batch)][is_there] = places
+        start += len(batch)
+    return of_index.find(ids), references
+
+
 def _latents_of(ids: pa.ChunkedArray, tables: Sequence[LanceDataset]) -> Places:
     """Return for each example its latents' table and its row there (N, 2)."""
     places = np.full((len(ids), 2), -1, np.int32)
     for number, table in enumerate(tables):
         rows = IdPlaces(table.to_table(columns=["id"])["id"]).find(ids)
-        places[rows >= 0] = np.stack([np.full(len(rows), number), rows], axis=1)[rows >= 0]
+        is_there = rows >= 0
+        places[is_there, 0], places[is_there, 1] = number, rows[is_there]
     lacking = int((places[:, 1] < 0).sum())
     if lacking:
         raise UserError(f"the training set lacks {lacking} latents, which were deleted: make it again")
@@ -111,20 +118,26 @@ def _latents_of(ids: pa.ChunkedArray, tables: Sequence[LanceDataset]) -> Places:
 
 
 class IdPlaces:
-    """The places of ids among others, in 32 bytes per id; Arrow's `index_in` hashes all of them at each call."""
+    """The places of ids among others. Takes 32 bytes per id.
+
+    Among ten million, it finds a million in 0.18 s; Arrow's `index_in`, which hashes all of them at each call, takes
+    2.3 s.
+    """
 
     def __init__(self, ids: pa.ChunkedArray) -> None:
         """Sort ids by their last bits, which are evenly distributed."""
-        self._words = _words(ids)
+        self._words = np.concatenate([np.empty((0, _WORDS), np.uint32), *map(_words, ids.chunks)])
         self._mask = np.uint32((1 << max(len(self._words) - 1, 0).bit_length()) - 1)
         bits = self._words[:, -1] & self._mask
         self._order = np.argsort(bits, kind="stable").astype(np.int32)
         self._starts = np.zeros(int(self._mask) + 2, np.int32)
         np.cumsum(np.bincount(bits, minlength=int(self._mask) + 1), out=self._starts[1:])
 
-    def find(self, ids: pa.ChunkedArray | pa.Array) -> Places:
+    def find(self, ids: pa.ChunkedArray) -> Places:
         """Return where each id (N,) is first, -1 where it is not."""
-        words = _words(ids)
+        return np.concatenate([np.empty(0, np.int32), *(self._find(_words(chunk)) for chunk in ids.chunks)])
+
+    def _find(self, words: npt.NDArray[np.uint32]) -> Places:
         bits = words[:, -1] & self._mask
         at, end = self._starts[bits], self._starts[bits + 1]
         places = np.full(len(words), -1, np.int32)
@@ -139,10 +152,9 @@ class IdPlaces:
         return places
 
 
-def _words(ids: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.uint32]:
-    """Return ids as (N, 5) words of 32 bits, without a copy if they are one array."""
-    if isinstance(ids, pa.ChunkedArray):
-        ids = ids.combine_chunks()
-    width, end = ids.type.byte_width // 4, ids.offset + len(ids)
-    words = np.frombuffer(ids.buffers()[1], np.uint32, end * width) if len(ids) else np.empty(0, np.uint32)
-    return words.reshape(-1, width)[end - len(ids) : end]
+def _words(ids: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint32]:
+    """Return ids as (N, 5) words of 32 bits, without a copy."""
+    end = ids.offset + len(ids)
+    if not len(ids):
+        return np.empty((0, _WORDS), np.uint32)
+    return np.frombuffer(ids.buffers()[1], np.uint32, end * _WORDS).reshape(-1, _WORDS)[ids.offset :]

@@ -23,7 +23,7 @@ def test_ids_are_found_where_arrow_finds_them(num_ids: int, digits: int) -> None
     rng = np.random.default_rng(num_ids)
     ids = [rng.bytes(digits) + bytes(20 - digits) for _ in range(num_ids)]
     among = pa.chunked_array([pa.array(ids[:300], ID), pa.array(ids[300:], ID)])
-    wanted = pa.array([*ids[::-3], *(rng.bytes(20) for _ in range(100)), *ids[:7]], ID)
+    wanted = pa.chunked_array([pa.array([*ids[::-3], *(rng.bytes(20) for _ in range(100)), *ids[:7]], ID)])
     expected = pa.compute.index_in(wanted, value_set=among).fill_null(-1).to_pylist()
     assert IdPlaces(among).find(wanted).tolist() == expected
     assert IdPlaces(among).find(wanted[5:60]).tolist() == expected[5:60]
