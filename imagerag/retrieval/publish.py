@@ -100,7 +100,7 @@ def require_published(store: Store) -> int:
 
 
 def require_version(store: Store, version: int) -> None:
-    """Make sure that `version` of the table, which a model pins, exists.
+    """Make sure that `version` of the table, which a model pins or a person named, exists.
 
     Raises:
         UserError: if the table can't be reached, or has no such version; the message names the published one.
@@ -113,10 +113,9 @@ def require_version(store: Store, version: int) -> None:
     except OSError as error:
         there = f"it can't be reached ({error})"
     raise VersionGoneError(
-        f"version {version} of the index {store.name!r} in {store.uri}, which the model pins, is not to be had: "
-        f"{there}. Bring that index back (a home that was moved is named by IMAGERAG_HOME); or register the model "
-        "again, on the index as it is now, or portable, with a copy of the index in it, for machines that can't reach "
-        "it"
+        f"version {version} of the index {store.name!r} in {store.uri} is not to be had: {there}. Bring that index "
+        "back (a home that was moved is named by IMAGERAG_HOME). A model that pins it can also be registered again: on "
+        "the index as it is now, or portable, with a copy of the index in it, for machines that can't reach it"
     )
 
 
