@@ -149,7 +149,7 @@ def _take_down(settings: Settings, name: str, corpus: Corpus, target: Target) ->
     num_samples = remove_images(corpus, urls=target.asked["url"], sha256s=target.image_sha256s)
     removal = None
     if store.exists:
-        # Rows that no version has any more may have been made from other images at these URLs.
+        # A deleted row that is still in a file may have one of these URLs and another image: only the URL finds it.
         urls, sha256s = target.asked["url"], target.image_sha256s
         removal = remove_rows(store, ids=target.ids, urls=urls, image_sha256s=sha256s)
     sweeps = [_sweep_training(settings, name, ids), _sweep_copies(settings, store, ids)]

@@ -50,14 +50,18 @@ def count_blocked(store: Store, dataset: LanceDataset) -> int:
 
 
 def fragments_with_blocked(store: Store) -> list[int]:
-    """Return those fragments of the newest version whose files contain a deleted row that is blocked."""
-    values = {column: blocked(store, column) for column in _COLUMNS}
+    """Return those fragments of the newest version whose files contain a deleted row that is blocked.
+
+    Rows that are not deleted are not looked at: the caller has deleted those that are blocked.
+    """
+    dataset = store.dataset()
+    values = {column: values_of(dataset.schema.field(column).type, blocked(store, column)) for column in _COLUMNS}
 
     def contains_one(fragment: LanceFragment) -> bool:
         rows = fragment.scanner(columns=_COLUMNS, include_deleted_rows=True, with_row_id=True).to_table()
-        return any(pc.any(matches(rows, column, own)).as_py() for column, own in values.items())
+        return any(pc.any(pc.is_in(rows[column], own)).as_py() for column, own in values.items())
 
-    fragments = (fragment for fragment in store.dataset().get_fragments() if fragment.num_deletions)
+    fragments = (fragment for fragment in dataset.get_fragments() if fragment.num_deletions)
     return [fragment.fragment_id for fragment in fragments if contains_one(fragment)]
 
 

@@ -65,8 +65,8 @@ def build_index(
 
     This does nothing if that version was already indexed with this config, whose unset values are those of the last
     build. New rows are added to an existing index. `rewrite` is for takedowns, after fragments were rewritten: it also
-    rewrites those files of indexes that contain values of former fragments, and does so in an unfinished table too,
-    because a takedown can't wait.
+    rewrites those files of indexes that contain values of fragments that were rewritten or are gone, and does so in an
+    unfinished table too, because a takedown can't wait.
 
     Raises:
         UserError: if there is no such table, or an ingest of it did not end.
@@ -197,8 +197,8 @@ def _add_new_vectors(store: Store, *, rewrite: bool) -> int:
     """Add new rows to the vector indexes, and return their number.
 
     An index is in one segment, or also in a small second one with the rows that were added since. Adding a few rows
-    rewrites only the second one, and every search reads both. `rewrite` merges segments without their deleted rows, if
-    compaction left any there: it does not drop those of fragments that have no other rows.
+    rewrites only the second one, and every search reads both. `rewrite` merges segments that contain deleted rows:
+    rewriting fragments does not drop those of fragments that are gone.
     """
     few, num_new_rows = store.count() * _FEW, 0
     for index in store.dataset().describe_indices():

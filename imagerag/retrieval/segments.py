@@ -39,7 +39,8 @@ def update_segments(
         kind: Lance's type of the index.
         settings: Lance's settings of the index.
         known: digests of what segments were built from, by the segments' UUIDs; of this index and of others.
-        rewrite: whether segments that may contain rows of former fragments, or have other settings, are built again.
+        rewrite: whether segments that may contain rows of fragments that were rewritten or are gone since, or have
+            other settings, are built again.
 
     Returns:
         The digests of those segments of the index for which they are known.
@@ -52,6 +53,7 @@ def update_segments(
         return {}
 
     def digest(group: Sequence[LanceFragment]) -> str:
+        # Without deletions: a takedown rewrites fragments that contain a blocked row before their segments.
         rows = sorted(first_file(fragment) for fragment in group)
         return blake2b("\n".join([kind, str(dict(settings)), *rows]).encode(), digest_size=16).hexdigest()
 

@@ -40,7 +40,7 @@ class Removal:
 def remove_rows(
     store: Store, *, urls: Sequence[str] = (), ids: Sequence[str] = (), image_sha256s: Sequence[str] = ()
 ) -> Removal:
-    """Take down all rows with one of these URLs, ids or image hashes, and such rows deleted before but still in files.
+    """Take down all rows with one of these URLs, ids or image hashes, and those deleted earlier but still in files.
 
     The values and the ids of the rows are blocked first, so that no later version with such a row is published. Then
     the rows are deleted, the files that contain them are rewritten, readers are moved to the result, and all earlier

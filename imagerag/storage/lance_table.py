@@ -173,9 +173,7 @@ class LanceTable:
         dataset.optimize.compact_files(
             target_rows_per_fragment=_FRAGMENT_ROWS, materialize_deletions_threshold=deleted_share
         )
-        num_rows, num_fragments = dataset.count_rows(), len(dataset.get_fragments())
-        row_bytes = sum(_bytes_of(field.type) for field in dataset.schema)
-        target = min(2 ** (num_rows // _MOST_FRAGMENTS).bit_length(), _FRAGMENT_BYTES // max(row_bytes, 1))
+        num_rows, num_fragments, target = dataset.count_rows(), len(dataset.get_fragments()), _fragment_rows(dataset)
         if target > _FRAGMENT_ROWS and num_fragments > num_rows // target:
             most = max(int(num_rows * _REWRITTEN_SHARE), 2 * target)  # exceeds what is merged into one fragment
             dataset.optimize.compact_files(
@@ -187,8 +185,9 @@ class LanceTable:
         dataset = self.dataset()
         others = [each for each in (f.fragment_id for f in dataset.get_fragments()) if each not in fragment_ids]
         if fragment_ids:
+            check_locks()
             dataset.optimize.compact_files(
-                target_rows_per_fragment=_FRAGMENT_ROWS,
+                target_rows_per_fragment=max(_fragment_rows(dataset), _FRAGMENT_ROWS),
                 materialize_deletions_threshold=0.0,
                 excluded_fragment_ids=others,
             )
@@ -305,6 +304,13 @@ def values_of(kind: pa.DataType, values: Values) -> pa.Array | pa.ChunkedArray:
 def literal(value: str | bytes) -> str:
     """Return a value as SQL, which has no bound parameters in Lance."""
     return f"X'{value.hex()}'" if isinstance(value, bytes) else "'" + value.replace("'", "''") + "'"
+
+
+def _fragment_rows(dataset: LanceDataset) -> int:
+    """Return the number of rows that fragments of a table of this size should have."""
+    row_bytes = sum(_bytes_of(field.type) for field in dataset.schema)
+    num_rows = int(dataset.count_rows())
+    return int(min(2 ** (num_rows // _MOST_FRAGMENTS).bit_length(), _FRAGMENT_BYTES // max(row_bytes, 1)))
 
 
 def _bytes_of(kind: pa.DataType) -> int:

@@ -19,7 +19,7 @@ from imagerag.retrieval.search import Retriever
 from imagerag.storage.hexadecimal import to_hex
 from imagerag.storage.keyed_table import Arrays, from_column, shape_of
 from imagerag.training.config import ReferenceChoice
-from imagerag.training.places import ExamplePlaces, Places, find_places, open_tables
+from imagerag.training.places import ExamplePlaces, Places, open_places
 
 _KEPT_BYTES = 2**29
 """Of one column, on each worker."""
@@ -92,7 +92,7 @@ class RagData:
         Args:
             training_set: what it is made of.
             base: the student, whose cached features its references have.
-            places: its `find_places`; by default they are found now.
+            places: what `find_places` returned for this training set; by default it is called now.
 
         Raises:
             UserError: if its tables are gone or do not hold what they should.
@@ -102,8 +102,7 @@ class RagData:
         features = identity_in(index.schema, base.identity, base.unet.config)
         self._side = side_of(base.vae, base.unet)
         require_cached(index.schema, features)
-        self.places = find_places(training_set) if places is None else places
-        self._examples, *latents = open_tables(training_set, self.places.versions)
+        self.places, (self._examples, *latents) = open_places(training_set, places)
         self._features = Column(index, features.column, features.shape)
         self._embeds = Column(index, "text_embed", (dim,))
         self._prompt_embeds = Column(self._examples, "embed", (dim,))

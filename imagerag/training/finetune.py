@@ -211,7 +211,8 @@ def _fit(
     # On the driver's node, like Ray Train's controller: other nodes may be lost.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
-    places = ray.remote(num_cpus=0, label_selector=here)(find_places).remote(training_set)
+    finding = ray.remote(num_cpus=0, label_selector=here, retry_exceptions=[OSError])(find_places)
+    places = finding.remote(training_set)
     task = Task(
         training_set=training_set,
         config=config,

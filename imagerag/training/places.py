@@ -47,29 +47,41 @@ class ExamplePlaces:
     """Rows of the index that random references are drawn from: those of examples to learn from."""
 
 
-def open_tables(training_set: TrainingSet, versions: Sequence[int] | None = None) -> list[LanceDataset]:
-    """Open the tables of references and of latents, in the newest or in given versions.
-
-    Raises:
-        UserError: if a table is gone, or not in that version any more, because a takedown deleted rows.
-    """
-    uris = [uri for uri in (training_set.references_uri, training_set.real_uri, training_set.teacher_uri) if uri]
-    tables = []
-    for number, uri in enumerate(uris):
-        dataset = KeyedTable.at(uri).find(None if versions is None else versions[number])
-        if dataset is None:
-            raise UserError(f"rows of {uri} were deleted since the training started: run it again")
-        tables.append(dataset)
-    return tables
-
-
 def find_places(training_set: TrainingSet) -> ExamplePlaces:
-    """Return the places of a training set's examples, as the tables are now.
+    """Return the places of a training set's examples in the newest versions of its tables.
 
     Raises:
         UserError: if the tables are gone or do not hold what they should.
     """
-    examples, *latents = open_tables(training_set)
+    return _find(training_set)[0]
+
+
+def open_places(training_set: TrainingSet, places: ExamplePlaces | None) -> tuple[ExamplePlaces, list[LanceDataset]]:
+    """Return the places of a training set's examples with its tables of references and of latents in their versions.
+
+    Args:
+        training_set: the training set.
+        places: what `find_places` returned for it. Places are found anew if there are none, or if a version is gone:
+            other trainings share the tables of latents, and a takedown or their clean-up may rewrite them. The
+            examples are the same then, in the same order.
+
+    Raises:
+        UserError: as `find_places`.
+    """
+    if places is not None:
+        versions = zip(_uris(training_set), places.versions, strict=True)
+        tables = [table for uri, version in versions if (table := KeyedTable.at(uri).find(version)) is not None]
+        if len(tables) == len(places.versions):
+            return places, tables
+    return _find(training_set)
+
+
+def _uris(training_set: TrainingSet) -> list[str]:
+    return [uri for uri in (training_set.references_uri, training_set.real_uri, training_set.teacher_uri) if uri]
+
+
+def _find(training_set: TrainingSet) -> tuple[ExamplePlaces, list[LanceDataset]]:
+    examples, *latents = tables = [KeyedTable.at(uri).dataset() for uri in _uris(training_set)]
     listed = examples.to_table(columns=["id", "number", "is_held_out"])
     own, references = _places_in_index(training_set, examples, listed["id"])
     # Tables keep the order in which workers were done; a training must not depend on it.
@@ -77,8 +89,8 @@ def find_places(training_set: TrainingSet) -> ExamplePlaces:
     order = order[listed["number"].to_numpy()[order] < training_set.num_teacher]
     held_out = listed["is_held_out"].to_numpy(zero_copy_only=False)[order]
     own_of_learnt = own[order[~held_out]]
-    return ExamplePlaces(
-        versions=tuple(int(table.version) for table in (examples, *latents)),
+    places = ExamplePlaces(
+        versions=tuple(int(table.version) for table in tables),
         latents=_latents_of(listed["id"], latents),
         own=own,
         references=references,
@@ -86,6 +98,7 @@ def find_places(training_set: TrainingSet) -> ExamplePlaces:
         held_out=order[held_out],
         strangers=own_of_learnt[own_of_learnt >= 0],
     )
+    return places, tables
 
 
 def _places_in_index(training_set: TrainingSet, examples: LanceDataset, ids: pa.ChunkedArray) -> tuple[Places, Places]:
@@ -118,7 +131,7 @@ def _latents_of(ids: pa.ChunkedArray, tables: Sequence[LanceDataset]) -> Places:
 
 
 class IdPlaces:
-    """The places of ids among others. Takes 32 bytes per id.
+    """Finds the positions of ids in a list of ids, of which each takes 32 bytes.
 
     Among ten million, it finds a million in 0.18 s; Arrow's `index_in`, which hashes all of them at each call, takes
     2.3 s.

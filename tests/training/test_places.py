@@ -1,5 +1,7 @@
 """Where examples' parts are, found once for all workers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,6 +17,8 @@ from imagerag.training.config import ReferenceChoice
 from imagerag.training.data import RagData
 from imagerag.training.places import ExamplePlaces, IdPlaces, find_places
 from tests.training.conftest import World
+
+FOUND = ReferenceChoice.found(3)
 
 
 @pytest.mark.parametrize("digits", [20, 1], ids=["of digests", "that end alike"])
@@ -44,10 +48,11 @@ def test_workers_read_the_same_memory(world: World, training_set: TrainingSet, r
 
     def owns_a_copy(found: ExamplePlaces) -> bool:
         data = RagData(training_set, load_base(world.base, "cpu"), found)
-        arrays = (data.learnt, data.held_out, data.places.own, data.places.references, data.places.latents)
-        return any(array.flags.owndata or array.flags.writeable for array in arrays)
+        rows = data.places.references
+        return bool(rows.flags.owndata or rows.flags.writeable)
 
-    found = ray.remote(find_places).remote(training_set)
+    large = np.zeros((2**16, 16), np.int32)  # Ray hands small objects on as copies
+    found = ray.put(replace(find_places(training_set), references=large))
     assert ray.get([ray.remote(owns_a_copy).remote(found) for _ in range(2)]) == [False, False]
 
 
@@ -55,19 +60,28 @@ def test_examples_are_the_same_with_places_of_before(world: World, training_set:
     base, rng = load_base(world.base, "cpu"), np.random.default_rng
     made = find_places(training_set)
     given, found = RagData(training_set, base, made), RagData(training_set, base)
-    batches = [data.read(data.learnt[:6], ReferenceChoice.found(3), rng(0)) for data in (given, found)]
+    batches = [data.read(data.learnt[:6], FOUND, rng(0)) for data in (given, found)]
     for name in ("latents", "text", "h_references", "similarities"):
         assert (getattr(batches[0], name) == getattr(batches[1], name)).all(), name
     assert made.references.dtype == made.own.dtype == made.learnt.dtype == np.int32
 
 
-def test_places_in_a_table_that_a_takedown_changed_since_are_refused(own_world: World) -> None:
-    """Rows have other places then: a worker would be shown wrong pictures."""
-    training_set = own_world.synthesize()
-    before = find_places(training_set)
+def test_places_are_found_anew_if_a_table_was_rewritten(own_world: World) -> None:
+    """By a takedown, or by another training's clean-up: a worker would be shown the pictures of other rows."""
+    training_set = own_world.synthesize(num_teacher_latents=5)
+    base, before = load_base(own_world.base, "cpu"), find_places(training_set)
     table = KeyedTable.at(training_set.real_uri)
-    assert table.drop(table.ids()[:1]) == 1
-    with pytest.raises(UserError, match=r"rows of .*real-\w+\.lance were deleted since the training started"):
-        RagData(training_set, load_base(own_world.base, "cpu"), before)
+    first = table.dataset().take([0], columns=table.schema.names)
+    assert table.drop(first["id"]) == 1
     with pytest.raises(UserError, match="lacks 1 latents"):
-        find_places(training_set)
+        RagData(training_set, base, before)
+
+    table.append(first)
+    after = RagData(training_set, base, before)
+    assert after.places.versions != before.versions
+    assert (after.places.latents != before.latents).any()
+    assert (after.learnt == before.learnt).all(), "all workers learn from the same examples, whenever they started"
+    batch, same = (
+        data.read(data.learnt[:6], FOUND, np.random.default_rng(0)) for data in (after, own_world.data(training_set))
+    )
+    assert (batch.latents == same.latents).all()
