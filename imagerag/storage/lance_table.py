@@ -182,15 +182,16 @@ class LanceTable:
 
     def rewrite(self, fragment_ids: Collection[int]) -> None:
         """Rewrite these fragments without their deleted rows, and no others."""
+        if not fragment_ids:
+            return
+        check_locks()
         dataset = self.dataset()
-        others = [each for each in (f.fragment_id for f in dataset.get_fragments()) if each not in fragment_ids]
-        if fragment_ids:
-            check_locks()
-            dataset.optimize.compact_files(
-                target_rows_per_fragment=max(_fragment_rows(dataset), _FRAGMENT_ROWS),
-                materialize_deletions_threshold=0.0,
-                excluded_fragment_ids=others,
-            )
+        others = {fragment.fragment_id for fragment in dataset.get_fragments()}.difference(fragment_ids)
+        dataset.optimize.compact_files(
+            target_rows_per_fragment=max(_fragment_rows(dataset), _FRAGMENT_ROWS),
+            materialize_deletions_threshold=0.0,
+            excluded_fragment_ids=sorted(others),
+        )
 
     def clean_up(self) -> None:
         """Delete the files of versions that are neither tagged nor the newest, and files left by killed writers.
