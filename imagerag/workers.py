@@ -5,10 +5,11 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -24,6 +25,8 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 
 _WORKER_CORES = 8
 _BLOCK_BYTES = 16 * 2**20
+_GROUP = 128
+"""Number of parts that are in the driver's memory at a time."""
 _IN_FLIGHT_BYTES = 128 * 2**20
 """Limit of what was read and is queued, per worker, which bounds memory."""
 _RESULT = pa.schema({"written": pa.list_(pa.string()), "num_rows": pa.int64(), "machine_s": pa.float64()})
@@ -82,8 +85,8 @@ def plan_workers(nodes: list[dict[str, Any]], config: WorkersConfig) -> tuple[st
 class Job:
     """A Ray Data job: what its workers do, and what the driver does with their results."""
 
-    parts: Sequence[pa.Table]
-    """What is distributed. A worker that dies loses only its current part, or batch."""
+    parts: Iterable[pa.Table]
+    """What is distributed, in Ray's object store. A worker that dies loses only its current part, or batch."""
     worker: Callable[..., Worker]
     """Makes a worker in its own process, from `arguments`, `device` and `dtype`."""
     arguments: Mapping[str, Any]
@@ -161,11 +164,14 @@ def _results(job: Job, config: WorkersConfig) -> Iterator[dict[str, Any]]:
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every plan and every finished execution
     device, num_workers, num_threads = plan_workers(ray.nodes(), config)
-    dataset = ray.data.from_arrow(list(job.parts))
+    # In groups, because the parts may be larger than memory; Ray's object store spills them to disk.
+    parts = iter(job.parts)
+    stored = [ray.data.from_arrow(group) for group in iter(lambda: list(islice(parts, _GROUP)), [])]
+    dataset = stored[0].union(*stored[1:]) if len(stored) > 1 else stored[0]
     dataset.context.enable_progress_bars = False
     dataset.context.raise_original_map_exception = True
     if job.read is None:
-        num_workers = min(num_workers, len(job.parts))
+        num_workers = min(num_workers, sum(group.num_blocks() for group in stored))
     else:
         dataset.context.target_max_block_size = _BLOCK_BYTES
         dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(

@@ -1,7 +1,8 @@
 """What all Ray Data jobs share."""
 
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,43 @@ def test_a_failed_job_stops_ray_and_the_next_starts_it_again(tmp_path: Path) -> 
         with pytest.raises(KeyError, match="broken"):
             run_job(replace(job, **broken), config, settings)
         assert not ray.is_initialized()
+
+
+def whole_part(part: pa.Table) -> Iterator[pa.Table]:
+    yield part
+
+
+@pytest.mark.engines
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("read", [None, whole_part])
+def test_parts_are_in_rays_memory_and_not_in_the_drivers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[pa.Table], Iterator[pa.Table]] | None
+) -> None:
+    made: list[weakref.ref[pa.Table]] = []
+    num_alive = []
+
+    def parts() -> Iterator[pa.Table]:
+        for number in range(12):
+            num_alive.append(sum(each() is not None for each in made))
+            part = pa.table({"number": [number]})
+            made.append(weakref.ref(part))
+            yield part
+
+    monkeypatch.setattr("imagerag.workers._GROUP", 3)
+    job, committed, _ = job_of([[""]] * 12, parts=parts(), worker=Quick, read=read)
+    run_job(job, WorkersConfig(), Settings(home=tmp_path))
+    assert sorted(int(number) for (number,) in committed) == list(range(12))
+    assert max(num_alive) <= 5, "more than two groups of three"
+
+
+class Quick:
+    """A worker that does nothing."""
+
+    def __init__(self, *, device: str, dtype: Dtype | None) -> None:
+        pass
+
+    def __call__(self, rows: pa.Table) -> tuple[list[str], int]:
+        return list(map(str, rows["number"].to_pylist())), len(rows)
 
 
 def broken_part(part: pa.Table) -> Iterator[pa.Table]:

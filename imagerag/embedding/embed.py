@@ -125,7 +125,7 @@ def _embed_missing(
         version = store.commit(fragments, version)
 
     job = Job(
-        parts=list(found.shards()),
+        parts=found.shards(),
         worker=Worker,
         arguments={"identity": identity, "store": store, "corpus": corpus},
         read=partial(read_images, corpus=corpus),

@@ -6,11 +6,15 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from diffusers import UNet2DConditionModel
+from lance import LanceDataset
 
 from imagerag.artifacts import TrainingSet
 from imagerag.base.files import resolve
@@ -22,9 +26,11 @@ from imagerag.corpus.url_list import UrlList, read_url_list
 from imagerag.embedding import encoder_files
 from imagerag.embedding.survey import with_ids
 from imagerag.hspace.cache import identities_of
-from imagerag.retrieval import feature_column
+from imagerag.retrieval import feature_column, index
+from imagerag.retrieval.ann import IndexRecord
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import PublishConfig, publish
+from imagerag.retrieval.recall import K
 from imagerag.retrieval.schema import EncoderIdentity, FeatureIdentity, row_schema
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.store import Store
@@ -40,7 +46,8 @@ from tests.generation.folders import small_unet
 from tests.generation.with_index import make_pipeline
 
 NAME = "bench"
-DIM = 16
+MOST_VECTORS = 10_000_000
+"""Larger tables have no vector indexes and no features, which would not fit on the disk of a small machine."""
 SHARD_ROWS = 10_000
 PUBLISH = PublishConfig(min_recall=0.5)  # random vectors have no near neighbours
 _CHUNK_ROWS = 100_000
@@ -53,6 +60,11 @@ class World:
 
     folder: Path
     num_rows: int
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether the table has vector indexes and features."""
+        return self.num_rows <= MOST_VECTORS
 
     @property
     def settings(self) -> Settings:
@@ -77,7 +89,7 @@ class World:
     @property
     def encoder(self) -> str:
         """An encoder whose embeddings are small."""
-        return str(self.folder / "encoder")
+        return str(self.folder / f"encoder-{self._dim}")
 
     @property
     def base(self) -> str:
@@ -102,6 +114,10 @@ class World:
         return replace(describe(self.examples), **uris)
 
     @property
+    def _dim(self) -> int:
+        return 16 if self.has_vectors else 2
+
+    @property
     def _encoder_identity(self) -> EncoderIdentity:
         return encoder_files.resolve(self.encoder).identity
 
@@ -113,7 +129,7 @@ class World:
                 pa.field("number", pa.int64()),
                 pa.field("is_held_out", pa.bool_()),
                 pa.field("references", pa.list_(ID)),
-                array_field("embed", (DIM,), pa.float32()),
+                array_field("embed", (self._dim,), pa.float32()),
             ],
         }
         return KeyedTable.of(self.settings.training_of(NAME), name, {}, columns[name])
@@ -124,7 +140,7 @@ class World:
         if made.exists():
             return
         if not Path(self.encoder).exists():
-            write_encoder(Path(self.encoder), seed=0)
+            write_encoder(Path(self.encoder), seed=0, dim=self._dim)
         if not Path(self.base).exists():
             unet = UNet2DConditionModel(**small_unet() | {"cross_attention_dim": 384, "sample_size": 4})
             make_pipeline(unet=unet).save_pretrained(self.base)
@@ -138,18 +154,18 @@ class World:
         """Yield images number `start` to `stop`, as `ledger.iter_images` does."""
         for first in range(start, stop, _CHUNK_ROWS):
             numbers = np.arange(first, min(first + _CHUNK_ROWS, stop))
-            places = zip(*np.divmod(numbers, SHARD_ROWS), strict=True)
+            shards, places = np.divmod(numbers, SHARD_ROWS)
             yield pa.table(
                 {
-                    "url": [f"https://images.example/{number}.jpg" for number in numbers],
-                    "caption": [f"picture number {number}" for number in numbers],
-                    "source": [f"host{number % 100}.example" for number in numbers],
+                    "url": _joined("https://images.example/", numbers, ".jpg"),
+                    "caption": _joined("picture number ", numbers),
+                    "source": _joined("host", numbers % 100, ".example"),
                     "licence": pa.repeat("CC0-1.0", len(numbers)),
-                    "sha256": [f"{number:064x}" for number in numbers],
+                    "sha256": _digits(numbers, 64),
                     "width": pa.array(np.full(len(numbers), 64, np.int32)),
                     "height": pa.array(np.full(len(numbers), 64, np.int32)),
-                    "shard": pa.array(numbers // SHARD_ROWS),
-                    "key": [f"{shard:0{SHARD_DIGITS}d}{row:0{ROW_DIGITS}d}" for shard, row in places],
+                    "shard": pa.array(shards),
+                    "key": _joined(_digits(shards, SHARD_DIGITS), _digits(places, ROW_DIGITS)),
                     "row": pa.array(numbers),
                 }
             )
@@ -157,9 +173,9 @@ class World:
     def rows(self, start: int, stop: int) -> Iterator[pa.Table]:
         """Yield rows of the table with random embeddings."""
         for images in self.images(start, stop):
-            vectors = np.random.default_rng(start).standard_normal((len(images), DIM), dtype=np.float32)
+            vectors = np.random.default_rng(start).standard_normal((len(images), self._dim), dtype=np.float32)
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-            embeds = pa.FixedSizeListArray.from_arrays(vectors.ravel(), DIM)
+            embeds = pa.FixedSizeListArray.from_arrays(vectors.ravel(), self._dim)
             rows = with_ids(images)
             rows = rows.append_column("image", pa.repeat(pa.scalar(b"an image", pa.large_binary()), len(images)))
             rows = rows.append_column("text_embed", embeds).append_column("image_embed", embeds)
@@ -167,6 +183,8 @@ class World:
 
     def fill(self) -> None:
         """Give all rows features of zeros."""
+        if not self.has_vectors:
+            return
         store, features = self.store, self.features
         version = feature_column.prepare(store, features)
         missing = feature_column.missing(store.dataset(version), features)
@@ -213,7 +231,11 @@ class World:
         rows = self.rows(0, self.num_rows)
         store.commit([fragment for some in rows for fragment in store.write_fragments(some)], store.version)
         self.fill()
-        self.publish()
+        if self.has_vectors:
+            self.publish()
+        else:
+            with patch.object(index, "_index_vectors", _without), patch.object(index, "_measured", _unmeasured):
+                self.publish()
 
     def _write_training_set(self) -> None:
         for name in ("real", "references"):
@@ -222,6 +244,26 @@ class World:
             for rows in batches_of(self.store.dataset(), ["id", "caption"], _CHUNK_ROWS):
                 fragments += table.write_fragments(_computed(table, rows))
             table.commit(fragments, version)
+
+
+def _without(_: Store, __: str, num_rows: int, *___: object) -> int:
+    """Stand for `index._index_vectors`, but make no index."""
+    return num_rows
+
+
+def _unmeasured(_: LanceDataset, record: IndexRecord, *__: object) -> IndexRecord:
+    """Stand for `index._measured`: there is no recall to measure."""
+    return replace(record, recalls={f"recall@{K}": 1.0})
+
+
+def _joined(*parts: str | npt.NDArray[np.int64] | pa.StringArray) -> pa.StringArray:
+    """Join texts and numbers, row by row."""
+    texts = [pa.array(part).cast(pa.string()) if isinstance(part, np.ndarray) else part for part in parts]
+    return pc.binary_join_element_wise(*texts, "")
+
+
+def _digits(numbers: npt.NDArray[np.int64], count: int) -> pa.StringArray:
+    return pc.utf8_lpad(pa.array(numbers).cast(pa.string()), count, "0")
 
 
 def _computed(table: KeyedTable, rows: pa.Table) -> pa.Table:

@@ -15,15 +15,16 @@ CONFIG = {
 }
 
 
-def write_encoder(folder: Path, seed: int) -> Path:
+def write_encoder(folder: Path, seed: int, dim: int = 16) -> Path:
     import open_clip
     import torch
     from safetensors.torch import save_model
 
     torch.manual_seed(seed)
     folder.mkdir()
-    save_model(open_clip.CLIP(**CONFIG["model_cfg"]), str(folder / "open_clip_model.safetensors"))
-    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
+    model = CONFIG["model_cfg"] | {"embed_dim": dim}
+    save_model(open_clip.CLIP(**model), str(folder / "open_clip_model.safetensors"))
+    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG | {"model_cfg": model}))
     return folder
 
 
