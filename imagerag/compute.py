@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 
+from imagerag.errors import UserError
 from imagerag.settings import Settings
 
 # Otherwise a thread that uses Ray after its shutdown would start a new one.
@@ -44,11 +45,21 @@ def start_ray(settings: Settings) -> None:
 
     Does nothing if Ray is initialised already. Otherwise connects to `settings.ray_address`, or starts Ray on this
     machine, on loopback and with free ports.
+
+    Raises:
+        UserError: if Ray has to be started, but was imported before.
     """
     # Ray reads its own variables at its first import. Local workers inherit the rest: workers that were started with
     # Ray are then used at once, while a runtime_env would restart each of them, which takes half a second.
     local = settings.ray_address is None
-    os.environ.update(ray_environment(local=local))
+    environment = ray_environment(local=local)
+    is_late = "ray" in sys.modules and not environment.items() <= os.environ.items()
+    if local and is_late and not sys.modules["ray"].is_initialized():
+        raise UserError(
+            "Ray was imported before imagerag could configure it: call `imagerag.compute.start_ray(Settings())` before "
+            "`import ray`, or start Ray yourself, with `ray.init()` or as a cluster (`IMAGERAG_RAY_ADDRESS`)"
+        )
+    os.environ.update(environment)
     import ray
 
     if ray.is_initialized():

@@ -1,5 +1,8 @@
 """Ray on this machine."""
 
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +18,18 @@ def test_rays_sockets_have_short_paths(length: int, expected: str | None, monkey
     monkeypatch.setenv("TMPDIR", "/" + (length - 1) * "t")
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     assert _short_folder() == expected
+
+
+@pytest.mark.engines
+def test_ray_that_was_imported_too_early_is_refused(tmp_path: Path) -> None:
+    """It would be started with a token that it does not know itself, and give up after twenty seconds."""
+    script = (
+        "import ray; from imagerag.compute import start_ray; from imagerag.settings import Settings; "
+        f"start_ray(Settings(home={str(tmp_path)!r}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "UserError: Ray was imported before imagerag could configure it" in run.stderr
 
 
 @pytest.mark.engines
