@@ -30,7 +30,7 @@ from imagerag.storage.locks import check_locks
 
 _SHARD_RETRIES = 3
 _NUM_EXAMPLES = 3  # per reason in a report
-_WORKER_BYTES = 400 * 2**20
+_WORKER_BYTES = 250 * 2**20
 BYTES_PER_PIXEL = 21  # peak while an image is decoded, rotated and converted: measured 13 for PNG, 14 JPEG, 21 WebP
 _PATIENCE_S = 300.0  # added to the longest time that a shard can take before its worker counts as dead
 

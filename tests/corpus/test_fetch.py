@@ -95,3 +95,10 @@ def test_a_shard_reads_each_row_of_a_parquet_file_once(tmp_path: Path, monkeypat
     fetch_shard(corpus.shard(0), rows, DownloadConfig(thread_count=64))
     assert attempts_of(corpus)["status"].to_pylist() == ["success"] * 1000
     assert sum(decoded) == 1000
+
+
+def test_a_worker_does_not_load_torch_which_others_still_can() -> None:
+    script = (
+        "import sys, imagerag.corpus.fetch; assert 'torch' not in sys.modules; from torch.utils.data import Dataset"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
