@@ -20,6 +20,7 @@ from imagerag.corpus.config import DownloadConfig
 from imagerag.corpus.download import download
 from imagerag.corpus.ledger import iter_images
 from imagerag.corpus.plan import plan
+from imagerag.embedding import encoder_files
 from imagerag.embedding.config import EmbedConfig
 from imagerag.embedding.embed import embed
 from imagerag.embedding.survey import survey
@@ -27,6 +28,7 @@ from imagerag.retrieval import feature_column
 from imagerag.retrieval.checks import check_rows
 from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.publish import publish, status
+from imagerag.retrieval.store import Store
 from imagerag.retrieval.takedown import reachable_rows
 from imagerag.training.config import tiny
 from imagerag.training.data import RagData
@@ -42,6 +44,9 @@ BAR = 3.0
 """Of what should not depend on the number of rows."""
 UPDATE_BAR_S = 60.0
 MEMORY_BAR_GIB = 2.0
+"""Of tables of up to `MOST_VECTORS` rows; twice as much for larger ones."""
+_LEAST_GIB = 0.05
+"""Growth of less memory is not stated: it is that of libraries which are loaded."""
 NUM_NEW = 1_000
 REPETITIONS = 3
 
@@ -54,6 +59,8 @@ class Step:
     """Open what the step needs, which is not measured; return the step."""
     at_most: float | None = None
     """The bar on the time of many rows, as a multiple of that of few."""
+    needs_vectors: bool = False
+    """Whether it can be measured only where the table has vector indexes and features."""
     changes: bool = False
     """Whether the step changes the table. Such a step is measured once, as those that read all rows are."""
 
@@ -75,20 +82,31 @@ def run(scale: Scale, folder: Path) -> list[Row]:
     for num_rows in (few, many):
         in_fresh_process(_make, folder, num_rows)
     rows = []
+    has_vectors = World(folder, many).has_vectors
+    limit_gib = MEMORY_BAR_GIB if has_vectors else 2 * MEMORY_BAR_GIB
     for name, step in STEPS.items():
+        if step.needs_vectors and not has_vectors:
+            continue
         less, more = (in_fresh_process(_measure, folder, num_rows, name)[0] for num_rows in (few, many))
-        growth = math.log(more.seconds / less.seconds) / math.log(many / few)
         what = f"{many:,} rows: {name}"
-        peer_name = f"{few:,} rows; the time grows with rows^{growth:.2f}"
+        peer_name = f"{few:,} rows; the time grows with {_power(less.seconds, more.seconds, many / few)}"
         rows.append(
             Row(what=what, unit="s", ours=more.seconds, peer=less.seconds, peer_name=peer_name, at_most=step.at_most)
         )
+        limit = "limit"
+        if less.gib >= _LEAST_GIB:
+            limit += f"; the memory grows with {_power(less.gib, more.gib, many / few)}"
         rows.append(
-            Row(what=f"{what}, memory", unit="GiB", ours=more.gib, peer=MEMORY_BAR_GIB, peer_name="limit", at_most=1.0)
+            Row(what=f"{what}, memory", unit="GiB", ours=more.gib, peer=limit_gib, peer_name=limit, at_most=1.0)
         )
         if name == UPDATE:
             rows.append(Row(what=what, unit="s", ours=more.seconds, peer=UPDATE_BAR_S, peer_name="limit", at_most=1.0))
     return rows
+
+
+def _power(less: float, more: float, factor: float) -> str:
+    """Return the power of the number of rows that a cost grows with, if there are `factor` times as many."""
+    return f"rows^{math.log(more / less) / math.log(factor):.2f}"
 
 
 def _make(folder: Path, num_rows: int) -> None:
@@ -165,6 +183,17 @@ def _compare(world: World) -> Callable[[], None]:
     def measured() -> None:
         found = survey(iter_images(world.corpus), world.store)
         assert (found.num_missing, len(found.stale)) == (0, 0)
+
+    return measured
+
+
+def _compare_new(world: World) -> Callable[[], None]:
+    empty = Store(str(world.settings.home / "empty"), NAME)
+    empty.open_or_create(encoder_files.resolve(world.encoder).identity)
+
+    def measured() -> None:
+        found = survey(iter_images(world.corpus), empty)
+        assert sum(shard.num_rows for shard in found.shards()) == world.num_rows
 
     return measured
 
@@ -265,15 +294,16 @@ STEPS = {
     "reading a list": Step(_read_list),
     "what to download, after a change": Step(_plan_download),
     "what to embed, after a change": Step(_compare),
+    "what to embed in a new table": Step(_compare_new),
     "ingest with nothing to do: download": Step(_download, BAR),
     "ingest with nothing to do: embed": Step(_embed, BAR),
     "index and publish with nothing to do": Step(_publish, BAR),
     "publish's checks of rows": Step(_check),
     "`index status`, and `doctor` of an index": Step(_status, BAR),
-    "features with nothing to do": Step(_features, BAR),
-    "plan of a training": Step(_plan_training),
+    "features with nothing to do": Step(_features, BAR, needs_vectors=True),
+    "plan of a training": Step(_plan_training, needs_vectors=True),
     "finding a training's examples, once for all workers": Step(_find_places),
-    "opening a training set in a worker": Step(_open_training),
+    "opening a training set in a worker": Step(_open_training, needs_vectors=True),
     "rows of a URL in all versions": Step(_find, BAR),
     UPDATE: Step(_update, changes=True),
     "takedown of one image": Step(_take_down, BAR, changes=True),

@@ -238,11 +238,12 @@ class World:
                 self.publish()
 
     def _write_training_set(self) -> None:
+        ids = self.store.ids().combine_chunks()
         for name in ("real", "references"):
             table = self._table(name)
             version, fragments = table.version, list[str]()
             for rows in batches_of(self.store.dataset(), ["id", "caption"], _CHUNK_ROWS):
-                fragments += table.write_fragments(_computed(table, rows))
+                fragments += table.write_fragments(_computed(table, rows, ids))
             table.commit(fragments, version)
 
 
@@ -266,17 +267,17 @@ def _digits(numbers: npt.NDArray[np.int64], count: int) -> pa.StringArray:
     return pc.utf8_lpad(pa.array(numbers).cast(pa.string()), count, "0")
 
 
-def _computed(table: KeyedTable, rows: pa.Table) -> pa.Table:
-    """Rows of a training set, whose references are the rows that follow."""
+def _computed(table: KeyedTable, rows: pa.Table, all_ids: pa.FixedSizeBinaryArray) -> pa.Table:
+    """Rows of a training set, whose references are any rows: neighbours among embeddings are so in a table."""
     ids, count = rows["id"].combine_chunks(), len(rows)
-    following = (np.arange(count)[:, None] + np.arange(1, STORED_REFERENCES + 1)) % count
-    offsets = pa.array(np.arange(0, following.size + 1, STORED_REFERENCES, dtype=np.int32))
+    numbers = np.random.default_rng(rows["id"][0].as_py()[0]).integers(0, len(all_ids), count * STORED_REFERENCES)
+    offsets = pa.array(np.arange(0, len(numbers) + 1, STORED_REFERENCES, dtype=np.int32))
     columns = {
         "id": ids,
         "prompt": rows["caption"],
         "number": pa.array(np.full(count, -1)),
         "is_held_out": pa.array(np.arange(count) % 50 == 0),
-        "references": pa.ListArray.from_arrays(offsets, ids.take(pa.array(following.ravel()))),
+        "references": pa.ListArray.from_arrays(offsets, all_ids.take(pa.array(numbers))),
     }
     for field in table.schema:
         if field.name not in columns:
