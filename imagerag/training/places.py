@@ -82,52 +82,65 @@ def _uris(training_set: TrainingSet) -> list[str]:
 
 def _find(training_set: TrainingSet) -> tuple[ExamplePlaces, list[LanceDataset]]:
     examples, *latents = tables = [KeyedTable.at(uri).dataset() for uri in _uris(training_set)]
-    listed = examples.to_table(columns=["id", "number", "is_held_out"])
-    own, references = _places_in_index(training_set, examples, listed["id"])
-    # Tables keep the order in which workers were done; a training must not depend on it.
-    order = pc.sort_indices(listed["id"]).to_numpy().astype(np.int32)
-    order = order[listed["number"].to_numpy()[order] < training_set.num_teacher]
-    held_out = listed["is_held_out"].to_numpy(zero_copy_only=False)[order]
-    own_of_learnt = own[order[~held_out]]
+    learnt, held_out = _split(examples, training_set.num_teacher)
+    latents_of = _latents_of(examples, latents)
+    own, references = _places_in_index(training_set, examples)
+    own_of_learnt = own[learnt]
     places = ExamplePlaces(
         versions=tuple(int(table.version) for table in tables),
-        latents=_latents_of(listed["id"], latents),
+        latents=latents_of,
         own=own,
         references=references,
-        learnt=order[~held_out],
-        held_out=order[held_out],
+        learnt=learnt,
+        held_out=held_out,
         strangers=own_of_learnt[own_of_learnt >= 0],
     )
     return places, tables
 
 
-def _places_in_index(training_set: TrainingSet, examples: LanceDataset, ids: pa.ChunkedArray) -> tuple[Places, Places]:
-    """Return the places in the index of examples (N,) and of their references (N, K)."""
-    index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
-    of_index = IdPlaces(index.read(["id"])["id"])
-    references = np.full((len(ids), STORED_REFERENCES), -1, np.int32)
-    start = 0
-    for batch in batches_of(examples, ["references"], _BATCH_ROWS):
-        found = batch["references"]
-        is_there = np.arange(STORED_REFERENCES) < pc.list_value_length(found).to_numpy()[:, None]
-        places = of_index.find(pc.list_flatten(found))
-        assert (places >= 0).all(), "a reference is no row of the index"
-        references[start : start + len(batch)][is_there] = places
-        start += len(batch)
-    return of_index.find(ids), references
+def _split(examples: LanceDataset, num_teacher: int) -> tuple[Places, Places]:
+    """Return the examples to learn from, and those to validate on.
+
+    They are sorted by id: tables keep the order in which workers were done, which a training must not depend on.
+    """
+    listed = examples.to_table(columns=["id", "number", "is_held_out"])
+    order = pc.sort_indices(listed["id"]).to_numpy().astype(np.int32)
+    order = order[listed["number"].to_numpy()[order] < num_teacher]
+    held_out = listed["is_held_out"].to_numpy(zero_copy_only=False)[order]
+    return order[~held_out], order[held_out]
 
 
-def _latents_of(ids: pa.ChunkedArray, tables: Sequence[LanceDataset]) -> Places:
+def _latents_of(examples: LanceDataset, tables: Sequence[LanceDataset]) -> Places:
     """Return for each example its latents' table and its row there (N, 2)."""
-    places = np.full((len(ids), 2), -1, np.int32)
+    places = np.full((examples.count_rows(), 2), -1, np.int32)
     for number, table in enumerate(tables):
-        rows = IdPlaces(table.to_table(columns=["id"])["id"]).find(ids)
-        is_there = rows >= 0
-        places[is_there, 0], places[is_there, 1] = number, rows[is_there]
+        of_table, start = IdPlaces(table.to_table(columns=["id"])["id"]), 0
+        for batch in batches_of(examples, ["id"], _BATCH_ROWS):
+            rows, own = of_table.find(batch["id"]), places[start : start + len(batch)]
+            own[rows >= 0] = np.stack([np.full(len(rows), number), rows], axis=1)[rows >= 0]
+            start += len(batch)
     lacking = int((places[:, 1] < 0).sum())
     if lacking:
         raise UserError(f"the training set lacks {lacking} latents, which were deleted: make it again")
     return places
+
+
+def _places_in_index(training_set: TrainingSet, examples: LanceDataset) -> tuple[Places, Places]:
+    """Return the places in the index of examples (N,) and of their references (N, K)."""
+    index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
+    of_index = IdPlaces(index.read(["id"])["id"])
+    own = np.empty(examples.count_rows(), np.int32)
+    references = np.full((len(own), STORED_REFERENCES), -1, np.int32)
+    start = 0
+    for batch in batches_of(examples, ["id", "references"], _BATCH_ROWS):
+        end, found = start + len(batch), batch["references"]
+        own[start:end] = of_index.find(batch["id"])
+        is_there = np.arange(STORED_REFERENCES) < pc.list_value_length(found).to_numpy()[:, None]
+        places = of_index.find(pc.list_flatten(found))
+        assert (places >= 0).all(), "a reference is no row of the index"
+        references[start:end][is_there] = places
+        start = end
+    return own, references
 
 
 class IdPlaces:
