@@ -5,11 +5,11 @@ from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from lance import LanceDataset, LanceFragment
+from lance import LanceDataset
 
 from imagerag.retrieval.store import Store
 from imagerag.storage.hexadecimal import ID
-from imagerag.storage.lance_table import LanceTable, rows_with, values_of
+from imagerag.storage.lance_table import LanceTable, fragments_with_deleted, rows_with, values_of
 
 Column = Literal["id", "url", "image_sha256"]
 
@@ -54,15 +54,7 @@ def fragments_with_blocked(store: Store) -> list[int]:
 
     Rows that are not deleted are not looked at: the caller has deleted those that are blocked.
     """
-    dataset = store.dataset()
-    values = {column: values_of(dataset.schema.field(column).type, blocked(store, column)) for column in _COLUMNS}
-
-    def contains_one(fragment: LanceFragment) -> bool:
-        rows = fragment.scanner(columns=_COLUMNS, include_deleted_rows=True, with_row_id=True).to_table()
-        return any(pc.any(pc.is_in(rows[column], own)).as_py() for column, own in values.items())
-
-    fragments = (fragment for fragment in dataset.get_fragments() if fragment.num_deletions)
-    return [fragment.fragment_id for fragment in fragments if contains_one(fragment)]
+    return fragments_with_deleted(store.dataset(), {column: blocked(store, column) for column in _COLUMNS})
 
 
 def matches(rows: pa.Table, column: Column, values: list[str]) -> pa.ChunkedArray:

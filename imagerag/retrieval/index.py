@@ -18,7 +18,7 @@ from imagerag.retrieval.config import IndexConfig, IndexRules
 from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.partitions import IVF_SQ, build_partitions, choose_device, longest_training_s, train_on
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
-from imagerag.retrieval.segments import update_segments
+from imagerag.retrieval.segments import column_may_hold_gone_rows, covers_gone_fragments, update_segments
 from imagerag.retrieval.store import Store
 from imagerag.storage.lance_table import changed_fragments
 
@@ -39,15 +39,6 @@ are read. New rows join the partitions of their nearest centroids, as those befo
 _NUM_STEPS = 4
 
 
-_LOOKED_UP = {
-    "id": "BTREE",
-    "url": "BTREE",
-    "image_sha256": "BTREE",
-    "source": "BITMAP",
-    "licence": "BITMAP",
-}
-"""Columns by which rows are looked up, filtered and taken down, with the types of their indexes. In a million rows, a
-lookup by id took 12 ms with the index and 803 ms without."""
 _FEW = 0.01
 """Share of the rows up to which a vector index has new ones in a second segment. Vector indexes have no more segments,
 because a search probes as many partitions of each: with a million rows, it took 2.3 ms in one segment, and 4 ms in
@@ -56,6 +47,16 @@ four."""
 _WORDS: dict[str, str | bool] = {"base_tokenizer": "icu/split", "remove_stop_words": False}
 """Settings of the full-text index. ICU, which Lance includes, splits captions into words by Unicode's rules and
 dictionaries, also in scripts without spaces. Stop words are kept, so `the who` can be found; English is stemmed."""
+_VALUES: dict[str, tuple[str, Mapping[str, str | bool]]] = {
+    "caption": ("INVERTED", _WORDS),
+    "id": ("BTREE", {}),
+    "url": ("BTREE", {}),
+    "image_sha256": ("BTREE", {}),
+    "source": ("BITMAP", {}),
+    "licence": ("BITMAP", {}),
+}
+"""Columns of words and of values by which rows are looked up, filtered and taken down, with the types and settings of
+their indexes. In a million rows, a lookup by id took 12 ms with the index and 803 ms without."""
 
 
 def build_index(
@@ -184,21 +185,38 @@ def _sum_of_hashes(dataset: LanceDataset, fragments: Sequence[LanceFragment]) ->
 
 
 def _index_values(store: Store, kind: str, *, rewrite: bool) -> dict[str, str]:
-    """Update the indexes of words and, beside vector indexes, those of `_LOOKED_UP`; see `update_segments`."""
+    """Update the indexes of words and, beside vector indexes, of values; see `update_segments`."""
     record = read_record(store.dataset())
-    known = record.segments if record else {}
-    segments = update_segments(store, "caption", "INVERTED", _WORDS, known, rewrite=rewrite)
-    for column, lookup in _LOOKED_UP.items() if kind != EXACT else ():
-        segments |= update_segments(store, column, lookup, {}, known, rewrite=rewrite)
+    known, segments = record.segments if record else {}, dict[str, str]()
+    for column, (lookup, settings) in _VALUES.items():
+        if column == "caption" or kind != EXACT:
+            segments |= update_segments(store, column, lookup, settings, known, rewrite=rewrite)
     return segments
+
+
+def may_hold_gone_rows(dataset: LanceDataset) -> bool:
+    """Return whether files of a version's indexes may contain rows of fragments that are gone.
+
+    Where a row was deleted from a fragment that is there, the fragment's own files contain it, too, until it is
+    rewritten, which drops the row from the indexes.
+    """
+    record = read_record(dataset)
+    known = record.segments if record else {}
+    for index in dataset.describe_indices():
+        (column,) = index.field_names
+        if column in _EMBEDDINGS and _holds_gone_vectors(dataset, index.name):
+            return True
+        if column in _VALUES and column_may_hold_gone_rows(dataset, column, *_VALUES[column], known):
+            return True
+    return False
 
 
 def _add_new_vectors(store: Store, *, rewrite: bool) -> int:
     """Add new rows to the vector indexes, and return their number.
 
     An index is in one segment, or also in a small second one with the rows that were added since. Adding a few rows
-    rewrites only the second one, and every search reads both. `rewrite` merges segments that contain deleted rows:
-    rewriting fragments does not drop those of fragments that are gone.
+    rewrites only the second one, and every search reads both. `rewrite` merges segments that contain rows of fragments
+    that are gone; rewriting a fragment drops those that were deleted from it.
     """
     few, num_new_rows = store.count() * _FEW, 0
     for index in store.dataset().describe_indices():
@@ -208,13 +226,21 @@ def _add_new_vectors(store: Store, *, rewrite: bool) -> int:
         statistics = dataset.stats.index_stats(index.name)
         num_new, segments = int(statistics["num_unindexed_rows"]), statistics["num_indexed_rows_per_delta"]
         num_new_rows = max(num_new_rows, num_new)
-        num_stored = sum(partition["size"] for own in statistics["indices"] for partition in own["partitions"])
-        has_deleted = rewrite and num_stored > sum(segments)
-        if num_new or has_deleted:
+        has_gone = rewrite and _holds_gone_vectors(dataset, index.name)
+        if num_new or has_gone:
             is_small = sum(segments) - max(segments) + num_new <= few
-            num_merged = len(segments) - (is_small and not has_deleted)
+            num_merged = len(segments) - (is_small and not has_gone)
             dataset.optimize.optimize_indices(num_indices_to_merge=num_merged, index_names=[index.name])
     return num_new_rows
+
+
+def _holds_gone_vectors(dataset: LanceDataset, name: str) -> bool:
+    """Return whether a vector index may contain rows of fragments that are gone."""
+    if not covers_gone_fragments(dataset, name):
+        return False
+    statistics = dataset.stats.index_stats(name)
+    num_stored = sum(partition["size"] for own in statistics["indices"] for partition in own["partitions"])
+    return bool(num_stored > sum(statistics["num_indexed_rows_per_delta"]))
 
 
 def _num_unindexed(dataset: LanceDataset) -> int:

@@ -53,9 +53,7 @@ def update_segments(
         return {}
 
     def digest(group: Sequence[LanceFragment]) -> str:
-        # Without deletions: a takedown rewrites fragments that contain a blocked row before their segments.
-        rows = sorted(first_file(fragment) for fragment in group)
-        return blake2b("\n".join([kind, str(dict(settings)), *rows]).encode(), digest_size=16).hexdigest()
+        return _digest(kind, settings, group)
 
     segments = {segment: [fragments[i] for i in ids if i in fragments] for segment, ids in _segments(dataset, name)}
     if rewrite:
@@ -74,6 +72,36 @@ def update_segments(
         dataset.commit_existing_index_segments(name, column, [index for index, _ in built])
     digests = {segment: known[segment] for segment in segments if segment in known}
     return digests | {index.uuid: own for index, own in built}
+
+
+def covers_gone_fragments(dataset: LanceDataset, name: str) -> bool:
+    """Return whether an index was built from fragments that are gone, which Lance goes on to list for it."""
+    living = {fragment.fragment_id for fragment in dataset.get_fragments()}
+    return any(not living.issuperset(ids) for _, ids in _segments(dataset, name))
+
+
+def column_may_hold_gone_rows(
+    dataset: LanceDataset, column: str, kind: str, settings: Mapping[str, str | bool], known: Mapping[str, str]
+) -> bool:
+    """Return whether files of the index of a column may contain rows of fragments that are gone.
+
+    Args:
+        dataset: a version of a table, or a copy of one.
+        column: name of the column.
+        kind: as for `update_segments`, like the other arguments.
+    """
+    fragments = {fragment.fragment_id: fragment for fragment in dataset.get_fragments()}
+    for segment, ids in _segments(dataset, f"{column}_idx"):
+        living = [fragments[i] for i in ids if i in fragments]
+        if len(living) < len(ids) and known.get(segment) != _digest(kind, settings, living):
+            return True
+    return False
+
+
+def _digest(kind: str, settings: Mapping[str, str | bool], group: Sequence[LanceFragment]) -> str:
+    # Without deletions: a takedown rewrites fragments that contain a blocked row before their segments.
+    rows = sorted(first_file(fragment) for fragment in group)
+    return blake2b("\n".join([kind, str(dict(settings)), *rows]).encode(), digest_size=16).hexdigest()
 
 
 def _segments(dataset: LanceDataset, name: str) -> Iterator[tuple[str, list[int]]]:

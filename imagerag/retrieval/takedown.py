@@ -8,12 +8,12 @@ from lance import LanceDataset
 
 from imagerag.retrieval.blocklist import Column, block, fragments_with_blocked
 from imagerag.retrieval.config import IndexConfig
-from imagerag.retrieval.index import build_index
+from imagerag.retrieval.index import build_index, may_hold_gone_rows
 from imagerag.retrieval.pins import pins, unpin
 from imagerag.retrieval.publish import drop_history, move_tag, published_version
 from imagerag.retrieval.store import Store
 from imagerag.storage.hexadecimal import ID, to_hex
-from imagerag.storage.lance_table import Values, rows_with
+from imagerag.storage.lance_table import Values, fragments_with_deleted, rows_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +104,9 @@ def holds(dataset: LanceDataset, ids: pa.Array) -> bool:
 
     Copies of early versions have other ids, so they may contain any row.
     """
-    if dataset.schema.field("id").type != ID:
+    if dataset.schema.field("id").type != ID or may_hold_gone_rows(dataset):
         return True
-    deleted = any(fragment.num_deletions for fragment in dataset.get_fragments())
-    return deleted or rows_with(dataset, "id", ids, ["id"]).num_rows > 0
+    return rows_with(dataset, "id", ids, ["id"]).num_rows > 0 or bool(fragments_with_deleted(dataset, {"id": ids}))
 
 
 def _versions_with(store: Store, versions: set[int], ids: pa.ChunkedArray) -> set[int]:

@@ -5,7 +5,7 @@ transaction or can be repeated, so a writer may be killed at any time: the table
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
@@ -293,6 +293,18 @@ def rows_with(
         return pa.concat_tables([empty, *found]).select(columns)
     literals = ", ".join(map(literal, wanted.to_pylist()))
     return dataset.to_table(columns=list(columns), filter=f"{column} IN ({literals})" if literals else "false")
+
+
+def fragments_with_deleted(dataset: LanceDataset, values: Mapping[str, Values]) -> list[int]:
+    """Return the fragments whose files contain a deleted row that has one of `values`, which are given by column."""
+    wanted = {column: values_of(dataset.schema.field(column).type, own) for column, own in values.items()}
+
+    def contains_one(fragment: LanceFragment) -> bool:
+        rows = fragment.scanner(columns=[*wanted], include_deleted_rows=True, with_row_id=True).to_table()
+        return any(pc.any(pc.is_in(rows[column], own)).as_py() for column, own in wanted.items())
+
+    fragments = (fragment for fragment in dataset.get_fragments() if fragment.num_deletions)
+    return [fragment.fragment_id for fragment in fragments if contains_one(fragment)]
 
 
 def values_of(kind: pa.DataType, values: Values) -> pa.Array | pa.ChunkedArray:

@@ -1,5 +1,8 @@
+import itertools
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from lance import LanceDataset
 
@@ -8,7 +11,7 @@ from imagerag.retrieval.index import IndexConfig, build_index
 from imagerag.retrieval.search import Retriever
 from imagerag.retrieval.segments import update_segments
 from imagerag.retrieval.store import Store
-from imagerag.retrieval.takedown import remove_rows
+from imagerag.retrieval.takedown import holds, remove_rows
 from imagerag.storage.hexadecimal import to_hex
 from imagerag.storage.locks import LockLostError
 from tests.retrieval.rows import append, make_rows
@@ -62,6 +65,7 @@ def test_a_takedown_rewrites_only_the_segments_of_its_rows(parts: Store) -> None
         assert len(after.keys() & before[column].keys()) == 3, column
         assert sum(after.values()) == len(parts.dataset().get_fragments()), column
     assert index_files_with(parts, traces[0]), "nobody asked for it"
+    assert num_vectors(parts) == parts.count() + 1
 
     assert remove_rows(parts, urls=[deleted]).num_rows == 0
 
@@ -69,6 +73,44 @@ def test_a_takedown_rewrites_only_the_segments_of_its_rows(parts: Store) -> None
     assert not index_files_with(parts, deleted.encode())
     for column in VALUES:
         assert len(segments_of(parts, column).keys() & before[column].keys()) == 2, column
+
+
+def num_vectors(store: Store) -> int:
+    """Number of vectors in the files of an index."""
+    (index,) = store.dataset().stats.index_stats("text_embed_idx")["indices"]
+    return sum(partition["size"] for partition in index["partitions"])
+
+
+def test_a_copy_holds_what_is_in_its_files(parts: Store, tmp_path: Path) -> None:
+    """A takedown deletes copies with its rows, and no other models."""
+    copies = itertools.count()
+
+    def holds_rows(*numbers: int) -> list[bool]:
+        """Of a copy as the table is now: whether it holds each of these rows."""
+        build_index(parts, CONFIG)
+        copy = parts.copy(parts.version, str(tmp_path / f"copy-{next(copies)}"))
+        traces = [rows["image_sha256"][0].as_py() for rows in map(row, numbers)]
+        there = [bool(index_files_with(copy, trace)) for trace in traces]
+        found = [holds(copy.dataset(), row(number)["id"].combine_chunks()) for number in numbers]
+        assert all(one or not trace for one, trace in zip(found, there, strict=True)), "files have a row"
+        return found
+
+    def row(number: int) -> pa.Table:
+        return make_rows(number, number + 1)
+
+    deleted, stranger = PART + 1, 5 * PART
+    parts.delete(row(deleted)["id"])
+    assert holds_rows(0, deleted, stranger) == [True, True, False]
+    remove_rows(parts, urls=[row(deleted)["url"][0].as_py()])
+    assert holds_rows(0, deleted, stranger) == [True, False, False]
+
+    gone = 2 * PART + 1
+    parts.delete(make_rows(2 * PART, 3 * PART)["id"])
+    assert not parts.dataset().count_rows("url = '" + row(gone)["url"][0].as_py() + "'")
+    assert holds_rows(gone, stranger) == [True, True], "indexes do not tell which rows of the fragment they have"
+    remove_rows(parts, urls=[row(gone)["url"][0].as_py()])
+    assert holds_rows(gone, stranger) == [False, False]
+    assert num_vectors(parts) == parts.count()
 
 
 def test_every_row_is_found_in_segments(parts: Store) -> None:
