@@ -47,23 +47,23 @@ def start_ray(settings: Settings) -> None:
     machine, on loopback and with free ports.
 
     Raises:
-        UserError: if Ray has to be started, but was imported before.
+        UserError: if Ray has to be started on this machine, but was imported with other variables than it needs.
     """
+    imported = sys.modules.get("ray")
+    if imported is not None and imported.is_initialized():
+        return
     # Ray reads its own variables at its first import. Local workers inherit the rest: workers that were started with
     # Ray are then used at once, while a runtime_env would restart each of them, which takes half a second.
     local = settings.ray_address is None
-    environment = ray_environment(local=local)
-    is_late = "ray" in sys.modules and not environment.items() <= os.environ.items()
-    if local and is_late and not sys.modules["ray"].is_initialized():
+    if local and imported is not None and not (_ENV | _LOCAL_ENV).items() <= os.environ.items():
         raise UserError(
-            "Ray was imported before imagerag could configure it: call `imagerag.compute.start_ray(Settings())` before "
-            "`import ray`, or start Ray yourself, with `ray.init()` or as a cluster (`IMAGERAG_RAY_ADDRESS`)"
+            "Ray was imported before imagerag could configure it. Start Python anew, and call "
+            "`imagerag.compute.start_ray(Settings())` before `import ray`; or start Ray yourself, by `ray.init()` or "
+            "as a cluster (`IMAGERAG_RAY_ADDRESS`)"
         )
-    os.environ.update(environment)
+    os.environ.update(ray_environment(local=local))
     import ray
 
-    if ray.is_initialized():
-        return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         # Ray forks and then executes another program, so Lance's warnings about forks do not apply.

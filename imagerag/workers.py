@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -25,8 +24,6 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 
 _WORKER_CORES = 8
 _BLOCK_BYTES = 16 * 2**20
-_GROUP = 128
-"""Number of parts that are in the driver's memory at a time."""
 _IN_FLIGHT_BYTES = 128 * 2**20
 """Limit of what was read and is queued, per worker, which bounds memory."""
 _RESULT = pa.schema({"written": pa.list_(pa.string()), "num_rows": pa.int64(), "machine_s": pa.float64()})
@@ -86,7 +83,8 @@ class Job:
     """A Ray Data job: what its workers do, and what the driver does with their results."""
 
     parts: Iterable[pa.Table]
-    """What is distributed, in Ray's object store. A worker that dies loses only its current part, or batch."""
+    """What is distributed. They are read once, and kept in Ray's memory, which spills to disk: they may be larger than
+    the driver's. A worker that dies loses only its current part, or batch."""
     worker: Callable[..., Worker]
     """Makes a worker in its own process, from `arguments`, `device` and `dtype`."""
     arguments: Mapping[str, Any]
@@ -113,7 +111,8 @@ def run_job(job: Job, config: WorkersConfig, settings: Settings) -> float:
     """
     start_ray(settings)
     try:
-        return follow(job, partial(_results, job, config), config.stall_timeout_s)
+        parts = _store(job.parts)  # before `follow`, which would count the time as that of a batch
+        return follow(job, partial(_results, job, parts, config), config.stall_timeout_s)
     except BaseException:
         # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
         stop_ray()
@@ -157,21 +156,25 @@ class _Actor:
         return pa.table({"written": [written], "num_rows": [num_rows], "machine_s": [machine_s]}, schema=_RESULT)
 
 
-def _results(job: Job, config: WorkersConfig) -> Iterator[dict[str, Any]]:
-    """Yield a row of `_RESULT` for each batch, in order of completion."""
+def _store(parts: Iterable[pa.Table]) -> list[Any]:
+    """Return references to tables in Ray's memory; one of them at a time is in this process."""
+    import ray
+
+    return [ray.put(part) for part in parts]
+
+
+def _results(job: Job, parts: list[Any], config: WorkersConfig) -> Iterator[dict[str, Any]]:
+    """Yield a row of `_RESULT` for each batch, in order of completion; `parts` are the job's, as `_store` returns."""
     import ray
     from ray.data import ActorPoolStrategy, ExecutionResources, TaskPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every plan and every finished execution
     device, num_workers, num_threads = plan_workers(ray.nodes(), config)
-    # In groups, because the parts may be larger than memory; Ray's object store spills them to disk.
-    parts = iter(job.parts)
-    stored = [ray.data.from_arrow(group) for group in iter(lambda: list(islice(parts, _GROUP)), [])]
-    dataset = stored[0].union(*stored[1:]) if len(stored) > 1 else stored[0]
+    dataset = ray.data.from_arrow_refs(parts)
     dataset.context.enable_progress_bars = False
     dataset.context.raise_original_map_exception = True
     if job.read is None:
-        num_workers = min(num_workers, sum(group.num_blocks() for group in stored))
+        num_workers = min(num_workers, len(parts))
     else:
         dataset.context.target_max_block_size = _BLOCK_BYTES
         dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(

@@ -16,14 +16,15 @@ def use_jobs_here(patch: pytest.MonkeyPatch) -> None:
     """Let `run_job` make workers in this process. Batches, commits, progress and errors stay what they are on Ray."""
     patch.setattr(workers, "start_ray", lambda _: None)
     patch.setattr(workers, "stop_ray", lambda: None)
+    patch.setattr(workers, "_store", list)
     patch.setattr(workers, "_results", _results)
 
 
-def _results(job: Job, config: WorkersConfig) -> Iterator[dict[str, Any]]:
+def _results(job: Job, parts: list[pa.Table], config: WorkersConfig) -> Iterator[dict[str, Any]]:
     """Yield what Ray's workers would; they, too, only have pickled copies of what the driver has."""
     made = pickle.loads(pickle.dumps((job.worker, {**job.arguments, "device": config.device or "cpu"})))
     worker = workers._Actor(made[0], made[1] | {"dtype": config.dtype}, torch.get_num_threads())
-    for part in job.parts:
+    for part in parts:
         for batch in [part] if job.read is None else _batches(job.read(part), job.batch_size):
             yield from worker(batch).to_pylist()
 

@@ -21,14 +21,18 @@ def test_rays_sockets_have_short_paths(length: int, expected: str | None, monkey
 
 
 @pytest.mark.engines
-def test_ray_that_was_imported_too_early_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "before", ["", "ray.init(address='local', include_dashboard=False); start_ray(settings); ray.shutdown()"]
+)
+def test_ray_that_was_imported_too_early_is_refused(tmp_path: Path, before: str) -> None:
     """It would be started with a token that it does not know itself, and give up after twenty seconds."""
     script = (
-        "import ray; from imagerag.compute import start_ray; from imagerag.settings import Settings; "
-        f"start_ray(Settings(home={str(tmp_path)!r}))"
+        "import ray; from imagerag.compute import start_ray; from imagerag.settings import Settings\n"
+        f"settings = Settings(home={str(tmp_path)!r})\n{before}\nprint('ready')\nstart_ray(settings)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "ready" in run.stdout
     assert "UserError: Ray was imported before imagerag could configure it" in run.stderr
 
 

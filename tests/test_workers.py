@@ -155,7 +155,7 @@ def whole_part(part: pa.Table) -> Iterator[pa.Table]:
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("read", [None, whole_part])
 def test_parts_are_in_rays_memory_and_not_in_the_drivers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[pa.Table], Iterator[pa.Table]] | None
+    tmp_path: Path, read: Callable[[pa.Table], Iterator[pa.Table]] | None
 ) -> None:
     made: list[weakref.ref[pa.Table]] = []
     num_alive = []
@@ -167,11 +167,10 @@ def test_parts_are_in_rays_memory_and_not_in_the_drivers(
             made.append(weakref.ref(part))
             yield part
 
-    monkeypatch.setattr("imagerag.workers._GROUP", 3)
     job, committed, _ = job_of([[""]] * 12, parts=parts(), worker=Quick, read=read)
     run_job(job, WorkersConfig(), Settings(home=tmp_path))
     assert sorted(int(number) for (number,) in committed) == list(range(12))
-    assert max(num_alive) <= 5, "more than two groups of three"
+    assert max(num_alive) == 1, "the last one"
 
 
 class Quick:

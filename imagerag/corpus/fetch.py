@@ -38,16 +38,17 @@ from imagerag.images import is_shown_as_stored
 
 # Without this, img2dataset's image library checks online for a newer version of itself at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-# webdataset imports torch for its loader, if it can: 180 MB and 0.9 s for each worker. Only its writer is used here.
+# webdataset imports torch for its loader, if it can: 180 MB and 0.9 s for each worker. Only its writer is used here. In
+# a process that imported this module before torch, webdataset's loader does not work.
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-
-from img2dataset.downloader import Downloader, compute_key, is_disallowed  # noqa: E402 - without torch
-from img2dataset.logger import CappedCounter, write_stats  # noqa: E402 - without torch
-from img2dataset.resizer import Resizer  # noqa: E402 - without torch
-from img2dataset.writer import WebDatasetSampleWriter  # noqa: E402 - without torch
-
-if sys.modules.get("torch") is None:
-    del sys.modules["torch"]
+try:
+    from img2dataset.downloader import Downloader, compute_key, is_disallowed
+    from img2dataset.logger import CappedCounter, write_stats
+    from img2dataset.resizer import Resizer
+    from img2dataset.writer import WebDatasetSampleWriter
+finally:
+    if sys.modules.get("torch") is None:
+        del sys.modules["torch"]
 
 _ENCODE_QUALITY = {"jpg": 95, "webp": 95, "png": 6}  # for png, the zlib level
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {

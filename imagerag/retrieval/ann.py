@@ -48,6 +48,8 @@ class IndexRecord:
     """Settings of the full-text index of captions."""
     segments: dict[str, str] = field(default_factory=dict)
     """Digests of what segments of indexes were built from, by the segments' UUIDs; see `segments.update_segments`."""
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    """Fragments that are gone and of which vector indexes have no rows any more, though Lance lists them; by name."""
 
     def probes(self, column: str, k: int, share: float = 1.0) -> int | None:
         """Return the number of partitions that a search of a column probes; None for an exact search.

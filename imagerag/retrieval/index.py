@@ -18,7 +18,7 @@ from imagerag.retrieval.config import IndexConfig, IndexRules
 from imagerag.retrieval.feature_column import cached_features, count_lacking
 from imagerag.retrieval.partitions import IVF_SQ, build_partitions, choose_device, longest_training_s, train_on
 from imagerag.retrieval.recall import K, fewest_probes, make_probes, measure
-from imagerag.retrieval.segments import column_may_hold_gone_rows, covers_gone_fragments, update_segments
+from imagerag.retrieval.segments import column_may_hold_gone_rows, gone_fragments, update_segments
 from imagerag.retrieval.store import Store
 from imagerag.storage.lance_table import changed_fragments
 
@@ -109,7 +109,7 @@ def _build(
     num_rows = store.count()
     kind = EXACT if num_rows < rules.exact_below else IVF_SQ
     num_trained_rows = _index_vectors(store, kind, num_rows, last, on_progress)
-    num_new_rows = _add_new_vectors(store, rewrite=rewrite)
+    num_new_rows, dropped = _add_new_vectors(store, last, rewrite=rewrite)
     segments = _index_values(store, kind, rewrite=last is None or rewrite)
     on_progress(3, _NUM_STEPS, f"indexed {num_rows} rows: {kind}")
     dataset = store.dataset()
@@ -127,6 +127,7 @@ def _build(
         config=asdict(rules),
         words=_WORDS,
         segments=segments,
+        dropped=dropped,
     )
     if kind != EXACT:
         record = _measured(dataset, record, last, rules)
@@ -197,28 +198,28 @@ def _index_values(store: Store, kind: str, *, rewrite: bool) -> dict[str, str]:
 def may_hold_gone_rows(dataset: LanceDataset) -> bool:
     """Return whether files of a version's indexes may contain rows of fragments that are gone.
 
-    Where a row was deleted from a fragment that is there, the fragment's own files contain it, too, until it is
-    rewritten, which drops the row from the indexes.
+    Rows that were deleted from other fragments are not meant: `fragments_with_deleted` finds them in these fragments'
+    files, and rewriting a fragment drops them from the indexes.
     """
     record = read_record(dataset)
-    known = record.segments if record else {}
+    known, dropped = (record.segments, record.dropped) if record else ({}, {})
     for index in dataset.describe_indices():
         (column,) = index.field_names
-        if column in _EMBEDDINGS and _holds_gone_vectors(dataset, index.name):
+        if column in _EMBEDDINGS and not gone_fragments(dataset, index.name) <= {*dropped.get(index.name, ())}:
             return True
         if column in _VALUES and column_may_hold_gone_rows(dataset, column, *_VALUES[column], known):
             return True
     return False
 
 
-def _add_new_vectors(store: Store, *, rewrite: bool) -> int:
-    """Add new rows to the vector indexes, and return their number.
+def _add_new_vectors(store: Store, last: IndexRecord | None, *, rewrite: bool) -> tuple[int, dict[str, list[int]]]:
+    """Add new rows to the vector indexes, and return their number and `IndexRecord.dropped`.
 
     An index is in one segment, or also in a small second one with the rows that were added since. Adding a few rows
     rewrites only the second one, and every search reads both. `rewrite` merges segments that contain rows of fragments
     that are gone; rewriting a fragment drops those that were deleted from it.
     """
-    few, num_new_rows = store.count() * _FEW, 0
+    few, num_new_rows, dropped = store.count() * _FEW, 0, dict[str, list[int]]()
     for index in store.dataset().describe_indices():
         if index.field_names[0] not in _EMBEDDINGS:
             continue
@@ -226,21 +227,15 @@ def _add_new_vectors(store: Store, *, rewrite: bool) -> int:
         statistics = dataset.stats.index_stats(index.name)
         num_new, segments = int(statistics["num_unindexed_rows"]), statistics["num_indexed_rows_per_delta"]
         num_new_rows = max(num_new_rows, num_new)
-        has_gone = rewrite and _holds_gone_vectors(dataset, index.name)
+        gone = gone_fragments(dataset, index.name)
+        known = gone.intersection(last.dropped.get(index.name, ()) if last else ())
+        has_gone = rewrite and known < gone
         if num_new or has_gone:
             is_small = sum(segments) - max(segments) + num_new <= few
             num_merged = len(segments) - (is_small and not has_gone)
             dataset.optimize.optimize_indices(num_indices_to_merge=num_merged, index_names=[index.name])
-    return num_new_rows
-
-
-def _holds_gone_vectors(dataset: LanceDataset, name: str) -> bool:
-    """Return whether a vector index may contain rows of fragments that are gone."""
-    if not covers_gone_fragments(dataset, name):
-        return False
-    statistics = dataset.stats.index_stats(name)
-    num_stored = sum(partition["size"] for own in statistics["indices"] for partition in own["partitions"])
-    return bool(num_stored > sum(statistics["num_indexed_rows_per_delta"]))
+        dropped[index.name] = sorted(gone if has_gone else known)
+    return num_new_rows, dropped
 
 
 def _num_unindexed(dataset: LanceDataset) -> int:

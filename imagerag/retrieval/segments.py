@@ -57,7 +57,7 @@ def update_segments(
 
     segments = {segment: [fragments[i] for i in ids if i in fragments] for segment, ids in _segments(dataset, name)}
     if rewrite:
-        # Lance rewrites segments, under new UUIDs, when it compacts fragments, and drops deleted fragments from others.
+        # When Lance compacts fragments, it rewrites segments under new UUIDs.
         segments = {segment: group for segment, group in segments.items() if known.get(segment) == digest(group)}
     covered = {fragment.fragment_id for fragment in chain.from_iterable(segments.values())}
     lacking = [fragment for fragment in fragments.values() if fragment.fragment_id not in covered]
@@ -74,10 +74,10 @@ def update_segments(
     return digests | {index.uuid: own for index, own in built}
 
 
-def covers_gone_fragments(dataset: LanceDataset, name: str) -> bool:
-    """Return whether an index was built from fragments that are gone, which Lance goes on to list for it."""
+def gone_fragments(dataset: LanceDataset, name: str) -> set[int]:
+    """Return the fragments that Lance lists for an index and that are gone: the index may have rows of them, or not."""
     living = {fragment.fragment_id for fragment in dataset.get_fragments()}
-    return any(not living.issuperset(ids) for _, ids in _segments(dataset, name))
+    return {fragment for _, ids in _segments(dataset, name) for fragment in ids} - living
 
 
 def column_may_hold_gone_rows(

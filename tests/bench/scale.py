@@ -45,6 +45,8 @@ BAR = 3.0
 UPDATE_BAR_S = 60.0
 MEMORY_BAR_GIB = 2.0
 """Of tables of up to `MOST_VECTORS` rows; twice as much for larger ones."""
+MOST_VECTORS = 10_000_000
+"""Larger tables are measured without vector indexes and features, which would not fit on a small disk."""
 _LEAST_GIB = 0.05
 """Growth of less memory is not stated: it is that of libraries which are loaded."""
 NUM_NEW = 1_000
@@ -79,22 +81,23 @@ def run(scale: Scale, folder: Path) -> list[Row]:
     folder = Path(os.environ.get(FOLDER, folder))
     folder.mkdir(parents=True, exist_ok=True)
     few, many = (int(number) for number in os.environ[ROWS].split(",")) if ROWS in os.environ else NUM_ROWS[scale]
-    for num_rows in (few, many):
-        in_fresh_process(_make, folder, num_rows)
+    has_vectors = many <= MOST_VECTORS
+    worlds = [World(folder, num_rows, has_vectors) for num_rows in (few, many)]
+    for world in worlds:
+        in_fresh_process(_make, world)
     rows = []
-    has_vectors = World(folder, many).has_vectors
     limit_gib = MEMORY_BAR_GIB if has_vectors else 2 * MEMORY_BAR_GIB
     for name, step in STEPS.items():
         if step.needs_vectors and not has_vectors:
             continue
-        less, more = (in_fresh_process(_measure, folder, num_rows, name)[0] for num_rows in (few, many))
+        less, more = (in_fresh_process(_measure, world, name)[0] for world in worlds)
         what = f"{many:,} rows: {name}"
         peer_name = f"{few:,} rows; the time grows with {_power(less.seconds, more.seconds, many / few)}"
         rows.append(
             Row(what=what, unit="s", ours=more.seconds, peer=less.seconds, peer_name=peer_name, at_most=step.at_most)
         )
         limit = "limit"
-        if less.gib >= _LEAST_GIB:
+        if min(less.gib, more.gib) >= _LEAST_GIB:
             limit += f"; the memory grows with {_power(less.gib, more.gib, many / few)}"
         rows.append(
             Row(what=f"{what}, memory", unit="GiB", ours=more.gib, peer=limit_gib, peer_name=limit, at_most=1.0)
@@ -109,12 +112,12 @@ def _power(less: float, more: float, factor: float) -> str:
     return f"rows^{math.log(more / less) / math.log(factor):.2f}"
 
 
-def _make(folder: Path, num_rows: int) -> None:
-    World(folder, num_rows).make()
+def _make(world: World) -> None:
+    world.make()
 
 
-def _measure(folder: Path, num_rows: int, name: str) -> Cost:
-    step, world = STEPS[name], World(folder, num_rows)
+def _measure(world: World, name: str) -> Cost:
+    step = STEPS[name]
     measured = step.run(world)
     before = _reset_peak_gib()
     is_short = step.at_most is not None and not step.changes

@@ -112,6 +112,15 @@ def test_a_copy_holds_what_is_in_its_files(parts: Store, tmp_path: Path) -> None
     assert holds_rows(gone, stranger) == [False, False]
     assert num_vectors(parts) == parts.count()
 
+    # Lance goes on to list the fragment. If it did not, nothing would tell that indexes had its rows.
+    parts.delete(row(0)["id"])
+    assert holds_rows(0, stranger) == [True, False]
+    remove_rows(parts, urls=[row(5)["url"][0].as_py()])
+    assert num_vectors(parts) == parts.count()
+    parts.delete(row(PART + 5)["id"])
+    remove_rows(parts, urls=[row(3 * PART)["url"][0].as_py()])
+    assert num_vectors(parts) == parts.count() + 1, "the deleted row, which nobody asked for"
+
 
 def test_every_row_is_found_in_segments(parts: Store) -> None:
     retriever = Retriever(parts.uri, parts.name, version=parts.version)
