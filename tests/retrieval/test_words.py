@@ -56,6 +56,7 @@ def test_hybrid_search_finds_them_too(captions: Store) -> None:
 def test_another_way_with_words_makes_the_index_anew(captions: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as before:
         before.setattr(index, "_WORDS", {})
+        before.setitem(index._VALUES, "caption", ("INVERTED", {}))
         index_and_publish(captions)
         assert found_by(captions, by="words")["龙"] == []
     index_and_publish(captions)
