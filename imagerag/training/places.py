@@ -26,6 +26,9 @@ _WORDS = ID.byte_width // 4
 Places = npt.NDArray[np.int32]
 """Rows of a table, -1 where there is none."""
 
+Words = npt.NDArray[np.uint32]
+"""Ids as words of 32 bits (N, 5)."""
+
 
 @dataclass(frozen=True)
 class ExamplePlaces:
@@ -103,8 +106,10 @@ def _split(examples: LanceDataset, num_teacher: int) -> tuple[Places, Places]:
 
     They are sorted by id: tables keep the order in which workers were done, which a training must not depend on.
     """
-    listed = examples.to_table(columns=["id", "number", "is_held_out"])
-    order = pc.sort_indices(listed["id"]).to_numpy().astype(np.int32)
+    ids = read_ids(examples)
+    order = pc.sort_indices(pa.FixedSizeBinaryArray.from_buffers(ID, len(ids), [None, pa.py_buffer(ids)]))
+    order = order.to_numpy().astype(np.int32)
+    listed = examples.to_table(columns=["number", "is_held_out"])
     order = order[listed["number"].to_numpy()[order] < num_teacher]
     held_out = listed["is_held_out"].to_numpy(zero_copy_only=False)[order]
     return order[~held_out], order[held_out]
@@ -114,7 +119,7 @@ def _latents_of(examples: LanceDataset, tables: Sequence[LanceDataset]) -> Place
     """Return for each example its latents' table and its row there (N, 2)."""
     places = np.full((examples.count_rows(), 2), -1, np.int32)
     for number, table in enumerate(tables):
-        of_table, start = IdPlaces(table.to_table(columns=["id"])["id"]), 0
+        of_table, start = IdPlaces(read_ids(table)), 0
         for batch in batches_of(examples, ["id"], _BATCH_ROWS):
             rows, own = of_table.find(batch["id"]), places[start : start + len(batch)]
             own[rows >= 0] = np.stack([np.full(len(rows), number), rows], axis=1)[rows >= 0]
@@ -128,7 +133,8 @@ def _latents_of(examples: LanceDataset, tables: Sequence[LanceDataset]) -> Place
 def _places_in_index(training_set: TrainingSet, examples: LanceDataset) -> tuple[Places, Places]:
     """Return the places in the index of examples (N,) and of their references (N, K)."""
     index = Retriever(training_set.index_uri, training_set.index_name, version=training_set.index_version)
-    of_index = IdPlaces(index.read(["id"])["id"])
+    with index.reading():
+        of_index = IdPlaces(read_ids(index.dataset))
     own = np.empty(examples.count_rows(), np.int32)
     references = np.full((len(own), STORED_REFERENCES), -1, np.int32)
     start = 0
@@ -143,6 +149,16 @@ def _places_in_index(training_set: TrainingSet, examples: LanceDataset) -> tuple
     return own, references
 
 
+def read_ids(dataset: LanceDataset) -> Words:
+    """Return the ids of all rows as words (N, 5). They are read in batches: as a table, they would be there twice."""
+    ids, start = np.empty((dataset.count_rows(), _WORDS), np.uint32), 0
+    for batch in batches_of(dataset, ["id"], _BATCH_ROWS):
+        for chunk in batch["id"].chunks:
+            ids[start : start + len(chunk)] = to_words(chunk)
+            start += len(chunk)
+    return ids
+
+
 class IdPlaces:
     """Finds the positions of ids in a list of ids, of which each takes 32 bytes.
 
@@ -150,9 +166,9 @@ class IdPlaces:
     2.3 s.
     """
 
-    def __init__(self, ids: pa.ChunkedArray) -> None:
-        """Sort ids by their last bits, which are evenly distributed."""
-        self._words = np.concatenate([np.empty((0, _WORDS), np.uint32), *map(_words, ids.chunks)])
+    def __init__(self, ids: Words) -> None:
+        """Sort ids (N, 5) by their last bits, which are evenly distributed."""
+        self._words = ids
         self._mask = np.uint32((1 << max(len(self._words) - 1, 0).bit_length()) - 1)
         bits = self._words[:, -1] & self._mask
         self._order = np.argsort(bits, kind="stable").astype(np.int32)
@@ -161,9 +177,9 @@ class IdPlaces:
 
     def find(self, ids: pa.ChunkedArray) -> Places:
         """Return where each id (N,) is first, -1 where it is not."""
-        return np.concatenate([np.empty(0, np.int32), *(self._find(_words(chunk)) for chunk in ids.chunks)])
+        return np.concatenate([np.empty(0, np.int32), *(self._find(to_words(chunk)) for chunk in ids.chunks)])
 
-    def _find(self, words: npt.NDArray[np.uint32]) -> Places:
+    def _find(self, words: Words) -> Places:
         bits = words[:, -1] & self._mask
         at, end = self._starts[bits], self._starts[bits + 1]
         places = np.full(len(words), -1, np.int32)
@@ -178,8 +194,8 @@ class IdPlaces:
         return places
 
 
-def _words(ids: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint32]:
-    """Return ids as (N, 5) words of 32 bits, without a copy."""
+def to_words(ids: pa.FixedSizeBinaryArray) -> Words:
+    """Return ids as words (N, 5), without a copy."""
     end = ids.offset + len(ids)
     if not len(ids):
         return np.empty((0, _WORDS), np.uint32)

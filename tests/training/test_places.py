@@ -15,7 +15,7 @@ from imagerag.storage.keyed_table import KeyedTable
 from imagerag.training import places
 from imagerag.training.config import ReferenceChoice
 from imagerag.training.data import RagData
-from imagerag.training.places import ExamplePlaces, IdPlaces, find_places
+from imagerag.training.places import ExamplePlaces, IdPlaces, find_places, to_words
 from tests.training.conftest import World
 
 FOUND = ReferenceChoice.found(3)
@@ -29,8 +29,9 @@ def test_ids_are_found_where_arrow_finds_them(num_ids: int, digits: int) -> None
     among = pa.chunked_array([pa.array(ids[:300], ID), pa.array(ids[300:], ID)])
     wanted = pa.chunked_array([pa.array([*ids[::-3], *(rng.bytes(20) for _ in range(100)), *ids[:7]], ID)])
     expected = pa.compute.index_in(wanted, value_set=among).fill_null(-1).to_pylist()
-    assert IdPlaces(among).find(wanted).tolist() == expected
-    assert IdPlaces(among).find(wanted[5:60]).tolist() == expected[5:60]
+    found = IdPlaces(to_words(among.combine_chunks()))
+    assert found.find(wanted).tolist() == expected
+    assert found.find(wanted[5:60]).tolist() == expected[5:60]
 
 
 def test_references_are_the_same_in_any_number_of_batches(
