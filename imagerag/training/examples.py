@@ -7,9 +7,11 @@ references are in another one, whose key is the index's version.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import nsmallest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +127,15 @@ class Examples:
     def prompts(self) -> tuple[str, ...]:
         """What the teacher makes pictures of, in turn.
 
-        Captions are in the order of hashes, so that a new one does not change that of the others.
+        Captions are in the order of hashes, so that a new one does not change that of the others. There are at most as
+        many as the teacher makes pictures.
 
         Raises:
             UserError: if the file with them can't be read, is empty, or has something that is held out.
         """
         if self.config.prompts is None:
-            captions = set(self.rows["caption"].to_pylist()) - self.held_out
-            return tuple(sorted(captions, key=lambda caption: _hash(f"{self.config.seed}\0{caption}")))
+            captions = (caption for caption in _texts(self.rows["caption"]) if caption not in self.held_out)
+            return tuple(_first(captions, self.config.num_teacher_latents, self.config.seed))
         listed = read_lines(self.config.prompts)
         held_out = {caption.strip() for caption in self.held_out}
         forbidden = [prompt for prompt in listed if prompt in held_out]
@@ -181,13 +184,15 @@ class Examples:
     @cached_property
     def references_table(self) -> KeyedTable:
         """Every example with its prompt's embedding by the index's encoder and its references' ids, the best first."""
+        is_made = self.config.num_teacher_latents > 0
         key = {
             "version": _VERSION,
             "index": self.retriever.identity,
             "encoder": self.retriever.encoder.digest,
             "held_out": _digest("\n".join(sorted(self.held_out))),
-            "teacher": self.teacher_table.digest if self.config.num_teacher_latents else None,
-            "prompts": _digest("\n".join(self.prompts)) if self.config.num_teacher_latents else None,
+            "teacher": self.teacher_table.digest if is_made else None,
+            # The others are captions of that index, in an order that depends on the teacher's seed.
+            "prompts": _digest("\n".join(self.prompts)) if is_made and self.config.prompts is not None else None,
         }
         columns = [
             pa.field("prompt", pa.string()),
@@ -245,6 +250,19 @@ def _texts(captions: pa.ChunkedArray) -> Iterator[str]:
     for chunk in captions.chunks:
         for start in range(0, len(chunk), _BATCH_ROWS):
             yield from chunk.slice(start, _BATCH_ROWS).to_pylist()
+
+
+def _first(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return the first `count` different texts in the order of their hashes; memory does not grow with the others."""
+    hashes: dict[str, bytes] = {}
+    bound = b"\xff" * 9  # above all hashes
+    for text in texts:
+        if (own := _hash(f"{seed}\0{text}")) < bound:
+            hashes[text] = own
+            if len(hashes) > 2 * count:
+                hashes = dict(nsmallest(count, hashes.items(), key=itemgetter(1)))
+                bound = max(hashes.values(), default=b"")
+    return nsmallest(count, hashes, key=hashes.__getitem__)
 
 
 def _hash(text: str, size: int = 8) -> bytes:

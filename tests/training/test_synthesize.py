@@ -16,6 +16,7 @@ from imagerag.hspace.encode import encode_latents
 from imagerag.retrieval.pins import TRAINING, pin, pins, unpin
 from imagerag.retrieval.publish import PublishConfig, require_published
 from imagerag.storage.keyed_table import from_column, shape_of
+from imagerag.training import examples
 from imagerag.training.config import ReferenceChoice, SynthesizeConfig, tiny
 from imagerag.training.finetune import key_of
 from imagerag.training.perceptual import choose_perceptual
@@ -212,3 +213,10 @@ def test_an_index_without_features_is_refused(own_world: World, tmp_path: Any) -
     config = SynthesizeConfig(base="tiny", teacher="tiny-teacher", held_out=str(own_world.held_out))
     with pytest.raises(UserError, match=r"has cached features for .*, and none for tiny .*: `imagerag features` makes"):
         synthesize(NAME, config, own_world.settings)
+
+
+@pytest.mark.parametrize("count", [0, 1, 30, 200, 1_000])
+def test_the_teachers_prompts_are_the_first_by_hash(count: int) -> None:
+    texts = [f"a number {number % 200}" for number in np.random.default_rng(0).permutation(1_000)]
+    expected = sorted(set(texts), key=lambda text: examples._hash(f"7\0{text}"))
+    assert examples._first(texts, count, seed=7) == expected[:count]
