@@ -111,7 +111,7 @@ def run_job(job: Job, config: WorkersConfig, settings: Settings) -> float:
     """
     start_ray(settings)
     try:
-        parts = _store(job.parts)  # before `follow`, which would count the time as that of a batch
+        parts = _store(job.parts, config)  # before `follow`, which would count the time as that of a batch
         return follow(job, partial(_results, job, parts, config), config.stall_timeout_s)
     except BaseException:
         # A failed Ray Data job keeps its workers, and so the cores that a retry needs.
@@ -156,10 +156,11 @@ class _Actor:
         return pa.table({"written": [written], "num_rows": [num_rows], "machine_s": [machine_s]}, schema=_RESULT)
 
 
-def _store(parts: Iterable[pa.Table]) -> list[Any]:
-    """Return references to tables in Ray's memory; one of them at a time is in this process."""
+def _store(parts: Iterable[pa.Table], config: WorkersConfig) -> list[Any]:
+    """Return references to tables in Ray's memory; of the tables themselves, this process keeps none."""
     import ray
 
+    plan_workers(ray.nodes(), config)  # which may refuse `config`, before anything is read
     return [ray.put(part) for part in parts]
 
 

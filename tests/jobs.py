@@ -16,7 +16,7 @@ def use_jobs_here(patch: pytest.MonkeyPatch) -> None:
     """Let `run_job` make workers in this process. Batches, commits, progress and errors stay what they are on Ray."""
     patch.setattr(workers, "start_ray", lambda _: None)
     patch.setattr(workers, "stop_ray", lambda: None)
-    patch.setattr(workers, "_store", list)
+    patch.setattr(workers, "_store", lambda parts, _: list(parts))
     patch.setattr(workers, "_results", _results)
 
 

@@ -230,11 +230,13 @@ def _add_new_vectors(store: Store, last: IndexRecord | None, *, rewrite: bool) -
         gone = gone_fragments(dataset, index.name)
         known = gone.intersection(last.dropped.get(index.name, ()) if last else ())
         has_gone = rewrite and known < gone
+        is_small = sum(segments) - max(segments) + num_new <= few
+        num_merged = len(segments) - (is_small and not has_gone)
         if num_new or has_gone:
-            is_small = sum(segments) - max(segments) + num_new <= few
-            num_merged = len(segments) - (is_small and not has_gone)
             dataset.optimize.optimize_indices(num_indices_to_merge=num_merged, index_names=[index.name])
-        dropped[index.name] = sorted(gone if has_gone else known)
+            if num_merged == len(segments):
+                known = gone
+        dropped[index.name] = sorted(known)
     return num_new_rows, dropped
 
 

@@ -75,7 +75,7 @@ def update_segments(
 
 
 def gone_fragments(dataset: LanceDataset, name: str) -> set[int]:
-    """Return the fragments that Lance lists for an index and that are gone: the index may have rows of them, or not."""
+    """Return the fragments that Lance lists for an index and that are gone. It goes on to list them after a merge."""
     living = {fragment.fragment_id for fragment in dataset.get_fragments()}
     return {fragment for _, ids in _segments(dataset, name) for fragment in ids} - living
 

@@ -106,13 +106,18 @@ def test_a_copy_holds_what_is_in_its_files(parts: Store, tmp_path: Path) -> None
 
     gone = 2 * PART + 1
     parts.delete(make_rows(2 * PART, 3 * PART)["id"])
-    assert not parts.dataset().count_rows("url = '" + row(gone)["url"][0].as_py() + "'")
     assert holds_rows(gone, stranger) == [True, True], "indexes do not tell which rows of the fragment they have"
+    before = {fragment.fragment_id for fragment in parts.dataset().get_fragments()}
+    parts.delete(make_rows(PART + 100, PART + 500)["id"])
+    assert not parts.dataset().count_rows("url = '" + row(gone)["url"][0].as_py() + "'")
+    # If Lance did not go on to list the fragment where it rewrote another one, nothing would tell of its rows.
+    assert holds_rows(gone, stranger) == [True, True]
+    assert before != {fragment.fragment_id for fragment in parts.dataset().get_fragments()}, "one was rewritten"
     remove_rows(parts, urls=[row(gone)["url"][0].as_py()])
     assert holds_rows(gone, stranger) == [False, False]
     assert num_vectors(parts) == parts.count()
 
-    # Lance goes on to list the fragment. If it did not, nothing would tell that indexes had its rows.
+    # Lance goes on to list the fragment, whose rows are known to be gone now.
     parts.delete(row(0)["id"])
     assert holds_rows(0, stranger) == [True, False]
     remove_rows(parts, urls=[row(5)["url"][0].as_py()])
