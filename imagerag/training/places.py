@@ -122,7 +122,8 @@ def _latents_of(examples: LanceDataset, tables: Sequence[LanceDataset]) -> Place
         of_table, start = IdPlaces(read_ids(table)), 0
         for batch in batches_of(examples, ["id"], _BATCH_ROWS):
             rows, own = of_table.find(batch["id"]), places[start : start + len(batch)]
-            own[rows >= 0] = np.stack([np.full(len(rows), number), rows], axis=1)[rows >= 0]
+            is_there = rows >= 0
+            own[is_there, 0], own[is_there, 1] = number, rows[is_there]
             start += len(batch)
     lacking = int((places[:, 1] < 0).sum())
     if lacking:

@@ -59,7 +59,7 @@ class World:
     folder: Path
     num_rows: int
     has_vectors: bool = True
-    """Whether the table has vector indexes and features; without, it takes a quarter of the disk."""
+    """Whether the table has vector indexes and features; without, it takes a quarter of the space."""
 
     @property
     def settings(self) -> Settings:
